@@ -1,0 +1,1 @@
+"""Scripts to copy from: a runner, a minimal export, and a tiny trained model."""

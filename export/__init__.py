@@ -1,0 +1,1 @@
+"""From a model to a `.pte` + `.ptd` pair and its generated text."""

@@ -1,0 +1,36 @@
+"""Maps the repository's folders to the import package: kernels/ -> executorch_moe.kernels, and so on.
+
+ExecuTorch lays its own repository out the same way. Metadata and tool settings are in pyproject.toml.
+"""
+
+import os
+from pathlib import Path
+
+from setuptools import setup
+
+LAYERS = ("kernels", "backends", "export", "examples")
+
+
+def packages() -> list[str]:
+    """Import names of the layers and of every folder below them that holds Python modules."""
+    root = Path(__file__).resolve().parent
+    names = []
+    for layer in LAYERS:
+        for folder, subfolders, files in os.walk(root / layer):
+            subfolders[:] = sorted(name for name in subfolders if name.isidentifier() and name != "__pycache__")
+            if any(name.endswith(".py") for name in files):
+                names.append(".".join(("executorch_moe", *Path(folder).relative_to(root).parts)))
+    return names
+
+
+setup(
+    packages=packages(),
+    package_dir={f"executorch_moe.{layer}": layer for layer in LAYERS},
+    package_data={
+        "executorch_moe.kernels": ["py.typed", "**/*.json"],
+        "executorch_moe.backends": ["py.typed"],
+        "executorch_moe.export": ["py.typed"],
+        "executorch_moe.examples": ["py.typed"],
+        "executorch_moe.examples.tiny": ["checkpoint/*"],
+    },
+)
