@@ -1,0 +1,87 @@
+"""`FusedExperts`: the operator as a module, a drop-in for the experts modules of Hugging Face models."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .op import fused_experts
+from .packing import PackedExperts
+
+
+class FusedExperts(nn.Module):
+    """Experts of one MoE layer on packed weights; routers and shared experts stay with the model.
+
+    Buffers are named as in `PackedExperts`. fp32 hidden states are rounded to bf16 for the experts and the result is
+    returned in fp32, so a model may keep its dense layers in fp32.
+    """
+
+    def __init__(self, packed: PackedExperts, activation: str = "silu") -> None:
+        super().__init__()
+        for name, tensor in packed.tensors().items():
+            self.register_buffer(name, tensor)
+        self.scheme = packed.scheme
+        self.activation = activation
+        self.group_size = packed.group_size
+        self.hidden_size = packed.hidden_size
+        self.intermediate_size = packed.intermediate_size
+        self.num_experts = packed.num_experts
+
+    def packed(self) -> PackedExperts:
+        """The buffers as `PackedExperts` (shared, not copied)."""
+        names = ("w13", "w2", "w13_scale", "w2_scale", "w13_zero", "w2_zero", "w13_bias", "w2_bias")
+        return PackedExperts(
+            **{name: getattr(self, name) for name in names},
+            scheme=self.scheme,
+            group_size=self.group_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+        )
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        # model.to(float32) must not turn packed weights, scales and biases into other dtypes: move, never convert.
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                moved = fn(buffer)
+                self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+        return self
+
+    def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """Run the experts.
+
+        Args:
+            hidden_states: bf16 or fp32 [T, H].
+            topk_ids: int32 or int64 [T, top_k].
+            topk_weights: float [T, top_k].
+
+        Returns:
+            [T, H] in the dtype of `hidden_states`.
+
+        Raises:
+            ValueError: shapes, dtypes or devices that the operator does not accept.
+        """
+        if hidden_states.dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(f"hidden_states has dtype {hidden_states.dtype}, expected bfloat16 or float32: convert the model")
+        out = fused_experts(
+            hidden_states.to(torch.bfloat16),
+            topk_ids,
+            topk_weights,
+            self.w13,
+            self.w2,
+            self.w13_scale,
+            self.w2_scale,
+            self.w13_zero,
+            self.w2_zero,
+            self.w13_bias,
+            self.w2_bias,
+            self.scheme,
+            self.activation,
+            self.group_size,
+        )
+        return out.to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
+            f"intermediate_size={self.intermediate_size}, scheme={self.scheme}, group_size={self.group_size}"
+        )

@@ -1,0 +1,68 @@
+"""`torch.ops.executorch_moe.fused_experts`: schema, fake, CPU kernel and the Triton implementation behind one operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import triton_op
+
+from .aten import fused_experts_cpu
+from .plan import run_fused_experts
+from .validate import check_fused_experts
+
+
+@triton_op("executorch_moe::fused_experts", mutates_args={})
+def fused_experts(
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    w13_scale: Tensor | None,
+    w2_scale: Tensor | None,
+    w13_zero: Tensor | None,
+    w2_zero: Tensor | None,
+    w13_bias: Tensor | None,
+    w2_bias: Tensor | None,
+    scheme: str,
+    activation: str,
+    group_size: int,
+) -> Tensor:
+    """Experts of one MoE layer: sum over top_k of weight * (act(x @ gate.T) * (x @ up.T)) @ down.T.
+
+    Args:
+        hidden_states: bf16 [T, H]; T may be 0.
+        topk_ids: int32 or int64 [T, top_k]; an id outside [0, E) is dropped.
+        topk_weights: fp32, bf16 or fp16 [T, top_k].
+        w13, w2, w13_scale, w2_scale, w13_zero, w2_zero, w13_bias, w2_bias: fields of `packing.PackedExperts`.
+        scheme: "bf16", "w4a16" or "w4a8".
+        activation: "silu": silu(gate) * up.
+        group_size: weights that share a scale; 0 for scheme bf16.
+
+    Returns:
+        bf16 [T, H]. The same input gives the same bits.
+
+    Raises:
+        ValueError: see `validate.check_fused_experts`.
+        NotImplementedError: unsupported activation.
+    """
+    check_fused_experts(
+        hidden_states, topk_ids, topk_weights, w13, w2, w13_scale, w2_scale,
+        w13_zero, w2_zero, w13_bias, w2_bias, scheme, activation, group_size,
+    )  # fmt: skip
+    return run_fused_experts(
+        hidden_states, topk_ids, topk_weights, w13, w2, w13_scale, w2_scale,
+        w13_zero, w2_zero, w13_bias, w2_bias, scheme, activation, group_size,
+    )  # fmt: skip
+
+
+@fused_experts.register_fake
+def _(hidden_states: Tensor, *args: object) -> Tensor:
+    check_fused_experts(hidden_states, *args)  # type: ignore[arg-type]
+    return torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device)
+
+
+@fused_experts.register_kernel("cpu")
+def _(hidden_states: Tensor, *args: object) -> Tensor:
+    check_fused_experts(hidden_states, *args)  # type: ignore[arg-type]
+    return fused_experts_cpu(hidden_states, *args)  # type: ignore[arg-type]

@@ -1,0 +1,296 @@
+"""Packing expert weights into the layout that the kernels read (layout version 1), and back.
+
+Two matrices an expert: `w13` = gate and up projections, N = 2I rows over K = H; `w2` = down projection, N = H rows over
+K = I. I and H are padded to multiples of 128 with zeros (which add nothing), written Ip and Hp below.
+
+Rows of `w13`: gate and up rows alternate in runs of 8: packed row 16b + j is gate row 8b + j for j < 8, up row 8b + j - 8
+else. An MMA accumulator gives a thread rows r and r + 8, so gate and up of one element meet in one thread.
+
+4-bit schemes, uint8 [E, K/128, N, 64]: the 128 values of one row in one K block are 64 consecutive bytes, and block after
+block of rows is contiguous. Values are signed nibbles q in [-8, 7], value = q * scale (+ zero). Inside the 64 bytes, thread
+t of the 4 that share an MMA row owns the 16 bytes from 16t on: exactly the values of its own operand fragments.
+    w4a16 (bf16 fragments, m16k16):  k = 32s + 16c + 8h + 2t + l  ->  byte 16t + 8c + 4h + 2l + s // 2, nibble s % 2
+    w4a8  (int8 fragments, m16k32):  k = 64s + 32c + 16h + 4t + l ->  byte 16t + 8c + 4h + l,           nibble s
+    (s, c, h, l in range; nibble 0 is the low one)
+Scales, and the optional zeros, bf16 [E, K/group_size, N]: n contiguous, because a tile reads a run of rows at one group.
+
+bf16 scheme, bf16 [E, N, K]: rows as above, K contiguous.
+
+Source: the fragment orders are those of PTX mma.m16n8k16 (bf16) and mma.m16n8k32 (s8), PTX ISA section "Matrix fragments".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .schemes import GATE_UP_GRANULE, K_BLOCK, check_group_size, get_scheme, round_up
+
+
+@dataclass
+class PackedExperts:
+    """Weights of one expert layer in the packed layout, with what is needed to call the operator.
+
+    Attributes:
+        w13: packed gate and up projection. uint8 [E, Hp/128, 2*Ip, 64], or bf16 [E, 2*Ip, Hp] for scheme bf16.
+        w2: packed down projection. uint8 [E, Ip/128, Hp, 64], or bf16 [E, Hp, Ip] for scheme bf16.
+        w13_scale, w2_scale: bf16 [E, K/group_size, N], None for scheme bf16.
+        w13_zero, w2_zero: bf16, shaped like the scales, or None. Added after scaling: value = q * scale + zero.
+        w13_bias, w2_bias: fp32 [E, 2*Ip] in packed row order and fp32 [E, Hp], or None.
+        scheme, group_size: as passed to `pack_experts`; group_size is 0 for scheme bf16.
+        hidden_size, intermediate_size: H and I before padding.
+    """
+
+    w13: Tensor
+    w2: Tensor
+    w13_scale: Tensor | None
+    w2_scale: Tensor | None
+    w13_zero: Tensor | None
+    w2_zero: Tensor | None
+    w13_bias: Tensor | None
+    w2_bias: Tensor | None
+    scheme: str
+    group_size: int
+    hidden_size: int
+    intermediate_size: int
+
+    @property
+    def num_experts(self) -> int:
+        return self.w13.shape[0]
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """The eight tensors by field name, in the operator's argument order."""
+        return {f.name: getattr(self, f.name) for f in fields(self)[:8]}
+
+    def to(self, device: torch.device | str) -> PackedExperts:
+        """The same weights on another device."""
+        moved = {name: None if t is None else t.to(device) for name, t in self.tensors().items()}
+        return PackedExperts(
+            **moved,
+            scheme=self.scheme,
+            group_size=self.group_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+        )
+
+    def nbytes(self) -> int:
+        """Bytes of all packed tensors."""
+        return sum(t.nbytes for t in self.tensors().values() if t is not None)
+
+
+def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Symmetric round-to-nearest 4-bit quantisation along the last dimension.
+
+    Args:
+        weight: float [..., N, K].
+        group_size: consecutive K values that share a scale; divides K.
+
+    Returns:
+        q int8 [..., N, K] in [-8, 7], scale bf16 [..., N, K/group_size]; weight ~ q * scale.
+    """
+    check_group_size(group_size, weight.shape[-1], "K")
+    grouped = weight.float().unflatten(-1, (-1, group_size))
+    # The scale is rounded to bf16 before it divides, so that q is the nearest code for the scale that is stored.
+    scale = (grouped.abs().amax(-1) / 7.0).bfloat16()
+    divisor = torch.where(scale == 0, torch.ones_like(scale), scale).float()
+    q = (grouped / divisor[..., None]).round().clamp(-8, 7)
+    return q.flatten(-2).to(torch.int8), scale
+
+
+def interleave_gate_up(rows: Tensor) -> Tensor:
+    """Reorder [E, 2*Ip, ...] from gate rows then up rows to runs of 8 of each in turn."""
+    e, n = rows.shape[:2]
+    tail = rows.shape[2:]
+    return rows.reshape(e, 2, n // (2 * GATE_UP_GRANULE), GATE_UP_GRANULE, *tail).transpose(1, 2).reshape(e, n, *tail)
+
+
+def deinterleave_gate_up(rows: Tensor) -> Tensor:
+    """Inverse of `interleave_gate_up`."""
+    e, n = rows.shape[:2]
+    tail = rows.shape[2:]
+    return rows.reshape(e, n // (2 * GATE_UP_GRANULE), 2, GATE_UP_GRANULE, *tail).transpose(1, 2).reshape(e, n, *tail)
+
+
+def pack_int4(q: Tensor, scheme: str) -> Tensor:
+    """Pack 4-bit codes into layout version 1.
+
+    Args:
+        q: int8 [E, N, K] in [-8, 7], K a multiple of 128.
+        scheme: "w4a16" or "w4a8": decides the fragment order.
+
+    Returns:
+        uint8 [E, K/128, N, 64].
+    """
+    e, n, k = q.shape
+    nibbles = q.view(torch.uint8).bitwise_and(0xF).reshape(e, n, k // K_BLOCK, K_BLOCK).transpose(1, 2)
+    lead = nibbles.shape[:3]
+    if scheme == "w4a8":  # k = (s, c, h, t, l) -> byte (t, c, h, l), nibble s
+        frag = nibbles.reshape(*lead, 2, 2, 2, 4, 4).permute(0, 1, 2, 6, 4, 5, 7, 3)
+    else:  # k = (s1, s0, c, h, t, l) -> byte (t, c, h, l, s1), nibble s0
+        frag = nibbles.reshape(*lead, 2, 2, 2, 2, 4, 2).permute(0, 1, 2, 7, 5, 6, 8, 3, 4)
+    frag = frag.reshape(*lead, 64, 2)
+    return (frag[..., 0] | (frag[..., 1] << 4)).contiguous()
+
+
+def unpack_int4(packed: Tensor, scheme: str) -> Tensor:
+    """Codes of a packed matrix as fp32; plain ATen operators only, so that it can be traced into an exported program.
+
+    Args:
+        packed: uint8 [E, K/128, N, 64].
+        scheme: "w4a16" or "w4a8".
+
+    Returns:
+        fp32 [E, N, K] with integers in [-8, 7].
+    """
+    e, kb, n, _ = packed.shape
+    byte = packed.to(torch.int32)
+    # Two's complement nibble -> integer without a branch: (x ^ 8) - 8.
+    nibble = torch.stack(((byte & 0xF) ^ 8, ((byte >> 4) & 0xF) ^ 8), dim=-1)
+    if scheme == "w4a8":  # (t, c, h, l, s) -> (s, c, h, t, l)
+        natural = nibble.reshape(e, kb, n, 4, 2, 2, 4, 2).permute(0, 2, 1, 7, 4, 5, 3, 6)
+    else:  # (t, c, h, l, s1, s0) -> (s1, s0, c, h, t, l)
+        natural = nibble.reshape(e, kb, n, 4, 2, 2, 2, 2, 2).permute(0, 2, 1, 7, 8, 4, 5, 3, 6)
+    return natural.reshape(e, n, kb * K_BLOCK).to(torch.float32) - 8.0
+
+
+def dequantize(packed: Tensor, scale: Tensor | None, zero: Tensor | None, scheme: str) -> Tensor:
+    """Dequantise one packed matrix; traceable.
+
+    Args:
+        packed: w13 or w2 of `PackedExperts`.
+        scale, zero: bf16 [E, K/group_size, N] or None.
+        scheme: scheme of the packed matrix.
+
+    Returns:
+        fp32 [E, N, K] (padded sizes, rows in packed order).
+    """
+    if scale is None:
+        return packed.to(torch.float32)
+    codes = unpack_int4(packed, scheme)
+    e, n, k = codes.shape
+    grouped = codes.reshape(e, n, scale.shape[1], k // scale.shape[1])
+    weight = grouped * scale.to(torch.float32).permute(0, 2, 1).unsqueeze(-1)
+    if zero is not None:
+        weight = weight + zero.to(torch.float32).permute(0, 2, 1).unsqueeze(-1)
+    return weight.reshape(e, n, k)
+
+
+def _pack_matrix(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, group_size: int, n_pad: int, k_pad: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Pad codes [E, N, K] and groups [E, N, K/g] to n_pad and k_pad, then pack; groups become [E, Kp/g, Np]."""
+    n, k = codes.shape[1:]
+    codes = pad(codes, (0, k_pad - k, 0, n_pad - n))
+    groups = -(-k_pad // group_size)
+
+    def by_group(t: Tensor) -> Tensor:
+        padded = pad(t.bfloat16(), (0, groups - t.shape[-1], 0, n_pad - n))
+        return padded.transpose(1, 2).contiguous()
+
+    return pack_int4(codes, scheme), by_group(scale), None if zero is None else by_group(zero)
+
+
+def _pad_gate_up(rows: Tensor, i_pad: int) -> Tensor:
+    """[E, 2I, ...] gate then up -> [E, 2*Ip, ...], interleaved."""
+    e, n = rows.shape[:2]
+    halves = rows.reshape(e, 2, n // 2, *rows.shape[2:])
+    padded = pad(halves, (0, 0) * (halves.dim() - 3) + (0, i_pad - n // 2))
+    return interleave_gate_up(padded.reshape(e, 2 * i_pad, *rows.shape[2:]))
+
+
+def _check_weights(gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None, down_bias: Tensor | None) -> None:
+    if gate_up.dim() != 3 or down.dim() != 3:
+        raise ValueError(
+            f"gate_up {list(gate_up.shape)} and down {list(down.shape)} must be 3-D, [E, 2I, H] and [E, H, I]: "
+            "stack the experts along a new first dimension"
+        )
+    e, n, h = gate_up.shape
+    if n % 2 or down.shape != (e, h, n // 2):
+        raise ValueError(
+            f"gate_up {list(gate_up.shape)} and down {list(down.shape)} do not belong together: gate_up [E, 2I, H] needs "
+            f"down [E, H, I] = [{e}, {h}, {n // 2}]; transpose weights that are stored [E, in, out]"
+        )
+    for name, t, shape in (("gate_up_bias", gate_up_bias, (e, n)), ("down_bias", down_bias, (e, h))):
+        if t is not None and t.shape != shape:
+            raise ValueError(f"{name} has shape {list(t.shape)}, expected {list(shape)}")
+
+
+@torch.no_grad()
+def pack_experts(
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    scheme: str = "w4a16",
+    group_size: int = 128,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> PackedExperts:
+    """Quantise (4-bit schemes) and pack the experts of one layer.
+
+    Args:
+        gate_up: float [E, 2I, H], gate rows first, then up rows (the layout of transformers' Qwen3-MoE experts).
+        down: float [E, H, I].
+        scheme: "w4a16", "w4a8" or "bf16".
+        group_size: weights that share one scale; divides H and I. Ignored by scheme bf16.
+        gate_up_bias, down_bias: float [E, 2I] and [E, H], or None.
+
+    Returns:
+        PackedExperts on the device of `gate_up`.
+
+    Raises:
+        ValueError: unknown scheme, shapes that disagree, or a group size that is unsupported or does not divide K.
+    """
+    kind = get_scheme(scheme)
+    _check_weights(gate_up, down, gate_up_bias, down_bias)
+    h, i = gate_up.shape[2], down.shape[2]
+    h_pad, i_pad = round_up(h, K_BLOCK), round_up(i, K_BLOCK)
+    w13_scale = w2_scale = None
+    if kind.packed:
+        check_group_size(group_size, h, "hidden size H")
+        check_group_size(group_size, i, "intermediate size I")
+        q13, s13 = quantize_int4(gate_up, group_size)
+        q2, s2 = quantize_int4(down, group_size)
+        w13, w13_scale, _ = _pack_matrix(
+            _pad_gate_up(q13, i_pad), _pad_gate_up(s13, i_pad), None, fragment_order(scheme, 1), group_size, 2 * i_pad, h_pad
+        )
+        w2, w2_scale, _ = _pack_matrix(q2, s2, None, fragment_order(scheme, 2), group_size, h_pad, i_pad)
+    else:
+        group_size = 0
+        w13 = pad(_pad_gate_up(gate_up.bfloat16(), i_pad), (0, h_pad - h)).contiguous()
+        w2 = pad(down.bfloat16(), (0, i_pad - i, 0, h_pad - h)).contiguous()
+    return PackedExperts(
+        w13=w13,
+        w2=w2,
+        w13_scale=w13_scale,
+        w2_scale=w2_scale,
+        w13_zero=None,
+        w2_zero=None,
+        w13_bias=None if gate_up_bias is None else _pad_gate_up(gate_up_bias.float(), i_pad).contiguous(),
+        w2_bias=None if down_bias is None else pad(down_bias.float(), (0, h_pad - h)).contiguous(),
+        scheme=scheme,
+        group_size=group_size,
+        hidden_size=h,
+        intermediate_size=i,
+    )
+
+
+def unpack_experts(packed: PackedExperts) -> tuple[Tensor, Tensor]:
+    """Dequantised weights of a packed layer in the layout that `pack_experts` takes.
+
+    Returns:
+        gate_up fp32 [E, 2I, H] and down fp32 [E, H, I].
+    """
+    h, i = packed.hidden_size, packed.intermediate_size
+    w13 = deinterleave_gate_up(dequantize(packed.w13, packed.w13_scale, packed.w13_zero, fragment_order(packed.scheme, 1)))
+    w2 = dequantize(packed.w2, packed.w2_scale, packed.w2_zero, fragment_order(packed.scheme, 2))
+    e, n, _ = w13.shape
+    gate_up = w13.reshape(e, 2, n // 2, -1)[:, :, :i, :h].reshape(e, 2 * i, h)
+    return gate_up, w2[:, :h, :i]
+
+
+def fragment_order(scheme: str, gemm: int) -> str:
+    """Fragment order of a matrix: int8 fragments where GEMM `gemm` (1 or 2) of the scheme multiplies in int8."""
+    return "w4a8" if get_scheme(scheme).act_group(gemm) else "w4a16"

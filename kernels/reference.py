@@ -1,0 +1,48 @@
+"""The oracle: an expert layer in plain fp32 on dequantised weights. Imports no kernel code, and no kernel code imports it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def reference_experts(
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu",
+) -> Tensor:
+    """Expert layer in fp32: sum over a token's experts of weight * (act(x @ gate.T) * (x @ up.T)) @ down.T.
+
+    Args:
+        hidden_states: float [T, H].
+        topk_ids: int [T, top_k]; ids outside [0, E) contribute nothing.
+        topk_weights: float [T, top_k].
+        gate_up: float [E, 2I, H], gate rows first. down: float [E, H, I]. Dequantised.
+        gate_up_bias: float [E, 2I] or None. down_bias: float [E, H] or None.
+        activation: "silu".
+
+    Returns:
+        fp32 [T, H].
+    """
+    if activation != "silu":
+        raise NotImplementedError(f"activation={activation!r} has no reference")
+    x = hidden_states.float()
+    out = torch.zeros_like(x)
+    for e in range(gate_up.shape[0]):
+        token, slot = (topk_ids == e).nonzero(as_tuple=True)
+        if token.numel() == 0:
+            continue
+        projected = x[token] @ gate_up[e].float().T
+        if gate_up_bias is not None:
+            projected = projected + gate_up_bias[e].float()
+        gate, up = projected.chunk(2, dim=-1)
+        y = (torch.nn.functional.silu(gate) * up) @ down[e].float().T
+        if down_bias is not None:
+            y = y + down_bias[e].float()
+        out.index_add_(0, token, topk_weights[token, slot].float()[:, None] * y)
+    return out

@@ -1,0 +1,99 @@
+"""What a quantisation scheme and an activation are, stated once for packing, operator and kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+K_BLOCK = 128
+"""Elements of K in one packed block; packed weights are padded to a multiple of it in N and in K."""
+
+GATE_UP_GRANULE = 8
+"""Gate and up rows alternate in runs of this many rows, so that one thread of an MMA accumulator holds both."""
+
+LAYOUT_VERSION = 1
+"""Version of the packed layout described in `packing.py`. Raise it when the bytes change."""
+
+GROUP_SIZES = (32, 64, 128)
+"""Weight group sizes below or at one K block; above it, any multiple of K_BLOCK is accepted."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Number formats of one expert layer.
+
+    `act_group` is the number of consecutive activations that share one int8 scale, 0 for bf16 activations.
+    It is given for GEMM1's input (hidden states) and GEMM2's input (the activated intermediate) apart: the latter is
+    a product of two projections with heavy tails, and int8 there costs more accuracy than the whole rest of the
+    layer (see docs/numerics.md), so `w4a8` keeps it in bf16.
+    """
+
+    name: str
+    weight_bits: int
+    gemm1_act_group: int
+    gemm2_act_group: int
+
+    @property
+    def packed(self) -> bool:
+        """True for 4-bit weights in the packed layout, False for plain bf16 weights."""
+        return self.weight_bits == 4
+
+    def act_group(self, gemm: int) -> int:
+        """Activation group of GEMM `gemm` (1 or 2); 0 means bf16."""
+        return self.gemm1_act_group if gemm == 1 else self.gemm2_act_group
+
+
+SCHEMES: dict[str, Scheme] = {
+    "bf16": Scheme("bf16", 16, 0, 0),
+    "w4a16": Scheme("w4a16", 4, 0, 0),
+    "w4a8": Scheme("w4a8", 4, 128, 0),
+}
+
+ACTIVATIONS: dict[str, int] = {"silu": 0}
+"""Gated activations by name -> the constexpr that the epilogue switches on. silu: silu(gate) * up."""
+
+
+def get_scheme(name: str) -> Scheme:
+    """Look a scheme up by name.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    try:
+        return SCHEMES[name]
+    except KeyError:
+        raise ValueError(f"scheme={name!r} is unknown: use one of {', '.join(SCHEMES)}") from None
+
+
+def get_activation(name: str) -> int:
+    """Constexpr code of a gated activation.
+
+    Raises:
+        NotImplementedError: the activation is not supported.
+    """
+    try:
+        return ACTIVATIONS[name]
+    except KeyError:
+        raise NotImplementedError(
+            f"activation={name!r} is not supported: use one of {', '.join(ACTIVATIONS)}, or keep these experts unfused"
+        ) from None
+
+
+def check_group_size(group_size: int, k: int, what: str) -> None:
+    """Check that a weight group size is supported and divides K.
+
+    Raises:
+        ValueError: it is not one of GROUP_SIZES nor a multiple of K_BLOCK, or it does not divide `k`.
+    """
+    if group_size not in GROUP_SIZES and (group_size <= 0 or group_size % K_BLOCK):
+        raise ValueError(
+            f"group_size={group_size} is not supported: use {', '.join(map(str, GROUP_SIZES))} or a multiple of {K_BLOCK}"
+        )
+    if k % group_size:
+        fits = [g for g in GROUP_SIZES if k % g == 0]
+        remedy = f"requantise with group_size={fits[-1]}" if fits else f"pad {what} to a multiple of {GROUP_SIZES[0]}"
+        raise ValueError(f"{what}={k} must be a multiple of group_size={group_size}: {remedy}")
+
+
+def round_up(value: int, multiple: int) -> int:
+    """Smallest multiple of `multiple` that is >= `value`."""
+    return -(-value // multiple) * multiple

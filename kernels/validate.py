@@ -1,0 +1,139 @@
+"""The one check of `fused_experts` arguments, shared by the operator, its fake and its CPU kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .schemes import K_BLOCK, check_group_size, get_activation, get_scheme, round_up
+
+ID_DTYPES = (torch.int32, torch.int64)
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _dtype(name: str, t: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    if t.dtype not in allowed:
+        names = " or ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise ValueError(f"{name} has dtype {str(t.dtype).removeprefix('torch.')}, expected {names}: convert it with .to(...)")
+
+
+def _shape(name: str, t: Tensor, expected: tuple[int, ...], remedy: str) -> None:
+    # Weight shapes are static, so this never guards on a symbolic size.
+    if tuple(t.shape) != expected:
+        raise ValueError(f"{name} has shape {list(t.shape)}, expected {list(expected)}: {remedy}")
+
+
+def _same_tokens(hidden_states: Tensor, topk_ids: Tensor) -> None:
+    t, u = hidden_states.shape[0], topk_ids.shape[0]
+    message = f"hidden_states has {t} tokens but topk_ids has {u}: both must be [T, ...]"
+    if isinstance(t, int) and isinstance(u, int):
+        if t != u:
+            raise ValueError(message)
+    else:
+        torch._check(t == u, lambda: message)
+
+
+def check_fused_experts(
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    w13_scale: Tensor | None,
+    w2_scale: Tensor | None,
+    w13_zero: Tensor | None,
+    w2_zero: Tensor | None,
+    w13_bias: Tensor | None,
+    w2_bias: Tensor | None,
+    scheme: str,
+    activation: str,
+    group_size: int,
+) -> None:
+    """Check every argument of the operator; shapes and dtypes as in `op.fused_experts`.
+
+    Raises:
+        ValueError: a dtype, rank, shape, device or value that the operator does not accept.
+        NotImplementedError: an activation that is not supported.
+    """
+    kind = get_scheme(scheme)
+    get_activation(activation)
+
+    for name, t, rank in (("hidden_states", hidden_states, 2), ("topk_ids", topk_ids, 2), ("topk_weights", topk_weights, 2)):
+        if t.dim() != rank:
+            raise ValueError(f"{name} has rank {t.dim()}, expected {rank}: flatten batch and sequence into one dimension of T")
+    _dtype("hidden_states", hidden_states, (torch.bfloat16,))
+    _dtype("topk_ids", topk_ids, ID_DTYPES)
+    _dtype("topk_weights", topk_weights, WEIGHT_DTYPES)
+    _same_tokens(hidden_states, topk_ids)
+    if topk_weights.dim() != topk_ids.dim() or topk_weights.shape[1] != topk_ids.shape[1]:
+        raise ValueError(
+            f"topk_weights {list(topk_weights.shape)} and topk_ids {list(topk_ids.shape)} must have the same shape [T, top_k]"
+        )
+    _same_tokens(topk_weights, topk_ids)
+
+    h, top_k = hidden_states.shape[1], topk_ids.shape[1]
+    h_pad = round_up(h, K_BLOCK)
+    repack = "pack the weights with pack_experts for this scheme and hidden size"
+    if w13.dim() != (4 if kind.packed else 3) or w2.dim() != w13.dim():
+        raise ValueError(f"w13 has rank {w13.dim()} and w2 rank {w2.dim()}, not the packed layout of scheme={scheme}: {repack}")
+    e = w13.shape[0]
+    if h == 0 or e == 0:
+        raise ValueError(f"hidden size {h} and number of experts {e} must be at least 1")
+    if not 1 <= top_k <= e:
+        raise ValueError(f"top_k={top_k} must be between 1 and the number of experts E={e}: check topk_ids and the router")
+
+    weight_dtype = torch.uint8 if kind.packed else torch.bfloat16
+    _dtype("w13", w13, (weight_dtype,))
+    _dtype("w2", w2, (weight_dtype,))
+    if kind.packed:
+        i_pad = w2.shape[1] * K_BLOCK
+        _shape("w13", w13, (e, h_pad // K_BLOCK, 2 * i_pad, K_BLOCK // 2), repack)
+        _shape("w2", w2, (e, i_pad // K_BLOCK, h_pad, K_BLOCK // 2), repack)
+        check_group_size(group_size, h, "hidden size H")
+        check_group_size(group_size, i_pad if group_size > K_BLOCK else K_BLOCK, "intermediate size I")
+        if w13_scale is None or w2_scale is None:
+            raise ValueError(f"scheme={scheme} needs w13_scale and w2_scale: {repack}")
+    else:
+        i_pad = w2.shape[2]
+        if i_pad == 0 or i_pad % K_BLOCK:
+            raise ValueError(f"w2 has {i_pad} columns, not a multiple of {K_BLOCK}: {repack}")
+        _shape("w13", w13, (e, 2 * i_pad, h_pad), repack)
+        _shape("w2", w2, (e, h_pad, i_pad), repack)
+        for name, t in (("w13_scale", w13_scale), ("w2_scale", w2_scale), ("w13_zero", w13_zero), ("w2_zero", w2_zero)):
+            if t is not None:
+                raise ValueError(f"{name} was given, but scheme=bf16 has no scales or zero points: leave it out")
+
+    groups = group_size or 1
+    for name, t, k_pad, n_pad in (
+        ("w13_scale", w13_scale, h_pad, 2 * i_pad),
+        ("w2_scale", w2_scale, i_pad, h_pad),
+        ("w13_zero", w13_zero, h_pad, 2 * i_pad),
+        ("w2_zero", w2_zero, i_pad, h_pad),
+    ):
+        if t is not None:
+            _dtype(name, t, (torch.bfloat16,))
+            _shape(name, t, (e, k_pad // groups, n_pad), f"it must hold one value a group of group_size={group_size}; {repack}")
+    if (w13_zero is None) != (w2_zero is None):
+        raise ValueError("w13_zero and w2_zero must be given together: pass zeros for the symmetric one")
+    for name, t, n_pad in (("w13_bias", w13_bias, 2 * i_pad), ("w2_bias", w2_bias, h_pad)):
+        if t is not None:
+            _dtype(name, t, (torch.float32,))
+            _shape(name, t, (e, n_pad), repack)
+
+    for name, t in (
+        ("w13", w13),
+        ("w2", w2),
+        ("w13_scale", w13_scale),
+        ("w2_scale", w2_scale),
+        ("w13_zero", w13_zero),
+        ("w2_zero", w2_zero),
+        ("w13_bias", w13_bias),
+        ("w2_bias", w2_bias),
+    ):
+        if t is not None and not t.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, strides are {list(t.stride())}: call .contiguous() once after loading")
+        if t is not None and t.device != hidden_states.device:
+            raise ValueError(f"{name} is on {t.device} but hidden_states is on {hidden_states.device}: move both to one device")
+    for name, t in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
+        if t.device != hidden_states.device:
+            raise ValueError(f"{name} is on {t.device} but hidden_states is on {hidden_states.device}: move both to one device")
