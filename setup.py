@@ -18,7 +18,7 @@ def packages() -> list[str]:
     for layer in LAYERS:
         for folder, subfolders, files in os.walk(root / layer):
             subfolders[:] = sorted(name for name in subfolders if name.isidentifier() and name != "__pycache__")
-            if any(name.endswith(".py") for name in files):
+            if folder == str(root / layer) or any(name.endswith(".py") for name in files):
                 names.append(".".join(("executorch_moe", *Path(folder).relative_to(root).parts)))
     return names
 
