@@ -1,0 +1,59 @@
+# make demo       install into .venv, export the tiny model, generate text (on the GPU if there is one)
+# make test       install into .venv, lint, type-check, run every test that needs no GPU
+# make test-gpu   in the active Python environment (CUDA build of torch): run the tests that need a GPU
+# make lint       ruff and mypy only
+# make clean      remove .venv and everything built
+
+PYTHON ?= python3
+GPU_PYTHON ?= python3
+# torch is named first and alone, so that pip takes this build and does not choose another one with the dependencies.
+# On a GPU machine, name its CUDA build: make demo TORCH="torch==2.11.0+cu130 --index-url ..."
+TORCH ?= torch==2.13.0
+# pytest processes; the suite is CPU-bound
+JOBS ?= 2
+PYTEST_FLAGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO := demo
+PROMPT ?= The import statement
+
+.PHONY: demo test test-gpu lint clean install
+.DELETE_ON_ERROR:
+
+install: $(STAMP)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Again only when the requirements change.
+$(STAMP): setup.py pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
+	$(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install -e ".[test,bench]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/executorch-moe export tiny -o $(DEMO)/tiny.pte --target auto
+	$(BIN)/executorch-moe generate $(DEMO)/tiny.pte --prompt "$(PROMPT)" --max-new-tokens 200
+
+# mypy does not read setup.py's mapping: links lay the folders out as the import package.
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@mkdir -p build/mypy/executorch_moe
+	@for layer in kernels backends export examples; do ln -sfn ../../../$$layer build/mypy/executorch_moe/$$layer; done
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -m "not gpu" -n $(JOBS) $(PYTEST_FLAGS)
+
+# The environment's own torch, Triton and transformers are used as they are: nothing but this package is installed.
+# The results file names the versions and the GPU; commit it.
+test-gpu:
+	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(GPU_PYTHON) tests/gpu_results.py $(PYTEST_FLAGS)
+
+clean:
+	rm -rf $(VENV) build dist $(DEMO) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,44 @@
+"""Shared by all tests: seeds, a bound on threads, and a reason when a GPU test is skipped."""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+
+import pytest
+
+# Before torch starts its pools: the suite runs several processes side by side.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Nothing is ever downloaded by a test.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@functools.cache
+def why_no_gpu() -> str:
+    """Empty if GPU tests can run here, else the reason why not."""
+    import torch
+
+    if not torch.backends.cuda.is_built():
+        return f"torch {torch.__version__} is not a CUDA build"
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible"
+    return ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and why_no_gpu():
+            item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {why_no_gpu()}"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Same numbers for each test, whatever ran before it."""
+    import numpy
+    import torch
+
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
