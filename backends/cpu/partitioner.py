@@ -1,0 +1,36 @@
+"""`MoECpuPartitioner`: fused experts as ATen for ExecuTorch's CPU runtime."""
+
+from __future__ import annotations
+
+import torch
+from executorch.exir.backend.partitioner import Partitioner, PartitionResult
+from torch import Tensor
+from torch.export.exported_program import ExportedProgram
+
+from executorch_moe.kernels import fused_experts as _fused_experts  # noqa: F401  registers torch.ops.executorch_moe
+from executorch_moe.kernels.aten import fused_experts_aten
+
+
+def _right_shift(x: Tensor, bits: int) -> Tensor:
+    """x >> bits for integers; shifts are not Core ATen, so ExecuTorch's verifier refuses them in a program."""
+    return torch.div(x, 2**bits, rounding_mode="floor")
+
+
+class MoECpuPartitioner(Partitioner):
+    """Replaces `fused_experts` by plain ATen and delegates nothing: the program runs on ExecuTorch's CPU kernels."""
+
+    def transform_for_pre_decomposition(self, exported_program: ExportedProgram) -> ExportedProgram:
+        """Decompose the fused operator; every other operator is left to ExecuTorch's own decompositions."""
+        op = torch.ops.executorch_moe.fused_experts.default
+        if not any(node.target is op for node in exported_program.graph.nodes):
+            return exported_program
+        table = {
+            op: fused_experts_aten,
+            torch.ops.aten.__rshift__.Scalar: _right_shift,
+            torch.ops.aten.bitwise_right_shift.Tensor_Scalar: _right_shift,
+        }
+        return exported_program.run_decompositions(table)
+
+    def partition(self, exported_program: ExportedProgram) -> PartitionResult:
+        """Tag nothing."""
+        return PartitionResult(tagged_exported_program=exported_program, partition_tags={})
