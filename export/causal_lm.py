@@ -1,0 +1,141 @@
+"""A Hugging Face causal language model as two exportable methods, `prefill` and `decode`, on one static KV cache.
+
+Letters: T tokens of one call, C positions in the cache (max_context), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+MIN_CONTEXT = 8
+
+
+class StaticKVCache(nn.Module):
+    """Keys and values of all layers as named buffers `key_L` and `value_L`, each [1, num_key_value_heads, C, head_dim].
+
+    Named buffers are what lets two exported methods share one cache: runtimes match mutated buffers by name.
+    """
+
+    def __init__(self, num_layers: int, num_heads: int, max_context: int, head_dim: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_layers = num_layers
+        for layer in range(num_layers):
+            for kind in ("key", "value"):
+                zeros = torch.zeros(1, num_heads, max_context, head_dim, dtype=dtype)
+                self.register_buffer(f"{kind}_{layer}", zeros, persistent=True)
+
+    def at(self, cache_position: Tensor) -> CacheView:
+        """The cache as transformers' attention layers want it, for writing at `cache_position` [T]."""
+        return CacheView(self, cache_position)
+
+    def reset(self) -> None:
+        """Back to zeros."""
+        for buffer in self.buffers():
+            buffer.zero_()
+
+
+class CacheView:
+    """What attention layers of transformers ask of a cache: `update` writes the new rows and returns the whole cache.
+
+    The positions are the caller's, so nothing here counts tokens: transformers' own StaticCache keeps a counter, which
+    would be one more mutated buffer and one more thing to reset.
+    """
+
+    is_compileable = True
+
+    def __init__(self, cache: StaticKVCache, cache_position: Tensor) -> None:
+        self.cache = cache
+        self.cache_position = cache_position
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """key, value [1, heads, T, head_dim] -> the layer's whole cache, [1, heads, C, head_dim] each."""
+        keys: Tensor = getattr(self.cache, f"key_{layer_idx}")
+        values: Tensor = getattr(self.cache, f"value_{layer_idx}")
+        keys[:, :, self.cache_position] = key.to(keys.dtype)
+        values[:, :, self.cache_position] = value.to(values.dtype)
+        return keys, values
+
+
+class CausalLM(nn.Module):
+    """Model plus cache; `forward` is what both methods compute."""
+
+    def __init__(self, model: nn.Module, max_context: int) -> None:
+        """Wraps `model` (a transformers `*ForCausalLM`), keeping its device and dtype.
+
+        Raises:
+            ValueError: `max_context` below 8 or beyond the positions that the model was made for.
+            NotImplementedError: a model with sliding-window layers.
+        """
+        super().__init__()
+        config: Any = model.config
+        limit = config.max_position_embeddings
+        if not MIN_CONTEXT <= max_context <= limit:
+            raise ValueError(
+                f"max_context={max_context} must be between {MIN_CONTEXT} and the model's max_position_embeddings={limit}: "
+                f"choose a value in that range"
+            )
+        if getattr(config, "sliding_window", None) is not None:
+            raise NotImplementedError(
+                f"sliding_window={config.sliding_window} is not supported yet: use a model with full attention in every layer"
+            )
+        self.model = model
+        self.max_context = max_context
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+        self.kv_cache = StaticKVCache(
+            config.num_hidden_layers, config.num_key_value_heads, max_context, head_dim, dtype
+        )
+        self.kv_cache.to(next(model.parameters()).device)
+
+    def forward(self, input_ids: Tensor, cache_position: Tensor) -> Tensor:
+        """Logits after the last token.
+
+        Args:
+            input_ids: int64 [1, T].
+            cache_position: int64 [T], the position of each token; every position below the first was written before.
+
+        Returns:
+            fp32 [1, V].
+        """
+        # True = may be seen. A query sees the positions up to its own, all of which are written; the rest of the cache
+        # holds zeros or what a longer, earlier text left there.
+        positions = torch.arange(self.max_context, device=cache_position.device)
+        mask = positions[None, :] <= cache_position[:, None]
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=mask[None, None],  # [1, 1, T, C]: 4-D masks are used as they are
+            position_ids=cache_position[None],
+            past_key_values=self.kv_cache.at(cache_position),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1].float()
+
+    def reset(self) -> None:
+        """Forgets the text: the cache back to its initial values."""
+        self.kv_cache.reset()
+
+
+def export_methods(module: CausalLM) -> dict[str, ExportedProgram]:
+    """Exports `module` as `prefill` (T from 2 to C, dynamic) and `decode` (T = 1).
+
+    Both programs refer to weights and cache by the same qualified names, so that a runtime can share them.
+    """
+    device = next(module.parameters()).device
+    module.eval()
+
+    def example(tokens: int) -> tuple[Tensor, Tensor]:
+        return torch.zeros(1, tokens, dtype=torch.int64, device=device), torch.arange(tokens, device=device)
+
+    length = Dim("T", min=2, max=module.max_context)
+    dynamic = {"input_ids": {1: length}, "cache_position": {0: length}}
+    with torch.no_grad():
+        # strict=False: transformers' decorators and kernel hooks are plain Python that the tracer need not understand.
+        return {
+            "prefill": torch.export.export(module, example(MIN_CONTEXT - 1), dynamic_shapes=dynamic, strict=False),
+            "decode": torch.export.export(module, example(1), strict=False),
+        }
