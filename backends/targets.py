@@ -1,0 +1,107 @@
+"""`lower`: exported programs to an ExecuTorch program for a target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from executorch.backends.cuda.cuda_backend import CudaBackend
+from executorch.exir import (
+    EdgeProgramManager,
+    ExecutorchBackendConfig,
+    ExecutorchProgramManager,
+    to_edge_transform_and_lower,
+)
+from executorch.exir.passes import MemoryPlanningPass
+from torch.export.exported_program import ExportedProgram
+
+from executorch_moe.backends.cpu import MoECpuPartitioner
+from executorch_moe.backends.cuda import MoECudaPartitioner
+
+TARGETS = ("cuda", "cpu")
+
+
+def lower(
+    programs: Mapping[str, ExportedProgram],
+    target: str,
+    constant_methods: Mapping[str, Any] | None = None,
+) -> ExecutorchProgramManager:
+    """Lower all methods of one program; weights and mutated buffers of the same qualified name are shared.
+
+    Args:
+        programs: method name -> exported program.
+        target: "cuda" compiles with AOTInductor for the GPU of this machine; "cpu" for ExecuTorch's CPU kernels.
+        constant_methods: method name -> bool, int, float, str, or lists of them.
+
+    Returns:
+        The program, to be written with `artifact.save`: its weights are external.
+
+    Raises:
+        ValueError: unknown target, no method, or a name used twice.
+        RuntimeError: target "cuda" on a machine without a GPU.
+    """
+    constants = dict(constant_methods or {})
+    if target not in TARGETS:
+        raise ValueError(f"target {target!r} is unknown: choose one of {', '.join(TARGETS)}")
+    if not programs:
+        raise ValueError("programs is empty: pass at least one exported method")
+    if both := sorted(constants.keys() & programs.keys()):
+        raise ValueError(f"{both[0]!r} is both a method and a constant method: rename one")
+    # ExecuTorch's passes replay in-place buffer updates, which autograd refuses if a parameter asks for gradients.
+    with torch.no_grad():
+        return _lower_cuda(programs, constants) if target == "cuda" else _lower_cpu(programs, constants)
+
+
+def why_no_cuda_export() -> str:
+    """Empty if "cuda" can be lowered here, else the reason why not."""
+    from torch._dynamo.device_interface import get_interface_for_device
+
+    if get_interface_for_device("cuda").is_available():
+        return ""
+    if not torch.backends.cuda.is_built():
+        return f"torch {torch.__version__} is a CPU build"
+    return "no CUDA device is visible"
+
+
+def _lower_cuda(programs: Mapping[str, ExportedProgram], constants: dict[str, Any]) -> ExecutorchProgramManager:
+    if why := why_no_cuda_export():
+        raise RuntimeError(
+            f"cannot lower for target 'cuda': {why}. Export on a machine with an NVIDIA GPU, or use target 'cpu'"
+        )
+    edge = to_edge_transform_and_lower(
+        dict(programs),
+        partitioner={
+            name: [MoECudaPartitioner([CudaBackend.generate_method_name_compile_spec(name)])] for name in programs
+        },
+        constant_methods=constants,
+    )
+    return edge.to_executorch(ExecutorchBackendConfig(external_constants=True))
+
+
+def _lower_cpu(programs: Mapping[str, ExportedProgram], constants: dict[str, Any]) -> ExecutorchProgramManager:
+    edge = to_edge_transform_and_lower(dict(programs), partitioner=[MoECpuPartitioner()], constant_methods=constants)
+    state = _mark_state(edge)
+    return edge.to_executorch(
+        ExecutorchBackendConfig(
+            external_constants=lambda node: None if node.name in state else "weights",
+            memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=bool(state)),
+        )
+    )
+
+
+def _mark_state(edge: EdgeProgramManager) -> set[str]:
+    """Give every buffer that some method mutates its initial value, in all methods; returns the nodes' names.
+
+    By default ExecuTorch drops the initial value of a mutated buffer. A method that only reads it must also see it as
+    state, not as a weight: else it would get a constant copy.
+    """
+    signatures = {name: edge.exported_program(name).graph_signature for name in edge.methods}
+    mutated = {fqn for signature in signatures.values() for fqn in signature.buffers_to_mutate.values()}
+    names = set()
+    for name, signature in signatures.items():
+        for node in edge.exported_program(name).graph.nodes:
+            if node.op == "placeholder" and signature.inputs_to_buffers.get(node.name) in mutated:
+                node.meta["et_init_buffer"] = True
+                names.add(node.name)
+    return names
