@@ -75,12 +75,13 @@ class CausalLM(nn.Module):
         limit = config.max_position_embeddings
         if not MIN_CONTEXT <= max_context <= limit:
             raise ValueError(
-                f"max_context={max_context} must be between {MIN_CONTEXT} and the model's max_position_embeddings={limit}: "
-                f"choose a value in that range"
+                f"max_context={max_context} must be between {MIN_CONTEXT} and the model's "
+                f"max_position_embeddings={limit}: choose a value in that range"
             )
         if getattr(config, "sliding_window", None) is not None:
             raise NotImplementedError(
-                f"sliding_window={config.sliding_window} is not supported yet: use a model with full attention in every layer"
+                f"sliding_window={config.sliding_window} is not supported yet: "
+                "use a model with full attention in every layer"
             )
         self.model = model
         self.max_context = max_context

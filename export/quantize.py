@@ -8,13 +8,13 @@ from torch import nn
 
 from executorch_moe.kernels import SCHEMES, FusedExperts, pack_experts
 
-# Experts modules whose parameters are gate_up_proj [E, 2I, H] (gate rows, then up rows) and down_proj [E, H, I], without
-# biases, and whose forward takes (hidden_states, top_k_index, top_k_weights).
+# Experts modules whose parameters are gate_up_proj [E, 2I, H] (gate rows, then up rows) and down_proj [E, H, I],
+# without biases, and whose forward takes (hidden_states, top_k_index, top_k_weights).
 GATE_UP_DOWN = ("Qwen3MoeExperts",)
 
 
 def find_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yields (qualified name, module) of every experts module that is not fused yet; transformers names them `*Experts`."""
+    """Yields (qualified name, module) of each experts module not fused yet; transformers names them `*Experts`."""
     for name, module in model.named_modules():
         if type(module).__name__.endswith("Experts") and not isinstance(module, FusedExperts):
             yield name, module
@@ -35,7 +35,8 @@ def quantize_experts_(model: nn.Module, scheme: str = "w4a16", group_size: int =
 
     Raises:
         ValueError: an unknown scheme, a group size that does not fit, or a model without experts.
-        NotImplementedError: an experts module of another architecture or with another activation. Nothing is changed then.
+        NotImplementedError: an experts module of another architecture or with another activation. In both cases the
+            model is left as it was.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"scheme={scheme!r} is unknown: use one of {', '.join(SCHEMES)}")

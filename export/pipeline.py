@@ -1,0 +1,209 @@
+"""Model folder -> `.pte` + `.ptd` + tokenizer: load, quantise, trace, lower, write."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from executorch_moe.kernels import SCHEMES, FusedExperts
+
+from .causal_lm import CausalLM, export_methods
+from .pretrained import check_supported, load_model, require_transformers, resolve, tokenizer_json
+from .quantize import quantize_experts_
+
+TARGETS = ("cuda", "cpu")
+DEFAULT_MAX_CONTEXT = 2048
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export; checked when made.
+
+    Attributes:
+        model: folder of a Hugging Face model, or "tiny".
+        out: the `.pte` to write; NAME.ptd and NAME.tokenizer.json are written beside it.
+        target: "cuda", "cpu" or "auto" (cuda if torch sees a GPU).
+        scheme: "w4a16", "w4a8" or "bf16".
+        group_size: weights that share one scale.
+        max_context: positions in the KV cache; None takes 2048 or what the model was made for, if that is less.
+    """
+
+    model: str
+    out: Path
+    target: str = "auto"
+    scheme: str = "w4a16"
+    group_size: int = 32
+    max_context: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.target not in (*TARGETS, "auto"):
+            raise ValueError(f"target={self.target!r} is unknown: use one of {', '.join(TARGETS)}, auto")
+        if self.scheme not in SCHEMES:
+            raise ValueError(f"scheme={self.scheme!r} is unknown: use one of {', '.join(SCHEMES)}")
+        if self.out.suffix != ".pte":
+            raise ValueError(f"out={str(self.out)!r} must end in .pte: give for example {self.out.with_suffix('.pte')}")
+        if self.out.is_dir():
+            raise ValueError(f"out={str(self.out)!r} is a folder: give a file name that ends in .pte")
+        if self.target == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                f"target='cuda' needs a GPU that torch {torch.__version__} can use, and there is none: "
+                "export on a GPU machine with a CUDA build of torch, or use target='cpu'"
+            )
+
+    def resolved_target(self) -> str:
+        """The target with "auto" decided."""
+        if self.target != "auto":
+            return self.target
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass
+class ExportSummary:
+    """What was exported and what it cost."""
+
+    options: ExportOptions
+    target: str
+    layers_fused: int
+    num_experts: int
+    top_k: int
+    max_context: int
+    expert_bytes_bf16: int
+    expert_bytes_packed: int
+    dense_bytes: int
+    files: list[Path] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def table(self) -> Table:
+        """The summary as a table for the terminal."""
+        table = Table(title=f"{self.options.model} for {self.target}", show_header=False, title_justify="left")
+        table.add_column(style="bold")
+        table.add_column()
+        scheme = self.options.scheme
+        if SCHEMES[scheme].packed:
+            scheme += f", group size {self.options.group_size}"
+        table.add_row("experts", f"{self.layers_fused} layers fused, {self.num_experts} experts each, top-{self.top_k}")
+        table.add_row("scheme", scheme)
+        before, after = self.expert_bytes_bf16, self.expert_bytes_packed
+        table.add_row("expert weights", f"{size(before)} in bf16 -> {size(after)} packed")
+        table.add_row("other weights", size(self.dense_bytes))
+        table.add_row("methods", f"prefill (2 to {self.max_context} tokens), decode (1 token)")
+        for path in self.files:
+            table.add_row("file", f"{path}  {size(path.stat().st_size)}")
+        times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
+        table.add_row("time", times)
+        return table
+
+
+def size(num_bytes: float) -> str:
+    """A size for people: 1.9 MB."""
+    for unit in ("B", "kB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.2f} GB"
+
+
+def tokenizer_path(pte: Path) -> Path:
+    """Where the tokenizer of an artifact lies: beside it, NAME.tokenizer.json."""
+    return pte.with_suffix(".tokenizer.json")
+
+
+def export_model(options: ExportOptions, console: Console | None = None) -> ExportSummary:
+    """Exports a model folder; shows each step on `console` if one is given.
+
+    Raises:
+        ValueError, NotImplementedError, FileNotFoundError: input that cannot be exported; nothing is written then.
+    """
+    from executorch_moe.backends.artifact import save
+    from executorch_moe.backends.targets import lower
+
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def step(name: str, doing: str) -> Iterator[None]:
+        start = time.perf_counter()
+        if console is None:
+            yield
+        else:
+            with console.status(doing):
+                yield
+        seconds[name] = time.perf_counter() - start
+        if console is not None:
+            console.print(f"[green]done[/green] {doing} ({seconds[name]:.1f} s)", highlight=False)
+
+    folder = resolve(options.model)
+    check_supported(folder)
+    require_transformers()
+    target = options.resolved_target()
+    tokenizer = tokenizer_json(folder)
+    # The experts' activations are bf16 in both; the CPU runtime's dense kernels are made for fp32.
+    dtype = torch.bfloat16 if target == "cuda" else torch.float32
+
+    with step("load", f"loading {folder.name if options.model != 'tiny' else 'the tiny model'}"):
+        model = load_model(folder, dtype)
+    config: Any = model.config
+    max_context = options.max_context or min(DEFAULT_MAX_CONTEXT, config.max_position_embeddings)
+    with step("quantise", f"packing the experts as {options.scheme}"):
+        quantize_experts_(model, options.scheme, options.group_size)
+        module = CausalLM(model, max_context)
+    with step("trace", "tracing prefill and decode"):
+        programs = export_methods(module)
+    with step("lower", f"lowering to {target}" + (" (compiles kernels: minutes)" if target == "cuda" else "")):
+        manager = lower(programs, target, constant_methods(config, max_context))
+    with step("write", f"writing {options.out}"):
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        artifact = save(manager, options.out)
+        write_aside(tokenizer_path(options.out), tokenizer)
+
+    fused = [layer for layer in model.modules() if isinstance(layer, FusedExperts)]
+    summary = ExportSummary(
+        options=options,
+        target=target,
+        layers_fused=len(fused),
+        num_experts=fused[0].num_experts,
+        top_k=config.num_experts_per_tok,
+        max_context=max_context,
+        expert_bytes_bf16=sum(2 * 3 * e.num_experts * e.hidden_size * e.intermediate_size for e in fused),
+        expert_bytes_packed=sum(e.packed().nbytes() for e in fused),
+        dense_bytes=sum(parameter.nbytes for parameter in model.parameters()),  # experts are buffers
+        files=[path for path in (artifact.pte, artifact.ptd, tokenizer_path(options.out)) if path.is_file()],
+        seconds=seconds,
+    )
+    return summary
+
+
+def constant_methods(config: Any, max_context: int) -> dict[str, Any]:
+    """Constant methods under the names that ExecuTorch's language model runners read."""
+    eos = config.eos_token_id
+    return {
+        "get_max_context_len": max_context,
+        "get_max_seq_len": max_context,
+        "get_vocab_size": config.vocab_size,
+        "get_bos_id": -1 if config.bos_token_id is None else config.bos_token_id,
+        "get_eos_ids": list(eos) if isinstance(eos, (list, tuple)) else [-1 if eos is None else eos],
+        "get_n_layers": config.num_hidden_layers,
+        "use_kv_cache": True,
+        "enable_dynamic_shape": True,
+    }
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        with open(aside, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
