@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .schemes import GATE_UP_GRANULE, K_BLOCK, check_group_size, get_scheme, round_up
+from .schemes import GATE_UP_GRANULE, K_BLOCK, Scheme, check_group_size, get_scheme, round_up
 
 
 @dataclass
@@ -291,6 +291,7 @@ def unpack_experts(packed: PackedExperts) -> tuple[Tensor, Tensor]:
     return gate_up, w2[:, :h, :i]
 
 
-def fragment_order(scheme: str, gemm: int) -> str:
+def fragment_order(scheme: Scheme | str, gemm: int) -> str:
     """Fragment order of a matrix: int8 fragments where GEMM `gemm` (1 or 2) of the scheme multiplies in int8."""
-    return "w4a8" if get_scheme(scheme).act_group(gemm) else "w4a16"
+    kind = get_scheme(scheme) if isinstance(scheme, str) else scheme
+    return "w4a8" if kind.act_group(gemm) else "w4a16"

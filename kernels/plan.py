@@ -1,3 +1,354 @@
-"""Placeholder until the kernels land in the next commit."""
-def run_fused_experts(*args):
-    raise NotImplementedError
+"""From the operator's arguments to kernel launches: which path, which buffers, which configuration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.library import wrap_triton
+from triton.runtime.jit import JITFunction
+
+from .configs import (
+    INTERPRETER_GPU,
+    FewTokensConfig,
+    GemmConfig,
+    Gpu,
+    choose_gemm,
+    few_tokens_limit,
+    gpu_of,
+)
+from .elementwise import moe_quantize_rows, moe_sum_pairs
+from .few_tokens import moe_few_tokens_gemm
+from .grouped_gemm import moe_grouped_gemm
+from .packing import fragment_order
+from .routing import RANK_BLOCK, moe_route_count, moe_route_scatter
+from .schemes import Scheme, get_activation, get_scheme, round_up
+
+ROUTE_CHUNK = 256
+LIST_BLOCK = 32
+
+
+@dataclass
+class Launch:
+    """One kernel launch: everything needed to run it, or to compile it for a GPU that is not here."""
+
+    kernel: Any
+    grid: tuple[Any, ...]
+    args: dict[str, Any]
+    constexprs: dict[str, Any]
+    num_warps: int = 4
+
+    def run(self) -> None:
+        kernel = wrap_triton(self.kernel) if isinstance(self.kernel, JITFunction) else self.kernel
+        kernel[self.grid](**self.args, **self.constexprs, num_warps=self.num_warps)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Choices that tests and benchmarks force; None leaves a choice to the operator.
+
+    Attributes:
+        path: "grouped" or "few_tokens".
+        persistent: False runs the one-CTA-per-tile schedule.
+        gemm1, gemm2: tile configurations. few_tokens: of the few-token kernel.
+    """
+
+    path: str | None = None
+    persistent: bool = True
+    gemm1: GemmConfig | None = None
+    gemm2: GemmConfig | None = None
+    few_tokens: FewTokensConfig | None = None
+
+
+@dataclass
+class Problem:
+    """The operator's arguments with the sizes that every launch needs."""
+
+    hidden_states: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    w13: Tensor
+    w2: Tensor
+    w13_scale: Tensor | None
+    w2_scale: Tensor | None
+    w13_zero: Tensor | None
+    w2_zero: Tensor | None
+    w13_bias: Tensor | None
+    w2_bias: Tensor | None
+    scheme: Scheme
+    activation: int
+    group_size: int
+    gpu: Gpu
+    ptx: bool
+    options: Options = field(default_factory=Options)
+    submit: Callable[[Launch], None] = Launch.run
+
+    def __post_init__(self) -> None:
+        self.num_tokens, self.h = self.hidden_states.shape
+        self.top_k = self.topk_ids.shape[1]
+        self.num_pairs = self.num_tokens * self.top_k
+        self.num_experts = self.w13.shape[0]
+        self.h_pad = round_up(self.h, 128)
+        self.i_pad = self.w2.shape[1] * 128 if self.scheme.packed else self.w2.shape[2]
+
+    def empty(self, shape: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.hidden_states.device)
+
+    def weights(self, gemm: int) -> dict[str, Any]:
+        """Pointer arguments of one GEMM's weights; absent ones are filled with a tensor that is never read."""
+        w, scale, zero, bias = (
+            (self.w13, self.w13_scale, self.w13_zero, self.w13_bias)
+            if gemm == 1
+            else (self.w2, self.w2_scale, self.w2_zero, self.w2_bias)
+        )
+        return {
+            "w_ptr": w,
+            "w_scale_ptr": w if scale is None else scale,
+            "w_zero_ptr": w if zero is None else zero,
+            "bias_ptr": w if bias is None else bias,
+        }
+
+    def constants(self, gemm: int) -> dict[str, Any]:
+        """Constexprs that both mainloops share."""
+        zero, bias = (self.w13_zero, self.w13_bias) if gemm == 1 else (self.w2_zero, self.w2_bias)
+        return {
+            "N": 2 * self.i_pad if gemm == 1 else self.h_pad,
+            "K": self.h if gemm == 1 else self.i_pad,
+            "KP": self.h_pad if gemm == 1 else self.i_pad,
+            "OUT_COLS": self.i_pad if gemm == 1 else self.h,
+            "TOP_K": self.top_k,
+            "GROUP": self.group_size if self.scheme.packed else 128,
+            "W_BITS": self.scheme.weight_bits,
+            "HAS_ZERO": zero is not None,
+            "HAS_BIAS": bias is not None,
+            "ACTIVATION": self.activation,
+            "GEMM": gemm,
+            "PTX": self.ptx,
+        }
+
+
+def cdiv(a: Any, b: int) -> Any:
+    return (a + b - 1) // b
+
+
+def run_few_tokens(p: Problem) -> Tensor:
+    """Two launches: GEMM1 with the activation, GEMM2 with the weighted sum over top_k."""
+    config = p.options.few_tokens or FewTokensConfig()
+    hidden = p.empty((p.num_pairs, p.i_pad), torch.bfloat16)
+    out = p.empty((p.num_tokens, p.h), torch.bfloat16)
+    for gemm, x, y, rows in ((1, p.hidden_states, hidden, p.num_pairs), (2, hidden, out, p.num_tokens)):
+        constants = p.constants(gemm)
+        p.submit(
+            Launch(
+                moe_few_tokens_gemm,
+                (constants["N"] // config.block_n, rows),
+                {"x_ptr": x, **p.weights(gemm), "out_ptr": y, "topk_ids_ptr": p.topk_ids, "pair_weight_ptr": p.topk_weights},
+                {
+                    **constants,
+                    "STRIDE_X": x.shape[1],
+                    "NUM_EXPERTS": p.num_experts,
+                    "INT8": p.scheme.packed and fragment_order(p.scheme, gemm) == "w4a8",
+                    "BLOCK_N": config.block_n,
+                    "NUM_STAGES": config.num_stages,
+                },
+                num_warps=config.num_warps,
+            )
+        )
+    return out
+
+
+@dataclass
+class Routing:
+    """What routing leaves on the device; see routing.py."""
+
+    sorted_pair_ids: Tensor
+    expert_offsets: Tensor
+    block_expert: Tensor
+    block_row: Tensor
+    num_row_blocks: Tensor
+
+
+def max_row_blocks(num_pairs: Any, num_experts: int, block_m: int) -> Any:
+    """Upper bound of the row blocks of any routing: every expert may end in a partial block."""
+    bound = num_pairs // block_m + num_experts
+    return min(bound, num_pairs) if isinstance(num_pairs, int) else bound
+
+
+def run_routing(p: Problem, block_m: int) -> Routing:
+    """Two launches; the row-block list is for tiles of `block_m` rows."""
+    e_pow2 = max(32, triton.next_power_of_2(p.num_experts))
+    num_chunks = cdiv(p.num_pairs, ROUTE_CHUNK)
+    blocks = max_row_blocks(p.num_pairs, p.num_experts, block_m)
+    counts = p.empty((num_chunks, e_pow2), torch.int32)
+    r = Routing(
+        sorted_pair_ids=p.empty((p.num_pairs,), torch.int32),
+        expert_offsets=p.empty((p.num_experts + 1,), torch.int32),
+        block_expert=p.empty((blocks,), torch.int32),
+        block_row=p.empty((blocks,), torch.int32),
+        num_row_blocks=p.empty((1,), torch.int32),
+    )
+    shape = {"NUM_EXPERTS": p.num_experts, "E_POW2": e_pow2, "CHUNK": ROUTE_CHUNK}
+    p.submit(
+        Launch(
+            moe_route_count,
+            (num_chunks,),
+            {"topk_ids_ptr": p.topk_ids, "chunk_counts_ptr": counts, "num_pairs": p.num_pairs},
+            shape,
+        )
+    )
+    p.submit(
+        Launch(
+            moe_route_scatter,
+            (num_chunks,),
+            {
+                "topk_ids_ptr": p.topk_ids,
+                "chunk_counts_ptr": counts,
+                "sorted_pair_ids_ptr": r.sorted_pair_ids,
+                "expert_offsets_ptr": r.expert_offsets,
+                "block_expert_ptr": r.block_expert,
+                "block_row_ptr": r.block_row,
+                "num_row_blocks_ptr": r.num_row_blocks,
+                "num_pairs": p.num_pairs,
+                "num_chunks": num_chunks,
+            },
+            {**shape, "RANK_BLOCK": RANK_BLOCK, "BLOCK_M": block_m, "LIST_BLOCK": LIST_BLOCK},
+            num_warps=8,
+        )
+    )
+    return r
+
+
+def quantize_rows(p: Problem, x: Tensor, rows: Any, k: int, act_group: int) -> tuple[Tensor, Tensor]:
+    """One launch: int8 codes [rows, Kp] and fp32 scales [rows, Kp/act_group] of bf16 [rows, k]."""
+    k_pad = round_up(k, 128)
+    q = p.empty((rows, k_pad), torch.int8)
+    scale = p.empty((rows, k_pad // act_group), torch.float32)
+    groups = min(triton.next_power_of_2(k_pad // act_group), 2048 // act_group)
+    p.submit(
+        Launch(
+            moe_quantize_rows,
+            (rows, cdiv(k_pad // act_group, groups)),
+            {"x_ptr": x, "q_ptr": q, "scale_ptr": scale},
+            {"K": k, "KP": k_pad, "ACT_GROUP": act_group, "GROUPS": groups},
+        )
+    )
+    return q, scale
+
+
+def run_grouped_gemm(p: Problem, gemm: int, config: GemmConfig, x: Tensor, rows: Any, out: Tensor, r: Routing) -> None:
+    """GEMM1 or GEMM2 over the row blocks that routing wrote."""
+    constants = p.constants(gemm)
+    act_group = p.scheme.act_group(gemm)
+    scale = x
+    if act_group:
+        x, scale = quantize_rows(p, x, rows, constants["K"], act_group)
+    tiles = r.block_expert.shape[0] * (constants["N"] // config.block_n)
+    programs = p.gpu.num_sms * config.ctas_per_sm
+    if p.options.persistent:
+        grid = min(programs, tiles) if isinstance(tiles, int) else programs
+    else:
+        grid = tiles
+    p.submit(
+        Launch(
+            moe_grouped_gemm,
+            (grid,),
+            {
+                "x_ptr": x,
+                "x_scale_ptr": scale,
+                **p.weights(gemm),
+                "out_ptr": out,
+                "pair_weight_ptr": p.topk_weights,
+                "sorted_pair_ids_ptr": r.sorted_pair_ids,
+                "expert_offsets_ptr": r.expert_offsets,
+                "block_expert_ptr": r.block_expert,
+                "block_row_ptr": r.block_row,
+                "num_row_blocks_ptr": r.num_row_blocks,
+            },
+            {
+                **constants,
+                "STRIDE_X": x.shape[1],
+                "ACT_GROUP": act_group,
+                "BLOCK_M": config.block_m,
+                "BLOCK_N": config.block_n,
+                "GROUP_SIZE_M": config.group_size_m,
+                "NUM_STAGES": config.num_stages,
+                "PERSISTENT": p.options.persistent,
+            },
+            num_warps=config.num_warps,
+        )
+    )
+
+
+def run_grouped(p: Problem) -> Tensor:
+    """Routing, GEMM1, GEMM2, sum over top_k."""
+    pairs = p.num_pairs if isinstance(p.num_pairs, int) else None
+    config1 = p.options.gemm1 or choose_gemm(p.gpu, p.scheme, 1, p.num_experts, 2 * p.i_pad, p.h_pad, pairs)
+    config2 = p.options.gemm2 or choose_gemm(p.gpu, p.scheme, 2, p.num_experts, p.h_pad, p.i_pad, pairs)
+    routing1 = run_routing(p, config1.block_m)
+    routing2 = routing1 if config2.block_m == config1.block_m else run_routing(p, config2.block_m)
+    hidden = p.empty((p.num_pairs, p.i_pad), torch.bfloat16)
+    run_grouped_gemm(p, 1, config1, p.hidden_states, p.num_tokens, hidden, routing1)
+    y = p.empty((p.num_pairs, p.h), torch.bfloat16)
+    run_grouped_gemm(p, 2, config2, hidden, p.num_pairs, y, routing2)
+    out = p.empty((p.num_tokens, p.h), torch.bfloat16)
+    block_h = min(1024, triton.next_power_of_2(p.h))
+    p.submit(
+        Launch(
+            moe_sum_pairs,
+            (p.num_tokens, cdiv(p.h, block_h)),
+            {"y_ptr": y, "topk_ids_ptr": p.topk_ids, "out_ptr": out},
+            {"H": p.h, "TOP_K": p.top_k, "NUM_EXPERTS": p.num_experts, "BLOCK_H": block_h, "PTX": p.ptx},
+        )
+    )
+    return out
+
+
+def run_fused_experts(
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    w13_scale: Tensor | None,
+    w2_scale: Tensor | None,
+    w13_zero: Tensor | None,
+    w2_zero: Tensor | None,
+    w13_bias: Tensor | None,
+    w2_bias: Tensor | None,
+    scheme: str,
+    activation: str,
+    group_size: int,
+    options: Options = Options(),  # noqa: B008 (frozen)
+    gpu: Gpu | None = None,
+    submit: Callable[[Launch], None] = Launch.run,
+) -> Tensor:
+    """Run the expert layer with the Triton kernels; arguments are checked by the operator, `op.fused_experts`.
+
+    Args:
+        options: forced choices. gpu: target instead of the tensors' device.
+        submit: what to do with each launch; the default runs it.
+
+    Returns:
+        bf16 [T, H].
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if gpu is None:
+        gpu = INTERPRETER_GPU if interpreted else gpu_of(hidden_states.device.index or 0)
+    num_tokens = hidden_states.shape[0]
+    if isinstance(num_tokens, int) and num_tokens == 0:
+        return torch.empty_like(hidden_states)
+    p = Problem(
+        hidden_states.contiguous(), topk_ids.contiguous(), topk_weights.contiguous(), w13, w2, w13_scale, w2_scale,
+        w13_zero, w2_zero, w13_bias, w2_bias, get_scheme(scheme), get_activation(activation), group_size, gpu,
+        not interpreted, options, submit,
+    )  # fmt: skip
+    path = options.path
+    if path is None:
+        few = isinstance(num_tokens, int) and num_tokens <= few_tokens_limit(p.num_experts, p.top_k)
+        path = "few_tokens" if few else "grouped"
+    return run_few_tokens(p) if path == "few_tokens" else run_grouped(p)

@@ -1,0 +1,182 @@
+"""Device functions shared by the tensor-core and the few-token kernels: tile order, weight decoding, activation.
+
+Inductor re-emits these by bare global name when it embeds a kernel, so kernels import them one by one, never through
+the module and never under another name.
+
+PTX is a constexpr: False under Triton's interpreter, which runs neither inline PTX nor bf16 dots. Both forms give the
+same bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def grouped_tile(tile, num_row_blocks, num_n_blocks, GROUP_SIZE_M: tl.constexpr):
+    """Tile index -> (row block, n block): groups of GROUP_SIZE_M row blocks, column-major inside a group."""
+    group_tiles = GROUP_SIZE_M * num_n_blocks
+    first = (tile // group_tiles) * GROUP_SIZE_M
+    rows = tl.minimum(num_row_blocks - first, GROUP_SIZE_M)
+    within = tile % group_tiles
+    return first + within % rows, within // rows
+
+
+@triton.jit
+def to_bf16(x, PTX: tl.constexpr):
+    """fp32 -> bf16, round to nearest even. The interpreter's own conversion truncates."""
+    if PTX:
+        return x.to(tl.bfloat16)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        return nearest.to(tl.float32, bitcast=True).to(tl.bfloat16)
+
+
+@triton.jit
+def decode_bf16(half, s0, s1, s2, s3, z0, z1, z2, z3, HAS_ZERO: tl.constexpr, PTX: tl.constexpr):
+    """Halfwords of four signed nibbles -> four bf16 tensors nibble * scale (+ zero), lowest nibble first.
+
+    bf16 128 + n has the bits 0x4300 | n for n in [0, 128). A two's complement nibble with its top bit flipped is q + 8,
+    so 0x4308 ^ nibble is the bf16 136 + q: one lop3 decodes two values, and subtracting 136 is exact. The one rounding
+    is that of q * scale (+ zero) to bf16.
+
+    Args:
+        half: int16 [BLOCK_N, 32].
+        s0..s3, z0..z3: bf16, shaped like `half`: scale and zero of nibble 0..3. Zeros are ignored without HAS_ZERO.
+    """
+    if not PTX:
+        q0 = (((half & 15) ^ 8) - 8).to(tl.float32)
+        q1 = ((((half >> 4) & 15) ^ 8) - 8).to(tl.float32)
+        q2 = ((((half >> 8) & 15) ^ 8) - 8).to(tl.float32)
+        q3 = ((((half >> 12) & 15) ^ 8) - 8).to(tl.float32)
+        v0 = q0 * s0.to(tl.float32)
+        v1 = q1 * s1.to(tl.float32)
+        v2 = q2 * s2.to(tl.float32)
+        v3 = q3 * s3.to(tl.float32)
+        if HAS_ZERO:
+            v0 += z0.to(tl.float32)
+            v1 += z1.to(tl.float32)
+            v2 += z2.to(tl.float32)
+            v3 += z3.to(tl.float32)
+        return to_bf16(v0, PTX), to_bf16(v1, PTX), to_bf16(v2, PTX), to_bf16(v3, PTX)
+    elif HAS_ZERO:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 t, one, m136;
+            mov.b32 one, 0x3F803F80;
+            mov.b32 m136, 0xC308C308;
+            lop3.b32 $0, $4, 0x000F000F, 0x43084308, 0x6a;
+            shr.u32 t, $4, 4;
+            lop3.b32 $1, t, 0x000F000F, 0x43084308, 0x6a;
+            shr.u32 t, $4, 8;
+            lop3.b32 $2, t, 0x000F000F, 0x43084308, 0x6a;
+            shr.u32 t, $4, 12;
+            lop3.b32 $3, t, 0x000F000F, 0x43084308, 0x6a;
+            fma.rn.bf16x2 $0, $0, one, m136;
+            fma.rn.bf16x2 $1, $1, one, m136;
+            fma.rn.bf16x2 $2, $2, one, m136;
+            fma.rn.bf16x2 $3, $3, one, m136;
+            fma.rn.bf16x2 $0, $0, $5, $9;
+            fma.rn.bf16x2 $1, $1, $6, $10;
+            fma.rn.bf16x2 $2, $2, $7, $11;
+            fma.rn.bf16x2 $3, $3, $8, $12;
+            }
+            """,
+            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r",
+            [half, s0, s1, s2, s3, z0, z1, z2, z3],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 t, one, m136, neg0;
+            mov.b32 one, 0x3F803F80;
+            mov.b32 m136, 0xC308C308;
+            mov.b32 neg0, 0x80008000;
+            lop3.b32 $0, $4, 0x000F000F, 0x43084308, 0x6a;
+            shr.u32 t, $4, 4;
+            lop3.b32 $1, t, 0x000F000F, 0x43084308, 0x6a;
+            shr.u32 t, $4, 8;
+            lop3.b32 $2, t, 0x000F000F, 0x43084308, 0x6a;
+            shr.u32 t, $4, 12;
+            lop3.b32 $3, t, 0x000F000F, 0x43084308, 0x6a;
+            fma.rn.bf16x2 $0, $0, one, m136;
+            fma.rn.bf16x2 $1, $1, one, m136;
+            fma.rn.bf16x2 $2, $2, one, m136;
+            fma.rn.bf16x2 $3, $3, one, m136;
+            fma.rn.bf16x2 $0, $0, $5, neg0;
+            fma.rn.bf16x2 $1, $1, $6, neg0;
+            fma.rn.bf16x2 $2, $2, $7, neg0;
+            fma.rn.bf16x2 $3, $3, $8, neg0;
+            }
+            """,
+            "=&r,=&r,=&r,=&r,r,r,r,r,r",
+            [half, s0, s1, s2, s3],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+
+
+@triton.jit
+def decode_int8(byte, PTX: tl.constexpr):
+    """Bytes of two signed nibbles -> two int8 tensors of 16 * nibble, low nibble first.
+
+    A nibble in the upper half of a byte is 16 times its value as int8, sign included; the 1/16 goes into the scale.
+
+    Args:
+        byte: int8 [BLOCK_N, 64].
+    """
+    if not PTX:
+        return (byte << 4).to(tl.int8), (byte & -16).to(tl.int8)
+    else:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 t;
+            shl.b32 t, $2, 4;
+            and.b32 $0, t, 0xF0F0F0F0;
+            and.b32 $1, $2, 0xF0F0F0F0;
+            }
+            """,
+            "=&r,=&r,r",
+            [byte],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+
+
+@triton.jit
+def load_groups(ptr, kb, offs_n, N: tl.constexpr, GROUP: tl.constexpr):
+    """Scales (or zeros) of K block `kb` for rows `offs_n`: one [BLOCK_N] tensor for each quarter (32 values) of the block.
+
+    ptr: bf16 [K/GROUP, N] of one expert.
+    """
+    if GROUP >= 128:
+        q0 = tl.load(ptr + (kb * 128 // GROUP) * N + offs_n)
+        return q0, q0, q0, q0
+    elif GROUP == 64:
+        q0 = tl.load(ptr + (kb * 2) * N + offs_n)
+        q2 = tl.load(ptr + (kb * 2 + 1) * N + offs_n)
+        return q0, q0, q2, q2
+    else:
+        tl.static_assert(GROUP == 32)
+        q0 = tl.load(ptr + (kb * 4) * N + offs_n)
+        q1 = tl.load(ptr + (kb * 4 + 1) * N + offs_n)
+        q2 = tl.load(ptr + (kb * 4 + 2) * N + offs_n)
+        q3 = tl.load(ptr + (kb * 4 + 3) * N + offs_n)
+        return q0, q1, q2, q3
+
+
+@triton.jit
+def gated_activation(gate, up, ACTIVATION: tl.constexpr):
+    """fp32 act(gate) * up. ACTIVATION 0: silu."""
+    tl.static_assert(ACTIVATION == 0)
+    return gate / (1.0 + tl.exp(-gate)) * up

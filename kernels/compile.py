@@ -1,0 +1,140 @@
+"""Compiling every kernel for GPUs that are not here: registers, spills and shared memory without a device."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .configs import MAX_DYNAMIC_SHARED, Gpu
+from .packing import pack_experts
+from .plan import Launch, Options, run_fused_experts
+
+NUM_SMS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+"""Multiprocessors of a usual part of each capability (A100, A10-class, RTX 4090, H200, B200, RTX 5090)."""
+
+_POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.uint8: "*u8",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """What the compiler made of one kernel for one target.
+
+    Attributes:
+        kernel: its name. capability: e.g. 90. constants: the constexprs that tell the variants apart.
+        shared: bytes of dynamic shared memory. registers: of a thread. spill_bytes: of local memory a thread.
+    """
+
+    kernel: str
+    capability: int
+    constants: str
+    shared: int
+    registers: int
+    spill_bytes: int
+
+
+def target_gpu(capability: int) -> Gpu:
+    """The usual part of a compute capability.
+
+    Raises:
+        ValueError: no such target is known.
+    """
+    if capability not in NUM_SMS:
+        known = ", ".join(f"sm_{c}" for c in NUM_SMS)
+        raise ValueError(f"sm_{capability} is not a known target: use one of {known}")
+    return Gpu(capability, NUM_SMS[capability], MAX_DYNAMIC_SHARED[capability])
+
+
+def record_launches(
+    gpu: Gpu, scheme: str, tokens: int, experts: int, top_k: int, h: int, i: int, group_size: int, options: Options
+) -> list[Launch]:
+    """Launches of one expert layer for a GPU that need not be here, on tensors without storage."""
+    with torch.device("meta"):
+        packed = pack_experts(torch.empty(experts, 2 * i, h), torch.empty(experts, h, i), scheme=scheme, group_size=group_size)
+        x = torch.empty(tokens, h, dtype=torch.bfloat16)
+        ids = torch.empty(tokens, top_k, dtype=torch.int64)
+        weights = torch.empty(tokens, top_k)
+        launches: list[Launch] = []
+        run_fused_experts(
+            x, ids, weights, *packed.tensors().values(), scheme, "silu", packed.group_size,
+            options=options, gpu=gpu, submit=launches.append,
+        )  # fmt: skip
+    return launches
+
+
+def _signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+    names = launch.kernel.arg_names
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for index, name in enumerate(names):
+        value = launch.args.get(name)
+        if isinstance(value, Tensor):
+            signature[name] = _POINTERS[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif name in launch.args:
+            signature[name] = "i32"
+        else:
+            signature[name] = "constexpr"
+            constants[(index,)] = launch.constexprs[name]
+    return signature, constants, attributes
+
+
+def _cuobjdump() -> Path:
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and local memory bytes of the one kernel of a cubin, read by the cuobjdump that Triton ships."""
+    handle, path = tempfile.mkstemp(suffix=".cubin")
+    try:
+        with os.fdopen(handle, "wb") as f:
+            f.write(cubin)
+        text = subprocess.run([_cuobjdump(), "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    finally:
+        os.unlink(path)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def compile_launch(launch: Launch, capability: int) -> KernelReport:
+    """Compile one launch for a capability; needs no GPU.
+
+    Raises:
+        RuntimeError: the kernel does not compile, with the compiler's reason as cause.
+    """
+    signature, constants, attributes = _signature(launch)
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.num_warps}
+    )
+    registers, spill_bytes = _resources(compiled.asm["cubin"])
+    telling = ("GEMM", "W_BITS", "ACT_GROUP", "GROUP", "BLOCK_M", "BLOCK_N", "NUM_STAGES", "PERSISTENT")
+    return KernelReport(
+        kernel=launch.kernel.__name__,
+        capability=capability,
+        constants=" ".join(f"{n}={launch.constexprs[n]}" for n in telling if n in launch.constexprs),
+        shared=compiled.metadata.shared,
+        registers=registers,
+        spill_bytes=spill_bytes,
+    )

@@ -1,0 +1,133 @@
+"""Tile shapes: what a configuration is, what fits a GPU, and the choice for a problem."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+
+from .schemes import K_BLOCK, Scheme
+
+GROUP_SIZES_M = (1, 8, 16, 32)
+"""Row blocks that a group of the tile order may hold."""
+
+MAX_DYNAMIC_SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+"""Largest shared memory of one block by compute capability, bytes. Source: CUDA C++ Programming Guide, "Technical
+Specifications per Compute Capability" (per-block opt-in limit)."""
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """One tile configuration of `moe_grouped_gemm`.
+
+    Attributes:
+        block_m: tokens of a tile. block_n: weight rows of a tile (GEMM1: gate and up rows together).
+        group_size_m: row blocks of a group in the tile order.
+        num_warps, num_stages: of the compiled kernel and its software pipeline.
+        ctas_per_sm: programs that the persistent grid starts on each multiprocessor.
+    """
+
+    block_m: int
+    block_n: int
+    group_size_m: int = 8
+    num_warps: int = 4
+    num_stages: int = 3
+    ctas_per_sm: int = 2
+
+    def __post_init__(self) -> None:
+        if self.block_m < 8 or self.block_m & (self.block_m - 1):
+            raise ValueError(f"block_m={self.block_m} must be a power of two of at least 8")
+        if self.block_n not in (64, 128, 256):
+            raise ValueError(f"block_n={self.block_n} must be 64, 128 or 256: packed rows are padded to 128")
+        if self.group_size_m not in GROUP_SIZES_M:
+            raise ValueError(f"group_size_m={self.group_size_m} must be one of {GROUP_SIZES_M}")
+
+
+@dataclass(frozen=True)
+class FewTokensConfig:
+    """Configuration of `moe_few_tokens_gemm`: block_n weight rows a program."""
+
+    block_n: int = 16
+    num_warps: int = 2
+    num_stages: int = 4
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the choice of a configuration needs to know of a GPU."""
+
+    capability: int
+    num_sms: int
+    max_shared: int
+
+
+@functools.cache
+def gpu_of(device_index: int) -> Gpu:
+    """Properties of a CUDA device, asked for once and kept."""
+    p = torch.cuda.get_device_properties(device_index)
+    return Gpu(p.major * 10 + p.minor, p.multi_processor_count, p.shared_memory_per_block_optin)
+
+
+INTERPRETER_GPU = Gpu(90, 4, MAX_DYNAMIC_SHARED[90])
+"""Stands in for a GPU when Triton's interpreter runs the kernels on the CPU: few programs, so that each walks many tiles."""
+
+
+def pipeline_bytes(config: GemmConfig, scheme: Scheme, gemm: int) -> int:
+    """Shared memory of the software pipeline's buffers, bytes: activations and raw weights of each stage."""
+    x_bytes = 1 if scheme.act_group(gemm) else 2
+    stage = K_BLOCK * (config.block_m * x_bytes + config.block_n * scheme.weight_bits // 8)
+    return config.num_stages * stage
+
+
+def fit(config: GemmConfig, scheme: Scheme, gemm: int, gpu: Gpu) -> GemmConfig:
+    """The configuration with as many stages, then as small a tile, as the GPU's shared memory asks for."""
+    # The epilogue's transposition and barriers take a little beside the pipeline.
+    budget = gpu.max_shared - 4096
+    while pipeline_bytes(config, scheme, gemm) > budget:
+        if config.num_stages > 2:
+            config = replace(config, num_stages=config.num_stages - 1)
+        elif config.block_m > 16:
+            config = replace(config, block_m=config.block_m // 2)
+        else:
+            config = replace(config, block_n=config.block_n // 2)
+    return config
+
+
+def choose_block_m(num_pairs: int | None, num_experts: int) -> int:
+    """Tokens of a tile from the mean number of pairs an expert has; None stands for a number known only at run time."""
+    if num_pairs is None:
+        return 64
+    mean = num_pairs / num_experts
+    for block_m in (16, 32, 64):
+        if mean <= block_m * 0.75:
+            return block_m
+    return 128 if mean > 96 else 64
+
+
+def choose_gemm(
+    gpu: Gpu, scheme: Scheme, gemm: int, num_experts: int, n: int, k: int, num_pairs: int | None
+) -> GemmConfig:
+    """Heuristic configuration for one GEMM.
+
+    Args:
+        gpu: the target. scheme: number formats. gemm: 1 or 2.
+        num_experts, n, k: E, N and K of the packed matrix.
+        num_pairs: T * top_k, None if it is symbolic.
+    """
+    block_m = choose_block_m(num_pairs, num_experts)
+    wide = block_m >= 128
+    config = GemmConfig(
+        block_m=block_m,
+        block_n=128,
+        group_size_m=8,
+        num_warps=8 if wide or gpu.capability < 90 else 4,
+        num_stages=4 if block_m <= 32 else 3,
+        ctas_per_sm=1 if wide else 2,
+    )
+    return fit(config, scheme, gemm, gpu)
+
+
+def few_tokens_limit(num_experts: int, top_k: int) -> int:
+    """Largest T that takes the few-token path."""
+    return max(1, 32 // top_k)

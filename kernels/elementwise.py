@@ -1,0 +1,49 @@
+"""Passes over activations around the GEMMs: int8 quantisation before, the sum over top_k after."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._device import to_bf16
+
+
+@triton.jit
+def moe_quantize_rows(
+    x_ptr,  # bf16 [rows, K]
+    q_ptr,  # int8 [rows, KP]
+    scale_ptr,  # fp32 [rows, KP/ACT_GROUP]
+    K: tl.constexpr, KP: tl.constexpr, ACT_GROUP: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Quantise GROUPS groups of one row: scale = max |x| / 127, q = round-half-even(x / scale).
+
+    Each token once, whatever its number of experts; the GEMM gathers the quantised rows.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    offs = group[:, None] * ACT_GROUP + tl.arange(0, ACT_GROUP)[None, :]
+    x = tl.load(x_ptr + row * K + offs, mask=offs < K, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(x), axis=1) / 127.0, 1e-12)
+    # Adding and taking away 1.5 * 2^23 rounds to the nearest even integer in fp32.
+    q = (x / scale[:, None] + 12582912.0) - 12582912.0
+    tl.store(q_ptr + row * KP + offs, q.to(tl.int8), mask=offs < KP)
+    tl.store(scale_ptr + row * (KP // ACT_GROUP) + group, scale, mask=group < KP // ACT_GROUP)
+
+
+@triton.jit
+def moe_sum_pairs(
+    y_ptr,  # bf16 [P, H]: weighted expert outputs, undefined for dropped pairs
+    topk_ids_ptr,  # int32 or int64 [P]
+    out_ptr,  # bf16 [T, H]
+    H: tl.constexpr, TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, BLOCK_H: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Sum a token's top_k pair outputs in fp32, always in the order of its choices."""
+    token = tl.program_id(0).to(tl.int64)
+    offs = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    mask = offs < H
+    acc = tl.zeros((BLOCK_H,), dtype=tl.float32)
+    for slot in tl.static_range(TOP_K):
+        expert = tl.load(topk_ids_ptr + token * TOP_K + slot)
+        valid = (expert >= 0) & (expert < NUM_EXPERTS)
+        acc += tl.load(y_ptr + (token * TOP_K + slot) * H + offs, mask=mask & valid, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * H + offs, to_bf16(acc, PTX), mask=mask)
