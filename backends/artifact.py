@@ -96,8 +96,8 @@ def open_artifact(pte: str | Path, ptd: str | Path | None = None) -> tuple[PteFi
         found = bytes(data.data(PTD_IDENTITY_KEY)) if PTD_IDENTITY_KEY in sizes else b"none"
         if found != bytes(identity):
             raise ValueError(
-                f"{data.path} does not belong to {program.path}: names and sizes agree, but the weights are from another "
-                f"export (digest {found.decode()[:12]}, expected {bytes(identity).decode()[:12]}). "
+                f"{data.path} does not belong to {program.path}: names and sizes agree, but the weights come from "
+                f"another export (digest {found.decode()[:12]}, expected {bytes(identity).decode()[:12]}). "
                 "Pass the .ptd of the same export"
             )
     return program, data

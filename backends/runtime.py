@@ -1,0 +1,174 @@
+"""`load`: opens a .pte + .ptd in the best runtime that this machine has, and says which."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from executorch_moe.backends.artifact import open_artifact
+from executorch_moe.backends.cuda.delegate_host import DelegateHost, why_not_delegate_host
+from executorch_moe.backends.cuda.weight_metadata import CUDA_BACKEND
+from executorch_moe.backends.pte import PteFile
+from executorch_moe.backends.pybindings import why_not_pybindings
+
+RUNTIMES = ("auto", "executorch", "delegate-host")
+EXECUTORCH_CPU = "executorch (CPU)"
+EXECUTORCH_CUDA = "executorch (CUDA)"
+DELEGATE_HOST = "delegate host (PyTorch AOTInductor)"
+
+
+class Engine(Protocol):
+    """Runs the methods of one opened program."""
+
+    def run(self, method: str, inputs: tuple[Tensor, ...]) -> list[Tensor]: ...
+
+    def reset(self) -> None: ...
+
+
+class LoadedProgram:
+    """An opened artifact.
+
+    Attributes:
+        runtime: what runs it: "executorch (CPU)", "executorch (CUDA)" or "delegate host (PyTorch AOTInductor)".
+        device: where inputs should live and outputs come.
+    """
+
+    def __init__(self, program: PteFile, engine: Engine, runtime: str, device: torch.device) -> None:
+        self._program, self._engine = program, engine
+        self.runtime, self.device = runtime, device
+
+    @property
+    def method_names(self) -> list[str]:
+        """Methods that compute something, sorted; constant methods are read with `constant`."""
+        return self._program.method_names
+
+    @property
+    def constant_names(self) -> list[str]:
+        """Names that `constant` knows, sorted."""
+        return self._program.constant_names
+
+    def constant(self, name: str) -> Any:
+        """Value of a constant method: bool, int, float, str, or lists of them.
+
+        Raises:
+            ValueError: no such constant method.
+        """
+        return self._program.constant(name)
+
+    def run(self, method: str, *tensors: Tensor) -> list[Tensor]:
+        """Run a method.
+
+        Args:
+            method: one of `method_names`.
+            tensors: its inputs, on any device; `device` avoids a copy.
+
+        Returns:
+            Its outputs, on `device`.
+
+        Raises:
+            ValueError: unknown method, or inputs that it was not exported for.
+        """
+        if method not in self.method_names:
+            raise ValueError(f"no method {method!r} in {self._program.path}: it has {', '.join(self.method_names)}")
+        return self._engine.run(method, tensors)
+
+    def reset(self) -> None:
+        """Put mutated buffers (the KV cache) back to their initial values, in all methods."""
+        self._engine.reset()
+
+
+def load(pte: str | Path, ptd: str | Path | None = None, runtime: str = "auto") -> LoadedProgram:
+    """Open an artifact.
+
+    Args:
+        pte: the program.
+        ptd: its weights; by default the file of the same name.
+        runtime: "executorch": ExecuTorch's own runtime; "delegate-host": PyTorch's AOTInductor runtime, for programs
+            with CUDA delegates; "auto": the first of the two that can run the program here.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: unknown runtime, a damaged file, a .ptd of another program, or a runtime not for this program.
+        RuntimeError: this machine cannot run the program; the message gives the reason for each runtime.
+        NotImplementedError: the delegate host meets something that it does not run.
+    """
+    if runtime not in RUNTIMES:
+        raise ValueError(f"runtime {runtime!r} is unknown: choose one of {', '.join(RUNTIMES)}")
+    program, data = open_artifact(pte, ptd)
+    backends = {delegate.id for _, delegate in program.delegates()}
+    ptd_path = data.path if data is not None else None
+    if CUDA_BACKEND not in backends:
+        if runtime == "delegate-host":
+            raise ValueError(
+                f"{program.path} has no {CUDA_BACKEND} delegate, which is all that the delegate host runs: "
+                "use runtime 'executorch'"
+            )
+        if why := why_not_executorch(backends):
+            raise RuntimeError(f"cannot run {program.path} in ExecuTorch's runtime: {why}")
+        return LoadedProgram(program, ExecutorchEngine(program, ptd_path), EXECUTORCH_CPU, torch.device("cpu"))
+
+    reasons = {}
+    if runtime in ("auto", "executorch"):
+        if not (why := why_not_executorch(backends)):
+            return LoadedProgram(program, ExecutorchEngine(program, ptd_path), EXECUTORCH_CUDA, torch.device("cpu"))
+        reasons["ExecuTorch's runtime"] = why
+    if runtime in ("auto", "delegate-host"):
+        if not (why := why_not_delegate_host()):
+            device = torch.device("cuda", torch.cuda.current_device())
+            return LoadedProgram(program, DelegateHost(program, data, device), DELEGATE_HOST, device)
+        reasons["the delegate host"] = why
+    told = "; ".join(f"{name}: {why}" for name, why in reasons.items())
+    raise RuntimeError(
+        f"{program.path} has CUDA delegates and cannot run here. {told}. Without a GPU, export with target 'cpu'"
+    )
+
+
+def why_not_executorch(backends: set[str]) -> str:
+    """Empty if ExecuTorch's own runtime can run delegates of these backends here, else the reason why not."""
+    if why := why_not_pybindings():
+        return why
+    registered = set(_bindings()._get_registered_backend_names())
+    if missing := sorted(backends - registered):
+        have = ", ".join(sorted(registered))
+        return f"{missing[0]} is not registered in the installed build of ExecuTorch (it has {have})"
+    return ""
+
+
+def _bindings() -> Any:
+    """ExecuTorch's bindings; call only after `why_not_pybindings` found nothing."""
+    return importlib.import_module("executorch.extension.pybindings.portable_lib")
+
+
+class ExecutorchEngine:
+    """A program in ExecuTorch's own runtime.
+
+    Args:
+        program: the .pte.
+        ptd: its weights.
+    """
+
+    def __init__(self, program: PteFile, ptd: Path | None) -> None:
+        self._program, self._ptd = program, ptd
+        self._methods: dict[str, Any] = {}
+        self.reset()
+
+    def run(self, method: str, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """Run a method; inputs from any device, outputs on the CPU."""
+        self._program.check_inputs(method, inputs)
+        outputs: Sequence[Any] = self._methods[method].execute([t.detach().cpu().contiguous() for t in inputs])
+        return [output if isinstance(output, Tensor) else torch.tensor(output) for output in outputs]
+
+    def reset(self) -> None:
+        """Load the program again: ExecuTorch has no call that restores state."""
+        runtime = importlib.import_module("executorch.runtime").Runtime.get()
+        data_path = str(self._ptd) if self._ptd is not None else None
+        self._methods = {}
+        loaded = runtime.load_program(self._program.path, data_path=data_path)
+        # All at once: loading a method writes the initial values of the buffers that it shares with the others.
+        self._methods = {name: loaded.load_method(name) for name in self._program.method_names}
+        self._loaded = loaded
