@@ -18,8 +18,13 @@ from executorch.exir.schema import DelegateCall, ExecutionPlan, FreeCall, Kernel
 from torch import Tensor
 
 from executorch_moe.backends.cuda.cubin import find_gpu_code
-from executorch_moe.backends.cuda.partitioner import MUTATED_BUFFERS_KEY
-from executorch_moe.backends.cuda.weight_metadata import CUDA_BACKEND, CudaDelegate, CudaWeight, parse_delegate
+from executorch_moe.backends.cuda.weight_metadata import (
+    CUDA_BACKEND,
+    MUTATED_BUFFERS_KEY,
+    CudaDelegate,
+    CudaWeight,
+    parse_delegate,
+)
 from executorch_moe.backends.ptd import PtdFile
 from executorch_moe.backends.pte import PteFile, dtype_of
 

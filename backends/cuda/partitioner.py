@@ -13,8 +13,7 @@ from executorch.exir.passes.propagate_device_pass import TARGET_DEVICE_COMPILE_S
 from torch.export.exported_program import ExportedProgram
 
 import executorch_moe.kernels  # noqa: F401  registers torch.ops.executorch_moe
-
-MUTATED_BUFFERS_KEY = "executorch_moe.mutated_buffers"
+from executorch_moe.backends.cuda.weight_metadata import MUTATED_BUFFERS_KEY
 
 
 class MoECudaPartitioner(AotiPartitioner):

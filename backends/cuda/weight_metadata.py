@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 MAGIC = b"ETCUDAFQN3"
 CUDA_BACKEND = "CudaBackend"
+# Compile spec that MoECudaPartitioner adds: names of the buffers that the delegate writes to, one a line.
+MUTATED_BUFFERS_KEY = "executorch_moe.mutated_buffers"
 _DEVICES = {0: "cpu", 1: "cuda"}
 
 

@@ -1,0 +1,162 @@
+"""Looks inside an artifact: delegates, embedded kernels, symbols that the delegates expect, weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from executorch.exir.schema import KernelCall
+
+from executorch_moe.backends.artifact import open_artifact
+from executorch_moe.backends.cuda.cubin import GpuCode, find_gpu_code
+from executorch_moe.backends.cuda.weight_metadata import CUDA_BACKEND, MUTATED_BUFFERS_KEY, parse_delegate
+from executorch_moe.backends.elf import ElfImage, UndefinedSymbol
+from executorch_moe.backends.pte import PteFile
+
+# Version names that libc, libm, libstdc++ and libgcc give their symbols.
+_SYSTEM_VERSIONS = ("GLIBC_", "GLIBCXX_", "CXXABI_", "GCC_")
+# Optional hooks of the C start-up files; the loader leaves them null.
+_START_UP = ("_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__")
+
+
+@dataclass(frozen=True)
+class DelegateReport:
+    """One delegate of a method.
+
+    Attributes:
+        backend: delegate id.
+        gpu_code: embedded images; empty for other backends than CudaBackend.
+        undefined: symbols that the loader must find for its library, system libraries' included.
+        weights: fully qualified name -> bytes of its storage.
+        mutated: names of the weights that are state, or None where the export did not record them.
+    """
+
+    backend: str
+    gpu_code: tuple[GpuCode, ...] = ()
+    undefined: tuple[UndefinedSymbol, ...] = ()
+    weights: dict[str, int] = field(default_factory=dict)
+    mutated: tuple[str, ...] | None = None
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Names of all embedded kernels, sorted."""
+        return tuple(sorted({name for code in self.gpu_code for name in code.kernels}))
+
+    @property
+    def archs(self) -> tuple[str, ...]:
+        """Architectures of all embedded images, sorted."""
+        return tuple(sorted({code.arch for code in self.gpu_code}))
+
+    @property
+    def foreign_symbols(self) -> tuple[str, ...]:
+        """Undefined symbols that no runtime of the delegate promises, sorted."""
+        return tuple(sorted(symbol.name for symbol in self.undefined if not _is_promised(symbol)))
+
+
+@dataclass(frozen=True)
+class MethodReport:
+    """One method: its delegates, and the operators that run outside them."""
+
+    delegates: tuple[DelegateReport, ...]
+    operators: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ArtifactReport:
+    """What `inspect_artifact` found; `weights` is the .ptd: key -> bytes."""
+
+    pte: Path
+    ptd: Path | None
+    methods: dict[str, MethodReport]
+    constants: tuple[str, ...]
+    weights: dict[str, int]
+
+
+def inspect_artifact(pte: str | Path, ptd: str | Path | None = None) -> ArtifactReport:
+    """Look inside a .pte and its .ptd; runs nothing and needs no GPU.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: a file is damaged, or the .ptd belongs to another program.
+    """
+    program, data = open_artifact(pte, ptd)
+    return ArtifactReport(
+        pte=program.path,
+        ptd=data.path if data is not None else None,
+        methods={name: _method(program, name) for name in program.method_names},
+        constants=tuple(program.constant_names),
+        weights=data.sizes() if data is not None else {},
+    )
+
+
+def check_cuda_artifact(report: ArtifactReport, kernel_prefix: str = "moe_") -> None:
+    """Check that every method is CUDA delegates only, self-contained, with our kernels inside.
+
+    Args:
+        report: of `inspect_artifact`.
+        kernel_prefix: how a kernel must start that each method has at least one of; "" asks for none.
+
+    Raises:
+        ValueError: one message with everything that is wrong.
+    """
+    wrong = []
+    for name, method in report.methods.items():
+        if others := sorted({d.backend for d in method.delegates} - {CUDA_BACKEND}):
+            wrong.append(f"{name}: delegates of {', '.join(others)}")
+        if not method.delegates:
+            wrong.append(f"{name}: no delegate")
+        if outside := [op for op in method.operators if not op.startswith("et_copy::")]:
+            wrong.append(f"{name}: operators outside the delegates: {', '.join(outside)}")
+        kernels = {kernel for delegate in method.delegates for kernel in delegate.kernels}
+        if kernel_prefix and not any(kernel.startswith(kernel_prefix) for kernel in kernels):
+            wrong.append(f"{name}: no {kernel_prefix}* kernel (it has {', '.join(sorted(kernels)) or 'none'})")
+        for delegate in method.delegates:
+            if delegate.foreign_symbols:
+                wrong.append(f"{name}: undefined symbols that no runtime has: {', '.join(delegate.foreign_symbols)}")
+    if wrong:
+        raise ValueError(f"{report.pte}: " + "; ".join(wrong))
+
+
+def _is_promised(symbol: UndefinedSymbol) -> bool:
+    """True for shims of the AOTInductor runtime, the CUDA driver and runtime, and the system libraries."""
+    if symbol.version:
+        return symbol.version.startswith(_SYSTEM_VERSIONS)
+    if symbol.name.startswith(("aoti_torch_", "cuda")):
+        return True
+    if symbol.name.startswith("cu") and symbol.name[2:3].isupper():
+        return True
+    return symbol.weak and symbol.name in _START_UP
+
+
+def _method(program: PteFile, name: str) -> MethodReport:
+    plan = program.plan(name)
+    used = {
+        plan.operators[call.instr_args.op_index].name
+        for chain in plan.chains
+        for call in chain.instructions
+        if isinstance(call.instr_args, KernelCall)
+    }
+    return MethodReport(
+        delegates=tuple(_delegate(program, name, delegate) for delegate in plan.delegates),
+        operators=tuple(sorted(used)),
+        inputs=tuple(str(info) for info in program.inputs(name)),
+        outputs=tuple(str(info) for info in program.outputs(name)),
+    )
+
+
+def _delegate(program: PteFile, method: str, delegate) -> DelegateReport:  # type: ignore[no-untyped-def]
+    if delegate.id != CUDA_BACKEND:
+        return DelegateReport(delegate.id)
+    parsed = parse_delegate(program.delegate_data(delegate), f"{program.path}, method {method}")
+    library = program.named_data()[parsed.library_key]
+    specs = {spec.key: bytes(spec.value) for spec in delegate.compile_specs}
+    mutated = specs.get(MUTATED_BUFFERS_KEY)
+    return DelegateReport(
+        backend=delegate.id,
+        gpu_code=tuple(find_gpu_code(library)),
+        undefined=tuple(ElfImage(library).undefined_symbols()),
+        weights={weight.fqn: weight.storage_nbytes for weight in parsed.weights},
+        mutated=None if mutated is None else tuple(name for name in mutated.decode().split("\n") if name),
+    )
