@@ -1,0 +1,219 @@
+"""The command `executorch-moe`. Heavy packages are imported by the commands, so that --help is quick."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+app = typer.Typer(
+    name="executorch-moe",
+    help="Export Mixture-of-Experts language models to ExecuTorch with fused experts, and run them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
+# Generated text goes to stdout alone, so that it can be piped; everything else goes to stderr.
+console = Console(stderr=True)
+debug = False
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+RuntimeOption = Annotated[
+    str, typer.Option(help="executorch, delegate-host, or auto: the first of them that can run the artifact here.")
+]
+
+
+@app.callback()
+def settings(
+    show_traceback: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Options of all commands."""
+    global debug
+    debug = show_traceback
+
+
+def is_users(error: Exception) -> bool:
+    """True for an error that this package raised about its input, or that the system raised about a file."""
+    if isinstance(error, OSError):
+        return True
+    if not isinstance(error, (ValueError, NotImplementedError, ModuleNotFoundError, RuntimeError)):
+        return False
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and str(frames[-1][0].f_globals.get("__name__", "")).startswith("executorch_moe.")
+
+
+def one_line_errors(command: Command) -> Command:
+    """A user's mistake becomes one line and exit status 2; an error of the program itself keeps its traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except Exception as error:
+            if debug or not is_users(error):
+                raise
+            # soft_wrap: one line stays one line, whatever the width of the terminal.
+            console.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True, highlight=False)
+            raise typer.Exit(2) from None
+
+    return wrapped  # type: ignore[return-value]
+
+
+def quiet_unless(verbose: bool) -> None:
+    if not verbose:
+        from .quiet import quiet
+
+        quiet()
+
+
+@app.command()
+@one_line_errors
+def export(
+    model: Annotated[str, typer.Argument(help="Folder of a Hugging Face model, or 'tiny': the one that comes along.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .pte to write; weights and tokenizer go beside it.")],
+    target: Annotated[str, typer.Option(help="cuda, cpu, or auto: cuda if there is a GPU.")] = "auto",
+    scheme: Annotated[
+        str, typer.Option(help="Experts: w4a16 (4-bit weights), w4a8 (and int8 activations) or bf16.")
+    ] = "w4a16",
+    group_size: Annotated[int, typer.Option(help="Weights that share one scale (4-bit schemes).")] = 32,
+    max_context: Annotated[
+        int | None, typer.Option(help="Tokens in the KV cache; by default 2048, or the model's own limit if less.")
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show other packages' warnings.")] = False,
+) -> None:
+    """Export a model: quantise and fuse its experts, lower it, write .pte + .ptd + tokenizer."""
+    quiet_unless(verbose)
+    from .pipeline import ExportOptions, export_model
+
+    options = ExportOptions(model, out, target, scheme, group_size, max_context)
+    summary = export_model(options, console)
+    console.print(summary.table())
+
+
+@app.command()
+@one_line_errors
+def generate(
+    artifact: Annotated[Path, typer.Argument(help="The .pte of an export; .ptd and tokenizer lie beside it.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")],
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens to generate; by default 128, or what fits into the cache.")
+    ] = None,
+    runtime: RuntimeOption = "auto",
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the random choice, for temperatures above 0.")] = 0,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show other packages' warnings.")] = False,
+) -> None:
+    """Generate text with an exported model; shows the runtime and its speed."""
+    quiet_unless(verbose)
+    from .generation import Sampler, TextGenerator, TextStream
+    from .quiet import hold_native_notes
+
+    sampler = Sampler(temperature, seed)
+    with hold_native_notes(console):
+        with console.status("loading"):
+            generator = TextGenerator.load(artifact, runtime=runtime)
+            ids = generator.encode(prompt)
+            generator.check_length(len(ids), max_new_tokens)
+        with console.status("warming up"):
+            generator.warm_up(len(ids))
+    console.print(f"runtime: {generator.program.runtime}", highlight=False)
+
+    def show(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    text = TextStream(generator.tokenizer)
+    show(prompt)
+    result = generator.generate(ids, max_new_tokens, sampler, on_token=lambda token: show(text.push(token)))
+    show(text.end() + "\n")
+    console.print(
+        f"prefill {result.prefill_rate:,.1f} tok/s ({result.prompt_tokens} tokens in {result.prefill_seconds:.3f} s), "
+        f"decode {result.decode_rate:,.1f} tok/s ({max(len(result.tokens) - 1, 0)} tokens in "
+        f"{result.decode_seconds:.3f} s), stopped by {result.stopped_by}\n"
+        "[dim]batch 1, after a warm-up run; prefill: up to the first new token; decode: each further one[/dim]",
+        highlight=False,
+    )
+
+
+@bench_app.command("model")
+@one_line_errors
+def bench_model(
+    artifact: Annotated[Path, typer.Argument(help="The .pte of an export.")],
+    prompt_tokens: Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")] = "32,128",
+    new_tokens: Annotated[int, typer.Option(help="Tokens generated after each prompt.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Runs of each length.")] = 5,
+    runtime: RuntimeOption = "auto",
+    output_format: Annotated[str, typer.Option("--format", help="md or json.")] = "md",
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show other packages' warnings.")] = False,
+) -> None:
+    """Prefill and decode speed of an exported model, mean and spread over repeats."""
+    quiet_unless(verbose)
+    from rich.progress import Progress
+
+    from .benchmark import FORMATS, benchmark_model
+    from .quiet import hold_native_notes
+
+    if output_format not in FORMATS:
+        raise ValueError(f"format={output_format!r} is unknown: use one of {', '.join(FORMATS)}")
+    lengths = parse_lengths(prompt_tokens)
+    with hold_native_notes(console), Progress(console=console, transient=True) as progress:
+        task = progress.add_task("measuring", total=len(lengths) * repeats)
+        result = benchmark_model(
+            artifact, lengths, new_tokens, repeats, runtime, on_repeat=lambda _: progress.advance(task)
+        )
+    typer.echo(result.markdown() if output_format == "md" else result.json())
+
+
+def parse_lengths(text: str) -> list[int]:
+    """ "32,128" -> [32, 128].
+
+    Raises:
+        ValueError: something that is not a list of whole numbers.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        pass
+    raise ValueError(f"prompt_tokens={text!r} must be whole numbers separated by commas: give for example 32,128")
+
+
+@app.command()
+@one_line_errors
+def doctor() -> None:
+    """Check versions, GPU and runtimes, and say what to do about what is missing. Exit status 1 if something fails."""
+    quiet_unless(False)
+    from .doctor import FAIL, run_checks
+
+    with console.status("looking"):
+        checks = run_checks()
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for _ in range(4):
+        table.add_column(overflow="fold")
+    colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+    for check in checks:
+        mark = f"[{colours[check.status]}]{check.status}[/{colours[check.status]}]"
+        table.add_row(mark, escape(check.name), escape(check.found), escape(check.remedy))
+    Console().print(table)
+    if any(check.status == FAIL for check in checks):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

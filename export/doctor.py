@@ -1,0 +1,116 @@
+"""What of this machine and its packages `executorch-moe` can use, and what to do about the rest."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+DISTRIBUTION = "executorch-moe"
+OK, WARN, FAIL = "ok", "warn", "fail"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report. `remedy` is empty where nothing has to be done."""
+
+    name: str
+    status: str
+    found: str
+    remedy: str = ""
+
+
+def run_checks() -> list[Check]:
+    """All checks, in the order in which a problem should be solved."""
+    checks = [Check("python", OK, sys.version.split()[0])]
+    checks += pins()
+    checks += gpu()
+    checks += runtimes()
+    return checks
+
+
+def pins() -> Iterator[Check]:
+    """Installed versions against the requirements of this package's own metadata."""
+    from packaging.requirements import Requirement
+
+    try:
+        requirements = [Requirement(line) for line in metadata.requires(DISTRIBUTION) or []]
+    except metadata.PackageNotFoundError:
+        yield Check(DISTRIBUTION, FAIL, "not installed", "pip install . in the repository")
+        return
+    for requirement in requirements:
+        optional = requirement.marker is not None and "extra" in str(requirement.marker)
+        if optional and not requirement.marker.evaluate({"extra": "hf"}):  # type: ignore[union-attr]
+            continue
+        if requirement.marker is not None and not optional and not requirement.marker.evaluate():
+            continue
+        wanted = f"{requirement.name}{requirement.specifier}"
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            remedy = "pip install 'executorch-moe[hf]'" if optional else f"pip install '{wanted}'"
+            yield Check(requirement.name, WARN if optional else FAIL, "not installed", remedy)
+            continue
+        if requirement.specifier.contains(version, prereleases=True):
+            yield Check(requirement.name, OK, version)
+        else:
+            yield Check(requirement.name, FAIL, version, f"supported: {requirement.specifier}; pip install '{wanted}'")
+
+
+def gpu() -> Iterator[Check]:
+    """The GPU as torch sees it, Triton, and the assembler that Triton calls."""
+    import torch
+
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        props = torch.cuda.get_device_properties(0)
+        found = f"{props.name}, sm_{major}{minor}, {props.multi_processor_count} SMs, {props.total_memory >> 30} GiB"
+        # bf16 tensor cores came with sm_80.
+        yield Check("GPU", OK if major >= 8 else FAIL, found, "" if major >= 8 else "kernels need sm_80 or later")
+    else:
+        why = (
+            "no CUDA device is visible"
+            if torch.backends.cuda.is_built()
+            else f"torch {torch.__version__} is a CPU build"
+        )
+        yield Check("GPU", WARN, why, "export --target cuda and fast kernels need one; --target cpu works without")
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError as error:
+        yield Check("Triton import", FAIL, str(error), "reinstall triton")
+        return
+    path = _ptxas(Path(triton.__file__ or "").parent)
+    if path is None:
+        yield Check("ptxas", FAIL, "not found in triton's wheel", "reinstall triton, or set TRITON_PTXAS_PATH")
+        return
+    try:
+        text = subprocess.run([str(path), "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
+        release = re.search(r"release ([\d.]+)", text)
+        yield Check("ptxas", OK, f"{release.group(1) if release else 'unknown version'} (in triton's wheel)")
+    except (OSError, subprocess.SubprocessError) as error:
+        yield Check("ptxas", FAIL, str(error), "reinstall triton, or set TRITON_PTXAS_PATH")
+
+
+def _ptxas(package: Path) -> Path | None:
+    return next((p for p in sorted((package / "backends" / "nvidia" / "bin").glob("ptxas*")) if p.is_file()), None)
+
+
+def runtimes() -> Iterator[Check]:
+    """Which runtime can run which kind of artifact, and why not."""
+    from executorch_moe.backends.cuda.delegate_host import why_not_delegate_host
+    from executorch_moe.backends.pybindings import why_not_pybindings
+    from executorch_moe.backends.runtime import why_not_executorch
+
+    why = why_not_pybindings()
+    yield Check("ExecuTorch runtime, CPU artifacts", WARN if why else OK, why or "usable")
+    native, host = why_not_executorch({"CudaBackend"}), why_not_delegate_host()
+    # One way to run CUDA artifacts is enough.
+    usable = not (native and host)
+    remedy = "" if usable else "run CUDA artifacts on a GPU machine"
+    yield Check("ExecuTorch runtime, CUDA artifacts", OK if not native else WARN, native or "usable", remedy)
+    yield Check("delegate host, CUDA artifacts", OK if not host else WARN, host or "usable", remedy)
