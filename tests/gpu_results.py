@@ -1,6 +1,6 @@
 """Runs the tests that need a GPU and writes what happened to tests/results/DATE-gpu.txt.
 
-    python tests/gpu_results.py [pytest arguments]
+python tests/gpu_results.py [pytest arguments]
 """
 
 from __future__ import annotations

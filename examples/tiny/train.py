@@ -3,7 +3,7 @@
     python -m executorch_moe.examples.tiny.train [OUT_DIR]
 
 The text is `pydoc_data.topics`, the language reference that ships with Python itself, so nothing is downloaded.
-One token is one byte. The same Python, torch and CPU give the same checkpoint; another Python has slightly another text.
+One token is one byte. The same Python, torch and CPU give the same checkpoint; another Python's text differs a little.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SEED = 20
 
 BYTE_VOCABULARY = 256
 BOS, EOS = "<|bos|>", "<|eos|>"
-# 256 bytes and two special tokens, rounded up to a multiple of 8 as tensor cores like it; the ids above 257 are never used.
+# 256 bytes and two special tokens, rounded up to a multiple of 8 as tensor cores like it; ids above 257 are never used.
 VOCABULARY_SIZE = 264
 
 
