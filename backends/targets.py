@@ -18,6 +18,7 @@ from torch.export.exported_program import ExportedProgram
 
 from executorch_moe.backends.cpu import MoECpuPartitioner
 from executorch_moe.backends.cuda import MoECudaPartitioner
+from executorch_moe.backends.cuda.partitioner import check_state
 
 TARGETS = ("cuda", "cpu")
 
@@ -40,6 +41,7 @@ def lower(
     Raises:
         ValueError: unknown target, no method, or a name used twice.
         RuntimeError: target "cuda" on a machine without a GPU.
+        NotImplementedError: target "cuda" and a mutated buffer that AOTInductor would take for a constant.
     """
     constants = dict(constant_methods or {})
     if target not in TARGETS:
@@ -69,6 +71,9 @@ def _lower_cuda(programs: Mapping[str, ExportedProgram], constants: dict[str, An
         raise RuntimeError(
             f"cannot lower for target 'cuda': {why}. Export on a machine with an NVIDIA GPU, or use target 'cpu'"
         )
+    mutated = {fqn for program in programs.values() for fqn in program.graph_signature.buffers_to_mutate.values()}
+    for program in programs.values():
+        check_state(program, mutated)
     edge = to_edge_transform_and_lower(
         dict(programs),
         partitioner={

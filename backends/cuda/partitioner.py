@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
+import torch
 from executorch.backends.aoti.aoti_backend import COMPILE_SPEC_KEYS
 from executorch.backends.aoti.aoti_partitioner import AotiPartitioner
 from executorch.backends.cuda.cuda_backend import CudaBackend
@@ -11,9 +13,13 @@ from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.partitioner import DelegationSpec, PartitionResult
 from executorch.exir.passes.propagate_device_pass import TARGET_DEVICE_COMPILE_SPEC_KEY
 from torch.export.exported_program import ExportedProgram
+from torch.export.graph_signature import InputKind
 
 import executorch_moe.kernels  # noqa: F401  registers torch.ops.executorch_moe
 from executorch_moe.backends.cuda.weight_metadata import MUTATED_BUFFERS_KEY
+
+# torch._inductor.graph.GraphLowering.can_inline_constant
+_INLINED_ELEMENTS = 8
 
 
 class MoECudaPartitioner(AotiPartitioner):
@@ -41,12 +47,42 @@ class MoECudaPartitioner(AotiPartitioner):
 
         The weight metadata that CudaBackend writes does not say which tensors are state (a KV cache). The delegate host
         needs to know to restore just those; CudaBackend itself ignores compile specs that it does not know.
+
+        Raises:
+            NotImplementedError: a mutated buffer so small that Inductor would compile its initial value in.
         """
-        result = super().partition(exported_program)
         mutated = sorted(set(exported_program.graph_signature.buffers_to_mutate.values()))
+        check_state(exported_program, mutated)
+        result = super().partition(exported_program)
         spec = CompileSpec(MUTATED_BUFFERS_KEY, "\n".join(mutated).encode())
         tags = {tag: _with_spec(delegation, spec) for tag, delegation in result.partition_tags.items()}
         return replace(result, partition_tags=tags)
+
+
+def check_state(exported_program: ExportedProgram, mutated: Collection[str]) -> None:
+    """Check that a program's state survives AOTInductor, which compiles tiny tensors in as constants.
+
+    A method that reads such a buffer would see its initial value for ever, without an error anywhere (seen with torch
+    2.13: 1-D up to 8 elements are inlined, single elements of any rank are folded).
+
+    Args:
+        exported_program: the program.
+        mutated: names of buffers that this or another method of the same file writes to.
+
+    Raises:
+        NotImplementedError: a mutated buffer that would be compiled in.
+    """
+    for spec in exported_program.graph_signature.input_specs:
+        if spec.kind != InputKind.BUFFER or spec.target not in mutated:
+            continue
+        buffer = exported_program.state_dict.get(spec.target, exported_program.constants.get(spec.target))
+        if not isinstance(buffer, torch.Tensor):
+            continue
+        if buffer.numel() == 1 or (buffer.dim() == 1 and buffer.numel() <= _INLINED_ELEMENTS):
+            raise NotImplementedError(
+                f"mutated buffer {spec.target!r} has shape {list(buffer.shape)}: AOTInductor would compile its initial "
+                f"value in. Give it more than {_INLINED_ELEMENTS} elements, or pass it to the method as an input"
+            )
 
 
 def _with_spec(delegation: DelegationSpec, spec: CompileSpec) -> DelegationSpec:
