@@ -1,4 +1,4 @@
-"""Fused Mixture-of-Experts operators: packing, Triton kernels and the fp32 reference. Importing registers the operator."""
+"""Fused Mixture-of-Experts operators: packing, Triton kernels, fp32 reference. Importing registers the operator."""
 
 from .module import FusedExperts
 from .op import fused_experts

@@ -155,7 +155,7 @@ def decode_int8(byte, PTX: tl.constexpr):
 
 @triton.jit
 def load_groups(ptr, kb, offs_n, N: tl.constexpr, GROUP: tl.constexpr):
-    """Scales (or zeros) of K block `kb` for rows `offs_n`: one [BLOCK_N] tensor for each quarter (32 values) of the block.
+    """Scales (or zeros) of K block `kb` for rows `offs_n`: [BLOCK_N] for each quarter (32 values) of it.
 
     ptr: bf16 [K/GROUP, N] of one expert.
     """

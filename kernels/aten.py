@@ -62,8 +62,8 @@ def fused_experts_aten(
     """`fused_experts` as a static graph of ATen operators that ExecuTorch's CPU runtime has.
 
     Two forms, by what is cheaper and known at trace time: a fixed number of pairs below E gathers the experts it needs
-    (decode); else every expert runs on every token and the routing weights, zero where an expert was not chosen, select.
-    Peak memory is one dequantised layer in fp32 (or top_k of its experts). Arguments as `op.fused_experts`.
+    (decode); else every expert runs on every token and the routing weights, zero for experts not chosen, select. Peak
+    memory is one dequantised layer in fp32 (or top_k of its experts). Arguments as `op.fused_experts`.
     """
     num_tokens, h = hidden_states.shape
     top_k, e = topk_ids.shape[1], w13.shape[0]
@@ -102,7 +102,7 @@ def fused_experts_aten(
         hit = (ids.unsqueeze(-1) == expert).to(torch.float32)  # [T, top_k, E]
         share = (hit * weights.unsqueeze(-1)).sum(1)  # [T, E]
         out = (y * share.transpose(0, 1).unsqueeze(-1)).sum(0)
-    return out[:, :h].to(hidden_states.dtype)
+    return out[:, :h].to(hidden_states.dtype).contiguous()
 
 
 def fused_experts_cpu(
@@ -121,7 +121,7 @@ def fused_experts_cpu(
     activation: str,
     group_size: int,
 ) -> Tensor:
-    """Eager CPU kernel: one dequantised expert at a time, and only experts that have tokens. Arguments as the operator."""
+    """Eager CPU kernel: one dequantised expert at a time, only experts that have tokens. Arguments as the operator."""
     h = hidden_states.shape[1]
     order1, order2 = fragment_order(scheme, 1), fragment_order(scheme, 2)
     x = pad(hidden_states.float(), (0, round_up(h, K_BLOCK) - h))
@@ -144,4 +144,4 @@ def fused_experts_cpu(
         )
         # A token chooses an expert at most once in practice; index_add_ stays right if ids repeat.
         out.index_add_(0, token, topk_weights[token, slot].float()[:, None] * y[0])
-    return out[:, :h].to(hidden_states.dtype)
+    return out[:, :h].to(hidden_states.dtype).contiguous()

@@ -68,15 +68,15 @@ def record_launches(
 ) -> list[Launch]:
     """Launches of one expert layer for a GPU that need not be here, on tensors without storage."""
     with torch.device("meta"):
-        packed = pack_experts(torch.empty(experts, 2 * i, h), torch.empty(experts, h, i), scheme=scheme, group_size=group_size)
+        packed = pack_experts(
+            torch.empty(experts, 2 * i, h), torch.empty(experts, h, i), scheme=scheme, group_size=group_size
+        )
         x = torch.empty(tokens, h, dtype=torch.bfloat16)
         ids = torch.empty(tokens, top_k, dtype=torch.int64)
         weights = torch.empty(tokens, top_k)
         launches: list[Launch] = []
-        run_fused_experts(
-            x, ids, weights, *packed.tensors().values(), scheme, "silu", packed.group_size,
-            options=options, gpu=gpu, submit=launches.append,
-        )  # fmt: skip
+        arguments: tuple[Any, ...] = (x, ids, weights, *packed.tensors().values(), scheme, "silu", packed.group_size)
+        run_fused_experts(*arguments, options=options, gpu=gpu, submit=launches.append)
     return launches
 
 
@@ -125,9 +125,7 @@ def compile_launch(launch: Launch, capability: int) -> KernelReport:
     """
     signature, constants, attributes = _signature(launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.num_warps}
-    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.num_warps})
     registers, spill_bytes = _resources(compiled.asm["cubin"])
     telling = ("GEMM", "W_BITS", "ACT_GROUP", "GROUP", "BLOCK_M", "BLOCK_N", "NUM_STAGES", "PERSISTENT")
     return KernelReport(

@@ -70,7 +70,7 @@ def gpu_of(device_index: int) -> Gpu:
 
 
 INTERPRETER_GPU = Gpu(90, 4, MAX_DYNAMIC_SHARED[90])
-"""Stands in for a GPU when Triton's interpreter runs the kernels on the CPU: few programs, so that each walks many tiles."""
+"""Stands in for a GPU under Triton's interpreter: few programs, so that each walks many tiles."""
 
 
 def pipeline_bytes(config: GemmConfig, scheme: Scheme, gemm: int) -> int:

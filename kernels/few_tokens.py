@@ -1,7 +1,7 @@
 """The vector mainloop for a few tokens: no routing launch, no padding, each weight byte read once a pair.
 
 A program takes BLOCK_N weight rows of one pair (GEMM1), or of every pair of one token in turn (GEMM2, which therefore
-finishes the sum over top_k in fixed order). Weight decoding, activation and packed layout are those of the grouped path.
+finishes the sum over top_k in fixed order). Decoding, activation and packed layout are those of the grouped path.
 """
 
 from __future__ import annotations

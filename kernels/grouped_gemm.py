@@ -29,7 +29,9 @@ def load_weight_block(w_ptr, kb, offs_n, N: tl.constexpr, W_BITS: tl.constexpr, 
 
 
 @triton.jit
-def weight_operand(raw, s0, s1, s2, s3, z0, z1, z2, z3, HAS_ZERO: tl.constexpr, BLOCK_N: tl.constexpr, PTX: tl.constexpr):
+def weight_operand(
+    raw, s0, s1, s2, s3, z0, z1, z2, z3, HAS_ZERO: tl.constexpr, BLOCK_N: tl.constexpr, PTX: tl.constexpr
+):
     """Decode int16 [BN, 32] into the bf16 operand [BN, 128] in natural K order. Register moves only, no shuffles."""
     half = raw.reshape(BLOCK_N, 4, 2, 2, 2).permute(0, 2, 3, 1, 4).reshape(BLOCK_N, 32)
     s0 = tl.broadcast_to(s0[:, None], (BLOCK_N, 32))
@@ -105,7 +107,8 @@ def gemm_tile(
     N: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, OUT_COLS: tl.constexpr, STRIDE_X: tl.constexpr,
     TOP_K: tl.constexpr, GROUP: tl.constexpr, W_BITS: tl.constexpr, ACT_GROUP: tl.constexpr, HAS_ZERO: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, GEMM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_SIZE_M: tl.constexpr, NUM_STAGES: tl.constexpr, PTX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_SIZE_M: tl.constexpr, NUM_STAGES: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     """One output tile: BLOCK_N weight rows of one expert by up to BLOCK_M of its tokens."""
     INT8: tl.constexpr = ACT_GROUP > 0
@@ -139,14 +142,14 @@ def gemm_tile(
             t0, t1, t2, t3 = load_groups(s_ptr, ahead, offs_n, N, GROUP)
         if INT8:
             SUB: tl.constexpr = min(GROUP, min(ACT_GROUP, 128))
-            acc = accumulate_int8(
-                acc, raw, s0, s1, s2, s3, x_rows, x_scale_rows, kb, BLOCK_N, SUB, ACT_GROUP, PTX
-            )
+            acc = accumulate_int8(acc, raw, s0, s1, s2, s3, x_rows, x_scale_rows, kb, BLOCK_N, SUB, ACT_GROUP, PTX)
         else:
             if K == KP:
                 x = tl.load(x_rows[:, None] + kb * 128 + offs_k[None, :])
             else:  # the padded weights are zero, but what lies behind the row may be NaN
-                x = tl.load(x_rows[:, None] + kb * 128 + offs_k[None, :], mask=(kb * 128 + offs_k < K)[None, :], other=0.0)
+                x = tl.load(
+                    x_rows[:, None] + kb * 128 + offs_k[None, :], mask=(kb * 128 + offs_k < K)[None, :], other=0.0
+                )
             if W_BITS == 16:
                 acc = dot_f32(raw, x, acc, PTX)
             else:
@@ -202,8 +205,8 @@ def moe_grouped_gemm(
 ):  # fmt: skip
     """GEMM1 (gate+up with the activation) or GEMM2 (down with the routing weight) of the expert layer.
 
-    PERSISTENT: any number of programs walk the tile list to the count on the device. Else program i does tile i, and the
-    grid must cover every tile. A tile is computed the same way in both, so the results are equal bit for bit.
+    PERSISTENT: any number of programs walk the tile list to the count on the device. Else program i does tile i, and
+    the grid must cover every tile. A tile is computed the same way in both, so the results are equal bit for bit.
     """
     num_row_blocks = tl.load(num_row_blocks_ptr)
     num_tiles = num_row_blocks * (N // BLOCK_N)

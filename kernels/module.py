@@ -61,7 +61,9 @@ class FusedExperts(nn.Module):
             ValueError: shapes, dtypes or devices that the operator does not accept.
         """
         if hidden_states.dtype not in (torch.bfloat16, torch.float32):
-            raise ValueError(f"hidden_states has dtype {hidden_states.dtype}, expected bfloat16 or float32: convert the model")
+            raise ValueError(
+                f"hidden_states has dtype {hidden_states.dtype}, expected bfloat16 or float32: convert the model"
+            )
         out = fused_experts(
             hidden_states.to(torch.bfloat16),
             topk_ids,

@@ -1,4 +1,4 @@
-"""`torch.ops.executorch_moe.fused_experts`: schema, fake, CPU kernel and the Triton implementation behind one operator."""
+"""`torch.ops.executorch_moe.fused_experts`: schema, fake, CPU kernel and Triton implementation of one operator."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.library import triton_op
 
-from .aten import fused_experts_cpu
+from .aten import fused_experts_aten, fused_experts_cpu
 from .plan import run_fused_experts
 from .validate import check_fused_experts
 
@@ -50,6 +50,12 @@ def fused_experts(
         hidden_states, topk_ids, topk_weights, w13, w2, w13_scale, w2_scale,
         w13_zero, w2_zero, w13_bias, w2_bias, scheme, activation, group_size,
     )  # fmt: skip
+    if hidden_states.device.type == "cpu":
+        # Only tracing for the CPU comes here (torch.compile, AOT dispatch): it opens the operator to look inside.
+        return fused_experts_aten(
+            hidden_states, topk_ids, topk_weights, w13, w2, w13_scale, w2_scale,
+            w13_zero, w2_zero, w13_bias, w2_bias, scheme, activation, group_size,
+        )  # fmt: skip
     return run_fused_experts(
         hidden_states, topk_ids, topk_weights, w13, w2, w13_scale, w2_scale,
         w13_zero, w2_zero, w13_bias, w2_bias, scheme, activation, group_size,

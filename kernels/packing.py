@@ -3,20 +3,20 @@
 Two matrices an expert: `w13` = gate and up projections, N = 2I rows over K = H; `w2` = down projection, N = H rows over
 K = I. I and H are padded to multiples of 128 with zeros (which add nothing), written Ip and Hp below.
 
-Rows of `w13`: gate and up rows alternate in runs of 8: packed row 16b + j is gate row 8b + j for j < 8, up row 8b + j - 8
-else. An MMA accumulator gives a thread rows r and r + 8, so gate and up of one element meet in one thread.
+Rows of `w13`: gate and up rows alternate in runs of 8: packed row 16b + j is gate row 8b + j for j < 8, else up row
+8b + j - 8. An MMA accumulator gives a thread rows r and r + 8, so gate and up of one element meet in one thread.
 
-4-bit schemes, uint8 [E, K/128, N, 64]: the 128 values of one row in one K block are 64 consecutive bytes, and block after
-block of rows is contiguous. Values are signed nibbles q in [-8, 7], value = q * scale (+ zero). Inside the 64 bytes, thread
-t of the 4 that share an MMA row owns the 16 bytes from 16t on: exactly the values of its own operand fragments.
+4-bit schemes, uint8 [E, K/128, N, 64]: the 128 values of one row in one K block are 64 consecutive bytes, and the rows
+of a block follow each other. Values are signed nibbles q in [-8, 7], value = q * scale (+ zero). Inside the 64 bytes,
+thread t of the 4 that share an MMA row owns the 16 bytes from 16t on: exactly the values of its operand fragments.
     w4a16 (bf16 fragments, m16k16):  k = 32s + 16c + 8h + 2t + l  ->  byte 16t + 8c + 4h + 2l + s // 2, nibble s % 2
     w4a8  (int8 fragments, m16k32):  k = 64s + 32c + 16h + 4t + l ->  byte 16t + 8c + 4h + l,           nibble s
     (s, c, h, l in range; nibble 0 is the low one)
-Scales, and the optional zeros, bf16 [E, K/group_size, N]: n contiguous, because a tile reads a run of rows at one group.
+Scales, and the optional zeros, bf16 [E, K/group_size, N]: n contiguous, as a tile reads a run of rows at one group.
 
 bf16 scheme, bf16 [E, N, K]: rows as above, K contiguous.
 
-Source: the fragment orders are those of PTX mma.m16n8k16 (bf16) and mma.m16n8k32 (s8), PTX ISA section "Matrix fragments".
+Source: the fragment orders of mma.m16n8k16 (bf16) and mma.m16n8k32 (s8), PTX ISA, section "Matrix fragments".
 """
 
 from __future__ import annotations
@@ -210,8 +210,8 @@ def _check_weights(gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None, d
     e, n, h = gate_up.shape
     if n % 2 or down.shape != (e, h, n // 2):
         raise ValueError(
-            f"gate_up {list(gate_up.shape)} and down {list(down.shape)} do not belong together: gate_up [E, 2I, H] needs "
-            f"down [E, H, I] = [{e}, {h}, {n // 2}]; transpose weights that are stored [E, in, out]"
+            f"gate_up {list(gate_up.shape)} and down {list(down.shape)} do not belong together: gate_up [E, 2I, H] "
+            f"needs down [E, H, I] = [{e}, {h}, {n // 2}]; transpose weights that are stored [E, in, out]"
         )
     for name, t, shape in (("gate_up_bias", gate_up_bias, (e, n)), ("down_bias", down_bias, (e, h))):
         if t is not None and t.shape != shape:
@@ -254,7 +254,13 @@ def pack_experts(
         q13, s13 = quantize_int4(gate_up, group_size)
         q2, s2 = quantize_int4(down, group_size)
         w13, w13_scale, _ = _pack_matrix(
-            _pad_gate_up(q13, i_pad), _pad_gate_up(s13, i_pad), None, fragment_order(scheme, 1), group_size, 2 * i_pad, h_pad
+            _pad_gate_up(q13, i_pad),
+            _pad_gate_up(s13, i_pad),
+            None,
+            fragment_order(scheme, 1),
+            group_size,
+            2 * i_pad,
+            h_pad,
         )
         w2, w2_scale, _ = _pack_matrix(q2, s2, None, fragment_order(scheme, 2), group_size, h_pad, i_pad)
     else:
@@ -284,7 +290,9 @@ def unpack_experts(packed: PackedExperts) -> tuple[Tensor, Tensor]:
         gate_up fp32 [E, 2I, H] and down fp32 [E, H, I].
     """
     h, i = packed.hidden_size, packed.intermediate_size
-    w13 = deinterleave_gate_up(dequantize(packed.w13, packed.w13_scale, packed.w13_zero, fragment_order(packed.scheme, 1)))
+    w13 = deinterleave_gate_up(
+        dequantize(packed.w13, packed.w13_scale, packed.w13_zero, fragment_order(packed.scheme, 1))
+    )
     w2 = dequantize(packed.w2, packed.w2_scale, packed.w2_zero, fragment_order(packed.scheme, 2))
     e, n, _ = w13.shape
     gate_up = w13.reshape(e, 2, n // 2, -1)[:, :, :i, :h].reshape(e, 2 * i, h)

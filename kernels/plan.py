@@ -147,7 +147,13 @@ def run_few_tokens(p: Problem) -> Tensor:
             Launch(
                 moe_few_tokens_gemm,
                 (constants["N"] // config.block_n, rows),
-                {"x_ptr": x, **p.weights(gemm), "out_ptr": y, "topk_ids_ptr": p.topk_ids, "pair_weight_ptr": p.topk_weights},
+                {
+                    "x_ptr": x,
+                    **p.weights(gemm),
+                    "out_ptr": y,
+                    "topk_ids_ptr": p.topk_ids,
+                    "pair_weight_ptr": p.topk_weights,
+                },
                 {
                     **constants,
                     "STRIDE_X": x.shape[1],
@@ -323,7 +329,8 @@ def run_fused_experts(
     scheme: str,
     activation: str,
     group_size: int,
-    options: Options = Options(),  # noqa: B008 (frozen)
+    *,
+    options: Options = Options(),
     gpu: Gpu | None = None,
     submit: Callable[[Launch], None] = Launch.run,
 ) -> Tensor:

@@ -1,4 +1,4 @@
-"""The oracle: an expert layer in plain fp32 on dequantised weights. Imports no kernel code, and no kernel code imports it."""
+"""The oracle: an expert layer in plain fp32 on dequantised weights. Shares no code with the kernels."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def moe_route_scatter(
     experts = tl.arange(0, E_POW2)
     total = tl.zeros((E_POW2,), dtype=tl.int32)
     before = tl.zeros((E_POW2,), dtype=tl.int32)
-    for other in range(0, num_chunks):
+    for other in range(num_chunks):
         counts = tl.load(chunk_counts_ptr + other * E_POW2 + experts)
         total += counts
         before += tl.where(other < chunk, counts, 0)
@@ -63,12 +63,13 @@ def moe_route_scatter(
 
     for start in range(0, CHUNK, RANK_BLOCK):
         offs = chunk * CHUNK + start + tl.arange(0, RANK_BLOCK)
-        ids = tl.load(topk_ids_ptr + offs, mask=offs < num_pairs, other=-1).to(tl.int32)
-        hit = (ids[:, None] == experts[None, :]) & (experts < NUM_EXPERTS)[None, :]
+        ids = tl.load(topk_ids_ptr + offs, mask=offs < num_pairs, other=-1)
+        valid = (ids >= 0) & (ids < NUM_EXPERTS)
+        ids = tl.where(valid, ids, -1).to(tl.int32)  # an id beyond 32 bits must not wrap into range
+        hit = ids[:, None] == experts[None, :]
         one_hot = hit.to(tl.int32)
         rank = tl.cumsum(one_hot, axis=0) - 1
         row = tl.sum(one_hot * (rank + place[None, :]), axis=1)
-        valid = (ids >= 0) & (ids < NUM_EXPERTS)
         tl.store(sorted_pair_ids_ptr + row, offs, mask=valid)
         place += tl.sum(one_hot, axis=0)
 

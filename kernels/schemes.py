@@ -86,7 +86,8 @@ def check_group_size(group_size: int, k: int, what: str) -> None:
     """
     if group_size not in GROUP_SIZES and (group_size <= 0 or group_size % K_BLOCK):
         raise ValueError(
-            f"group_size={group_size} is not supported: use {', '.join(map(str, GROUP_SIZES))} or a multiple of {K_BLOCK}"
+            f"group_size={group_size} is not supported: "
+            f"use {', '.join(map(str, GROUP_SIZES))} or a multiple of {K_BLOCK}"
         )
     if k % group_size:
         fits = [g for g in GROUP_SIZES if k % g == 0]

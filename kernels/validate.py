@@ -14,7 +14,9 @@ WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def _dtype(name: str, t: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     if t.dtype not in allowed:
         names = " or ".join(str(d).removeprefix("torch.") for d in allowed)
-        raise ValueError(f"{name} has dtype {str(t.dtype).removeprefix('torch.')}, expected {names}: convert it with .to(...)")
+        raise ValueError(
+            f"{name} has dtype {str(t.dtype).removeprefix('torch.')}, expected {names}: convert it with .to(...)"
+        )
 
 
 def _shape(name: str, t: Tensor, expected: tuple[int, ...], remedy: str) -> None:
@@ -58,16 +60,23 @@ def check_fused_experts(
     kind = get_scheme(scheme)
     get_activation(activation)
 
-    for name, t, rank in (("hidden_states", hidden_states, 2), ("topk_ids", topk_ids, 2), ("topk_weights", topk_weights, 2)):
+    for name, t, rank in (
+        ("hidden_states", hidden_states, 2),
+        ("topk_ids", topk_ids, 2),
+        ("topk_weights", topk_weights, 2),
+    ):
         if t.dim() != rank:
-            raise ValueError(f"{name} has rank {t.dim()}, expected {rank}: flatten batch and sequence into one dimension of T")
+            raise ValueError(
+                f"{name} has rank {t.dim()}, expected {rank}: flatten batch and sequence into one dimension of T"
+            )
     _dtype("hidden_states", hidden_states, (torch.bfloat16,))
     _dtype("topk_ids", topk_ids, ID_DTYPES)
     _dtype("topk_weights", topk_weights, WEIGHT_DTYPES)
     _same_tokens(hidden_states, topk_ids)
     if topk_weights.dim() != topk_ids.dim() or topk_weights.shape[1] != topk_ids.shape[1]:
         raise ValueError(
-            f"topk_weights {list(topk_weights.shape)} and topk_ids {list(topk_ids.shape)} must have the same shape [T, top_k]"
+            f"topk_weights {list(topk_weights.shape)} and topk_ids {list(topk_ids.shape)} "
+            "must have the same shape [T, top_k]"
         )
     _same_tokens(topk_weights, topk_ids)
 
@@ -75,12 +84,16 @@ def check_fused_experts(
     h_pad = round_up(h, K_BLOCK)
     repack = "pack the weights with pack_experts for this scheme and hidden size"
     if w13.dim() != (4 if kind.packed else 3) or w2.dim() != w13.dim():
-        raise ValueError(f"w13 has rank {w13.dim()} and w2 rank {w2.dim()}, not the packed layout of scheme={scheme}: {repack}")
+        raise ValueError(
+            f"w13 has rank {w13.dim()} and w2 rank {w2.dim()}, not the packed layout of scheme={scheme}: {repack}"
+        )
     e = w13.shape[0]
     if h == 0 or e == 0:
         raise ValueError(f"hidden size {h} and number of experts {e} must be at least 1")
     if not 1 <= top_k <= e:
-        raise ValueError(f"top_k={top_k} must be between 1 and the number of experts E={e}: check topk_ids and the router")
+        raise ValueError(
+            f"top_k={top_k} must be between 1 and the number of experts E={e}: check topk_ids and the router"
+        )
 
     weight_dtype = torch.uint8 if kind.packed else torch.bfloat16
     _dtype("w13", w13, (weight_dtype,))
@@ -112,9 +125,18 @@ def check_fused_experts(
     ):
         if t is not None:
             _dtype(name, t, (torch.bfloat16,))
-            _shape(name, t, (e, k_pad // groups, n_pad), f"it must hold one value a group of group_size={group_size}; {repack}")
+            _shape(
+                name,
+                t,
+                (e, k_pad // groups, n_pad),
+                f"it must hold one value a group of group_size={group_size}; {repack}",
+            )
     if (w13_zero is None) != (w2_zero is None):
         raise ValueError("w13_zero and w2_zero must be given together: pass zeros for the symmetric one")
+    if w13_zero is not None and (kind.gemm1_act_group or kind.gemm2_act_group):
+        raise NotImplementedError(
+            f"scheme={scheme} multiplies in int8 and takes no zero points: use w4a16, or requantise symmetrically"
+        )
     for name, t, n_pad in (("w13_bias", w13_bias, 2 * i_pad), ("w2_bias", w2_bias, h_pad)):
         if t is not None:
             _dtype(name, t, (torch.float32,))
@@ -131,9 +153,15 @@ def check_fused_experts(
         ("w2_bias", w2_bias),
     ):
         if t is not None and not t.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, strides are {list(t.stride())}: call .contiguous() once after loading")
+            raise ValueError(
+                f"{name} must be contiguous, strides are {list(t.stride())}: call .contiguous() once after loading"
+            )
         if t is not None and t.device != hidden_states.device:
-            raise ValueError(f"{name} is on {t.device} but hidden_states is on {hidden_states.device}: move both to one device")
+            raise ValueError(
+                f"{name} is on {t.device} but hidden_states is on {hidden_states.device}: move both to one device"
+            )
     for name, t in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
         if t.device != hidden_states.device:
-            raise ValueError(f"{name} is on {t.device} but hidden_states is on {hidden_states.device}: move both to one device")
+            raise ValueError(
+                f"{name} is on {t.device} but hidden_states is on {hidden_states.device}: move both to one device"
+            )

@@ -1,0 +1,122 @@
+"""Problems that every kernel path must get right, and the oracle's answer for each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from executorch_moe.kernels import PackedExperts, pack_experts, unpack_experts
+from executorch_moe.kernels.packing import deinterleave_gate_up
+from executorch_moe.kernels.reference import reference_experts
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem; `why` says what it is there for."""
+
+    why: str
+    tokens: int
+    experts: int = 8
+    top_k: int = 2
+    hidden: int = 128
+    intermediate: int = 128
+    group_size: int = 32
+    routing: str = "uniform"
+    bias: bool = False
+    zero: bool = False
+
+    def __str__(self) -> str:
+        return self.why.replace(" ", "-")
+
+
+CASES = (
+    Case("one token", tokens=1),
+    Case("a partial block", tokens=15),
+    Case("one past a block", tokens=17, experts=3, top_k=1),
+    Case("hidden size not a multiple of 128", tokens=9, hidden=160, intermediate=96),
+    Case("several K blocks and N tiles", tokens=12, hidden=384, intermediate=256, group_size=128),
+    Case("group size 64", tokens=12, hidden=256, intermediate=192, group_size=64),
+    Case("prime number of experts, most of them empty", tokens=3, experts=13, top_k=1),
+    Case("one hot expert", tokens=40, experts=5, top_k=1, routing="hot"),
+    Case("top_k equals E", tokens=6, experts=4, top_k=4),
+    Case("dropped ids", tokens=11, routing="dropped"),
+    Case("every id dropped", tokens=5, routing="all dropped"),
+    Case("biases", tokens=7, bias=True),
+)
+
+ZERO_CASE = Case("zero points", tokens=13, hidden=256, zero=True)
+
+
+@dataclass
+class Problem:
+    """Inputs of a case and the fp32 answer."""
+
+    packed: PackedExperts
+    hidden_states: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    expected: Tensor
+
+    def args(self, device: str = "cpu") -> tuple[Any, ...]:
+        packed = self.packed.to(device)
+        tensors = (t.to(device) for t in (self.hidden_states, self.topk_ids, self.topk_weights))
+        return (*tensors, *packed.tensors().values(), packed.scheme, "silu", packed.group_size)
+
+
+def routing_of(case: Case) -> Tensor:
+    """int64 [T, top_k] expert ids, distinct for each token unless dropped."""
+    if case.routing == "hot":
+        return torch.full((case.tokens, case.top_k), case.experts - 1)
+    ids = torch.stack([torch.randperm(case.experts)[: case.top_k] for _ in range(case.tokens)])
+    if case.routing == "dropped":
+        ids[::3, 0] = -1
+        ids[1::3, 1] = case.experts
+        ids[2::5] = 2**40
+    elif case.routing == "all dropped":
+        ids.fill_(-1)
+    return ids
+
+
+def make(case: Case, scheme: str) -> Problem:
+    """Random weights, tokens and routing of a case; the answer is for the dequantised weights."""
+    torch.manual_seed(1)
+    e, h, i = case.experts, case.hidden, case.intermediate
+    gate_up = torch.randn(e, 2 * i, h) / h**0.5
+    down = torch.randn(e, h, i) / i**0.5
+    bias = (torch.randn(e, 2 * i) * 0.2, torch.randn(e, h) * 0.2) if case.bias else (None, None)
+    packed = pack_experts(
+        gate_up, down, scheme=scheme, group_size=case.group_size, gate_up_bias=bias[0], down_bias=bias[1]
+    )
+    if case.zero:
+        assert packed.w13_scale is not None and packed.w2_scale is not None
+        packed.w13_zero = (torch.randn(packed.w13_scale.shape) * 0.02).bfloat16()
+        packed.w2_zero = (torch.randn(packed.w2_scale.shape) * 0.02).bfloat16()
+        # Padding must stay worth nothing: its scale and zero are zero.
+        packed.w13_zero[packed.w13_scale == 0] = 0
+        packed.w2_zero[packed.w2_scale == 0] = 0
+    x = torch.randn(case.tokens, h).bfloat16()
+    ids = routing_of(case)
+    weights = torch.randn(case.tokens, case.top_k).softmax(-1)
+    dequantized = unpack_experts(packed)
+    expected = reference_experts(x, ids, weights, *dequantized, *bias)
+    return Problem(packed, x, ids, weights, expected)
+
+
+def stored_bias(packed: PackedExperts) -> Tensor:
+    """The packed gate-up bias back in gate-then-up order, fp32 [E, 2*Ip]."""
+    assert packed.w13_bias is not None
+    return deinterleave_gate_up(packed.w13_bias)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """||actual - expected|| / ||expected||; 0 if both are zero."""
+    norm = expected.norm()
+    difference = (actual.float().cpu() - expected).norm()
+    return float(difference / norm) if norm > 0 else float(difference)
+
+
+# The bounds: bf16 rounding of inputs, intermediate, pair outputs and result; for 4 bits also of the decoded weights.
+BOUNDS = {"bf16": 4.0e-3, "w4a16": 4.5e-3, "w4a8": 1.2e-2}

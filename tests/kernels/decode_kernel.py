@@ -1,0 +1,46 @@
+"""Kernels that run both forms of a decoder side by side."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from executorch_moe.kernels._device import decode_bf16, decode_int8
+
+
+@triton.jit
+def decode_both(half_ptr, scale_ptr, zero_ptr, ptx_ptr, twin_ptr, HAS_ZERO: tl.constexpr):
+    """int16 [65536], bf16 scales and zeros [4, 65536] -> bf16 [4, 65536] by PTX and by the portable form."""
+    i = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+    half = tl.load(half_ptr + i)
+    s0 = tl.load(scale_ptr + i)
+    s1 = tl.load(scale_ptr + 65536 + i)
+    s2 = tl.load(scale_ptr + 2 * 65536 + i)
+    s3 = tl.load(scale_ptr + 3 * 65536 + i)
+    z0 = tl.load(zero_ptr + i)
+    z1 = tl.load(zero_ptr + 65536 + i)
+    z2 = tl.load(zero_ptr + 2 * 65536 + i)
+    z3 = tl.load(zero_ptr + 3 * 65536 + i)
+    a0, a1, a2, a3 = decode_bf16(half, s0, s1, s2, s3, z0, z1, z2, z3, HAS_ZERO, True)
+    b0, b1, b2, b3 = decode_bf16(half, s0, s1, s2, s3, z0, z1, z2, z3, HAS_ZERO, False)
+    tl.store(ptx_ptr + i, a0)
+    tl.store(ptx_ptr + 65536 + i, a1)
+    tl.store(ptx_ptr + 2 * 65536 + i, a2)
+    tl.store(ptx_ptr + 3 * 65536 + i, a3)
+    tl.store(twin_ptr + i, b0)
+    tl.store(twin_ptr + 65536 + i, b1)
+    tl.store(twin_ptr + 2 * 65536 + i, b2)
+    tl.store(twin_ptr + 3 * 65536 + i, b3)
+
+
+@triton.jit
+def decode_bytes_both(byte_ptr, out_ptr):
+    """int8 [256] -> int8 [4, 256]: low and high nibbles by PTX, then by the portable form."""
+    i = tl.arange(0, 256)
+    byte = tl.load(byte_ptr + i)
+    lo, hi = decode_int8(byte, True)
+    twin_lo, twin_hi = decode_int8(byte, False)
+    tl.store(out_ptr + i, lo)
+    tl.store(out_ptr + 256 + i, hi)
+    tl.store(out_ptr + 512 + i, twin_lo)
+    tl.store(out_ptr + 768 + i, twin_hi)

@@ -1,0 +1,135 @@
+"""The kernels on a GPU: the same cases as the interpreter, the qwen35 bounds, schedules and PTX bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from executorch_moe.kernels import SCHEMES, fused_experts
+from executorch_moe.kernels.benchmark import SHAPES, LayerInputs, make_layers
+from executorch_moe.kernels.configs import FewTokensConfig, GemmConfig
+from executorch_moe.kernels.plan import Options
+from executorch_moe.kernels.reference import reference_experts
+from executorch_moe.kernels.schemes import Scheme
+
+from .cases import BOUNDS, CASES, ZERO_CASE, Case, make, relative_error
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("path", ["grouped", "few_tokens", None])
+def test_operator_against_the_oracle(case: Case, scheme: str, path: str | None) -> None:
+    from executorch_moe.kernels.plan import run_fused_experts
+
+    problem = make(case, scheme)
+    args = problem.args("cuda")
+    out = fused_experts(*args) if path is None else run_fused_experts(*args, options=Options(path=path))
+    assert relative_error(out, problem.expected) <= BOUNDS[scheme]
+
+
+@pytest.mark.parametrize("path", ["grouped", "few_tokens"])
+def test_zero_points(path: str) -> None:
+    from executorch_moe.kernels.plan import run_fused_experts
+
+    problem = make(ZERO_CASE, "w4a16")
+    out = run_fused_experts(*problem.args("cuda"), options=Options(path=path))
+    assert relative_error(out, problem.expected) <= BOUNDS["w4a16"]
+
+
+def layer_error(layer: LayerInputs, out: torch.Tensor) -> float:
+    """Relative L2 error of one layer's output against the oracle, expert by expert to save memory."""
+    expected = torch.zeros_like(out, dtype=torch.float32)
+    for expert in layer.topk_ids.unique().tolist():
+        gate_up, down = layer.dequantized(expert)
+        ids = torch.where(layer.topk_ids == expert, 0, -1)
+        expected += reference_experts(layer.hidden_states, ids, layer.topk_weights, gate_up[None], down[None])
+    return relative_error(out, expected.cpu())
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 16, 33, 64, 512, 1642])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_error_bounds_on_the_qwen35_shape(scheme: str, tokens: int) -> None:
+    layer = make_layers(SHAPES["qwen35"], scheme, tokens, 1)[0]
+    assert layer_error(layer, fused_experts(*layer.args())) <= BOUNDS[scheme]
+
+
+@pytest.mark.parametrize("group_size_m", [1, 8, 16, 32])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_schedules_and_repeats_give_the_same_bits(scheme: str, group_size_m: int) -> None:
+    layer = make_layers(SHAPES["qwen35"], scheme, 700, 1)[0]
+    for block_m, block_n, warps in ((16, 128, 4), (64, 128, 4), (64, 256, 8)):
+        if scheme == "bf16" and block_n == 256:
+            continue
+        config = GemmConfig(block_m, block_n, group_size_m, warps, 2)
+        outs = [
+            layer.run(Options(path="grouped", persistent=persistent, gemm1=config, gemm2=config))
+            for persistent in (True, False, True)
+        ]
+        assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+def test_few_tokens_repeat_bit_for_bit() -> None:
+    layer = make_layers(SHAPES["qwen35"], "w4a16", 4, 1)[0]
+    options = Options(path="few_tokens", few_tokens=FewTokensConfig())
+    assert torch.equal(layer.run(options), layer.run(options))
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_int8_activations_in_both_gemms(monkeypatch: pytest.MonkeyPatch, group: int) -> None:
+    from executorch_moe.kernels import schemes
+    from executorch_moe.kernels.plan import run_fused_experts
+
+    monkeypatch.setitem(schemes.SCHEMES, "all-int8", Scheme("all-int8", 4, group, group))
+    problem = make(Case("int8", tokens=70, hidden=256, group_size=64), "all-int8")
+    out = run_fused_experts(*problem.args("cuda"), options=Options(path="grouped"))
+    assert relative_error(out, problem.expected) <= 2.5e-2
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_ptx_decoding_equals_its_portable_twin_bit_for_bit(zero: bool) -> None:
+    """All 65536 halfwords against every exponent of scale that quantisation can produce."""
+    import triton
+
+    from .decode_kernel import decode_both
+
+    half = torch.arange(65536, dtype=torch.int32, device="cuda").to(torch.int16)
+    scale = (
+        torch.randn(4, 65536, device="cuda") * torch.exp2(torch.randint(-20, 4, (4, 65536), device="cuda"))
+    ).bfloat16()
+    zeros = (torch.randn(4, 65536, device="cuda") * scale.float()).bfloat16()
+    ptx = torch.empty(4, 65536, dtype=torch.bfloat16, device="cuda")
+    twin = torch.empty_like(ptx)
+    decode_both[(triton.cdiv(65536, 1024),)](half, scale, zeros, ptx, twin, HAS_ZERO=zero)
+    if zero:  # the twin rounds twice where an exact sum needs more than 24 bits: allow one step there, seen or not
+        differs = ptx.view(torch.int16).int() - twin.view(torch.int16).int()
+        assert differs.abs().max() <= 1 and (differs != 0).float().mean() < 1e-3
+    else:
+        assert torch.equal(ptx.view(torch.int16), twin.view(torch.int16))
+
+
+def test_int8_decoding_equals_its_portable_twin_bit_for_bit() -> None:
+    from .decode_kernel import decode_bytes_both
+
+    byte = torch.arange(256, dtype=torch.int32, device="cuda").to(torch.int8)
+    out = torch.empty(4, 256, dtype=torch.int8, device="cuda")
+    decode_bytes_both[(1,)](byte, out)
+    assert torch.equal(out[0], out[2]) and torch.equal(out[1], out[3])
+
+
+def test_no_tokens() -> None:
+    args = make(Case("none", tokens=2), "w4a16").args("cuda")
+    assert fused_experts(args[0][:0], args[1][:0], args[2][:0], *args[3:]).shape == (0, 128)  # type: ignore[index]
+
+
+def test_opcheck_on_the_gpu() -> None:
+    args = make(Case("opcheck", tokens=40), "w4a16").args("cuda")
+    torch.library.opcheck(fused_experts, args)
+
+
+def test_mixed_devices_are_refused() -> None:
+    args = list(make(Case("mixed", tokens=3), "w4a16").args("cuda"))
+    args[3] = args[3].cpu()  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="w13 is on cpu but hidden_states is on cuda"):
+        fused_experts(*args)

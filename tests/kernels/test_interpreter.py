@@ -1,0 +1,176 @@
+"""The Triton kernels on the CPU: Triton's interpreter, portable twins of the inline PTX, fp32 dots on bf16 values.
+
+Run with TRITON_INTERPRET=1; `make test` does. What runs here is the kernels' indexing, masking, decoding and order; the
+PTX itself and real tensor cores run in test_gpu.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from executorch_moe.kernels import SCHEMES
+from executorch_moe.kernels.configs import INTERPRETER_GPU, FewTokensConfig, GemmConfig
+from executorch_moe.kernels.plan import Options, Problem, Routing, run_fused_experts, run_routing
+from executorch_moe.kernels.schemes import Scheme, get_scheme
+
+from .cases import BOUNDS, CASES, ZERO_CASE, Case, make, relative_error
+
+pytestmark = pytest.mark.interpreter
+
+SMALL = GemmConfig(block_m=16, block_n=64, group_size_m=8)
+
+
+def grouped(config1: GemmConfig = SMALL, config2: GemmConfig = SMALL, persistent: bool = True) -> Options:
+    return Options(path="grouped", persistent=persistent, gemm1=config1, gemm2=config2)
+
+
+def test_the_interpreter_is_on() -> None:
+    assert os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_grouped_path_against_the_oracle(case: Case, scheme: str) -> None:
+    problem = make(case, scheme)
+    out = run_fused_experts(*problem.args(), options=grouped())
+    assert relative_error(out, problem.expected) <= BOUNDS[scheme]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("case", [c for c in CASES if c.tokens <= 11], ids=str)
+def test_few_tokens_path_against_the_oracle(case: Case, scheme: str) -> None:
+    problem = make(case, scheme)
+    out = run_fused_experts(*problem.args(), options=Options(path="few_tokens", few_tokens=FewTokensConfig(block_n=64)))
+    assert relative_error(out, problem.expected) <= min(BOUNDS[scheme], 4.5e-3)
+
+
+@pytest.mark.parametrize("path", ["grouped", "few_tokens"])
+def test_zero_points(path: str) -> None:
+    problem = make(ZERO_CASE, "w4a16")
+    options = Options(path=path, gemm1=SMALL, gemm2=SMALL, few_tokens=FewTokensConfig(block_n=64))
+    assert relative_error(run_fused_experts(*problem.args(), options=options), problem.expected) <= BOUNDS["w4a16"]
+
+
+@pytest.mark.parametrize("group_size_m", [1, 8, 16, 32])
+@pytest.mark.parametrize("block_n", [64, 128])
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a8"])
+def test_both_schedules_give_the_same_bits(scheme: str, block_n: int, group_size_m: int) -> None:
+    problem = make(Case("schedules", tokens=45, experts=3, hidden=256), scheme)
+    config = GemmConfig(block_m=8, block_n=block_n, group_size_m=group_size_m)
+    args = problem.args()
+    persistent = run_fused_experts(*args, options=grouped(config, config))
+    one_cta_a_tile = run_fused_experts(*args, options=grouped(config, config, persistent=False))
+    assert torch.equal(persistent, one_cta_a_tile)
+    assert relative_error(persistent, problem.expected) <= BOUNDS[scheme]
+
+
+def test_blocks_of_the_two_gemms_may_differ() -> None:
+    problem = make(Case("blocks", tokens=30, experts=3), "w4a16")
+    options = grouped(GemmConfig(block_m=32, block_n=128), GemmConfig(block_m=8, block_n=64))
+    assert relative_error(run_fused_experts(*problem.args(), options=options), problem.expected) <= BOUNDS["w4a16"]
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_int8_activations_in_both_gemms(monkeypatch: pytest.MonkeyPatch, group: int) -> None:
+    """GEMM2 in int8 is no scheme of ours (it costs too much accuracy), but the mainloop has it."""
+    from executorch_moe.kernels import schemes
+
+    monkeypatch.setitem(schemes.SCHEMES, "all-int8", Scheme("all-int8", 4, group, group))
+    problem = make(Case("int8", tokens=19, hidden=256, group_size=64), "all-int8")
+    out = run_fused_experts(*problem.args(), options=grouped())
+    assert relative_error(out, problem.expected) <= 2.5e-2
+
+
+def test_no_tokens() -> None:
+    args = make(Case("none", tokens=2), "w4a16").args()
+    out = run_fused_experts(args[0][:0], args[1][:0], args[2][:0], *args[3:])  # type: ignore[index]
+    assert out.shape == (0, 128)
+
+
+def test_dropped_pairs_are_never_read() -> None:
+    """What an allocation held before must not show: buffers are poisoned with NaN."""
+    problem = make(next(c for c in CASES if c.routing == "dropped"), "w4a16")
+
+    class Poisoned(Problem):
+        def empty(self, shape, dtype):  # type: ignore[no-untyped-def]
+            fill = float("nan") if dtype.is_floating_point else -(2**30)
+            return torch.full(shape, fill, dtype=dtype) if dtype != torch.int8 else torch.full(shape, 127, dtype=dtype)
+
+    from executorch_moe.kernels.plan import run_few_tokens, run_grouped
+
+    *tensors, scheme, _, group_size = problem.args()
+    for run in (run_grouped, run_few_tokens):
+        options = Options(gemm1=SMALL, gemm2=SMALL, few_tokens=FewTokensConfig(block_n=64))
+        poisoned = Poisoned(*tensors, get_scheme(scheme), 0, group_size, INTERPRETER_GPU, False, options)  # type: ignore[arg-type]
+        assert relative_error(run(poisoned), problem.expected) <= BOUNDS["w4a16"], run.__name__
+
+
+# ------------------------------------------------------------------ routing
+
+
+def route(ids: torch.Tensor, experts: int, block_m: int) -> Routing:
+    packed_rows = torch.zeros(experts, 1, 256, 64, dtype=torch.uint8)
+    down = torch.zeros(experts, 1, 128, 64, dtype=torch.uint8)
+    problem = Problem(
+        torch.zeros(ids.shape[0], 128).bfloat16(), ids, torch.zeros(ids.shape), packed_rows, down,
+        None, None, None, None, None, None, get_scheme("w4a16"), 0, 128, INTERPRETER_GPU, False,
+    )  # fmt: skip
+    return run_routing(problem, block_m)
+
+
+def check_routing(ids: torch.Tensor, experts: int, block_m: int) -> None:
+    r = route(ids, experts, block_m)
+    flat = ids.reshape(-1)
+    valid = [i for i in range(flat.numel()) if 0 <= int(flat[i]) < experts]
+    wanted = sorted(valid, key=lambda i: int(flat[i]))  # Python's sort is stable, as ours must be
+    offsets = r.expert_offsets.tolist()
+    assert r.sorted_pair_ids[: len(valid)].tolist() == wanted
+    assert offsets[0] == 0 and offsets[experts] == len(valid)
+    assert [b - a for a, b in itertools.pairwise(offsets)] == [
+        sum(int(flat[i]) == e for i in valid) for e in range(experts)
+    ]
+    blocks = [(e, row) for e in range(experts) for row in range(offsets[e], offsets[e + 1], block_m)]
+    count = int(r.num_row_blocks)
+    assert count == len(blocks) <= r.block_expert.numel()
+    assert list(zip(r.block_expert[:count].tolist(), r.block_row[:count].tolist(), strict=True)) == blocks
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=30)
+def test_routing_properties(data: st.DataObject) -> None:
+    """Every pair with a valid id once, sorted by expert, stable; block list exact; foreign ids dropped."""
+    experts = data.draw(st.integers(1, 40))
+    top_k = data.draw(st.integers(1, min(4, experts)))
+    tokens = data.draw(st.integers(1, 40))
+    low, high = data.draw(st.sampled_from([(0, experts - 1), (-3, experts + 3), (0, 0), (-5, -1)]))
+    values = data.draw(st.lists(st.integers(low, high), min_size=tokens * top_k, max_size=tokens * top_k))
+    dtype = data.draw(st.sampled_from([torch.int32, torch.int64]))
+    check_routing(
+        torch.tensor(values, dtype=dtype).reshape(tokens, top_k), experts, data.draw(st.sampled_from([8, 16, 64]))
+    )
+
+
+@pytest.mark.parametrize(
+    ("why", "tokens", "experts", "top_k"),
+    [
+        ("several chunks of pairs", 300, 7, 2),
+        ("one hot expert over chunks", 600, 3, 1),
+        ("more experts than a power of two", 90, 257, 4),
+    ],
+)
+def test_routing_cases(why: str, tokens: int, experts: int, top_k: int) -> None:
+    if why.startswith("one hot"):
+        ids = torch.full((tokens, top_k), 1)
+    else:
+        ids = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)])
+    check_routing(ids, experts, 16)
+
+
+def test_ids_beyond_32_bits_are_dropped() -> None:
+    check_routing(torch.tensor([[2**32], [1], [2**40 + 2], [-(2**35)]]), 4, 16)

@@ -1,0 +1,146 @@
+"""The operator: CPU kernel and ATen form against the oracle, opcheck, symbolic T, and every check of its arguments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.export import Dim, export
+
+from executorch_moe.kernels import SCHEMES, FusedExperts, fused_experts
+from executorch_moe.kernels.aten import fused_experts_aten
+
+from .cases import BOUNDS, CASES, ZERO_CASE, Case, make, relative_error
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_cpu_kernel_against_the_oracle(case: Case, scheme: str) -> None:
+    problem = make(case, scheme)
+    out = fused_experts(*problem.args())
+    assert out.dtype == torch.bfloat16 and out.shape == problem.hidden_states.shape
+    assert relative_error(out, problem.expected) <= BOUNDS[scheme]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_aten_form_is_the_cpu_kernel_within_rounding(case: Case, scheme: str) -> None:
+    args = make(case, scheme).args()
+    assert relative_error(fused_experts_aten(*args), fused_experts(*args).float()) <= 1e-3
+
+
+def test_zero_points() -> None:
+    problem = make(ZERO_CASE, "w4a16")
+    assert relative_error(fused_experts(*problem.args()), problem.expected) <= BOUNDS["w4a16"]
+    assert relative_error(fused_experts_aten(*problem.args()), problem.expected) <= BOUNDS["w4a16"]
+
+
+def test_no_tokens() -> None:
+    args = make(Case("no tokens", tokens=4), "w4a16").args()
+    empty = (args[0][:0], args[1][:0], args[2][:0], *args[3:])  # type: ignore[index]
+    assert fused_experts(*empty).shape == (0, 128)
+
+
+def test_repeated_expert_of_a_token_counts_twice() -> None:
+    problem = make(Case("repeat", tokens=3), "bf16")
+    args = list(problem.args())
+    args[1] = torch.zeros_like(problem.topk_ids)
+    twice = fused_experts(*args).float()
+    args[1] = torch.stack([torch.zeros(3, dtype=torch.int64), torch.full((3,), -1)], 1)
+    args[2] = problem.topk_weights.sum(1, keepdim=True).expand(3, 2).contiguous()
+    torch.testing.assert_close(twice, fused_experts(*args).float(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "strided"])
+def test_opcheck(scheme: str, contiguous: bool) -> None:
+    args = list(make(Case("opcheck", tokens=5), scheme).args())
+    if not contiguous:
+        args[0] = torch.randn(128, 5).bfloat16().t()
+        args[1] = args[1].t().contiguous().t()  # type: ignore[attr-defined]
+        args[2] = torch.rand(5, 4)[:, ::2]
+    torch.library.opcheck(fused_experts, tuple(args))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_symbolic_tokens_export_to_one_node(strict: bool) -> None:
+    problem = make(Case("export", tokens=6), "w4a16")
+    module = FusedExperts(problem.packed)
+    inputs = (problem.hidden_states, problem.topk_ids, problem.topk_weights)
+    tokens = Dim("tokens", min=2, max=512)
+    program = export(module, inputs, dynamic_shapes=({0: tokens},) * 3, strict=strict)
+    nodes = [n for n in program.graph.nodes if n.target is torch.ops.executorch_moe.fused_experts.default]
+    assert len(nodes) == 1
+    longer = make(Case("longer", tokens=33), "w4a16")
+    args = (longer.hidden_states, longer.topk_ids, longer.topk_weights)
+    assert torch.equal(program.module()(*args), module(*args))
+
+
+def test_module_keeps_packed_dtypes_and_accepts_fp32() -> None:
+    problem = make(Case("fp32", tokens=4, bias=True), "w4a16")
+    module = FusedExperts(problem.packed).to(torch.float64)
+    assert module.w13.dtype == torch.uint8 and module.w13_scale.dtype == torch.bfloat16
+    assert module.w13_bias.dtype == torch.float32
+    out = module(problem.hidden_states.float(), problem.topk_ids, problem.topk_weights)
+    assert out.dtype == torch.float32
+    assert relative_error(out, problem.expected) <= BOUNDS["w4a16"]
+
+
+def bad(index: int, value: object) -> object:
+    """An argument list with one entry replaced."""
+    args = list(make(Case("bad", tokens=5), "w4a16").args())
+    args[index] = value(args[index]) if callable(value) else value
+    return args
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "error", "message"),
+    [
+        (0, lambda t: t.float(), ValueError, "hidden_states has dtype float32, expected bfloat16"),
+        (0, lambda t: t[None], ValueError, "hidden_states has rank 3, expected 2: flatten"),
+        (0, lambda t: t[:4], ValueError, "hidden_states has 4 tokens but topk_ids has 5"),
+        (0, lambda t: t[:, :100], ValueError, "must be a multiple of group_size=32"),
+        (1, lambda t: t.float(), ValueError, "topk_ids has dtype float32, expected int32 or int64"),
+        (1, lambda t: t.repeat(1, 5), ValueError, "must have the same shape"),
+        (2, lambda t: t[:, :1], ValueError, "must have the same shape"),
+        (2, lambda t: t.double(), ValueError, "topk_weights has dtype float64"),
+        (3, lambda t: t.float(), ValueError, "w13 has dtype float32, expected uint8"),
+        (3, lambda t: t[:, :, :16], ValueError, "w13 has shape .* pack the weights with pack_experts"),
+        (4, lambda t: t[0], ValueError, "w2 rank 3, not the packed layout"),
+        (5, None, ValueError, "scheme=w4a16 needs w13_scale and w2_scale"),
+        (5, lambda t: t.float(), ValueError, "w13_scale has dtype float32, expected bfloat16"),
+        (5, lambda t: t[:, :2], ValueError, "w13_scale has shape"),
+        (7, lambda _: torch.zeros(8, 4, 256).bfloat16(), ValueError, "must be given together"),
+        (9, lambda _: torch.zeros(8, 4), ValueError, "w13_bias has shape"),
+        (3, lambda t: t.to("meta"), ValueError, "w13 is on meta but hidden_states is on cpu: move both"),
+        (11, "w8a8", ValueError, "scheme='w8a8' is unknown"),
+        (12, "relu", NotImplementedError, "activation='relu' is not supported: use one of silu"),
+        (13, 64, ValueError, "w13_scale has shape"),
+        (13, 7, ValueError, "group_size=7 is not supported"),
+    ],
+)
+def test_bad_arguments_get_a_reason(index: int, value: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fused_experts(*bad(index, value))
+
+
+def test_top_k_above_the_number_of_experts() -> None:
+    args = list(make(Case("bad", tokens=5), "w4a16").args())
+    args[1], args[2] = torch.zeros(5, 9, dtype=torch.int64), torch.zeros(5, 9)
+    with pytest.raises(ValueError, match="top_k=9 must be between 1 and the number of experts E=8"):
+        fused_experts(*args)
+
+
+def test_int8_activations_take_no_zero_points() -> None:
+    args = make(ZERO_CASE, "w4a8").args()
+    with pytest.raises(NotImplementedError, match="zero points"):
+        fused_experts(*args)
+
+
+def test_fake_checks_as_the_operator_does() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    args = make(Case("fake", tokens=5), "w4a16").args()
+    mode = FakeTensorMode()
+    fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]
+    with mode, pytest.raises(ValueError, match="expected bfloat16"):
+        fused_experts(fakes[0].float(), *fakes[1:])

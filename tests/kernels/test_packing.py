@@ -1,0 +1,113 @@
+"""The packed layout holds the values that its formula says, and quantisation is the nearest code."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from executorch_moe.kernels import pack_experts, unpack_experts
+from executorch_moe.kernels.packing import (
+    deinterleave_gate_up,
+    interleave_gate_up,
+    pack_int4,
+    quantize_int4,
+    unpack_int4,
+)
+
+from . import cases
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a8"])
+def test_every_value_is_where_the_formula_says(scheme: str) -> None:
+    q = torch.randint(-8, 8, (2, 5, 256), dtype=torch.int8)
+    packed = pack_int4(q, scheme)
+    assert packed.shape == (2, 2, 5, 64) and packed.dtype == torch.uint8
+    for k in range(256):
+        inner = k % 128
+        if scheme == "w4a16":  # k = 32s + 16c + 8h + 2t + l
+            s, c, h, t, low = inner // 32, inner // 16 % 2, inner // 8 % 2, inner // 2 % 4, inner % 2
+            byte, nibble = 16 * t + 8 * c + 4 * h + 2 * low + s // 2, s % 2
+        else:  # k = 64s + 32c + 16h + 4t + l
+            s, c, h, t, low = inner // 64, inner // 32 % 2, inner // 16 % 2, inner // 4 % 4, inner % 4
+            byte, nibble = 16 * t + 8 * c + 4 * h + low, s
+        code = (packed[:, k // 128, :, byte].to(torch.int32) >> (4 * nibble)) & 15
+        signed = torch.where(code >= 8, code - 16, code)
+        assert torch.equal(signed, q[:, :, k].to(torch.int32)), k
+
+
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 3), st.sampled_from(["w4a16", "w4a8"]))
+@settings(deadline=None, max_examples=25)
+def test_unpack_inverts_pack(e: int, n: int, blocks: int, scheme: str) -> None:
+    q = torch.randint(-8, 8, (e, n, 128 * blocks), dtype=torch.int8)
+    assert torch.equal(unpack_int4(pack_int4(q, scheme), scheme), q.float())
+
+
+def test_gate_and_up_alternate_in_runs_of_8() -> None:
+    rows = torch.arange(64).reshape(1, 64, 1)
+    packed = interleave_gate_up(rows)
+    assert packed[0, :8, 0].tolist() == list(range(8))
+    assert packed[0, 8:16, 0].tolist() == list(range(32, 40))
+    assert torch.equal(deinterleave_gate_up(packed), rows)
+
+
+def test_quantised_code_is_the_nearest_one_for_the_stored_scale() -> None:
+    w = torch.randn(3, 7, 128)
+    q, scale = quantize_int4(w, 32)
+    assert scale.dtype == torch.bfloat16 and scale.shape == (3, 7, 4)
+    codes = torch.arange(-8, 8).float()
+    grid = codes * scale.float()[..., None, None]
+    nearest = (w.unflatten(-1, (4, 32))[..., None] - grid).abs().amin(-1)
+    error = (w.unflatten(-1, (4, 32)) - q.unflatten(-1, (4, 32)).float() * scale.float()[..., None]).abs()
+    torch.testing.assert_close(error, nearest)
+
+
+def test_a_group_of_zeros_stays_zero() -> None:
+    w = torch.randn(1, 2, 64)
+    w[0, 0, :32] = 0
+    q, scale = quantize_int4(w, 32)
+    assert scale[0, 0, 0] == 0 and not q[0, 0, :32].any()
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "w4a16", "w4a8"])
+@pytest.mark.parametrize(("h", "i", "g"), [(160, 96, 32), (256, 128, 128), (192, 64, 64)])
+def test_unpacked_layer_is_close_to_the_original(scheme: str, h: int, i: int, g: int) -> None:
+    gate_up, down = torch.randn(3, 2 * i, h), torch.randn(3, h, i)
+    packed = pack_experts(gate_up, down, scheme=scheme, group_size=g)
+    back_gate_up, back_down = unpack_experts(packed)
+    bound = 0.002 if scheme == "bf16" else 0.13
+    assert cases.relative_error(back_gate_up, gate_up) < bound
+    assert cases.relative_error(back_down, down) < bound
+
+
+def test_biases_are_stored_in_packed_row_order() -> None:
+    gate_up, down = torch.randn(2, 2 * 96, 160), torch.randn(2, 160, 96)
+    bias = torch.randn(2, 192)
+    packed = pack_experts(
+        gate_up, down, scheme="w4a16", group_size=32, gate_up_bias=bias, down_bias=torch.randn(2, 160)
+    )
+    stored = cases.stored_bias(packed)
+    assert torch.equal(stored[:, :96], bias[:, :96]) and torch.equal(stored[:, 128 : 128 + 96], bias[:, 96:])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scheme": "w3a16"}, "scheme='w3a16' is unknown: use one of bf16, w4a16, w4a8"),
+        ({"group_size": 48}, "group_size=48 is not supported"),
+        ({"group_size": 128}, "hidden size H=192 must be a multiple of group_size=128: requantise with group_size=64"),
+        ({"down": torch.zeros(2, 192, 32)}, "do not belong together"),
+        ({"down": torch.zeros(192, 64)}, "must be 3-D"),
+        ({"gate_up_bias": torch.zeros(2, 64)}, "gate_up_bias has shape"),
+    ],
+)
+def test_bad_weights_get_a_reason_and_a_remedy(change: dict[str, object], message: str) -> None:
+    arguments: dict[str, object] = {
+        "gate_up": torch.zeros(2, 128, 192),
+        "down": torch.zeros(2, 192, 64),
+        "group_size": 64,
+    }
+    arguments |= change
+    with pytest.raises(ValueError, match=message):
+        pack_experts(**arguments)  # type: ignore[arg-type]
