@@ -59,6 +59,7 @@ class ElfImage:
         self.abi_version = header[0][8]
         self.machine, self.flags = header[2], header[7]
         section_offset, entry_size, count, names_index = header[6], header[11], header[12], header[13]
+        program_headers_end = header[5] + header[9] * header[10]
         try:
             raw = [_SECTION.unpack_from(self._data, section_offset + i * entry_size) for i in range(count)]
             names = self._data[raw[names_index][4] : raw[names_index][4] + raw[names_index][5]]
@@ -66,6 +67,7 @@ class ElfImage:
         except (struct.error, IndexError) as error:
             raise ValueError(f"damaged ELF image: {error}") from error
         ends = [
+            program_headers_end,
             section_offset + count * entry_size,
             *(s.offset + s.size for s in self.sections if s.kind != _SHT_NOBITS),
         ]
@@ -81,7 +83,7 @@ class ElfImage:
         for section in self.sections:
             if section.kind != _SHT_DYNSYM:
                 continue
-            names = self._bytes(self.sections[section.link])
+            names = self.content(self.sections[section.link])
             for index in range(1, section.size // _SYMBOL.size):
                 name, info, _, where, _, _ = _SYMBOL.unpack_from(self._data, section.offset + index * _SYMBOL.size)
                 if where != 0:
@@ -99,7 +101,7 @@ class ElfImage:
         for section in self.sections:
             if section.kind != _SHT_VERNEED:
                 continue
-            names = self._bytes(self.sections[section.link])
+            names = self.content(self.sections[section.link])
             at = section.offset
             for _ in range(section.info):
                 _, count, _, aux, step = struct.unpack_from("<HHIII", self._data, at)
@@ -111,7 +113,8 @@ class ElfImage:
                 at += step
         return table
 
-    def _bytes(self, section: Section) -> memoryview:
+    def content(self, section: Section) -> memoryview:
+        """Bytes of a section."""
         return self._data[section.offset : section.offset + section.size]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from dataclasses import dataclass
 
@@ -80,10 +81,15 @@ def _cubins(data: bytes) -> list[tuple[int, GpuCode]]:
 
 
 def _arch(image: ElfImage) -> tuple[int, bool]:
-    """(sm, architecture-specific) from the header flags; their layout changed with ABI version 8 (CUDA 13)."""
-    if image.abi_version >= 8:
-        return (image.flags >> 8) & 0xFF, bool(image.flags & 0x8)
-    return image.flags & 0xFF, bool(image.flags & 0x800)
+    """(sm, architecture-specific).
+
+    ABI version 7 has both in the header flags. Version 8 (ptxas of CUDA 13) moved sm and no longer tells sm_90 from
+    sm_90a there (compared with nvcc 13.0); what is left is the compiler's command line in a note.
+    """
+    if image.abi_version < 8:
+        return image.flags & 0xFF, bool(image.flags & 0x800)
+    notes = b"".join(bytes(image.content(s)) for s in image.sections if s.name == ".note.nv.tkinfo")
+    return (image.flags >> 8) & 0xFF, re.search(rb"-arch[ =]sm_\d+a\b", notes) is not None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import CONTEXT, CachedExperts, inputs, methods
+from cached_experts import CONTEXT, CachedExperts, inputs, methods
 
 from executorch_moe.backends.artifact import Artifact, check, save
 from executorch_moe.backends.cuda.delegate_host import DelegateHost, check_arch

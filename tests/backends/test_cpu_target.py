@@ -1,0 +1,150 @@
+"""The CPU target: exported, and run through executorch.runtime, against the eager module."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from cached_experts import CONTEXT, CachedExperts, inputs, methods
+from torch.export import export
+
+from executorch_moe.backends.artifact import save
+from executorch_moe.backends.cpu import MoECpuPartitioner
+from executorch_moe.backends.runtime import EXECUTORCH_CPU, LoadedProgram, load
+from executorch_moe.backends.targets import lower
+
+
+@dataclass(frozen=True)
+class Case:
+    scheme: str
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.scheme}-{str(self.dtype).removeprefix('torch.')}"
+
+
+CASES = [
+    Case("w4a16", torch.bfloat16),
+    Case("w4a16", torch.float32),  # fp32 around experts that compute in bf16
+    Case("w4a8", torch.bfloat16),
+    Case("bf16", torch.bfloat16),
+]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    case: Case = request.param
+    module = CachedExperts(case.scheme, case.dtype).eval()
+    manager = lower(methods(module, case.dtype), "cpu", {"get_max_context_len": CONTEXT})
+    artifact = save(manager, tmp_path_factory.mktemp("cpu") / "model.pte")
+    return case, module, load(artifact.pte)
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    assert got.dtype == expected.dtype
+    torch.testing.assert_close(got, expected, rtol=2**-7, atol=2**-7)
+
+
+def test_every_length_equals_eager(exported) -> None:
+    case, module, loaded = exported
+    eager = copy.deepcopy(module)
+    loaded.reset()
+    for tokens in (2, 7, CONTEXT):
+        args = inputs(tokens, case.dtype)
+        (got,) = loaded.run("prefill", *args)
+        assert_close(got, eager(*args))
+
+
+def test_methods_share_state_and_reset_restores_it(exported) -> None:
+    case, module, loaded = exported
+    for _ in range(2):
+        eager = copy.deepcopy(module)
+        loaded.reset()
+        args = inputs(5, case.dtype)
+        assert_close(loaded.run("prefill", *args)[0], eager(*args))
+        for position in (5, 6):
+            args = inputs(1, case.dtype, start=position)
+            assert_close(loaded.run("decode", *args)[0], eager(*args))
+    assert eager.calls[0] == 6  # three calls on a buffer that starts at 3: the initial value came through
+
+
+def test_dropped_ids(exported) -> None:
+    case, module, loaded = exported
+    x, ids, weights, position = inputs(4, case.dtype)
+    ids[0, 0], ids[2] = -1, 99
+    eager = copy.deepcopy(module)
+    loaded.reset()
+    assert_close(loaded.run("prefill", x, ids, weights, position)[0], eager(x, ids, weights, position))
+
+
+def test_says_what_it_is(exported) -> None:
+    _, _, loaded = exported
+    assert isinstance(loaded, LoadedProgram)
+    assert loaded.runtime == EXECUTORCH_CPU
+    assert loaded.device == torch.device("cpu")
+    assert loaded.method_names == ["decode", "prefill"]
+    assert loaded.constant("get_max_context_len") == CONTEXT
+
+
+class Router(torch.nn.Module):
+    """A router that wants gradients, in front of experts; decode-only state read by a second method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = torch.nn.Linear(64, 8, bias=False)
+        self.experts = CachedExperts("w4a16", torch.float32).experts
+        self.register_buffer("last", torch.full((1, 64), 0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, ids = self.gate(x).softmax(-1).topk(2, -1)
+        y = self.experts(x, ids, weights)
+        self.last.copy_(y[:1])
+        return y
+
+
+class Last(torch.nn.Module):
+    def __init__(self, owner: Router) -> None:
+        super().__init__()
+        self.register_buffer("last", owner.last)
+
+    def forward(self, scale: torch.Tensor) -> torch.Tensor:
+        return self.last * scale
+
+
+def test_a_method_that_only_reads_the_state_sees_it(tmp_path: Path) -> None:
+    module = Router().eval()
+    x, scale = torch.randn(3, 64), torch.tensor([2.0])
+    programs = {"forward": export(module, (x,)), "last": export(Last(module), (scale,))}
+    loaded = load(save(lower(programs, "cpu"), tmp_path / "model").pte)
+    assert_close(loaded.run("last", scale)[0], torch.full((1, 64), 1.0))
+    (y,) = loaded.run("forward", x)
+    assert_close(y, module(x).detach())
+    assert_close(loaded.run("last", scale)[0], y[:1] * 2)
+
+
+def test_partitioner_leaves_other_programs_alone() -> None:
+    program = export(torch.nn.ReLU(), (torch.randn(3),))
+    assert MoECpuPartitioner().transform_for_pre_decomposition(program) is program
+
+
+@pytest.mark.parametrize(
+    ("programs", "target", "constants", "message"),
+    [
+        ({"forward": None}, "tpu", None, r"target 'tpu' is unknown: choose one of cuda, cpu"),
+        ({}, "cpu", None, r"programs is empty"),
+        ({"forward": None}, "cpu", {"forward": 1}, r"'forward' is both a method and a constant method"),
+    ],
+)
+def test_lower_refuses(programs, target, constants, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lower(programs, target, constants)
+
+
+def test_cuda_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    program = export(torch.nn.ReLU(), (torch.randn(3),))
+    with pytest.raises(RuntimeError, match=r"cannot lower for target 'cuda': .*use target 'cpu'"):
+        lower({"forward": program}, "cuda")
