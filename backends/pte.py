@@ -123,6 +123,7 @@ class PteFile:
                 f"{self.path} is cut short: a data segment ends past its {len(self._view)} bytes: export it again"
             )
         self._plans = {plan.name: plan for plan in self.program.execution_plan}
+        self._inputs: dict[str, list[TensorInfo]] = {}
         self._named = {entry.key: entry.segment_index for entry in self.program.named_data or []}
 
     @property
@@ -184,8 +185,10 @@ class PteFile:
         Raises:
             NotImplementedError: an input that is not a tensor.
         """
-        plan = self.plan(method)
-        return [_tensor_info(method, "input", plan.values[index].val) for index in plan.inputs]
+        if method not in self._inputs:  # asked at every call
+            plan = self.plan(method)
+            self._inputs[method] = [_tensor_info(method, "input", plan.values[index].val) for index in plan.inputs]
+        return self._inputs[method]
 
     def outputs(self, method: str) -> list[TensorInfo]:
         """Outputs of a method.

@@ -47,14 +47,14 @@ class Stateful(torch.nn.Module):
 
 
 class Peek(torch.nn.Module):
-    """Reads the other module's cache without writing to it."""
+    """Reads the other module's cache without writing to it, and returns a view of it."""
 
     def __init__(self, owner: Stateful) -> None:
         super().__init__()
         self.register_buffer("cache", owner.cache)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.cache.sum(0) * x
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.cache.sum(0) * x, self.cache.view(-1)
 
 
 def stateful_programs(seed: int = 0) -> tuple[Stateful, dict[str, ExportedProgram]]:

@@ -71,6 +71,15 @@ def test_methods_share_state_and_reset_restores_it(exported) -> None:
     assert eager.calls[0] == 6  # three calls on a buffer that starts at 3: the initial value came through
 
 
+def test_outputs_survive_the_next_call(exported) -> None:
+    case, _, loaded = exported
+    (first,) = loaded.run("prefill", *inputs(4, case.dtype))
+    kept = first.clone()
+    loaded.run("prefill", *inputs(9, case.dtype))
+    loaded.reset()
+    assert torch.equal(first, kept)
+
+
 def test_dropped_ids(exported) -> None:
     case, module, loaded = exported
     x, ids, weights, position = inputs(4, case.dtype)

@@ -28,7 +28,7 @@ from executorch_moe.backends.artifact import Artifact, open_artifact
 from executorch_moe.backends.cuda import MoECudaPartitioner
 from executorch_moe.backends.cuda.delegate_host import DelegateHost, Step, plan_steps
 from executorch_moe.backends.cuda.partitioner import check_state
-from executorch_moe.backends.cuda.weight_metadata import MAGIC, parse_delegate
+from executorch_moe.backends.cuda.weight_metadata import MAGIC, MUTATED_BUFFERS_KEY, parse_delegate
 
 CPU = torch.device("cpu")
 
@@ -71,6 +71,32 @@ def test_reset_leaves_weights_alone(host: DelegateHost) -> None:
     scale.zero_()
     host.reset()
     assert torch.count_nonzero(scale) == 0
+
+
+def test_outputs_survive_the_next_call(host: DelegateHost) -> None:
+    position = torch.arange(2)
+    (first,) = host.run("prefill", (torch.ones(2, WIDTH), position))
+    state = host.run("peek", (torch.ones(WIDTH),))[1]
+    kept = first.clone(), state.clone()
+    host.run("prefill", (torch.full((2, WIDTH), 5.0), position))
+    host.reset()
+    assert torch.equal(first, kept[0])
+    assert torch.equal(state, kept[1])
+    assert torch.count_nonzero(state) > 0
+
+
+def test_without_a_list_of_state_everything_is_restored(emulated: Artifact) -> None:
+    """What CudaPartitioner itself writes: no compile spec of ours."""
+    program, data = open_artifact(emulated.pte)
+    for _, delegate in program.delegates():
+        delegate.compile_specs = [spec for spec in delegate.compile_specs if spec.key != MUTATED_BUFFERS_KEY]
+    host = DelegateHost(program, data, CPU, open_container=open_cpu_container)
+    for key in ("scale", "cache", "count"):
+        host.storage(f"cuda_fqn_weight:cpu:{key}").fill_(9)
+    host.reset()
+    module, _ = stateful_programs()
+    x, position = torch.randn(2, WIDTH), torch.arange(2)
+    torch.testing.assert_close(host.run("prefill", (x, position))[0], module(x, position))
 
 
 def test_two_hosts_of_one_file_do_not_share_state(emulated: Artifact) -> None:
