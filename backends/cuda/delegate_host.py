@@ -84,7 +84,6 @@ class DelegateHost:
         self.device = device
         self._program, self._data = program, data
         self._storages: dict[str, Tensor] = {}
-        self._owned: set[int] = set()
         self._state_keys: set[str] = set()
         self._delegates: dict[str, list[RunDelegate]] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="executorch_moe_")
@@ -114,9 +113,7 @@ class DelegateHost:
         plan = self._program.plan(method)
         self._program.check_inputs(method, inputs)
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
-            outputs = self._run_steps(method, plan, inputs)
-        # A method that returns its state must not hand out the tensor that the next call writes to.
-        return [output.clone() if output.untyped_storage().data_ptr() in self._owned else output for output in outputs]
+            return self._run_steps(method, plan, inputs)
 
     def _run_steps(self, method: str, plan: ExecutionPlan, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         values = {index: self._place(tensor) for index, tensor in zip(plan.inputs, inputs, strict=True)}
@@ -181,7 +178,6 @@ class DelegateHost:
             storage = torch.empty(weight.storage_nbytes, dtype=torch.uint8, device=target)
             storage.copy_(self._bytes(weight.storage_key))
             self._storages[weight.storage_key] = storage
-            self._owned.add(storage.data_ptr())
         typed = torch.empty(0, dtype=dtype_of(weight.dtype), device=storage.device)
         return typed.set_(storage.untyped_storage(), weight.storage_offset, weight.sizes, weight.strides)
 
