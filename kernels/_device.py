@@ -125,6 +125,47 @@ def decode_bf16(half, s0, s1, s2, s3, z0, z1, z2, z3, HAS_ZERO: tl.constexpr, PT
 
 
 @triton.jit
+def decode_codes(half, PTX: tl.constexpr):
+    """Halfwords of four signed nibbles -> four bf16 tensors of the codes themselves, lowest nibble first. Exact.
+
+    Args:
+        half: int16 [BLOCK_N, 32].
+    """
+    if not PTX:
+        q0 = (((half & 15) ^ 8) - 8).to(tl.float32)
+        q1 = ((((half >> 4) & 15) ^ 8) - 8).to(tl.float32)
+        q2 = ((((half >> 8) & 15) ^ 8) - 8).to(tl.float32)
+        q3 = ((((half >> 12) & 15) ^ 8) - 8).to(tl.float32)
+        return q0.to(tl.bfloat16), q1.to(tl.bfloat16), q2.to(tl.bfloat16), q3.to(tl.bfloat16)
+    else:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 t, one, m136;
+            mov.b32 one, 0x3F803F80;
+            mov.b32 m136, 0xC308C308;
+            lop3.b32 $0, $4, 0x000F000F, 0x43084308, 0x6a;
+            shr.u32 t, $4, 4;
+            lop3.b32 $1, t, 0x000F000F, 0x43084308, 0x6a;
+            shr.u32 t, $4, 8;
+            lop3.b32 $2, t, 0x000F000F, 0x43084308, 0x6a;
+            shr.u32 t, $4, 12;
+            lop3.b32 $3, t, 0x000F000F, 0x43084308, 0x6a;
+            fma.rn.bf16x2 $0, $0, one, m136;
+            fma.rn.bf16x2 $1, $1, one, m136;
+            fma.rn.bf16x2 $2, $2, one, m136;
+            fma.rn.bf16x2 $3, $3, one, m136;
+            }
+            """,
+            "=&r,=&r,=&r,=&r,r",
+            [half],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+
+
+@triton.jit
 def decode_int8(byte, PTX: tl.constexpr):
     """Bytes of two signed nibbles -> two int8 tensors of 16 * nibble, low nibble first.
 

@@ -26,6 +26,9 @@ class GemmConfig:
         group_size_m: row blocks of a group in the tile order.
         num_warps, num_stages: of the compiled kernel and its software pipeline.
         ctas_per_sm: programs that the persistent grid starts on each multiprocessor.
+        scale_after: multiply the scale into the accumulator after each K block, not into the decoded weights: fewer
+            instructions a weight, more an output, so it pays for small block_m. Only for symmetric W4A16 weights with
+            group_size >= 128; otherwise it is ignored.
     """
 
     block_m: int
@@ -34,6 +37,7 @@ class GemmConfig:
     num_warps: int = 4
     num_stages: int = 3
     ctas_per_sm: int = 2
+    scale_after: bool = False
 
     def __post_init__(self) -> None:
         if self.block_m < 8 or self.block_m & (self.block_m - 1):
@@ -46,11 +50,11 @@ class GemmConfig:
 
 @dataclass(frozen=True)
 class FewTokensConfig:
-    """Configuration of `moe_few_tokens_gemm`: block_n weight rows a program."""
+    """Configuration of `moe_few_tokens_gemm`: a program takes block_n weight rows, k_blocks blocks of K at once."""
 
     block_n: int = 16
-    num_warps: int = 2
-    num_stages: int = 4
+    k_blocks: int = 8
+    num_warps: int = 4
 
 
 @dataclass(frozen=True)
@@ -99,33 +103,29 @@ def choose_block_m(num_pairs: int | None, num_experts: int) -> int:
     if num_pairs is None:
         return 64
     mean = num_pairs / num_experts
-    for block_m in (16, 32, 64):
-        if mean <= block_m * 0.75:
+    for block_m, most in ((16, 20), (32, 40), (64, 160)):
+        if mean <= most:
             return block_m
-    return 128 if mean > 96 else 64
+    return 128
 
 
-def choose_gemm(
-    gpu: Gpu, scheme: Scheme, gemm: int, num_experts: int, n: int, k: int, num_pairs: int | None
-) -> GemmConfig:
-    """Heuristic configuration for one GEMM.
+def choose_gemm(gpu: Gpu, scheme: Scheme, gemm: int, num_experts: int, num_pairs: int | None) -> GemmConfig:
+    """Heuristic configuration for one GEMM, from sweeps of the qwen35 shape on an H200.
 
     Args:
         gpu: the target. scheme: number formats. gemm: 1 or 2.
-        num_experts, n, k: E, N and K of the packed matrix.
-        num_pairs: T * top_k, None if it is symbolic.
+        num_experts: E. num_pairs: T * top_k, None if it is symbolic.
     """
     block_m = choose_block_m(num_pairs, num_experts)
-    wide = block_m >= 128
-    config = GemmConfig(
-        block_m=block_m,
-        block_n=128,
-        group_size_m=8,
-        num_warps=8 if wide or gpu.capability < 90 else 4,
-        num_stages=4 if block_m <= 32 else 3,
-        ctas_per_sm=1 if wide else 2,
-    )
-    return fit(config, scheme, gemm, gpu)
+    hopper = gpu.capability >= 90
+    if block_m <= 32:
+        # Weights stream past a few tokens: tall tiles, so that each token row is read by few programs.
+        config = GemmConfig(block_m, 256 if hopper else 128, num_warps=4, num_stages=4, ctas_per_sm=2)
+    elif block_m == 64 and gemm == 2 and hopper and scheme.packed:
+        config = GemmConfig(block_m, 256, num_warps=8, num_stages=3, ctas_per_sm=2)
+    else:
+        config = GemmConfig(block_m, 128, num_warps=4 if hopper else 8, num_stages=3, ctas_per_sm=2)
+    return fit(replace(config, scale_after=block_m <= 64), scheme, gemm, gpu)
 
 
 def few_tokens_limit(num_experts: int, top_k: int) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._device import decode_bf16, decode_int8, gated_activation, grouped_tile, load_groups, to_bf16
+from ._device import decode_bf16, decode_codes, decode_int8, gated_activation, grouped_tile, load_groups, to_bf16
 
 
 @triton.jit
@@ -44,6 +44,15 @@ def weight_operand(
         z2 = tl.broadcast_to(z2[:, None], (BLOCK_N, 32))
         z3 = tl.broadcast_to(z3[:, None], (BLOCK_N, 32))
     w0, w1, w2, w3 = decode_bf16(half, s0, s1, s2, s3, z0, z1, z2, z3, HAS_ZERO, PTX)
+    quarters = tl.join(tl.join(w0, w1), tl.join(w2, w3))  # [BN, 32, s % 2, s // 2]
+    return quarters.permute(0, 3, 2, 1).reshape(BLOCK_N, 128)
+
+
+@triton.jit
+def code_operand(raw, BLOCK_N: tl.constexpr, PTX: tl.constexpr):
+    """`weight_operand` without scales: the codes -8..7 as bf16, exact."""
+    half = raw.reshape(BLOCK_N, 4, 2, 2, 2).permute(0, 2, 3, 1, 4).reshape(BLOCK_N, 32)
+    w0, w1, w2, w3 = decode_codes(half, PTX)
     quarters = tl.join(tl.join(w0, w1), tl.join(w2, w3))  # [BN, 32, s % 2, s // 2]
     return quarters.permute(0, 3, 2, 1).reshape(BLOCK_N, 128)
 
@@ -108,7 +117,7 @@ def gemm_tile(
     TOP_K: tl.constexpr, GROUP: tl.constexpr, W_BITS: tl.constexpr, ACT_GROUP: tl.constexpr, HAS_ZERO: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, GEMM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_SIZE_M: tl.constexpr, NUM_STAGES: tl.constexpr,
-    PTX: tl.constexpr,
+    SCALE_AFTER: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """One output tile: BLOCK_N weight rows of one expert by up to BLOCK_M of its tokens."""
     INT8: tl.constexpr = ACT_GROUP > 0
@@ -152,6 +161,9 @@ def gemm_tile(
                 )
             if W_BITS == 16:
                 acc = dot_f32(raw, x, acc, PTX)
+            elif SCALE_AFTER:
+                codes = code_operand(raw, BLOCK_N, PTX)
+                acc += dot_f32(codes, x, tl.zeros_like(acc), PTX) * s0.to(tl.float32)[:, None]
             else:
                 acc = dot_f32(weight_operand(raw, s0, s1, s2, s3, z0, z1, z2, z3, HAS_ZERO, BLOCK_N, PTX), x, acc, PTX)
         if W_BITS == 4:
@@ -201,7 +213,7 @@ def moe_grouped_gemm(
     TOP_K: tl.constexpr, GROUP: tl.constexpr, W_BITS: tl.constexpr, ACT_GROUP: tl.constexpr, HAS_ZERO: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, GEMM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_SIZE_M: tl.constexpr, NUM_STAGES: tl.constexpr,
-    PERSISTENT: tl.constexpr, PTX: tl.constexpr,
+    SCALE_AFTER: tl.constexpr, PERSISTENT: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """GEMM1 (gate+up with the activation) or GEMM2 (down with the routing weight) of the expert layer.
 
@@ -216,7 +228,7 @@ def moe_grouped_gemm(
                 x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, bias_ptr, out_ptr, pair_weight_ptr,
                 sorted_pair_ids_ptr, expert_offsets_ptr, block_expert_ptr, block_row_ptr, num_row_blocks, tile,
                 N, K, KP, OUT_COLS, STRIDE_X, TOP_K, GROUP, W_BITS, ACT_GROUP, HAS_ZERO, HAS_BIAS, ACTIVATION, GEMM,
-                BLOCK_M, BLOCK_N, GROUP_SIZE_M, NUM_STAGES, PTX,
+                BLOCK_M, BLOCK_N, GROUP_SIZE_M, NUM_STAGES, SCALE_AFTER, PTX,
             )  # fmt: skip
     else:
         tile = tl.program_id(0)
@@ -225,5 +237,5 @@ def moe_grouped_gemm(
                 x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, bias_ptr, out_ptr, pair_weight_ptr,
                 sorted_pair_ids_ptr, expert_offsets_ptr, block_expert_ptr, block_row_ptr, num_row_blocks, tile,
                 N, K, KP, OUT_COLS, STRIDE_X, TOP_K, GROUP, W_BITS, ACT_GROUP, HAS_ZERO, HAS_BIAS, ACTIVATION, GEMM,
-                BLOCK_M, BLOCK_N, GROUP_SIZE_M, NUM_STAGES, PTX,
+                BLOCK_M, BLOCK_N, GROUP_SIZE_M, NUM_STAGES, SCALE_AFTER, PTX,
             )  # fmt: skip

@@ -26,11 +26,8 @@ from .elementwise import moe_quantize_rows, moe_sum_pairs
 from .few_tokens import moe_few_tokens_gemm
 from .grouped_gemm import moe_grouped_gemm
 from .packing import fragment_order
-from .routing import RANK_BLOCK, moe_route_count, moe_route_scatter
+from .routing import moe_route_count, moe_route_scatter
 from .schemes import Scheme, get_activation, get_scheme, round_up
-
-ROUTE_CHUNK = 256
-LIST_BLOCK = 32
 
 
 @dataclass
@@ -160,7 +157,7 @@ def run_few_tokens(p: Problem) -> Tensor:
                     "NUM_EXPERTS": p.num_experts,
                     "INT8": p.scheme.packed and fragment_order(p.scheme, gemm) == "w4a8",
                     "BLOCK_N": config.block_n,
-                    "NUM_STAGES": config.num_stages,
+                    "K_BLOCKS": config.k_blocks,
                 },
                 num_warps=config.num_warps,
             )
@@ -185,12 +182,23 @@ def max_row_blocks(num_pairs: Any, num_experts: int, block_m: int) -> Any:
     return min(bound, num_pairs) if isinstance(num_pairs, int) else bound
 
 
+def route_chunk(num_pairs: Any) -> int:
+    """Pairs that one routing program ranks: one program while that is enough, then a balance between ranking a chunk
+    (quadratic in its size) and summing the counts of all chunks (each program reads them all)."""
+    if not isinstance(num_pairs, int):
+        return 512
+    if num_pairs <= 512:
+        return max(64, triton.next_power_of_2(num_pairs))
+    return 256 if num_pairs <= 16384 else 512
+
+
 def run_routing(p: Problem, block_m: int) -> Routing:
     """Two launches; the row-block list is for tiles of `block_m` rows."""
     e_pow2 = max(32, triton.next_power_of_2(p.num_experts))
-    num_chunks = cdiv(p.num_pairs, ROUTE_CHUNK)
+    chunk = route_chunk(p.num_pairs)
+    num_chunks = cdiv(p.num_pairs, chunk)
+    one_chunk = isinstance(num_chunks, int) and num_chunks == 1
     blocks = max_row_blocks(p.num_pairs, p.num_experts, block_m)
-    counts = p.empty((num_chunks, e_pow2), torch.int32)
     r = Routing(
         sorted_pair_ids=p.empty((p.num_pairs,), torch.int32),
         expert_offsets=p.empty((p.num_experts + 1,), torch.int32),
@@ -198,15 +206,18 @@ def run_routing(p: Problem, block_m: int) -> Routing:
         block_row=p.empty((blocks,), torch.int32),
         num_row_blocks=p.empty((1,), torch.int32),
     )
-    shape = {"NUM_EXPERTS": p.num_experts, "E_POW2": e_pow2, "CHUNK": ROUTE_CHUNK}
-    p.submit(
-        Launch(
-            moe_route_count,
-            (num_chunks,),
-            {"topk_ids_ptr": p.topk_ids, "chunk_counts_ptr": counts, "num_pairs": p.num_pairs},
-            shape,
+    shape = {"NUM_EXPERTS": p.num_experts, "E_POW2": e_pow2, "CHUNK": chunk}
+    counts = r.num_row_blocks
+    if not one_chunk:
+        counts = p.empty((num_chunks, e_pow2), torch.int32)
+        p.submit(
+            Launch(
+                moe_route_count,
+                (num_chunks,),
+                {"topk_ids_ptr": p.topk_ids, "chunk_counts_ptr": counts, "num_pairs": p.num_pairs},
+                shape,
+            )
         )
-    )
     p.submit(
         Launch(
             moe_route_scatter,
@@ -222,7 +233,7 @@ def run_routing(p: Problem, block_m: int) -> Routing:
                 "num_pairs": p.num_pairs,
                 "num_chunks": num_chunks,
             },
-            {**shape, "RANK_BLOCK": RANK_BLOCK, "BLOCK_M": block_m, "LIST_BLOCK": LIST_BLOCK},
+            {**shape, "ONE_CHUNK": one_chunk, "COUNT_BLOCK": 16, "RANK_BLOCK": 32, "BLOCK_M": block_m},
             num_warps=8,
         )
     )
@@ -283,6 +294,7 @@ def run_grouped_gemm(p: Problem, gemm: int, config: GemmConfig, x: Tensor, rows:
                 "BLOCK_N": config.block_n,
                 "GROUP_SIZE_M": config.group_size_m,
                 "NUM_STAGES": config.num_stages,
+                "SCALE_AFTER": config.scale_after and constants["GROUP"] >= 128 and not constants["HAS_ZERO"],
                 "PERSISTENT": p.options.persistent,
             },
             num_warps=config.num_warps,
@@ -293,8 +305,8 @@ def run_grouped_gemm(p: Problem, gemm: int, config: GemmConfig, x: Tensor, rows:
 def run_grouped(p: Problem) -> Tensor:
     """Routing, GEMM1, GEMM2, sum over top_k."""
     pairs = p.num_pairs if isinstance(p.num_pairs, int) else None
-    config1 = p.options.gemm1 or choose_gemm(p.gpu, p.scheme, 1, p.num_experts, 2 * p.i_pad, p.h_pad, pairs)
-    config2 = p.options.gemm2 or choose_gemm(p.gpu, p.scheme, 2, p.num_experts, p.h_pad, p.i_pad, pairs)
+    config1 = p.options.gemm1 or choose_gemm(p.gpu, p.scheme, 1, p.num_experts, pairs)
+    config2 = p.options.gemm2 or choose_gemm(p.gpu, p.scheme, 2, p.num_experts, pairs)
     routing1 = run_routing(p, config1.block_m)
     routing2 = routing1 if config2.block_m == config1.block_m else run_routing(p, config2.block_m)
     hidden = p.empty((p.num_pairs, p.i_pad), torch.bfloat16)
