@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from executorch_moe.backends.artifact import Artifact, check, save
 from executorch_moe.backends.cuda.delegate_host import DelegateHost, check_arch
 from executorch_moe.backends.inspect import check_cuda_artifact, inspect_artifact
 from executorch_moe.backends.pte import PteFile
+from executorch_moe.backends.pybindings import why_not_pybindings
 from executorch_moe.backends.runtime import DELEGATE_HOST, EXECUTORCH_CUDA, LoadedProgram, load
 from executorch_moe.backends.targets import lower
 
@@ -80,6 +82,16 @@ def test_says_which_runtime_ran(loaded: LoadedProgram) -> None:
     assert loaded.method_names == ["decode", "prefill"]
     assert loaded.constant("get_max_context_len") == CONTEXT
     assert loaded.constant("get_eos_ids") == [1, 2]
+
+
+def test_bindings_for_another_torch_are_not_touched(exported: Exported) -> None:
+    if not (why := why_not_pybindings()):
+        pytest.skip(f"the bindings are built for the installed torch {torch.__version__}")
+    print(why)
+    assert load(exported.artifact.pte).runtime == DELEGATE_HOST
+    assert "executorch.extension.pybindings.portable_lib" not in sys.modules
+    with pytest.raises(RuntimeError, match="ExecuTorch's runtime: "):
+        load(exported.artifact.pte, runtime="executorch")
 
 
 @pytest.mark.parametrize("tokens", [2, 3, 16, 17, CONTEXT])
