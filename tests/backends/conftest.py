@@ -1,25 +1,27 @@
-"""Artifacts that several test files read; each is exported once a session."""
+"""Artifacts that several test files read, each exported once a session; a summary of bit-equality."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-import torch
 from emulated_cuda import lower_emulated, stateful_programs
-from torch.export import export
+from tiny_artifacts import CONSTANTS, export_linear
 
 from executorch_moe.backends.artifact import Artifact, save
-from executorch_moe.backends.targets import lower
 
-CONSTANTS = {"get_vocab_size": 7, "get_eos_ids": [1, 2], "name": "tiny", "rope_theta": 1.5, "use_kv_cache": True}
+_BITS: list[str] = []
 
 
-def export_linear(path: Path, *, seed: int = 0, width: int = 3) -> Artifact:
-    """A linear layer for the CPU target: the smallest artifact with weights."""
-    torch.manual_seed(seed)
-    program = export(torch.nn.Linear(4, width), (torch.randn(2, 4),))
-    return save(lower({"forward": program}, "cpu", CONSTANTS), path)
+@pytest.fixture
+def note_bits():
+    """Adds a line to the summary that follows the tests: passing tests print nothing otherwise."""
+    return _BITS.append
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    if _BITS:
+        terminalreporter.section("delegates against eager")
+        for line in _BITS:
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

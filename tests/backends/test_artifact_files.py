@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONSTANTS, export_linear
 from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
+from tiny_artifacts import CONSTANTS, export_linear
 from torch.export import export
 
 from executorch_moe.backends import artifact as artifact_module

@@ -54,15 +54,14 @@ def on_gpu(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     return tuple(tensor.cuda() for tensor in tensors)
 
 
-def assert_same(got: torch.Tensor, expected: torch.Tensor, note: str, record_property) -> None:
-    """Equal within bf16 rounding of the experts' output; whether the bits agree is recorded."""
-    bits = torch.equal(got.cpu(), expected.cpu())
-    record_property(f"bit_equal[{note}]", bits)
-    print(f"{note}: bit-equal to eager: {bits}")
+def assert_same(got: torch.Tensor, expected: torch.Tensor, note: str, note_bits) -> None:
+    """Equal within bf16 rounding of the experts' output; whether the bits agree is noted."""
+    bits = "equal bit for bit" if torch.equal(got.cpu(), expected.cpu()) else "equal within bf16 rounding"
+    note_bits(f"{note}: {bits}")
     torch.testing.assert_close(got.cpu(), expected.cpu(), rtol=2**-7, atol=2**-7)
 
 
-def test_artifact_is_self_contained(exported: Exported) -> None:
+def test_artifact_is_self_contained(exported: Exported, note_bits) -> None:
     check(exported.artifact.pte, verify_bytes=True)
     report = inspect_artifact(exported.artifact.pte)
     check_cuda_artifact(report)
@@ -70,7 +69,7 @@ def test_artifact_is_self_contained(exported: Exported) -> None:
     for name, method in report.methods.items():
         (delegate,) = method.delegates
         kernels = [kernel for kernel in delegate.kernels if kernel.startswith("moe_")]
-        print(f"{exported.scheme} {name}: {', '.join(kernels)} for {', '.join(delegate.archs)}")
+        note_bits(f"{exported.scheme} {name}: {', '.join(kernels)} for {', '.join(delegate.archs)}")
         assert kernels
         assert any(arch.startswith(f"sm_{major}{minor}") for arch in delegate.archs)
         assert set(delegate.mutated or ()) == {"cache", "calls"}
@@ -84,10 +83,10 @@ def test_says_which_runtime_ran(loaded: LoadedProgram) -> None:
     assert loaded.constant("get_eos_ids") == [1, 2]
 
 
-def test_bindings_for_another_torch_are_not_touched(exported: Exported) -> None:
+def test_bindings_for_another_torch_are_not_touched(exported: Exported, note_bits) -> None:
     if not (why := why_not_pybindings()):
         pytest.skip(f"the bindings are built for the installed torch {torch.__version__}")
-    print(why)
+    note_bits(f"not run: {why}")
     assert load(exported.artifact.pte).runtime == DELEGATE_HOST
     assert "executorch.extension.pybindings.portable_lib" not in sys.modules
     with pytest.raises(RuntimeError, match="ExecuTorch's runtime: "):
@@ -96,15 +95,15 @@ def test_bindings_for_another_torch_are_not_touched(exported: Exported) -> None:
 
 @pytest.mark.parametrize("tokens", [2, 3, 16, 17, CONTEXT])
 def test_prefill_equals_eager_at_any_length(
-    exported: Exported, eager: CachedExperts, loaded: LoadedProgram, tokens: int, record_property
+    exported: Exported, eager: CachedExperts, loaded: LoadedProgram, tokens: int, note_bits
 ) -> None:
     args = inputs(tokens)
     (got,) = loaded.run("prefill", *args)
-    assert_same(got, eager(*on_gpu(args)), f"{exported.scheme} prefill T={tokens}", record_property)
+    assert_same(got, eager(*on_gpu(args)), f"{exported.scheme} prefill T={tokens}", note_bits)
 
 
 def test_methods_share_weights_and_state(
-    exported: Exported, eager: CachedExperts, loaded: LoadedProgram, record_property
+    exported: Exported, eager: CachedExperts, loaded: LoadedProgram, note_bits
 ) -> None:
     for attempt in range(2):
         args = inputs(6)
@@ -115,7 +114,7 @@ def test_methods_share_weights_and_state(
             (got,) = loaded.run("decode", *args)
             expected = eager(*on_gpu(args))
             note = f"{exported.scheme} decode at {position}, round {attempt}"
-            assert_same(got, expected, note, record_property)
+            assert_same(got, expected, note, note_bits)
         loaded.reset()
         eager.cache.zero_()
         eager.calls.fill_(3)

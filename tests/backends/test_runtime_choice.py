@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import CONSTANTS
+from tiny_artifacts import CONSTANTS
 
 from executorch_moe.backends import pybindings, runtime
 from executorch_moe.backends.artifact import Artifact
