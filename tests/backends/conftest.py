@@ -7,6 +7,7 @@ from emulated_cuda import lower_emulated, stateful_programs
 from tiny_artifacts import CONSTANTS, export_linear
 
 from executorch_moe.backends.artifact import Artifact, save
+from executorch_moe.backends.pybindings import why_not_pybindings
 
 _BITS: list[str] = []
 
@@ -22,6 +23,13 @@ def pytest_terminal_summary(terminalreporter) -> None:
         terminalreporter.section("delegates against eager")
         for line in _BITS:
             terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def executorch_runtime() -> None:
+    """For tests that run a program in ExecuTorch's own runtime."""
+    if why := why_not_pybindings():
+        pytest.skip(why)
 
 
 @pytest.fixture(scope="session")

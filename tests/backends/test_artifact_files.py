@@ -170,7 +170,7 @@ def test_swapped_names(copied: Artifact) -> None:
         open_artifact(copied.ptd, copied.pte)
 
 
-def test_a_program_without_weights_still_has_both_files(tmp_path: Path) -> None:
+def test_a_program_without_weights_still_has_both_files(tmp_path: Path, executorch_runtime: None) -> None:
     from executorch_moe.backends.targets import lower
 
     written = save(lower({"forward": export(torch.nn.ReLU(), (torch.randn(3),))}, "cpu"), tmp_path / "deep" / "relu")
@@ -179,7 +179,7 @@ def test_a_program_without_weights_still_has_both_files(tmp_path: Path) -> None:
     assert y.tolist() == [0.0, 0.0, 2.0]
 
 
-def test_programs_of_plain_executorch_load_too(tmp_path: Path) -> None:
+def test_programs_of_plain_executorch_load_too(tmp_path: Path, executorch_runtime: None) -> None:
     """Written without `save`: no identity, weights inside the .pte."""
     model = torch.nn.Linear(4, 3)
     x = torch.randn(2, 4)

@@ -35,7 +35,7 @@ CASES = [
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, executorch_runtime: None):
     case: Case = request.param
     module = CachedExperts(case.scheme, case.dtype).eval()
     manager = lower(methods(module, case.dtype), "cpu", {"get_max_context_len": CONTEXT})
@@ -123,7 +123,7 @@ class Last(torch.nn.Module):
         return self.last * scale
 
 
-def test_a_method_that_only_reads_the_state_sees_it(tmp_path: Path) -> None:
+def test_a_method_that_only_reads_the_state_sees_it(tmp_path: Path, executorch_runtime: None) -> None:
     module = Router().eval()
     x, scale = torch.randn(3, 64), torch.tensor([2.0])
     programs = {"forward": export(module, (x,)), "last": export(Last(module), (scale,))}

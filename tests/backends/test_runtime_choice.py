@@ -22,7 +22,7 @@ def fresh_check():
     why_not_pybindings.cache_clear()
 
 
-def test_cpu_program_in_executorch(linear: Artifact) -> None:
+def test_cpu_program_in_executorch(linear: Artifact, executorch_runtime: None) -> None:
     loaded = load(linear.pte)
     assert (loaded.runtime, loaded.device) == (EXECUTORCH_CPU, torch.device("cpu"))
     assert loaded.method_names == ["forward"]
@@ -41,11 +41,7 @@ def test_an_explicit_choice_that_cannot_be(linear: Artifact) -> None:
 def test_cuda_program_without_a_gpu(emulated: Artifact) -> None:
     with pytest.raises(RuntimeError) as error:
         load(emulated.pte)
-    for part in (
-        "ExecuTorch's runtime: CudaBackend is not registered",
-        "the delegate host: ",
-        "export with target 'cpu'",
-    ):
+    for part in ("ExecuTorch's runtime: ", "the delegate host: ", "export with target 'cpu'"):
         assert part in str(error.value)
     with pytest.raises(RuntimeError, match="the delegate host: ") as error:
         load(emulated.pte, runtime="delegate-host")
@@ -57,6 +53,7 @@ def test_cuda_program_without_a_gpu(emulated: Artifact) -> None:
 
 def test_registered_cuda_backend_comes_first(emulated: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = object()
+    monkeypatch.setattr(runtime, "why_not_pybindings", lambda: "")
     monkeypatch.setattr(runtime, "_bindings", lambda: _FakeBindings())
     monkeypatch.setattr(runtime, "why_not_delegate_host", lambda: "")
     monkeypatch.setattr(runtime, "ExecutorchEngine", lambda program, ptd: engine)
@@ -116,12 +113,12 @@ def test_bindings_of_an_unknown_release_are_judged_by_their_symbols(
         ("forward", ([[0.0]],), r"input 0 of forward is a list, expected a tensor float32 \[2, 4\]"),
     ],
 )
-def test_bad_inputs(linear: Artifact, method: str, args: tuple, message: str) -> None:
+def test_bad_inputs(linear: Artifact, method: str, args: tuple, message: str, executorch_runtime: None) -> None:
     with pytest.raises(ValueError, match=message):
         load(linear.pte).run(method, *args)
 
 
-def test_constants_that_are_not_there(linear: Artifact) -> None:
+def test_constants_that_are_not_there(linear: Artifact, executorch_runtime: None) -> None:
     loaded = load(linear.pte)
     with pytest.raises(ValueError, match=r"no method 'get_bos_id'"):
         loaded.constant("get_bos_id")
@@ -129,7 +126,7 @@ def test_constants_that_are_not_there(linear: Artifact) -> None:
         loaded.constant("forward")
 
 
-def test_non_contiguous_input(linear: Artifact) -> None:
+def test_non_contiguous_input(linear: Artifact, executorch_runtime: None) -> None:
     x = torch.randn(4, 2).t()
     loaded = load(linear.pte)
     assert torch.equal(loaded.run("forward", x)[0], loaded.run("forward", x.contiguous())[0])
