@@ -36,7 +36,7 @@ $(STAMP): setup.py pyproject.toml | $(BIN)/python
 
 demo: $(STAMP)
 	$(BIN)/executorch-moe export tiny -o $(DEMO)/tiny.pte --target auto
-	$(BIN)/executorch-moe generate $(DEMO)/tiny.pte --prompt "$(PROMPT)" --max-new-tokens 200
+	$(BIN)/executorch-moe generate $(DEMO)/tiny.pte --prompt "$(PROMPT)" --max-new-tokens 200 --temperature 0.6
 
 # mypy does not read setup.py's mapping: links lay the folders out as the import package.
 lint: $(STAMP)
@@ -47,7 +47,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -m "not gpu" -n $(JOBS) $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "not gpu" -n $(JOBS) --dist loadfile $(PYTEST_FLAGS)
 
 # The environment's own torch, Triton and transformers are used as they are: nothing but this package is installed.
 # The results file names the versions and the GPU; commit it.

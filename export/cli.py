@@ -121,12 +121,12 @@ def generate(
     from .quiet import hold_native_notes
 
     sampler = Sampler(temperature, seed)
-    with hold_native_notes(console):
-        with console.status("loading"):
+    with hold_native_notes() as terminal:
+        with terminal.status("loading"):
             generator = TextGenerator.load(artifact, runtime=runtime)
             ids = generator.encode(prompt)
             generator.check_length(len(ids), max_new_tokens)
-        with console.status("warming up"):
+        with terminal.status("warming up"):
             generator.warm_up(len(ids))
     console.print(f"runtime: {generator.program.runtime}", highlight=False)
 
@@ -168,7 +168,7 @@ def bench_model(
     if output_format not in FORMATS:
         raise ValueError(f"format={output_format!r} is unknown: use one of {', '.join(FORMATS)}")
     lengths = parse_lengths(prompt_tokens)
-    with hold_native_notes(console), Progress(console=console, transient=True) as progress:
+    with hold_native_notes() as terminal, Progress(console=terminal, transient=True) as progress:
         task = progress.add_task("measuring", total=len(lengths) * repeats)
         result = benchmark_model(
             artifact, lengths, new_tokens, repeats, runtime, on_repeat=lambda _: progress.advance(task)

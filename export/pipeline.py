@@ -86,7 +86,7 @@ class ExportSummary:
         """The summary as a table for the terminal."""
         table = Table(title=f"{self.options.model} for {self.target}", show_header=False, title_justify="left")
         table.add_column(style="bold")
-        table.add_column()
+        table.add_column(overflow="fold")
         scheme = self.options.scheme
         if SCHEMES[scheme].packed:
             scheme += f", group size {self.options.group_size}"
@@ -151,7 +151,9 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
     with step("load", f"loading {folder.name if options.model != 'tiny' else 'the tiny model'}"):
         model = load_model(folder, dtype)
     config: Any = model.config
-    max_context = options.max_context or min(DEFAULT_MAX_CONTEXT, config.max_position_embeddings)
+    max_context = options.max_context
+    if max_context is None:
+        max_context = min(DEFAULT_MAX_CONTEXT, config.max_position_embeddings)
     with step("quantise", f"packing the experts as {options.scheme}"):
         quantize_experts_(model, options.scheme, options.group_size)
         module = CausalLM(model, max_context)
@@ -200,7 +202,7 @@ def write_aside(path: Path, text: str) -> None:
     """Writes a text file whole or not at all."""
     aside = path.with_name(path.name + ".tmp")
     try:
-        with open(aside, "w") as file:
+        with open(aside, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -13,6 +13,7 @@ from torch import nn
 # model_type of config.json -> the Python class of its experts is known to `quantize_experts_`.
 SUPPORTED_MODEL_TYPES = ("qwen3_moe",)
 TINY = "tiny"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def require_transformers() -> Any:
@@ -98,13 +99,19 @@ def tokenizer_json(folder: Path) -> str:
     Raises:
         ValueError: the folder has no tokenizer that can be written as one file.
     """
-    path = folder / "tokenizer.json"
-    if path.is_file():
-        return path.read_text()
     transformers = require_transformers()
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer.to_str()
-    except Exception as error:
-        raise ValueError(
-            f"{folder} has no usable tokenizer ({type(error).__name__}): put the model's tokenizer.json there"
-        ) from error
+        # Without any file of its own, AutoTokenizer makes an empty tokenizer of the model's kind.
+        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            raise FileNotFoundError(f"none of {', '.join(TOKENIZER_FILES)}")
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+        else:
+            text = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer.to_str()
+        Tokenizer.from_str(text)
+    except Exception as error:  # the bindings of tokenizers raise plain Exception
+        raise ValueError(f"{folder} has no usable tokenizer ({error}): put the model's tokenizer.json there") from error
+    return text

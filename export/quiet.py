@@ -26,17 +26,16 @@ def quiet() -> None:
 
 
 @contextlib.contextmanager
-def hold_native_notes(console: Console) -> Iterator[None]:
-    """Keeps what C++ code writes to stderr (ExecuTorch's runtime probes the CPU aloud) and shows it only after an error.
+def hold_native_notes() -> Iterator[Console]:
+    """Keeps what C++ code writes to stderr (ExecuTorch probes the CPU aloud) and shows it only after an error.
 
-    `console` itself goes on writing to the terminal.
+    Yields a console that goes on writing to the terminal.
     """
     terminal = os.dup(2)
-    with tempfile.TemporaryFile() as notes, open(terminal, "w", closefd=True) as file:
-        shown, console.file = console.file, file
+    with tempfile.TemporaryFile() as notes, open(terminal, "w") as file:
         os.dup2(notes.fileno(), 2)
         try:
-            yield
+            yield Console(file=file)
         except BaseException:
             notes.seek(0)
             lines = notes.read().decode(errors="replace").splitlines(keepends=True)
@@ -45,4 +44,3 @@ def hold_native_notes(console: Console) -> Iterator[None]:
         finally:
             file.flush()
             os.dup2(terminal, 2)
-            console.file = shown

@@ -5,8 +5,13 @@ from __future__ import annotations
 import functools
 import os
 import random
+import sys
 
 import pytest
+
+# With the repository's root on sys.path (`python -m pytest`), transformers' look for the Hub's package `kernels` would
+# find and import our folder of that name, and so register the operator a second time over the one in use.
+sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 
 # Before torch starts its pools: the suite runs several processes side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,0 +1,21 @@
+"""Exports a Mixture-of-Experts model with ExecuTorch's own API: only the experts and the partitioner are new."""
+
+import torch
+from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
+from transformers import AutoModelForCausalLM
+
+from executorch_moe.backends.artifact import save
+from executorch_moe.backends.cpu import MoECpuPartitioner
+from executorch_moe.backends.cuda import MoECudaPartitioner
+from executorch_moe.export.pretrained import resolve
+from executorch_moe.export.quantize import quantize_experts_
+
+gpu = torch.cuda.is_available()
+model = AutoModelForCausalLM.from_pretrained(resolve("tiny"), dtype=torch.bfloat16 if gpu else torch.float32)
+model.config.use_cache = False
+quantize_experts_(model, scheme="w4a16", group_size=32)
+with torch.no_grad():
+    program = torch.export.export(model, (torch.zeros(1, 16, dtype=torch.int64),))
+partitioner = MoECudaPartitioner() if gpu else MoECpuPartitioner()
+edge = to_edge_transform_and_lower(program, partitioner=[partitioner])
+save(edge.to_executorch(ExecutorchBackendConfig(external_constants=True)), "demo/tiny_logits.pte")

@@ -1,0 +1,56 @@
+"""Exports of the tiny model, made once for all tests and processes of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+
+from executorch_moe.export.causal_lm import CausalLM
+from executorch_moe.export.pipeline import ExportOptions, export_model
+from executorch_moe.export.pretrained import load_model, resolve
+from executorch_moe.export.quantize import quantize_experts_
+
+MAX_CONTEXT = 128
+GROUP_SIZE = 32
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[[str, str], Path]:
+    """exported(scheme, target) -> the .pte of the tiny model with MAX_CONTEXT positions."""
+    base = tmp_path_factory.getbasetemp()
+    # With several processes, each has a base folder of its own below a common one.
+    folder = (base if worker_id == "master" else base.parent) / "exported"
+    folder.mkdir(exist_ok=True)
+
+    def make(scheme: str, target: str) -> Path:
+        pte = folder / f"tiny-{scheme}-{target}.pte"
+        with FileLock(pte.with_suffix(".lock")):
+            if not pte.is_file():
+                export_model(ExportOptions("tiny", pte, target, scheme, GROUP_SIZE, MAX_CONTEXT))
+        return pte
+
+    return make
+
+
+def eager_model(scheme: str, target: str) -> CausalLM:
+    """The quantised tiny model in PyTorch, as the export of the same scheme and target has it."""
+    dtype, device = (torch.bfloat16, "cuda") if target == "cuda" else (torch.float32, "cpu")
+    model = quantize_experts_(load_model(resolve("tiny"), dtype), scheme, GROUP_SIZE)
+    return CausalLM(model.to(device), MAX_CONTEXT)
+
+
+@torch.no_grad()
+def eager_greedy(model: CausalLM, prompt_ids: list[int], new_tokens: int) -> list[int]:
+    """Greedy tokens after a prompt, called as the exported methods are: the prompt at once, then token by token."""
+    model.reset()
+    device = next(model.parameters()).device
+    ids, fed = list(prompt_ids), 0
+    while len(ids) < len(prompt_ids) + new_tokens:
+        logits = model(torch.tensor([ids[fed:]], device=device), torch.arange(fed, len(ids), device=device))
+        fed = len(ids)
+        ids.append(int(logits.argmax()))
+    return ids[len(prompt_ids) :]

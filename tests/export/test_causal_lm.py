@@ -1,0 +1,106 @@
+"""The static cache and its mask against transformers' own generation, and what the exported programs look like."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from executorch_moe.export.causal_lm import CausalLM, export_methods
+from executorch_moe.export.pretrained import load_model, resolve
+from executorch_moe.export.quantize import quantize_experts_
+
+from .conftest import MAX_CONTEXT, eager_greedy, eager_model
+
+TEXT = list(b"The import statement combines two operations")
+
+
+@pytest.fixture(scope="module")
+def model() -> CausalLM:
+    return eager_model("w4a16", "cpu")
+
+
+def run(model: CausalLM, ids: list[int], position: int) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([ids]), torch.arange(position, position + len(ids)))
+
+
+def test_same_tokens_as_transformers(model: CausalLM) -> None:
+    ids = torch.tensor([TEXT])
+    expected = model.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False)
+    assert eager_greedy(model, TEXT, 48)[: expected.shape[1] - len(TEXT)] == expected[0, len(TEXT) :].tolist()
+
+
+def test_prefill_equals_token_by_token(model: CausalLM) -> None:
+    model.reset()
+    at_once = run(model, TEXT, 0)
+    model.reset()
+    for position, token in enumerate(TEXT):
+        one_by_one = run(model, [token], position)
+    # fp32 sums in another order, and bf16 rounding of the experts' input that may fall the other way.
+    torch.testing.assert_close(at_once, one_by_one, rtol=0, atol=0.05)
+
+
+def test_logits_are_those_of_the_last_position(model: CausalLM) -> None:
+    model.reset()
+    logits = run(model, TEXT, 0)
+    assert logits.shape == (1, model.model.config.vocab_size) and logits.dtype == torch.float32
+    with torch.no_grad():
+        every = model.model(input_ids=torch.tensor([TEXT]), use_cache=False).logits
+    torch.testing.assert_close(logits, every[:, -1], rtol=0, atol=0.05)
+
+
+def test_positions_beyond_the_text_are_never_seen(model: CausalLM) -> None:
+    model.reset()
+    run(model, TEXT, 0)
+    clean = run(model, TEXT[:1], len(TEXT))
+    for buffer in model.kv_cache.buffers():
+        buffer[:, :, len(TEXT) + 1 :] = 1e4  # what a longer, earlier text might have left
+    assert torch.equal(run(model, TEXT[:1], len(TEXT)), clean)
+    model.reset()
+    for buffer in model.kv_cache.buffers():
+        buffer[:, :, len(TEXT) :] = 1e4
+    run(model, TEXT, 0)
+    assert torch.equal(run(model, TEXT[:1], len(TEXT)), clean)
+
+
+def test_every_earlier_position_is_seen(model: CausalLM) -> None:
+    model.reset()
+    run(model, TEXT, 0)
+    clean = run(model, TEXT[:1], len(TEXT))
+    model.kv_cache.value_0[:, :, 0] += 10.0
+    assert not torch.allclose(run(model, TEXT[:1], len(TEXT)), clean)
+
+
+def test_exported_programs(model: CausalLM) -> None:
+    model.reset()
+    programs = export_methods(model)
+    assert set(programs) == {"prefill", "decode"}
+    states = []
+    for program in programs.values():
+        targets = [str(node.target) for node in program.graph.nodes]
+        assert targets.count("executorch_moe.fused_experts.default") == 2
+        states.append(set(program.state_dict))
+    assert states[0] == states[1]
+    assert {"kv_cache.key_0", "kv_cache.value_1"} <= states[0]
+    # The length is a symbol with the promised range, not the example's.
+    (bounds,) = programs["prefill"].range_constraints.values()
+    assert (bounds.lower, bounds.upper) == (2, MAX_CONTEXT)
+    prefill = programs["prefill"].module()
+    for length in (2, 3, 40, MAX_CONTEXT):
+        ids, positions = torch.randint(32, 122, (1, length)), torch.arange(length)
+        with torch.no_grad():
+            torch.testing.assert_close(prefill(ids, positions), model(ids, positions))
+
+
+@pytest.mark.parametrize("max_context", [0, 7, 513, -1])
+def test_context_out_of_range(max_context: int) -> None:
+    inner = quantize_experts_(load_model(resolve("tiny"), torch.float32))
+    with pytest.raises(ValueError, match=f"max_context={max_context} must be between 8 and .*=512"):
+        CausalLM(inner, max_context)
+
+
+def test_sliding_window_is_refused() -> None:
+    inner = load_model(resolve("tiny"), torch.float32)
+    inner.config.sliding_window = 64
+    with pytest.raises(NotImplementedError, match="sliding_window=64"):
+        CausalLM(inner, 64)

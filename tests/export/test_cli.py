@@ -1,0 +1,218 @@
+"""The command line: what it prints, and that a user's mistake gives one line and exit status 2."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from executorch_moe.export.cli import app
+from executorch_moe.export.pretrained import resolve
+
+runner = CliRunner()
+
+
+def refused(*arguments: object) -> str:
+    """The one line that a refused command prints; asserts status 2, no traceback, nothing on stdout."""
+    result = runner.invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    # Above the error may stand the steps that went well.
+    *steps, line = result.stderr.strip().splitlines()
+    assert line.startswith("error: ") and all(step.startswith("done ") for step in steps), result.stderr
+    return line
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    """A copy of the tiny model to spoil."""
+    return Path(shutil.copytree(resolve("tiny"), tmp_path / "model"))
+
+
+@pytest.mark.parametrize("command", [[], ["export"], ["generate"], ["bench"], ["bench", "model"], ["doctor"]])
+def test_help(command: list[str]) -> None:
+    result = runner.invoke(app, [*command, "--help"])
+    assert result.exit_code == 0 and "Usage" in result.output
+
+
+def test_help_does_not_import_torch() -> None:
+    code = (
+        "import sys\n"
+        "from executorch_moe.export import cli\n"
+        "assert not {'torch', 'executorch', 'transformers', 'triton'} & set(sys.modules), 'imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--scheme", "int4"), "scheme='int4' is unknown: use one of bf16, w4a16, w4a8"),
+        (("--target", "tpu"), "target='tpu' is unknown: use one of cuda, cpu, auto"),
+        (("--group-size", "48"), "group_size=48"),
+        (("--group-size", "256"), "must be a multiple of group_size=256"),
+        (("--max-context", "4096"), "max_context=4096 must be between 8 and the model's max_position_embeddings=512"),
+        (("--max-context", "0"), "max_context=0 must be between"),
+    ],
+)
+def test_export_options(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    line = refused("export", "tiny", "-o", tmp_path / "out" / "x.pte", "--target", "cpu", *arguments)
+    # A later --target replaces the first.
+    assert message in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_target_without_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    line = refused("export", "tiny", "-o", tmp_path / "x.pte", "--target", "cuda")
+    assert "target='cuda' needs a GPU" in line and "use target='cpu'" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_names_of_the_output(tmp_path: Path) -> None:
+    assert "must end in .pte: give for example" in refused("export", "tiny", "-o", tmp_path / "x.bin")
+    (tmp_path / "folder.pte").mkdir()
+    assert "is a folder" in refused("export", "tiny", "-o", tmp_path / "folder.pte")
+    (tmp_path / "file").write_text("")
+    line = refused("export", "tiny", "-o", tmp_path / "file" / "x.pte", "--target", "cpu")
+    assert "file" in line
+
+
+def test_export_folders_that_are_no_models(tmp_path: Path) -> None:
+    out = tmp_path / "x.pte"
+    assert "is not a folder: give a folder with config.json" in refused("export", tmp_path / "none", "-o", out)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "has no config.json" in refused("export", empty, "-o", out)
+    (empty / "config.json").write_text("{}")
+    assert "has no *.safetensors" in refused("export", empty, "-o", out)
+    assert not out.exists()
+
+
+def test_export_spoiled_models(model_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.pte"
+    config = (model_folder / "config.json").read_text()
+    (model_folder / "config.json").write_text(config[: len(config) // 2])
+    assert "is no model configuration (JSONDecodeError" in refused("export", model_folder, "-o", out)
+    (model_folder / "config.json").write_text(json.dumps(json.loads(config) | {"model_type": "llama"}))
+    assert "model_type='llama'" in refused("export", model_folder, "-o", out)
+    (model_folder / "config.json").write_text(config)
+    weights = model_folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    assert "cannot be loaded" in refused("export", model_folder, "-o", out, "--target", "cpu")
+    assert not out.exists()
+
+
+def test_export_weights_that_do_not_fit_the_configuration(model_folder: Path, tmp_path: Path) -> None:
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+    assert "cannot be loaded" in refused("export", model_folder, "-o", tmp_path / "x.pte", "--target", "cpu")
+
+
+def test_export_without_a_tokenizer(model_folder: Path, tmp_path: Path) -> None:
+    for path in model_folder.glob("tokenizer*"):
+        path.unlink()
+    assert "has no usable tokenizer" in refused("export", model_folder, "-o", tmp_path / "x.pte", "--target", "cpu")
+
+
+def test_generate_missing_and_foreign_files(tmp_path: Path) -> None:
+    pte = tmp_path / "x.pte"
+    assert "is not a file: give the .pte" in refused("generate", pte, "-p", "a")
+    pte.write_bytes(b"not a program" * 100)
+    assert "tokenizer.json is missing" in refused("generate", pte, "-p", "a")
+    shutil.copy(resolve("tiny") / "tokenizer.json", tmp_path / "x.tokenizer.json")
+    assert "x.pte" in refused("generate", pte, "-p", "a")
+
+
+@pytest.mark.slow
+def test_generate_refuses_what_does_not_fit(exported: Callable[[str, str], Path]) -> None:
+    pte = exported("w4a16", "cpu")
+    assert "prompt='' has no tokens" in refused("generate", pte, "-p", "")
+    line = refused("generate", pte, "-p", "x" * 129)
+    assert "the prompt has 129 tokens but the model was exported with max_context=128" in line
+    assert "ask for 126 at most" in refused("generate", pte, "-p", "abc", "--max-new-tokens", 127)
+    assert "temperature=-1.0" in refused("generate", pte, "-p", "abc", "--temperature", -1)
+    assert "runtime 'tvm' is unknown" in refused("generate", pte, "-p", "abc", "--runtime", "tvm")
+    assert "delegate" in refused("generate", pte, "-p", "abc", "--runtime", "delegate-host")
+    assert "prompt_tokens='a,b' must be whole numbers" in refused("bench", "model", pte, "--prompt-tokens", "a,b")
+    assert "format='xml' is unknown" in refused("bench", "model", pte, "--format", "xml")
+    assert "repeats=0 must be at least 1" in refused("bench", "model", pte, "--repeats", 0)
+    assert "max_context=128" in refused("bench", "model", pte, "--prompt-tokens", "100,200")
+
+
+@pytest.mark.slow
+def test_generate_refuses_files_that_do_not_belong_together(
+    exported: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    pte = exported("w4a16", "cpu")
+    for suffix in (".pte", ".tokenizer.json"):
+        shutil.copy(pte.with_suffix(suffix), tmp_path / f"x{suffix}")
+    assert "x.ptd" in refused("generate", tmp_path / "x.pte", "-p", "a")
+    shutil.copy(exported("w4a8", "cpu").with_suffix(".ptd"), tmp_path / "x.ptd")
+    assert "does not belong to" in refused("generate", tmp_path / "x.pte", "-p", "a")
+    data = pte.with_suffix(".ptd").read_bytes()
+    (tmp_path / "x.ptd").write_bytes(data[: len(data) // 2])
+    assert "x.ptd" in refused("generate", tmp_path / "x.pte", "-p", "a")
+
+
+@pytest.mark.slow
+def test_generate_prints_text_to_stdout_and_the_rest_to_stderr(exported: Callable[[str, str], Path]) -> None:
+    command = ["generate", str(exported("w4a16", "cpu")), "-p", "The import", "--max-new-tokens", "12"]
+    result = runner.invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert re.fullmatch(r"The import.{12}\n", result.stdout, re.DOTALL)
+    assert "runtime: executorch (CPU)" in result.stderr
+    assert re.search(r"prefill [\d,.]+ tok/s \(10 tokens in .*decode [\d,.]+ tok/s \(11", result.stderr, re.DOTALL)
+    sampled = [runner.invoke(app, [*command, "--temperature", "0.8", "--seed", seed]).stdout for seed in "112"]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+@pytest.mark.slow
+def test_bench_model(exported: Callable[[str, str], Path]) -> None:
+    command = ["bench", "model", str(exported("w4a16", "cpu")), "--prompt-tokens", "8,1", "--new-tokens", "4"]
+    table = runner.invoke(app, [*command, "--repeats", "2"]).stdout
+    assert "runtime: executorch (CPU)" in table and "| 8 | 4 |" in table and "| 1 | 4 |" in table
+    speeds = json.loads(runner.invoke(app, [*command, "--repeats", "3", "--format", "json"]).stdout)["speeds"]
+    assert [len(speed["decode"]) for speed in speeds] == [3, 3]
+    assert all(rate > 0 for speed in speeds for rate in speed["prefill"] + speed["decode"])
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    result = runner.invoke(app, ["--debug", "generate", str(tmp_path / "none.pte"), "-p", "a"])
+    assert isinstance(result.exception, FileNotFoundError)
+
+
+def test_an_error_of_the_program_itself_is_not_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(*_: object) -> None:
+        torch.zeros(2).reshape(3)
+
+    monkeypatch.setattr("executorch_moe.export.pipeline.export_model", broken)
+    result = runner.invoke(app, ["export", "tiny", "-o", str(tmp_path / "x.pte"), "--target", "cpu"])
+    assert isinstance(result.exception, RuntimeError)
+
+
+def test_doctor_names_versions_and_runtimes() -> None:
+    result = runner.invoke(app, ["doctor"], terminal_width=200)
+    assert result.exit_code in (0, 1)
+    for name in ("torch", "executorch", "triton", "torchao", "transformers", "GPU", "ptxas", "delegate host"):
+        assert name in result.stdout
+
+
+def test_doctor_says_what_to_do_about_a_wrong_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import metadata
+
+    from executorch_moe.export import doctor
+
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "0.1" if name == "torchao" else real(name))
+    wrong = [check for check in doctor.pins() if check.status == doctor.FAIL]
+    assert [check.name for check in wrong] == ["torchao"]
+    assert "pip install 'torchao" in wrong[0].remedy

@@ -1,0 +1,65 @@
+"""The exported model and the eager quantised model give the same greedy tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from executorch_moe.export.generation import TextGenerator
+
+from .conftest import eager_greedy, eager_model
+
+PROMPTS = (
+    "The import statement",
+    "class Point:\n    def __init__(self",
+    "x",  # one token: the first call is decode
+)
+NEW_TOKENS = 64
+
+
+def compare(pte: Path, scheme: str, target: str, runtime: str) -> str:
+    """Asserts equal tokens for every prompt; returns what ran the program."""
+    generator = TextGenerator.load(pte, runtime=runtime)
+    model = eager_model(scheme, target)
+    for prompt in PROMPTS:
+        ids = generator.encode(prompt)
+        result = generator.generate(ids, NEW_TOKENS, ignore_eos=True)
+        assert result.tokens == eager_greedy(model, ids, NEW_TOKENS), f"prompt {prompt!r}"
+        assert len(result.tokens) == NEW_TOKENS
+    return generator.program.runtime
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a8"])
+def test_tokens_of_the_cpu_runtime_equal_eager(scheme: str, exported: Callable[[str, str], Path]) -> None:
+    assert compare(exported(scheme, "cpu"), scheme, "cpu", "auto") == "executorch (CPU)"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a8", "bf16"])
+def test_tokens_of_the_delegate_host_equal_eager(scheme: str, exported: Callable[[str, str], Path]) -> None:
+    ran = compare(exported(scheme, "cuda"), scheme, "cuda", "delegate-host")
+    assert ran == "delegate host (PyTorch AOTInductor)"
+
+
+@pytest.mark.slow
+def test_a_second_run_starts_from_an_empty_cache(exported: Callable[[str, str], Path]) -> None:
+    generator = TextGenerator.load(exported("w4a16", "cpu"))
+    long = generator.encode("The import statement combines two operations; it searches for the named module")
+    short = generator.encode("Lists")
+    first = generator.generate(short, 16, ignore_eos=True).tokens
+    generator.generate(long, 32, ignore_eos=True)
+    assert generator.generate(short, 16, ignore_eos=True).tokens == first
+
+
+@pytest.mark.slow
+def test_the_whole_cache_can_be_used(exported: Callable[[str, str], Path]) -> None:
+    generator = TextGenerator.load(exported("w4a16", "cpu"))
+    context = generator.max_context
+    ids = torch.randint(97, 122, (context,)).tolist()
+    # The last position and one token more: the longest prompt, and the longest text after a short one.
+    assert len(generator.generate(ids, 1).tokens) == 1
+    assert len(generator.generate(ids[:2], context - 1, ignore_eos=True).tokens) == context - 1
