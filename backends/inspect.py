@@ -16,7 +16,8 @@ from executorch_moe.backends.pte import PteFile
 # Version names that libc, libm, libstdc++ and libgcc give their symbols.
 _SYSTEM_VERSIONS = ("GLIBC_", "GLIBCXX_", "CXXABI_", "GCC_")
 # Optional hooks of the C start-up files; the loader leaves them null.
-_START_UP = ("_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__")
+_LANGUAGE_RUNTIME = ("_ITM_", "_ZGTt", "__cxa_", "__gmon_start__")
+"""Names that libgcc and libstdc++ leave weak when parts of them are linked in: start-up, transactional memory, C++ ABI."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def _is_promised(symbol: UndefinedSymbol) -> bool:
         return True
     if symbol.name.startswith("cu") and symbol.name[2:3].isupper():
         return True
-    return symbol.weak and symbol.name in _START_UP
+    return symbol.weak and symbol.name.startswith(_LANGUAGE_RUNTIME)
 
 
 def _method(program: PteFile, name: str) -> MethodReport:

@@ -103,25 +103,26 @@ def choose_block_m(num_pairs: int | None, num_experts: int) -> int:
     if num_pairs is None:
         return 64
     mean = num_pairs / num_experts
-    for block_m, most in ((16, 20), (32, 40), (64, 160)):
+    for block_m, most in ((16, 20), (64, 160)):
         if mean <= most:
             return block_m
     return 128
 
 
-def choose_gemm(gpu: Gpu, scheme: Scheme, gemm: int, num_experts: int, num_pairs: int | None) -> GemmConfig:
+def choose_gemm(gpu: Gpu, scheme: Scheme, gemm: int, n: int, num_experts: int, num_pairs: int | None) -> GemmConfig:
     """Heuristic configuration for one GEMM, from sweeps of the qwen35 shape on an H200.
 
     Args:
-        gpu: the target. scheme: number formats. gemm: 1 or 2.
+        gpu: the target. scheme: number formats. gemm: 1 or 2. n: rows of the packed matrix, a multiple of 128.
         num_experts: E. num_pairs: T * top_k, None if it is symbolic.
     """
     block_m = choose_block_m(num_pairs, num_experts)
     hopper = gpu.capability >= 90
+    wide = hopper and n % 256 == 0
     if block_m <= 32:
         # Weights stream past a few tokens: tall tiles, so that each token row is read by few programs.
-        config = GemmConfig(block_m, 256 if hopper else 128, num_warps=4, num_stages=4, ctas_per_sm=2)
-    elif block_m == 64 and gemm == 2 and hopper and scheme.packed:
+        config = GemmConfig(block_m, 256 if wide else 128, num_warps=4, num_stages=4, ctas_per_sm=2)
+    elif block_m == 64 and gemm == 2 and wide and scheme.packed:
         config = GemmConfig(block_m, 256, num_warps=8, num_stages=3, ctas_per_sm=2)
     else:
         config = GemmConfig(block_m, 128, num_warps=4 if hopper else 8, num_stages=3, ctas_per_sm=2)

@@ -260,6 +260,8 @@ def quantize_rows(p: Problem, x: Tensor, rows: Any, k: int, act_group: int) -> t
 def run_grouped_gemm(p: Problem, gemm: int, config: GemmConfig, x: Tensor, rows: Any, out: Tensor, r: Routing) -> None:
     """GEMM1 or GEMM2 over the row blocks that routing wrote."""
     constants = p.constants(gemm)
+    if constants["N"] % config.block_n:
+        raise ValueError(f"block_n={config.block_n} must divide N={constants['N']} of GEMM{gemm}: use block_n=128")
     act_group = p.scheme.act_group(gemm)
     scale = x
     if act_group:
@@ -305,8 +307,8 @@ def run_grouped_gemm(p: Problem, gemm: int, config: GemmConfig, x: Tensor, rows:
 def run_grouped(p: Problem) -> Tensor:
     """Routing, GEMM1, GEMM2, sum over top_k."""
     pairs = p.num_pairs if isinstance(p.num_pairs, int) else None
-    config1 = p.options.gemm1 or choose_gemm(p.gpu, p.scheme, 1, p.num_experts, pairs)
-    config2 = p.options.gemm2 or choose_gemm(p.gpu, p.scheme, 2, p.num_experts, pairs)
+    config1 = p.options.gemm1 or choose_gemm(p.gpu, p.scheme, 1, 2 * p.i_pad, p.num_experts, pairs)
+    config2 = p.options.gemm2 or choose_gemm(p.gpu, p.scheme, 2, p.h_pad, p.num_experts, pairs)
     routing1 = run_routing(p, config1.block_m)
     routing2 = routing1 if config2.block_m == config1.block_m else run_routing(p, config2.block_m)
     hidden = p.empty((p.num_pairs, p.i_pad), torch.bfloat16)

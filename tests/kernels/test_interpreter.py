@@ -43,6 +43,20 @@ def test_grouped_path_against_the_oracle(case: Case, scheme: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_configurations_that_users_get(case: Case, scheme: str) -> None:
+    problem = make(case, scheme)
+    out = run_fused_experts(*problem.args(), options=Options(path="grouped"))
+    assert relative_error(out, problem.expected) <= BOUNDS[scheme]
+
+
+def test_a_tile_that_does_not_divide_n_is_refused() -> None:
+    problem = make(Case("tile", tokens=20), "w4a16")
+    with pytest.raises(ValueError, match="block_n=256 must divide N=128 of GEMM2: use block_n=128"):
+        run_fused_experts(*problem.args(), options=grouped(config2=GemmConfig(block_m=16, block_n=256)))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("case", [c for c in CASES if c.tokens <= 11], ids=str)
 def test_few_tokens_path_against_the_oracle(case: Case, scheme: str) -> None:
     problem = make(case, scheme)
