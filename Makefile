@@ -6,12 +6,13 @@
 
 PYTHON ?= python3
 GPU_PYTHON ?= python3
+GPU_PYTEST_FLAGS ?=
 # torch is named first and alone, so that pip takes this build and does not choose another one with the dependencies.
 # On a GPU machine, name its CUDA build: make demo TORCH="torch==2.11.0+cu130 --index-url ..."
 TORCH ?= torch==2.13.0
 # pytest processes; the suite is CPU-bound
 JOBS ?= 2
-PYTEST_FLAGS ?=
+PYTEST_FLAGS ?= --timeout 900
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -46,14 +47,16 @@ lint: $(STAMP)
 	@for layer in kernels backends export examples; do ln -sfn ../../../$$layer build/mypy/executorch_moe/$$layer; done
 	$(BIN)/mypy
 
+# Twice, for Triton decides at import whether kernels are compiled or interpreted.
 test: lint
-	$(BIN)/python -m pytest -m "not gpu" -n $(JOBS) --dist loadfile $(PYTEST_FLAGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter -n $(JOBS) $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "not gpu and not interpreter" -n $(JOBS) --dist loadfile $(PYTEST_FLAGS)
 
 # The environment's own torch, Triton and transformers are used as they are: nothing but this package is installed.
 # The results file names the versions and the GPU; commit it.
 test-gpu:
 	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
-	$(GPU_PYTHON) tests/gpu_results.py $(PYTEST_FLAGS)
+	$(GPU_PYTHON) tests/gpu_results.py $(GPU_PYTEST_FLAGS)
 
 clean:
 	rm -rf $(VENV) build dist $(DEMO) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

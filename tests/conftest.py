@@ -32,8 +32,12 @@ def why_no_gpu() -> str:
     return ""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Asked for by name, they run and say what is wrong.
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" or "interpreter" in config.option.markexpr
     for item in items:
+        if item.get_closest_marker("interpreter") and not interpreted:
+            item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1, with which Triton must be imported"))
         if item.get_closest_marker("gpu") and why_no_gpu():
             item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {why_no_gpu()}"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,11 +20,11 @@ GROUP_SIZE = 32
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[[str, str], Path]:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
     """exported(scheme, target) -> the .pte of the tiny model with MAX_CONTEXT positions."""
     base = tmp_path_factory.getbasetemp()
     # With several processes, each has a base folder of its own below a common one.
-    folder = (base if worker_id == "master" else base.parent) / "exported"
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exported"
     folder.mkdir(exist_ok=True)
 
     def make(scheme: str, target: str) -> Path:
