@@ -53,8 +53,8 @@ class FewTokensConfig:
     """Configuration of `moe_few_tokens_gemm`: a program takes block_n weight rows, k_blocks blocks of K at once."""
 
     block_n: int = 16
-    k_blocks: int = 8
-    num_warps: int = 4
+    k_blocks: int = 16
+    num_warps: int = 8
 
 
 @dataclass(frozen=True)

@@ -185,11 +185,9 @@ def max_row_blocks(num_pairs: Any, num_experts: int, block_m: int) -> Any:
 def route_chunk(num_pairs: Any) -> int:
     """Pairs that one routing program ranks: one program while that is enough, then a balance between ranking a chunk
     (quadratic in its size) and summing the counts of all chunks (each program reads them all)."""
-    if not isinstance(num_pairs, int):
-        return 512
-    if num_pairs <= 512:
+    if isinstance(num_pairs, int) and num_pairs <= 256:
         return max(64, triton.next_power_of_2(num_pairs))
-    return 256 if num_pairs <= 16384 else 512
+    return 256
 
 
 def run_routing(p: Problem, block_m: int) -> Routing:

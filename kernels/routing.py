@@ -67,7 +67,7 @@ def moe_route_scatter(
     else:
         total = tl.zeros((E_POW2,), dtype=tl.int32)
         before = tl.zeros((E_POW2,), dtype=tl.int32)
-        for first in range(0, num_chunks, COUNT_BLOCK):
+        for first in tl.range(0, num_chunks, COUNT_BLOCK, num_stages=3):
             other = first + tl.arange(0, COUNT_BLOCK)
             counts = tl.load(
                 chunk_counts_ptr + other[:, None] * E_POW2 + experts[None, :],
@@ -82,7 +82,7 @@ def moe_route_scatter(
     # How many pairs of the chunk before this one chose the same expert, RANK_BLOCK of them at a time: the comparison
     # of all with all would not fit the registers.
     rank = tl.zeros((CHUNK,), dtype=tl.int32)
-    for first in range(0, CHUNK, RANK_BLOCK):
+    for first in tl.range(0, CHUNK, RANK_BLOCK, num_stages=4):
         earlier = chunk * CHUNK + first + tl.arange(0, RANK_BLOCK)
         others = load_expert_ids(topk_ids_ptr, earlier, num_pairs, NUM_EXPERTS)
         same = (ids[:, None] == others[None, :]) & (earlier[None, :] < offs[:, None])
