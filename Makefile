@@ -50,7 +50,7 @@ lint: $(STAMP)
 # Twice, for Triton decides at import whether kernels are compiled or interpreted.
 test: lint
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter -n $(JOBS) $(PYTEST_FLAGS)
-	$(BIN)/python -m pytest -m "not gpu and not interpreter" -n $(JOBS) --dist loadfile $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "not gpu and not interpreter" -n $(JOBS) --dist loadgroup $(PYTEST_FLAGS)
 
 # The environment's own torch, Triton and transformers are used as they are: nothing but this package is installed.
 # The results file names the versions and the GPU; commit it.

@@ -53,6 +53,10 @@ class ExportOptions:
             raise ValueError(f"out={str(self.out)!r} must end in .pte: give for example {self.out.with_suffix('.pte')}")
         if self.out.is_dir():
             raise ValueError(f"out={str(self.out)!r} is a folder: give a file name that ends in .pte")
+        # The folder is made at the end; that it can be made is checked before minutes are spent.
+        folder = next(parent for parent in self.out.absolute().parents if parent.exists())
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise ValueError(f"out={str(self.out)!r} cannot be written, {folder} is no writable folder: choose another")
         if self.target == "cuda" and not torch.cuda.is_available():
             raise ValueError(
                 f"target='cuda' needs a GPU that torch {torch.__version__} can use, and there is none: "

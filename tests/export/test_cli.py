@@ -82,8 +82,7 @@ def test_export_names_of_the_output(tmp_path: Path) -> None:
     (tmp_path / "folder.pte").mkdir()
     assert "is a folder" in refused("export", "tiny", "-o", tmp_path / "folder.pte")
     (tmp_path / "file").write_text("")
-    line = refused("export", "tiny", "-o", tmp_path / "file" / "x.pte", "--target", "cpu")
-    assert "file" in line
+    assert "no writable folder" in refused("export", "tiny", "-o", tmp_path / "file" / "x.pte", "--target", "cpu")
 
 
 def test_export_folders_that_are_no_models(tmp_path: Path) -> None:
