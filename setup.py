@@ -26,6 +26,8 @@ def packages() -> list[str]:
 setup(
     packages=packages(),
     package_dir={f"executorch_moe.{layer}": layer for layer in LAYERS},
+    # What is listed below and nothing else: data folders are no packages.
+    include_package_data=False,
     package_data={
         "executorch_moe.kernels": ["py.typed", "**/*.json"],
         "executorch_moe.backends": ["py.typed"],
