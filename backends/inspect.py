@@ -17,7 +17,7 @@ from executorch_moe.backends.pte import PteFile
 _SYSTEM_VERSIONS = ("GLIBC_", "GLIBCXX_", "CXXABI_", "GCC_")
 # Optional hooks of the C start-up files; the loader leaves them null.
 _LANGUAGE_RUNTIME = ("_ITM_", "_ZGTt", "__cxa_", "__gmon_start__")
-"""Names that libgcc and libstdc++ leave weak when parts of them are linked in: start-up, transactional memory, C++ ABI."""
+"""Names that libgcc and libstdc++ leave weak where parts of them are linked in: start-up, transactions, C++ ABI."""
 
 
 @dataclass(frozen=True)

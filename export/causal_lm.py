@@ -106,6 +106,8 @@ class CausalLM(nn.Module):
         # holds zeros or what a longer, earlier text left there.
         positions = torch.arange(self.max_context, device=cache_position.device)
         mask = positions[None, :] <= cache_position[:, None]
+        if self.model.config._attn_implementation == "eager":  # which adds the mask to the scores
+            mask = torch.zeros_like(mask, dtype=self.kv_cache.key_0.dtype).masked_fill(~mask, -1e9)
         output = self.model(
             input_ids=input_ids,
             attention_mask=mask[None, None],  # [1, 1, T, C]: 4-D masks are used as they are

@@ -91,13 +91,16 @@ def export(
     max_context: Annotated[
         int | None, typer.Option(help="Tokens in the KV cache; by default 2048, or the model's own limit if less.")
     ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="All but the experts: bf16, fp32, or auto: bf16 on cuda, fp32 on the CPU.")
+    ] = "auto",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show other packages' warnings.")] = False,
 ) -> None:
     """Export a model: quantise and fuse its experts, lower it, write .pte + .ptd + tokenizer."""
     quiet_unless(verbose)
     from .pipeline import ExportOptions, export_model
 
-    options = ExportOptions(model, out, target, scheme, group_size, max_context)
+    options = ExportOptions(model, out, target, scheme, group_size, max_context, dtype)
     summary = export_model(options, console)
     console.print(summary.table())
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from executorch_moe.kernels import SCHEMES, FusedExperts
 
@@ -21,6 +22,7 @@ from .pretrained import check_supported, load_model, require_transformers, resol
 from .quantize import quantize_experts_
 
 TARGETS = ("cuda", "cpu")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 DEFAULT_MAX_CONTEXT = 2048
 
 
@@ -35,6 +37,8 @@ class ExportOptions:
         scheme: "w4a16", "w4a8" or "bf16".
         group_size: weights that share one scale.
         max_context: positions in the KV cache; None takes 2048 or what the model was made for, if that is less.
+        dtype: of everything but the experts: "bf16", "fp32" or "auto" (bf16 on cuda, fp32 on the CPU, whose dense
+            kernels are made for it). The experts' activations are bf16 in all.
     """
 
     model: str
@@ -43,10 +47,13 @@ class ExportOptions:
     scheme: str = "w4a16"
     group_size: int = 32
     max_context: int | None = None
+    dtype: str = "auto"
 
     def __post_init__(self) -> None:
         if self.target not in (*TARGETS, "auto"):
             raise ValueError(f"target={self.target!r} is unknown: use one of {', '.join(TARGETS)}, auto")
+        if self.dtype not in (*DTYPES, "auto"):
+            raise ValueError(f"dtype={self.dtype!r} is unknown: use one of {', '.join(DTYPES)}, auto")
         if self.scheme not in SCHEMES:
             raise ValueError(f"scheme={self.scheme!r} is unknown: use one of {', '.join(SCHEMES)}")
         if self.out.suffix != ".pte":
@@ -68,6 +75,13 @@ class ExportOptions:
         if self.target != "auto":
             return self.target
         return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def load(self, folder: Path) -> nn.Module:
+        """The model as this export computes it: its dtype, and an attention that the target has in that dtype."""
+        target = self.resolved_target()
+        dtype = ("bf16" if target == "cuda" else "fp32") if self.dtype == "auto" else self.dtype
+        # ExecuTorch's Triton attention for CUDA writes bf16 whatever it is given.
+        return load_model(folder, DTYPES[dtype], "eager" if (target, dtype) == ("cuda", "fp32") else "sdpa")
 
 
 @dataclass
@@ -149,11 +163,9 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
     require_transformers()
     target = options.resolved_target()
     tokenizer = tokenizer_json(folder)
-    # The experts' activations are bf16 in both; the CPU runtime's dense kernels are made for fp32.
-    dtype = torch.bfloat16 if target == "cuda" else torch.float32
 
     with step("load", f"loading {folder.name if options.model != 'tiny' else 'the tiny model'}"):
-        model = load_model(folder, dtype)
+        model = options.load(folder)
     config: Any = model.config
     max_context = options.max_context
     if max_context is None:

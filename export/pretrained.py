@@ -76,8 +76,8 @@ def check_supported(folder: Path) -> dict[str, Any]:
     return config
 
 
-def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The model on the CPU in `dtype`, in eval mode.
+def load_model(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
+    """The model on the CPU in `dtype`, in eval mode; `attention` is transformers' `attn_implementation`.
 
     Raises:
         ValueError: the weights are unreadable or do not fit the configuration.
@@ -85,7 +85,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
     transformers = require_transformers()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, attn_implementation="sdpa"
+            folder, dtype=dtype, local_files_only=True, attn_implementation=attention
         )
     except Exception as error:  # safetensors, transformers and torch each raise their own kinds here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,9 +1,12 @@
 """Fused Mixture-of-Experts operators: packing, Triton kernels, fp32 reference. Importing registers the operator."""
 
-from .module import FusedExperts
-from .op import fused_experts
-from .packing import PackedExperts, pack_experts, unpack_experts
-from .schemes import ACTIVATIONS, LAYOUT_VERSION, SCHEMES
+# transformers looks for the Hub's package `kernels` while it traces a model. With the repository's root on sys.path it
+# finds this folder; under that name nothing is imported, or the operator would be registered twice.
+if __name__ == "executorch_moe.kernels":
+    from .module import FusedExperts
+    from .op import fused_experts
+    from .packing import PackedExperts, pack_experts, unpack_experts
+    from .schemes import ACTIVATIONS, LAYOUT_VERSION, SCHEMES
 
 __all__ = [
     "ACTIVATIONS",

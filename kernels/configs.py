@@ -100,13 +100,7 @@ def fit(config: GemmConfig, scheme: Scheme, gemm: int, gpu: Gpu) -> GemmConfig:
 
 def choose_block_m(num_pairs: int | None, num_experts: int) -> int:
     """Tokens of a tile from the mean number of pairs an expert has; None stands for a number known only at run time."""
-    if num_pairs is None:
-        return 64
-    mean = num_pairs / num_experts
-    for block_m, most in ((16, 20), (64, 160)):
-        if mean <= most:
-            return block_m
-    return 128
+    return 64 if num_pairs is None or num_pairs > 20 * num_experts else 16
 
 
 def choose_gemm(gpu: Gpu, scheme: Scheme, gemm: int, n: int, num_experts: int, num_pairs: int | None) -> GemmConfig:
@@ -119,16 +113,21 @@ def choose_gemm(gpu: Gpu, scheme: Scheme, gemm: int, n: int, num_experts: int, n
     block_m = choose_block_m(num_pairs, num_experts)
     hopper = gpu.capability >= 90
     wide = hopper and n % 256 == 0
-    if block_m <= 32:
-        # Weights stream past a few tokens: tall tiles, so that each token row is read by few programs.
-        config = GemmConfig(block_m, 256 if wide else 128, num_warps=4, num_stages=4, ctas_per_sm=2)
-    elif block_m == 64 and gemm == 2 and wide and scheme.packed:
+    crowded = num_pairs is not None and num_pairs > 160 * num_experts
+    if block_m == 16:
+        # Weights stream past a few tokens: tall tiles, so that each token row is read by few programs, unless there
+        # are too few of them to go round.
+        row_blocks = min(num_pairs or 0, num_experts)
+        tall = wide and row_blocks * n // 256 >= 2 * gpu.num_sms
+        config = GemmConfig(block_m, 256 if tall else 128, num_warps=4, num_stages=4, ctas_per_sm=2)
+    elif gemm == 2 and wide and scheme.packed and not crowded:
         config = GemmConfig(block_m, 256, num_warps=8, num_stages=3, ctas_per_sm=2)
     else:
-        config = GemmConfig(block_m, 128, num_warps=4 if hopper else 8, num_stages=3, ctas_per_sm=2)
-    return fit(replace(config, scale_after=block_m <= 64), scheme, gemm, gpu)
+        stages = 4 if crowded and gemm == 2 else 3
+        config = GemmConfig(block_m, 128, num_warps=4 if hopper else 8, num_stages=stages, ctas_per_sm=2)
+    return fit(replace(config, scale_after=not crowded), scheme, gemm, gpu)
 
 
-def few_tokens_limit(num_experts: int, top_k: int) -> int:
-    """Largest T that takes the few-token path."""
-    return max(1, 32 // top_k)
+def few_tokens_limit(top_k: int) -> int:
+    """Largest T that takes the few-token path: beyond it an MMA's free columns are worth the routing launch (H200)."""
+    return max(1, 16 // top_k)

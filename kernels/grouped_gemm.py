@@ -75,28 +75,29 @@ def dot_int8(acc, w, x, w_scale, x_scale):
 
 @triton.jit
 def accumulate_int8(
-    acc, raw, s0, s1, s2, s3, x_rows, x_scale_rows, kb,
+    acc, raw, s0, s1, s2, s3, x_rows, x_scale_rows, kb, mask_m,
     BLOCK_N: tl.constexpr, SUB: tl.constexpr, ACT_GROUP: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """One K block in int8: a dot and a scaling for every SUB values, SUB the finer of weight and activation group."""
     natural = raw.reshape(BLOCK_N, 4, 2, 2, 4).permute(0, 2, 3, 1, 4).reshape(BLOCK_N, 64)
     lo, hi = decode_int8(natural, PTX)
     offs = tl.arange(0, SUB)
-    x0 = tl.load(x_rows[:, None] + kb * 128 + offs[None, :])
+    rows = mask_m[:, None]
+    x0 = tl.load(x_rows[:, None] + kb * 128 + offs[None, :], mask=rows, other=0)
     a0 = tl.load(x_scale_rows + kb * 128 // ACT_GROUP)
     if SUB == 128:
         w = tl.join(lo, hi).permute(0, 2, 1).reshape(BLOCK_N, 128)
         acc = dot_int8(acc, w, x0, s0, a0)
     elif SUB == 64:
-        x1 = tl.load(x_rows[:, None] + kb * 128 + 64 + offs[None, :])
+        x1 = tl.load(x_rows[:, None] + kb * 128 + 64 + offs[None, :], mask=rows, other=0)
         a1 = tl.load(x_scale_rows + (kb * 128 + 64) // ACT_GROUP)
         acc = dot_int8(acc, lo, x0, s0, a0)
         acc = dot_int8(acc, hi, x1, s2, a1)
     else:
         tl.static_assert(SUB == 32)
-        x1 = tl.load(x_rows[:, None] + kb * 128 + 32 + offs[None, :])
-        x2 = tl.load(x_rows[:, None] + kb * 128 + 64 + offs[None, :])
-        x3 = tl.load(x_rows[:, None] + kb * 128 + 96 + offs[None, :])
+        x1 = tl.load(x_rows[:, None] + kb * 128 + 32 + offs[None, :], mask=rows, other=0)
+        x2 = tl.load(x_rows[:, None] + kb * 128 + 64 + offs[None, :], mask=rows, other=0)
+        x3 = tl.load(x_rows[:, None] + kb * 128 + 96 + offs[None, :], mask=rows, other=0)
         a1 = tl.load(x_scale_rows + (kb * 128 + 32) // ACT_GROUP)
         a2 = tl.load(x_scale_rows + (kb * 128 + 64) // ACT_GROUP)
         a3 = tl.load(x_scale_rows + (kb * 128 + 96) // ACT_GROUP)
@@ -125,7 +126,7 @@ def gemm_tile(
     expert = tl.load(block_expert_ptr + row_block).to(tl.int64)
     offs_m = tl.load(block_row_ptr + row_block) + tl.arange(0, BLOCK_M)
     mask_m = offs_m < tl.load(expert_offsets_ptr + expert + 1)
-    # Rows past the expert's end read row 0: their columns of the result are never stored.
+    # Rows past the expert's end are loaded as zeros, which costs no memory traffic, and never stored.
     pair = tl.load(sorted_pair_ids_ptr + offs_m, mask=mask_m, other=0)
     row = (pair // TOP_K if GEMM == 1 else tl.where(mask_m, offs_m, 0)).to(tl.int64)
     offs_n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -151,14 +152,15 @@ def gemm_tile(
             t0, t1, t2, t3 = load_groups(s_ptr, ahead, offs_n, N, GROUP)
         if INT8:
             SUB: tl.constexpr = min(GROUP, min(ACT_GROUP, 128))
-            acc = accumulate_int8(acc, raw, s0, s1, s2, s3, x_rows, x_scale_rows, kb, BLOCK_N, SUB, ACT_GROUP, PTX)
+            acc = accumulate_int8(
+                acc, raw, s0, s1, s2, s3, x_rows, x_scale_rows, kb, mask_m, BLOCK_N, SUB, ACT_GROUP, PTX
+            )
         else:
             if K == KP:
-                x = tl.load(x_rows[:, None] + kb * 128 + offs_k[None, :])
+                x = tl.load(x_rows[:, None] + kb * 128 + offs_k[None, :], mask=mask_m[:, None], other=0.0)
             else:  # the padded weights are zero, but what lies behind the row may be NaN
-                x = tl.load(
-                    x_rows[:, None] + kb * 128 + offs_k[None, :], mask=(kb * 128 + offs_k < K)[None, :], other=0.0
-                )
+                inside = mask_m[:, None] & (kb * 128 + offs_k < K)[None, :]
+                x = tl.load(x_rows[:, None] + kb * 128 + offs_k[None, :], mask=inside, other=0.0)
             if W_BITS == 16:
                 acc = dot_f32(raw, x, acc, PTX)
             elif SCALE_AFTER:

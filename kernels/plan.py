@@ -368,6 +368,6 @@ def run_fused_experts(
     )  # fmt: skip
     path = options.path
     if path is None:
-        few = isinstance(num_tokens, int) and num_tokens <= few_tokens_limit(p.num_experts, p.top_k)
+        few = isinstance(num_tokens, int) and num_tokens <= few_tokens_limit(p.top_k)
         path = "few_tokens" if few else "grouped"
     return run_few_tokens(p) if path == "few_tokens" else run_grouped(p)

@@ -41,7 +41,7 @@ def make_config():
         vocab_size=VOCABULARY_SIZE,
         hidden_size=128,
         intermediate_size=256,
-        moe_intermediate_size=128,
+        moe_intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from executorch_moe.export.causal_lm import CausalLM
 from executorch_moe.export.pipeline import ExportOptions, export_model
-from executorch_moe.export.pretrained import load_model, resolve
+from executorch_moe.export.pretrained import resolve
 from executorch_moe.export.quantize import quantize_experts_
 
 MAX_CONTEXT = 128
@@ -20,28 +20,28 @@ GROUP_SIZE = 32
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """exported(scheme, target) -> the .pte of the tiny model with MAX_CONTEXT positions."""
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """exported(scheme, target, dtype="auto") -> the .pte of the tiny model with MAX_CONTEXT positions."""
     base = tmp_path_factory.getbasetemp()
     # With several processes, each has a base folder of its own below a common one.
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exported"
     folder.mkdir(exist_ok=True)
 
-    def make(scheme: str, target: str) -> Path:
-        pte = folder / f"tiny-{scheme}-{target}.pte"
+    def make(scheme: str, target: str, dtype: str = "auto") -> Path:
+        pte = folder / f"tiny-{scheme}-{target}-{dtype}.pte"
         with FileLock(pte.with_suffix(".lock")):
             if not pte.is_file():
-                export_model(ExportOptions("tiny", pte, target, scheme, GROUP_SIZE, MAX_CONTEXT))
+                export_model(ExportOptions("tiny", pte, target, scheme, GROUP_SIZE, MAX_CONTEXT, dtype))
         return pte
 
     return make
 
 
-def eager_model(scheme: str, target: str) -> CausalLM:
-    """The quantised tiny model in PyTorch, as the export of the same scheme and target has it."""
-    dtype, device = (torch.bfloat16, "cuda") if target == "cuda" else (torch.float32, "cpu")
-    model = quantize_experts_(load_model(resolve("tiny"), dtype), scheme, GROUP_SIZE)
-    return CausalLM(model.to(device), MAX_CONTEXT)
+def eager_model(scheme: str, target: str, dtype: str = "auto") -> CausalLM:
+    """The quantised tiny model in PyTorch, as the export of the same scheme, target and dtype has it."""
+    options = ExportOptions("tiny", Path("unused.pte"), target, scheme, GROUP_SIZE, MAX_CONTEXT, dtype)
+    model = quantize_experts_(options.load(resolve("tiny")), scheme, GROUP_SIZE)
+    return CausalLM(model.to(target), MAX_CONTEXT)
 
 
 @torch.no_grad()
