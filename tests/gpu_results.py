@@ -44,7 +44,7 @@ def main() -> int:
     now = datetime.datetime.now(datetime.timezone.utc)
     header = [
         f"GPU tests of executorch-moe, {now:%Y-%m-%d %H:%M} UTC",
-        "command: make test-gpu",
+        "command: make test-gpu" + (f' GPU_PYTEST_FLAGS="{" ".join(sys.argv[1:])}"' if sys.argv[1:] else ""),
         f"commit: {commit()}",
         f"GPU: {torch.cuda.get_device_name()}; Python {platform.python_version()}; CUDA {torch.version.cuda}",
         "; ".join(f"{name} {version(name)}" for name in DISTRIBUTIONS),
