@@ -9,6 +9,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,24 @@ def version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def digest(lines: list[str]) -> list[str]:
+    """What pytest -v printed, as a record: each test's outcome, sorted, then failures, own sections and summary.
+
+    Warnings and the folders of one machine are left out.
+    """
+    outcome = re.compile(r"(?:(tests/\S.*?) )?(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b(?: (tests/\S.*))?")
+    outcomes, tail, section = set(), [], "test session starts"
+    for line in lines:
+        if heading := re.fullmatch(r"=+ (.*?) =+", line):
+            section = heading[1]
+        if section == "test session starts":
+            if found := outcome.search(line):
+                outcomes.add(f"{found[2]} {(found[1] or found[3] or '').strip()}")
+        elif section != "warnings summary":
+            tail.append(line)
+    return [*sorted(outcomes, key=lambda entry: entry.partition(" ")[2]), "", *tail]
 
 
 def commit() -> str:
@@ -61,8 +80,7 @@ def main() -> int:
     folder.mkdir(exist_ok=True)
     out = folder / f"{now:%Y-%m-%d}-gpu.txt"
     aside = out.with_suffix(".tmp")
-    kept = [line for line in lines if not line.startswith(("cachedir:", "rootdir:", "platform "))]
-    aside.write_text("\n".join(header + kept) + "\n")
+    aside.write_text("\n".join(header + digest(lines)) + "\n")
     aside.replace(out)
     print(f"written: {out.relative_to(ROOT)}")
     return run.returncode
