@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from executorch_moe.kernels import SCHEMES
 from executorch_moe.kernels.compile import NUM_SMS, KernelReport, compile_launch, record_launches, target_gpu
 from executorch_moe.kernels.configs import MAX_DYNAMIC_SHARED
 from executorch_moe.kernels.plan import Options
+
+from .conftest import PROPERTY
 
 # Tokens on both sides of the few-token path and of every tile height the heuristic chooses.
 TOKENS = (1, 8, 64, 512, 4096)
@@ -28,17 +32,22 @@ def reports(scheme: str, capability: int) -> list[KernelReport]:
 
 @pytest.mark.parametrize("capability", NUM_SMS, ids=lambda c: f"sm_{c}")
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_kernels_fit_the_target(scheme: str, capability: int) -> None:
+def test_kernels_fit_the_target(scheme: str, capability: int, record_property: Callable[[str, object], None]) -> None:
     compiled = reports(scheme, capability)
     names = {r.kernel for r in compiled}
     expected = {"moe_few_tokens_gemm", "moe_grouped_gemm", "moe_route_count", "moe_route_scatter", "moe_sum_pairs"}
     assert names >= expected | ({"moe_quantize_rows"} if scheme == "w4a8" else set())
-    for r in compiled:
-        print(
-            f"sm_{r.capability} {r.kernel}: {r.registers} registers, {r.spill_bytes} B spilled, "
-            f"{r.shared} B shared; {r.constants}"
+    limit = MAX_DYNAMIC_SHARED[capability]
+    for name in sorted(names):
+        mine = [r for r in compiled if r.kernel == name]
+        registers, spills, shared = (max(getattr(r, f) for r in mine) for f in ("registers", "spill_bytes", "shared"))
+        record_property(
+            PROPERTY,
+            f"sm_{capability} {scheme} {name}: {registers} registers, {spills} B spilled, "
+            f"{shared} of {limit} B shared, {len(mine)} variants",
         )
-        assert r.shared <= MAX_DYNAMIC_SHARED[capability], r
+    for r in compiled:
+        assert r.shared <= limit, r
         # A few spilled values outside the K loop cost nothing that can be measured; more is a wrong configuration.
         assert r.spill_bytes <= 128, r
 
