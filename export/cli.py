@@ -179,7 +179,50 @@ def bench_model(
     typer.echo(result.markdown() if output_format == "md" else result.json())
 
 
-def parse_lengths(text: str) -> list[int]:
+@bench_app.command("kernel")
+@one_line_errors
+def bench_kernel(
+    shape: Annotated[
+        str, typer.Option(help="A preset (qwen35, qwen3, mixtral, gpt-oss, olmoe, deepseek-v3) or ExTOP_KxHxIxGROUP.")
+    ] = "qwen35",
+    tokens: Annotated[str, typer.Option(help="Token counts, separated by commas.")] = "1,8,64,512,1642,4096",
+    impl: Annotated[
+        str,
+        typer.Option(help="ours, ours-tile, upstream-dec, upstream-a16, upstream-a8, torch-grouped-mm; with commas."),
+    ] = "ours,ours-tile",
+    scheme: Annotated[str, typer.Option(help="w4a16, w4a8, bf16; with commas.")] = "w4a16",
+    routing: Annotated[str, typer.Option(help="uniform, zipf (1.2), or hot: all to the same experts.")] = "uniform",
+    layers: Annotated[int, typer.Option(help="Layers with different weights in one CUDA graph.")] = 3,
+    replays: Annotated[int, typer.Option(help="Replays that the median is taken of.")] = 25,
+    output_format: Annotated[str, typer.Option("--format", help="md or json.")] = "md",
+    plot: Annotated[Path | None, typer.Option(help="Also write this picture (.png, .svg).")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show other packages' warnings.")] = False,
+) -> None:
+    """Time one expert layer: our kernels, ExecuTorch's, and torch's grouped GEMM, on the same tokens and routing."""
+    quiet_unless(verbose)
+    from rich.progress import Progress
+
+    from . import kernel_benchmark as kb
+
+    if output_format not in kb.FORMATS:
+        raise ValueError(f"format={output_format!r} is unknown: use one of {', '.join(kb.FORMATS)}")
+    counts = tuple(parse_lengths(tokens, "tokens"))
+    benchmark = kb.KernelBenchmark(
+        shape, counts, tuple(impl.split(",")), tuple(scheme.split(",")), routing, layers, replays
+    )
+    rows = []
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("measuring", total=len(counts) * len(benchmark.pairs()))
+        for row in benchmark.run():
+            rows.append(row)
+            progress.update(task, advance=1, description=f"{row.implementation} {row.scheme} {row.tokens} tokens")
+    rows = kb.with_ratios(rows)
+    typer.echo(kb.markdown(benchmark, rows) if output_format == "md" else kb.as_json(benchmark, rows))
+    if plot is not None:
+        kb.plot(benchmark, rows, plot)
+
+
+def parse_lengths(text: str, what: str = "prompt_tokens") -> list[int]:
     """ "32,128" -> [32, 128].
 
     Raises:
@@ -189,7 +232,7 @@ def parse_lengths(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         pass
-    raise ValueError(f"prompt_tokens={text!r} must be whole numbers separated by commas: give for example 32,128")
+    raise ValueError(f"{what}={text!r} must be whole numbers separated by commas: give for example 32,128")
 
 
 @app.command()

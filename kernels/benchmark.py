@@ -96,13 +96,14 @@ def random_routing(
 class LayerInputs:
     """One layer's weights, tokens and routing, ready for the operator."""
 
-    packed: PackedExperts
+    packed: PackedExperts | None
     hidden_states: Tensor
     topk_ids: Tensor
     topk_weights: Tensor
 
     def args(self) -> tuple[Any, ...]:
         p = self.packed
+        assert p is not None, "a layer without weights of ours"
         return (
             self.hidden_states, self.topk_ids, self.topk_weights, *p.tensors().values(), p.scheme, "silu", p.group_size
         )  # fmt: skip
@@ -115,6 +116,7 @@ class LayerInputs:
         from .packing import deinterleave_gate_up, dequantize
 
         p, at = self.packed, slice(expert, expert + 1)
+        assert p is not None
         s13 = None if p.w13_scale is None else p.w13_scale[at]
         s2 = None if p.w2_scale is None else p.w2_scale[at]
         w13 = deinterleave_gate_up(dequantize(p.w13[at], s13, None, fragment_order(p.scheme, 1)))[0]
@@ -136,21 +138,26 @@ def make_layers(
 
 
 def with_tokens(
-    packed: PackedExperts, shape: Shape, tokens: int, routing: str, generator: torch.Generator
+    packed: PackedExperts | None, shape: Shape, tokens: int, routing: str, generator: torch.Generator
 ) -> LayerInputs:
-    """Fresh tokens and routing for weights that exist already."""
-    device = packed.w13.device.type
+    """Fresh tokens and routing on the generator's device, for weights that exist already (None: somebody else's)."""
+    device = generator.device.type
     x = torch.randn(tokens, shape.hidden, device=device, generator=generator).bfloat16()
     return LayerInputs(packed, x, *random_routing(tokens, shape, routing, device, generator))
 
 
-def floor_us(shape: Shape, scheme: str, layers: list[LayerInputs]) -> float:
-    """Fastest a layer could run: the larger of FLOPs and touched weight bytes over the measured H200 ceilings."""
+def work(shape: Shape, scheme: str, layers: list[LayerInputs]) -> tuple[float, float]:
+    """FLOPs of a layer and bytes of the weights that its tokens touch, mean over the layers."""
     tokens = layers[0].hidden_states.shape[0]
     touched = statistics.mean(int(layer.topk_ids.unique().numel()) for layer in layers)
-    flops = 2 * tokens * shape.top_k * 3 * shape.hidden * shape.intermediate
+    flops = 2.0 * tokens * shape.top_k * 3 * shape.hidden * shape.intermediate
     bits = get_scheme(scheme).weight_bits + (16 / shape.group_size if get_scheme(scheme).packed else 0)
-    nbytes = touched * 3 * shape.hidden * shape.intermediate * bits / 8
+    return flops, touched * 3 * shape.hidden * shape.intermediate * bits / 8
+
+
+def floor_us(shape: Shape, scheme: str, layers: list[LayerInputs]) -> float:
+    """Fastest a layer could run: the larger of FLOPs and touched weight bytes over the measured H200 ceilings."""
+    flops, nbytes = work(shape, scheme, layers)
     return 1e6 * max(flops / H200_FLOPS, nbytes / H200_BYTES)
 
 
