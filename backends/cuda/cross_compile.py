@@ -47,6 +47,7 @@ _SIGNATURES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("torch.export.passes", "move_to_device_pass", ("ep", "location")),
     ("triton.backends.nvidia.driver", "CudaDriver.get_current_target", ("self",)),
     ("triton.runtime.driver", "DriverConfig.set_active", ("self", "driver")),
+    ("triton.compiler.code_generator", "get_jit_fn_file_line", ("fn",)),
     (
         "executorch.backends.cuda.cuda_backend",
         "CudaBackend.move_program_to_device",
@@ -105,6 +106,20 @@ class CrossCompileReport:
         )
 
 
+def check_target(target: str) -> GpuModel:
+    """The GPU that a target names, if it can be compiled for on this machine.
+
+    Raises:
+        ValueError: unknown target.
+        RuntimeError: no compiler, or see `check_versions`.
+    """
+    model = find_model(target)
+    if why := host_toolchain.why_no_toolchain():
+        raise RuntimeError(f"cannot export for {target}: {why}")
+    check_versions()
+    return model
+
+
 def check_versions() -> None:
     """Check that torch, Triton and ExecuTorch are what this module was made for.
 
@@ -156,10 +171,7 @@ def target_cuda(target: str) -> Iterator[CrossCompileReport]:
         ValueError: unknown target.
         RuntimeError: no compiler, or versions of torch, Triton or ExecuTorch that are not known to work.
     """
-    report = CrossCompileReport(find_model(target))
-    if why := host_toolchain.why_no_toolchain():
-        raise RuntimeError(f"cannot export for {target}: {why}")
-    check_versions()
+    report = CrossCompileReport(check_target(target))
     with contextlib.ExitStack() as stack:
         # Kept until the process ends: ExecuTorch leaves weights in files here and reads them to write the .ptd.
         folder = Path(tempfile.mkdtemp(prefix="executorch_moe_"))
@@ -207,6 +219,7 @@ def _replace_toolchain(stack: contextlib.ExitStack, model: GpuModel, folder: Pat
         # Of its own: other caches know nothing of the target.
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         "TRITON_CACHE_DIR": str(folder / "triton"),
+        "TRITON_DISABLE_LINE_INFO": "1",
         "LIBRARY_PATH": os.pathsep.join(filter(None, (str(home / "lib64"), os.environ.get("LIBRARY_PATH")))),
     }
     stack.enter_context(mock.patch.dict(os.environ, environment))
@@ -275,6 +288,7 @@ def _replace_triton_driver(stack: contextlib.ExitStack, model: GpuModel) -> None
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.driver import CudaDriver
+    from triton.compiler import code_generator
 
     def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError("there is no GPU: kernels are compiled here, not run")
@@ -309,6 +323,14 @@ def _replace_triton_driver(stack: contextlib.ExitStack, model: GpuModel) -> None
         get_benchmarker = refuse
         get_empty_cache_for_benchmark = refuse
 
+    stock_source = code_generator.get_jit_fn_file_line
+
+    def source(fn: Any) -> tuple[str, int]:
+        path, line = stock_source(fn)
+        # It ends up in kernels' assertions: a temporary folder's name would make every build different.
+        return os.path.basename(path), line
+
+    stack.enter_context(mock.patch.object(code_generator, "get_jit_fn_file_line", source))
     nvidia = dataclasses.replace(triton.backends.backends["nvidia"], driver=TargetDriver)
     stack.enter_context(mock.patch.dict(triton.backends.backends, {"nvidia": nvidia}))
     drivers = triton.runtime.driver

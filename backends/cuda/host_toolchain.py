@@ -110,8 +110,8 @@ def make_cuda_home(folder: Path) -> Path:
 def make_compiler(folder: Path) -> Path:
     """A compiler that builds for `CPU_BASELINE` whatever machine it is asked for, and leaves no path of this machine.
 
-    torch 2.11 and 2.12 have no setting for -march=native; line tables (-g1) name temporary folders, which would make
-    every build of the same input different.
+    torch 2.11 has no setting for -march=native. Line tables (-g1), symbols of files and __FILE__ name temporary
+    folders and files, which would make every build of the same input different.
     """
     script = folder / "g++"
     real, prefix = shlex.quote(shutil.which(compiler()) or compiler()), shlex.quote(str(folder))
@@ -119,14 +119,15 @@ def make_compiler(folder: Path) -> Path:
         "#!/bin/sh\n"
         "first=1\n"
         'for argument in "$@"; do\n'
-        '  if [ "$first" ]; then set --; first=; fi\n'
+        f'  if [ "$first" ]; then set -- -s -ffile-prefix-map={prefix}=.; first=; fi\n'
         '  case "$argument" in\n'
         f'    -march=native) set -- "$@" -march={CPU_BASELINE} ;;\n'
         "    -g1) ;;\n"
+        '    *.wrapper.cpp) set -- "$@" "$argument" "-ffile-prefix-map=$argument=wrapper.cpp" ;;\n'
         '    *) set -- "$@" "$argument" ;;\n'
         "  esac\n"
         "done\n"
-        f'exec {real} "$@" -ffile-prefix-map={prefix}=.\n'
+        f'exec {real} "$@"\n'
     )
     script.chmod(0o755)
     return script
