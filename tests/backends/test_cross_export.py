@@ -166,9 +166,7 @@ def test_operators_that_the_runtime_lacks_are_listed(tmp_path: Path) -> None:
             return torch.cdist(x, x) + torch.pdist(x).sum()
 
     program = export(Lacking(), (torch.eye(4),))
-    with pytest.raises(
-        NotImplementedError, match="method forward: ExecuTorch's CUDA runtime has no kernel for .*cdist.*pdist"
-    ):
+    with pytest.raises(NotImplementedError, match=r"method forward: ExecuTorch's .* has no kernel for .*cdist.*pdist"):
         lower({"forward": program}, "sm_90")
 
 
