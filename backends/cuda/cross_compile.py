@@ -22,7 +22,7 @@ from torch import Tensor
 from executorch_moe.backends.cuda import host_toolchain
 from executorch_moe.kernels.gpus import GpuModel, compile_for, find_model
 
-VERSIONS = {"torch": ("2.13",), "triton": ("3.7",), "executorch": ("1.5.1",)}
+VERSIONS = {"torch": ("2.11", "2.13"), "triton": ("3.6", "3.7"), "executorch": ("1.5.1",)}
 """Versions with which an export was made and looked into; others are refused."""
 
 # Everything that is replaced or called in other packages: (module, name, parameters). Checked before any change.
