@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,22 +19,27 @@ from torch.export.exported_program import ExportedProgram
 
 from executorch_moe.backends.cpu import MoECpuPartitioner
 from executorch_moe.backends.cuda import MoECudaPartitioner
+from executorch_moe.backends.cuda.cross_compile import CrossCompileReport, target_cuda
 from executorch_moe.backends.cuda.partitioner import check_state
+from executorch_moe.kernels.gpus import target_names
 
-TARGETS = ("cuda", "cpu")
+TARGETS = ("cuda", "cpu", *target_names())
 
 
 def lower(
     programs: Mapping[str, ExportedProgram],
     target: str,
     constant_methods: Mapping[str, Any] | None = None,
+    on_report: Callable[[CrossCompileReport], None] | None = None,
 ) -> ExecutorchProgramManager:
     """Lower all methods of one program; weights and mutated buffers of the same qualified name are shared.
 
     Args:
         programs: method name -> exported program.
-        target: "cuda" compiles with AOTInductor for the GPU of this machine; "cpu" for ExecuTorch's CPU kernels.
+        target: "cuda" compiles with AOTInductor for the GPU of this machine; "sm_90", "h200" and the like
+            (`kernels.gpus.target_names`) for that GPU, without one; "cpu" for ExecuTorch's CPU kernels.
         constant_methods: method name -> bool, int, float, str, or lists of them.
+        on_report: gets what was compiled for a GPU that is not here; other targets never call it.
 
     Returns:
         The program, to be written with `artifact.save`: its weights are external.
@@ -41,7 +47,9 @@ def lower(
     Raises:
         ValueError: unknown target, no method, or a name used twice.
         RuntimeError: target "cuda" on a machine without a GPU.
-        NotImplementedError: target "cuda" and a mutated buffer that AOTInductor would take for a constant.
+            A GPU that is not here: no compiler, or versions that are not known to work.
+        NotImplementedError: a CUDA target and a mutated buffer that AOTInductor would take for a constant, or
+            operators that the CUDA runtime lacks.
     """
     constants = dict(constant_methods or {})
     if target not in TARGETS:
@@ -52,7 +60,20 @@ def lower(
         raise ValueError(f"{both[0]!r} is both a method and a constant method: rename one")
     # ExecuTorch's passes replay in-place buffer updates, which autograd refuses if a parameter asks for gradients.
     with torch.no_grad():
-        return _lower_cuda(programs, constants) if target == "cuda" else _lower_cpu(programs, constants)
+        if target == "cpu":
+            return _lower_cpu(programs, constants)
+        if target == "cuda":
+            if why := why_no_cuda_export():
+                raise RuntimeError(
+                    f"cannot lower for target 'cuda': {why}. Name the GPU to export for ('sm_90', 'h200'), "
+                    "export on a machine with an NVIDIA GPU, or use target 'cpu'"
+                )
+            return _lower_cuda(programs, constants)
+        with target_cuda(target) as report:
+            manager = _lower_cuda(programs, constants)
+        if on_report is not None:
+            on_report(report)
+        return manager
 
 
 def why_no_cuda_export() -> str:
@@ -67,20 +88,25 @@ def why_no_cuda_export() -> str:
 
 
 def _lower_cuda(programs: Mapping[str, ExportedProgram], constants: dict[str, Any]) -> ExecutorchProgramManager:
-    if why := why_no_cuda_export():
-        raise RuntimeError(
-            f"cannot lower for target 'cuda': {why}. Export on a machine with an NVIDIA GPU, or use target 'cpu'"
-        )
     mutated = {fqn for program in programs.values() for fqn in program.graph_signature.buffers_to_mutate.values()}
     for program in programs.values():
         check_state(program, mutated)
-    edge = to_edge_transform_and_lower(
-        dict(programs),
-        partitioner={
-            name: [MoECudaPartitioner([CudaBackend.generate_method_name_compile_spec(name)])] for name in programs
-        },
-        constant_methods=constants,
-    )
+    try:
+        edge = to_edge_transform_and_lower(
+            dict(programs),
+            partitioner={
+                name: [MoECudaPartitioner([CudaBackend.generate_method_name_compile_spec(name)])] for name in programs
+            },
+            constant_methods=constants,
+        )
+    except RuntimeError as error:
+        if found := re.search(r"Method (\S+) missing fallback kernels.*?:\n((?:\s+- .*\n?)+)", str(error)):
+            missing = ", ".join(line.strip(" -") for line in found[2].splitlines())
+            raise NotImplementedError(
+                f"method {found[1]}: ExecuTorch's CUDA runtime has no kernel for {missing}: "
+                "write these operations of the model in others"
+            ) from error
+        raise
     return edge.to_executorch(ExecutorchBackendConfig(external_constants=True))
 
 

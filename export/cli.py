@@ -61,6 +61,8 @@ def one_line_errors(command: Command) -> Command:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
+        except typer.Exit:  # a RuntimeError too
+            raise
         except Exception as error:
             if debug or not is_users(error):
                 raise
@@ -83,7 +85,13 @@ def quiet_unless(verbose: bool) -> None:
 def export(
     model: Annotated[str, typer.Argument(help="Folder of a Hugging Face model, or 'tiny': the one that comes along.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The .pte to write; weights and tokenizer go beside it.")],
-    target: Annotated[str, typer.Option(help="cuda, cpu, or auto: cuda if there is a GPU.")] = "auto",
+    target: Annotated[
+        str,
+        typer.Option(
+            help="cuda (the GPU of this machine), cpu, auto (cuda if there is a GPU, else cpu), or a GPU that need not "
+            "be here: sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, a100, l4, h100, h200, rtx4090 and the like."
+        ),
+    ] = "auto",
     scheme: Annotated[
         str, typer.Option(help="Experts: w4a16 (4-bit weights), w4a8 (and int8 activations) or bf16.")
     ] = "w4a16",
@@ -95,14 +103,30 @@ def export(
         str, typer.Option(help="All but the experts: bf16, fp32, or auto: bf16 on cuda, fp32 on the CPU.")
     ] = "auto",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show other packages' warnings.")] = False,
+    own_process: Annotated[bool, typer.Option("--own-process", hidden=True)] = False,
 ) -> None:
     """Export a model: quantise and fuse its experts, lower it, write .pte + .ptd + tokenizer."""
     quiet_unless(verbose)
     from .pipeline import ExportOptions, export_model
 
     options = ExportOptions(model, out, target, scheme, group_size, max_context, dtype)
+    if options.crosses and not own_process:
+        # Compiling for a GPU that is not here replaces functions of torch and Triton for a whole process.
+        raise typer.Exit(export_in_own_process(options, verbose))
     summary = export_model(options, console)
     console.print(summary.table())
+
+
+def export_in_own_process(options: Any, verbose: bool) -> int:
+    """The same export by another Python; returns its exit status."""
+    import subprocess
+
+    command = [sys.executable, "-m", "executorch_moe.export.cli", *(["--debug"] if debug else [])]
+    command += ["export", options.model, "--own-process", "--out", str(options.out), "--target", options.target]
+    command += ["--scheme", options.scheme, "--group-size", str(options.group_size), "--dtype", options.dtype]
+    command += ["--max-context", str(options.max_context)] if options.max_context is not None else []
+    command += ["--verbose"] if verbose else []
+    return subprocess.run(command).returncode
 
 
 @app.command()

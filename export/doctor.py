@@ -30,6 +30,7 @@ def run_checks() -> list[Check]:
     checks = [Check("python", OK, sys.version.split()[0])]
     checks += pins()
     checks += gpu()
+    checks += cross_export()
     checks += runtimes()
     return checks
 
@@ -78,7 +79,8 @@ def gpu() -> Iterator[Check]:
             if torch.backends.cuda.is_built()
             else f"torch {torch.__version__} is a CPU build"
         )
-        yield Check("GPU", WARN, why, "export --target cuda and fast kernels need one; --target cpu works without")
+        remedy = "export --target cuda and fast kernels need one; --target sm_90 and the like, and cpu, work without"
+        yield Check("GPU", WARN, why, remedy)
     try:
         triton = importlib.import_module("triton")
     except ImportError as error:
@@ -98,6 +100,19 @@ def gpu() -> Iterator[Check]:
 
 def _ptxas(package: Path) -> Path | None:
     return next((p for p in sorted((package / "backends" / "nvidia" / "bin").glob("ptxas*")) if p.is_file()), None)
+
+
+def cross_export() -> Iterator[Check]:
+    """Whether exports for a GPU that is not here work."""
+    from executorch_moe.backends.cuda.cross_compile import check_target
+
+    try:
+        check_target("sm_90")
+    except RuntimeError as error:
+        found, _, remedy = str(error).partition(": ")
+        yield Check("export for other GPUs", WARN, found, remedy)
+    else:
+        yield Check("export for other GPUs", OK, "usable")
 
 
 def runtimes() -> Iterator[Check]:

@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import nn
 
 from executorch_moe.kernels import SCHEMES, FusedExperts
+from executorch_moe.kernels.gpus import target_names
 
 from .causal_lm import CausalLM, export_methods
 from .pretrained import check_supported, load_model, require_transformers, resolve, tokenizer_json
@@ -33,7 +34,8 @@ class ExportOptions:
     Attributes:
         model: folder of a Hugging Face model, or "tiny".
         out: the `.pte` to write; NAME.ptd and NAME.tokenizer.json are written beside it.
-        target: "cuda", "cpu" or "auto" (cuda if torch sees a GPU).
+        target: "cuda" (the GPU of this machine), "sm_90", "h200" and the like (that GPU, on a machine without one),
+            "cpu", or "auto" (cuda if torch sees a GPU, else cpu).
         scheme: "w4a16", "w4a8" or "bf16".
         group_size: weights that share one scale.
         max_context: positions in the KV cache; None takes 2048 or what the model was made for, if that is less.
@@ -50,8 +52,10 @@ class ExportOptions:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.target not in (*TARGETS, "auto"):
-            raise ValueError(f"target={self.target!r} is unknown: use one of {', '.join(TARGETS)}, auto")
+        if self.target not in (*TARGETS, "auto", *target_names()):
+            raise ValueError(
+                f"target={self.target!r} is unknown: use one of {', '.join((*TARGETS, 'auto', *target_names()))}"
+            )
         if self.dtype not in (*DTYPES, "auto"):
             raise ValueError(f"dtype={self.dtype!r} is unknown: use one of {', '.join(DTYPES)}, auto")
         if self.scheme not in SCHEMES:
@@ -64,10 +68,13 @@ class ExportOptions:
         folder = next(parent for parent in self.out.absolute().parents if parent.exists())
         if not (folder.is_dir() and os.access(folder, os.W_OK)):
             raise ValueError(f"out={str(self.out)!r} cannot be written, {folder} is no writable folder: choose another")
+        if self.crosses:
+            check_cross(self.target)
         if self.target == "cuda" and not torch.cuda.is_available():
             raise ValueError(
                 f"target='cuda' needs a GPU that torch {torch.__version__} can use, and there is none: "
-                "export on a GPU machine with a CUDA build of torch, or use target='cpu'"
+                "name the GPU to export for (target='sm_90', target='h200'), export on a GPU machine with a CUDA build "
+                "of torch, or use target='cpu'"
             )
 
     def resolved_target(self) -> str:
@@ -76,9 +83,14 @@ class ExportOptions:
             return self.target
         return "cuda" if torch.cuda.is_available() else "cpu"
 
+    @property
+    def crosses(self) -> bool:
+        """True for a GPU by name, which need not be here."""
+        return self.target in target_names()
+
     def load(self, folder: Path) -> nn.Module:
         """The model as this export computes it: its dtype, and an attention that the target has in that dtype."""
-        target = self.resolved_target()
+        target = "cpu" if self.resolved_target() == "cpu" else "cuda"
         dtype = ("bf16" if target == "cuda" else "fp32") if self.dtype == "auto" else self.dtype
         # ExecuTorch's Triton attention for CUDA writes bf16 whatever it is given.
         return load_model(folder, DTYPES[dtype], "eager" if (target, dtype) == ("cuda", "fp32") else "sdpa")
@@ -99,6 +111,7 @@ class ExportSummary:
     dense_bytes: int
     files: list[Path] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    compiled_for: str = ""
 
     def table(self) -> Table:
         """The summary as a table for the terminal."""
@@ -116,9 +129,22 @@ class ExportSummary:
         table.add_row("methods", f"prefill (2 to {self.max_context} tokens), decode (1 token)")
         for path in self.files:
             table.add_row("file", f"{path}  {size(path.stat().st_size)}")
+        if self.compiled_for:
+            table.add_row("compiled for", self.compiled_for)
         times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
         table.add_row("time", times)
         return table
+
+
+def check_cross(target: str) -> None:
+    """Check that a GPU that is not here can be exported for, before minutes are spent.
+
+    Raises:
+        RuntimeError: no compiler, or versions that are not known to work.
+    """
+    from executorch_moe.backends.cuda.cross_compile import check_target
+
+    check_target(target)
 
 
 def size(num_bytes: float) -> str:
@@ -175,8 +201,9 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
         module = CausalLM(model, max_context)
     with step("trace", "tracing prefill and decode"):
         programs = export_methods(module)
-    with step("lower", f"lowering to {target}" + (" (compiles kernels: minutes)" if target == "cuda" else "")):
-        manager = lower(programs, target, constant_methods(config, max_context))
+    reports: list[Any] = []
+    with step("lower", f"lowering to {target}" + (" (compiles kernels: minutes)" if target != "cpu" else "")):
+        manager = lower(programs, target, constant_methods(config, max_context), on_report=reports.append)
     with step("write", f"writing {options.out}"):
         options.out.parent.mkdir(parents=True, exist_ok=True)
         artifact = save(manager, options.out)
@@ -195,6 +222,7 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
         dense_bytes=sum(parameter.nbytes for parameter in model.parameters()),  # experts are buffers
         files=[path for path in (artifact.pte, artifact.ptd, tokenizer_path(options.out)) if path.is_file()],
         seconds=seconds,
+        compiled_for="".join(str(report) for report in reports),
     )
     return summary
 

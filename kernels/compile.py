@@ -16,12 +16,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .configs import MAX_DYNAMIC_SHARED, Gpu
+from .gpus import Gpu
 from .packing import pack_experts
 from .plan import Launch, Options, run_fused_experts
-
-NUM_SMS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
-"""Multiprocessors of a usual part of each capability (A100, A10-class, RTX 4090, H200, B200, RTX 5090)."""
 
 _POINTERS = {
     torch.bfloat16: "*bf16",
@@ -49,18 +46,6 @@ class KernelReport:
     shared: int
     registers: int
     spill_bytes: int
-
-
-def target_gpu(capability: int) -> Gpu:
-    """The usual part of a compute capability.
-
-    Raises:
-        ValueError: no such target is known.
-    """
-    if capability not in NUM_SMS:
-        known = ", ".join(f"sm_{c}" for c in NUM_SMS)
-        raise ValueError(f"sm_{capability} is not a known target: use one of {known}")
-    return Gpu(capability, NUM_SMS[capability], MAX_DYNAMIC_SHARED[capability])
 
 
 def record_launches(

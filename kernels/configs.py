@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 
-import torch
-
+from .gpus import MAX_DYNAMIC_SHARED, Gpu
 from .schemes import K_BLOCK, Scheme
 
 GROUP_SIZES_M = (1, 8, 16, 32)
 """Row blocks that a group of the tile order may hold."""
-
-MAX_DYNAMIC_SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-"""Largest shared memory of one block by compute capability, bytes. Source: CUDA C++ Programming Guide, "Technical
-Specifications per Compute Capability" (per-block opt-in limit)."""
 
 
 @dataclass(frozen=True)
@@ -55,22 +49,6 @@ class FewTokensConfig:
     block_n: int = 16
     k_blocks: int = 16
     num_warps: int = 8
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """What the choice of a configuration needs to know of a GPU."""
-
-    capability: int
-    num_sms: int
-    max_shared: int
-
-
-@functools.cache
-def gpu_of(device_index: int) -> Gpu:
-    """Properties of a CUDA device, asked for once and kept."""
-    p = torch.cuda.get_device_properties(device_index)
-    return Gpu(p.major * 10 + p.minor, p.multi_processor_count, p.shared_memory_per_block_optin)
 
 
 INTERPRETER_GPU = Gpu(90, 4, MAX_DYNAMIC_SHARED[90])

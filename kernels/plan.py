@@ -17,13 +17,12 @@ from .configs import (
     INTERPRETER_GPU,
     FewTokensConfig,
     GemmConfig,
-    Gpu,
     choose_gemm,
     few_tokens_limit,
-    gpu_of,
 )
 from .elementwise import moe_quantize_rows, moe_sum_pairs
 from .few_tokens import moe_few_tokens_gemm
+from .gpus import Gpu, gpu_of
 from .grouped_gemm import moe_grouped_gemm
 from .packing import fragment_order
 from .routing import moe_route_count, moe_route_scatter

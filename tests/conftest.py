@@ -38,10 +38,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("interpreter") and not interpreted:
             item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1, with which Triton must be imported"))
-        if "exported" in getattr(item, "fixturenames", ()):
+        if {"exported", "crossed"} & set(getattr(item, "fixturenames", ())):
             # An export is shared by the tests of one file and scheme: under --dist loadgroup one process runs them.
             params = getattr(getattr(item, "callspec", None), "params", {})
-            scheme = params.get("exported") or params.get("scheme", "")
+            scheme = params.get("exported") or params.get("crossed") or params.get("scheme", "")
             item.add_marker(pytest.mark.xdist_group(f"{item.path.name}-{scheme}"))
         if item.get_closest_marker("gpu") and why_no_gpu():
             item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {why_no_gpu()}"))

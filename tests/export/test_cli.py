@@ -56,7 +56,8 @@ def test_help_does_not_import_torch() -> None:
     ("arguments", "message"),
     [
         (("--scheme", "int4"), "scheme='int4' is unknown: use one of bf16, w4a16, w4a8"),
-        (("--target", "tpu"), "target='tpu' is unknown: use one of cuda, cpu, auto"),
+        (("--target", "tpu"), "target='tpu' is unknown: use one of cuda, cpu, auto, sm_80, "),
+        (("--target", "sm_70"), "target='sm_70' is unknown: use one of cuda, cpu, auto, sm_80, "),
         (("--group-size", "48"), "group_size=48"),
         (("--group-size", "256"), "must be a multiple of group_size=256"),
         (("--max-context", "4096"), "max_context=4096 must be between 8 and the model's max_position_embeddings=512"),
@@ -73,8 +74,33 @@ def test_export_options(tmp_path: Path, arguments: tuple[str, ...], message: str
 def test_export_target_without_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     line = refused("export", "tiny", "-o", tmp_path / "x.pte", "--target", "cuda")
-    assert "target='cuda' needs a GPU" in line and "use target='cpu'" in line
+    assert "target='cuda' needs a GPU" in line and "target='sm_90'" in line and "use target='cpu'" in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_export_for_another_gpu_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    line = refused("export", "tiny", "-o", tmp_path / "x.pte", "--target", "h200")
+    assert "cannot export for h200: the C++ compiler 'no-such-compiler' is not found: install g++" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_for_another_gpu_runs_in_its_own_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr("executorch_moe.backends.cuda.cross_compile.check_target", lambda target: None)
+    monkeypatch.setattr(subprocess, "run", run)
+    result = runner.invoke(
+        app, ["export", "tiny", "-o", str(tmp_path / "x.pte"), "--target", "h200", "--dtype", "bf16"]
+    )
+    assert result.exit_code == 3 and result.output == ""
+    (command,) = commands
+    assert command[1:5] == ["-m", "executorch_moe.export.cli", "export", "tiny"] and "--own-process" in command
+    assert command[command.index("--target") + 1] == "h200" and command[command.index("--dtype") + 1] == "bf16"
 
 
 def test_export_names_of_the_output(tmp_path: Path) -> None:

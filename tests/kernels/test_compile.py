@@ -7,8 +7,17 @@ from collections.abc import Callable
 import pytest
 
 from executorch_moe.kernels import SCHEMES
-from executorch_moe.kernels.compile import NUM_SMS, KernelReport, compile_launch, record_launches, target_gpu
-from executorch_moe.kernels.configs import MAX_DYNAMIC_SHARED
+from executorch_moe.kernels.compile import KernelReport, compile_launch, record_launches
+from executorch_moe.kernels.gpus import (
+    MAX_DYNAMIC_SHARED,
+    MODELS,
+    USUAL,
+    Gpu,
+    compile_for,
+    find_model,
+    gpu_of,
+    target_names,
+)
 from executorch_moe.kernels.plan import Options
 
 from .conftest import PROPERTY
@@ -18,7 +27,7 @@ TOKENS = (1, 8, 64, 512, 4096)
 
 
 def reports(scheme: str, capability: int) -> list[KernelReport]:
-    gpu = target_gpu(capability)
+    gpu = find_model(f"sm_{capability}").gpu
     compiled: dict[str, KernelReport] = {}
     for tokens in TOKENS:
         for persistent in (True, False):
@@ -30,7 +39,7 @@ def reports(scheme: str, capability: int) -> list[KernelReport]:
     return list(compiled.values())
 
 
-@pytest.mark.parametrize("capability", NUM_SMS, ids=lambda c: f"sm_{c}")
+@pytest.mark.parametrize("capability", USUAL, ids=lambda c: f"sm_{c}")
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_kernels_fit_the_target(scheme: str, capability: int, record_property: Callable[[str, object], None]) -> None:
     compiled = reports(scheme, capability)
@@ -52,6 +61,23 @@ def test_kernels_fit_the_target(scheme: str, capability: int, record_property: C
         assert r.spill_bytes <= 128, r
 
 
-def test_unknown_target_is_named() -> None:
-    with pytest.raises(ValueError, match="sm_70 is not a known target: use one of sm_80"):
-        target_gpu(70)
+def test_targets_are_named_by_architecture_or_part() -> None:
+    assert find_model("sm_90").gpu == find_model("h200").gpu == Gpu(90, 132, 232448)
+    assert find_model("l4").num_sms == 58 and find_model("l4").arch == "sm_89"
+    for name in target_names():
+        assert find_model(name).name == name
+    assert {MODELS[name].capability for name in USUAL.values()} == set(USUAL) == set(MAX_DYNAMIC_SHARED)
+
+
+@pytest.mark.parametrize("target", ["sm_70", "sm_90a", "90", "H200 ", ""])
+def test_unknown_target_is_named(target: str) -> None:
+    with pytest.raises(ValueError, match=f"target '{target}' is not a known GPU: use one of sm_80, .*, h200, "):
+        find_model(target)
+
+
+def test_kernels_are_configured_for_the_target() -> None:
+    with compile_for(find_model("l4").gpu):
+        assert gpu_of(0).num_sms == 58
+        with compile_for(find_model("sm_90").gpu):
+            assert gpu_of(0).capability == 90
+        assert gpu_of(0).capability == 89

@@ -1,0 +1,33 @@
+"""Exports the tiny model for a GPU that is not here; a program of its own, as the command line runs it.
+
+python cross_exports.py TARGET FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from executorch_moe.backends.artifact import save
+from executorch_moe.backends.targets import lower
+from executorch_moe.export.causal_lm import CausalLM, export_methods
+from executorch_moe.export.pretrained import load_model, resolve
+from executorch_moe.export.quantize import quantize_experts_
+
+MAX_CONTEXT = 64
+
+
+def main(target: str, folder: Path) -> None:
+    """Writes tiny.pte, tiny.ptd, the state dict that went in, and what was chosen."""
+    model = CausalLM(quantize_experts_(load_model(resolve("tiny"), torch.bfloat16, "sdpa"), "w4a16", 32), MAX_CONTEXT)
+    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    reports: list[object] = []
+    save(lower(export_methods(model), target, {"get_max_context_len": MAX_CONTEXT}, reports.append), folder / "tiny")
+    torch.save(state, folder / "state.pt")
+    (folder / "report.txt").write_text("\n".join([str(reports[0]), *map(repr, reports[0].kernels + reports[0].gemms)]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

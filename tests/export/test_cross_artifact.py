@@ -1,0 +1,49 @@
+"""On a GPU: artifacts that were exported on a machine without one, named by the folder in EXECUTORCH_MOE_CROSS.
+
+executorch-moe export tiny -o FOLDER/tiny-fp32.pte --target sm_90 --max-context 128 --dtype fp32
+executorch-moe export tiny -o FOLDER/tiny-bf16.pte --target sm_90 --max-context 128
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from executorch_moe.export.benchmark import benchmark_model
+
+from .test_tokens import NEW_TOKENS, PROMPTS, TextGenerator, compare
+
+pytestmark = pytest.mark.gpu
+FOLDER = os.environ.get("EXECUTORCH_MOE_CROSS", "")
+
+
+def cross(dtype: str) -> Path:
+    if not FOLDER:
+        pytest.skip("EXECUTORCH_MOE_CROSS names no folder of artifacts that were exported without a GPU")
+    return Path(FOLDER) / f"tiny-{dtype}.pte"
+
+
+def test_tokens_equal_eager() -> None:
+    compare(cross("fp32"), "w4a16", "cuda", "delegate-host", "fp32")
+
+
+def test_tokens_equal_those_of_the_export_made_here(exported: Callable[..., Path]) -> None:
+    here = TextGenerator.load(exported("w4a16", "cuda", "fp32"), runtime="delegate-host")
+    there = TextGenerator.load(cross("fp32"), runtime="delegate-host")
+    for prompt in PROMPTS:
+        ids = here.encode(prompt)
+        expected = here.generate(ids, NEW_TOKENS, ignore_eos=True).tokens
+        assert there.generate(ids, NEW_TOKENS, ignore_eos=True).tokens == expected, f"prompt {prompt!r}"
+
+
+def test_speed_is_within_a_tenth_of_the_export_made_here(exported: Callable[..., Path]) -> None:
+    rates = {}
+    for name, pte in {"there": cross("bf16"), "here": exported("w4a16", "cuda")}.items():
+        (speed,) = benchmark_model(pte, [32], 64, 9, "delegate-host").speeds
+        rates[name] = (sorted(speed.prefill)[4], sorted(speed.decode)[4])
+    print(f"median prefill and decode tok/s, exported without a GPU and here: {rates['there']}, {rates['here']}")
+    for got, expected in zip(rates["there"], rates["here"], strict=True):
+        assert got >= 0.9 * expected
