@@ -19,6 +19,7 @@ from torch.export.exported_program import ExportedProgram
 from executorch_moe.backends.cpu import MoECpuPartitioner
 from executorch_moe.backends.cuda import MoECudaPartitioner
 from executorch_moe.backends.cuda.partitioner import check_state
+from executorch_moe.backends.fusion import ExpertFuser, FusionOptions
 
 TARGETS = ("cuda", "cpu")
 
@@ -27,6 +28,7 @@ def lower(
     programs: Mapping[str, ExportedProgram],
     target: str,
     constant_methods: Mapping[str, Any] | None = None,
+    fusion: FusionOptions | ExpertFuser | None = None,
 ) -> ExecutorchProgramManager:
     """Lower all methods of one program; weights and mutated buffers of the same qualified name are shared.
 
@@ -34,6 +36,7 @@ def lower(
         programs: method name -> exported program.
         target: "cuda" compiles with AOTInductor for the GPU of this machine; "cpu" for ExecuTorch's CPU kernels.
         constant_methods: method name -> bool, int, float, str, or lists of them.
+        fusion: how experts that are not fused yet are fused; pass an `ExpertFuser` to read its report afterwards.
 
     Returns:
         The program, to be written with `artifact.save`: its weights are external.
@@ -41,7 +44,8 @@ def lower(
     Raises:
         ValueError: unknown target, no method, or a name used twice.
         RuntimeError: target "cuda" on a machine without a GPU.
-        NotImplementedError: target "cuda" and a mutated buffer that AOTInductor would take for a constant.
+        NotImplementedError: target "cuda" and a mutated buffer that AOTInductor would take for a constant; experts that
+            cannot be fused.
     """
     constants = dict(constant_methods or {})
     if target not in TARGETS:
@@ -51,8 +55,11 @@ def lower(
     if both := sorted(constants.keys() & programs.keys()):
         raise ValueError(f"{both[0]!r} is both a method and a constant method: rename one")
     # ExecuTorch's passes replay in-place buffer updates, which autograd refuses if a parameter asks for gradients.
+    fuser = fusion if isinstance(fusion, ExpertFuser) else ExpertFuser(fusion)
     with torch.no_grad():
-        return _lower_cuda(programs, constants) if target == "cuda" else _lower_cpu(programs, constants)
+        if target == "cuda":
+            return _lower_cuda(programs, constants, fuser)
+        return _lower_cpu(programs, constants, fuser)
 
 
 def why_no_cuda_export() -> str:
@@ -66,7 +73,9 @@ def why_no_cuda_export() -> str:
     return "no CUDA device is visible"
 
 
-def _lower_cuda(programs: Mapping[str, ExportedProgram], constants: dict[str, Any]) -> ExecutorchProgramManager:
+def _lower_cuda(
+    programs: Mapping[str, ExportedProgram], constants: dict[str, Any], fuser: ExpertFuser
+) -> ExecutorchProgramManager:
     if why := why_no_cuda_export():
         raise RuntimeError(
             f"cannot lower for target 'cuda': {why}. Export on a machine with an NVIDIA GPU, or use target 'cpu'"
@@ -77,15 +86,20 @@ def _lower_cuda(programs: Mapping[str, ExportedProgram], constants: dict[str, An
     edge = to_edge_transform_and_lower(
         dict(programs),
         partitioner={
-            name: [MoECudaPartitioner([CudaBackend.generate_method_name_compile_spec(name)])] for name in programs
+            name: [MoECudaPartitioner([CudaBackend.generate_method_name_compile_spec(name)], fuser)]
+            for name in programs
         },
         constant_methods=constants,
     )
     return edge.to_executorch(ExecutorchBackendConfig(external_constants=True))
 
 
-def _lower_cpu(programs: Mapping[str, ExportedProgram], constants: dict[str, Any]) -> ExecutorchProgramManager:
-    edge = to_edge_transform_and_lower(dict(programs), partitioner=[MoECpuPartitioner()], constant_methods=constants)
+def _lower_cpu(
+    programs: Mapping[str, ExportedProgram], constants: dict[str, Any], fuser: ExpertFuser
+) -> ExecutorchProgramManager:
+    edge = to_edge_transform_and_lower(
+        dict(programs), partitioner=[MoECpuPartitioner(fuser)], constant_methods=constants
+    )
     state = _mark_state(edge)
     return edge.to_executorch(
         ExecutorchBackendConfig(

@@ -7,6 +7,7 @@ from executorch.exir.backend.partitioner import Partitioner, PartitionResult
 from torch import Tensor
 from torch.export.exported_program import ExportedProgram
 
+from executorch_moe.backends.fusion import ExpertFuser, FusingPartitioner, FusionOptions
 from executorch_moe.kernels import fused_experts as _fused_experts  # noqa: F401  registers torch.ops.executorch_moe
 from executorch_moe.kernels.aten import fused_experts_aten
 
@@ -16,11 +17,26 @@ def _right_shift(x: Tensor, bits: int) -> Tensor:
     return torch.div(x, 2**bits, rounding_mode="floor")
 
 
-class MoECpuPartitioner(Partitioner):
-    """Replaces `fused_experts` by plain ATen and delegates nothing: the program runs on ExecuTorch's CPU kernels."""
+class MoECpuPartitioner(FusingPartitioner, Partitioner):
+    """Replaces `fused_experts` by plain ATen and delegates nothing: the program runs on ExecuTorch's CPU kernels.
+
+    Experts that are not fused yet are fused first, as by `MoECudaPartitioner`.
+
+    Args:
+        fusion: scheme and group size, or the fuser that all methods of a program share.
+    """
+
+    def __init__(self, fusion: FusionOptions | ExpertFuser | None = None) -> None:
+        super().__init__()
+        self.set_fusion(fusion)
 
     def transform_for_pre_decomposition(self, exported_program: ExportedProgram) -> ExportedProgram:
-        """Decompose the fused operator; every other operator is left to ExecuTorch's own decompositions."""
+        """Fuse, then decompose the fused operator; other operators are left to ExecuTorch's own decompositions.
+
+        Raises:
+            NotImplementedError: experts that cannot be fused, unless `require_fused` is off.
+        """
+        exported_program = self.fuse_experts(exported_program)
         op = torch.ops.executorch_moe.fused_experts.default
         if not any(node.target is op for node in exported_program.graph.nodes):
             return exported_program
