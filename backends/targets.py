@@ -13,6 +13,7 @@ from executorch.exir import (
     ExecutorchProgramManager,
     to_edge_transform_and_lower,
 )
+from executorch.exir.dialects._ops import ops as exir_ops
 from executorch.exir.passes import MemoryPlanningPass
 from torch.export.exported_program import ExportedProgram
 
@@ -105,7 +106,18 @@ def _lower_cpu(
         ExecutorchBackendConfig(
             external_constants=lambda node: None if node.name in state else "weights",
             memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=bool(state)),
+            remove_view_copy=not _views_a_weight(edge),
         )
+    )
+
+
+def _views_a_weight(edge: EdgeProgramManager) -> bool:
+    """True if a method reshapes a parameter: ExecuTorch 1.5 cannot emit a view without copy of an external weight."""
+    view = exir_ops.edge.aten.view_copy.default
+    return any(
+        node.target is view and isinstance(node.args[0], torch.fx.Node) and node.args[0].op == "placeholder"
+        for name in edge.methods
+        for node in edge.exported_program(name).graph.nodes
     )
 
 
