@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from executorch.exir.backend.partitioner import Partitioner, PartitionResult
 from torch import Tensor
@@ -15,6 +18,20 @@ from executorch_moe.kernels.aten import fused_experts_aten
 def _right_shift(x: Tensor, bits: int) -> Tensor:
     """x >> bits for integers; shifts are not Core ATen, so ExecuTorch's verifier refuses them in a program."""
     return torch.div(x, 2**bits, rounding_mode="floor")
+
+
+def _zeros(size: Sequence[int], **kwargs: Any) -> Tensor:
+    """empty(size) with values: ExecuTorch 1.5's `_empty_dim_order` silently fixes symbolic sizes."""
+    kept = {name: kwargs[name] for name in ("dtype", "device") if kwargs.get(name) is not None}
+    return torch.full(size, 0, **{"dtype": torch.get_default_dtype(), **kept})
+
+
+def _zeros_for(x: Tensor, size: Sequence[int], **kwargs: Any) -> Tensor:
+    return _zeros(size, **{"dtype": x.dtype, "device": x.device, **kwargs})
+
+
+def _zeros_like(x: Tensor, **kwargs: Any) -> Tensor:
+    return _zeros_for(x, x.shape, **kwargs)
 
 
 class MoECpuPartitioner(FusingPartitioner, Partitioner):
@@ -42,6 +59,9 @@ class MoECpuPartitioner(FusingPartitioner, Partitioner):
             return exported_program
         table = {
             op: fused_experts_aten,
+            torch.ops.aten.empty.memory_format: _zeros,
+            torch.ops.aten.new_empty.default: _zeros_for,
+            torch.ops.aten.empty_like.default: _zeros_like,
             torch.ops.aten.__rshift__.Scalar: _right_shift,
             torch.ops.aten.bitwise_right_shift.Tensor_Scalar: _right_shift,
         }

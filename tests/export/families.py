@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import nn
 COMMON: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 64,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "max_position_embeddings": 64,
@@ -32,7 +31,7 @@ class Family:
     name: str
     prefix: str
     options: dict[str, Any]
-    moe_layers: int = 2
+    moe_layers: int = 1
 
     def __str__(self) -> str:
         return self.name
@@ -42,7 +41,7 @@ class Family:
         return getattr(transformers, f"{self.prefix}Config")(**{**COMMON, **self.options})
 
     def model(self, experts: str = "grouped_mm", dtype: torch.dtype = torch.float32) -> nn.Module:
-        """Random weights, large enough that experts and routing matter; eager attention is used nowhere."""
+        """Random weights; those of the experts are such that 4 bits with group size 32 hold them exactly."""
         import transformers
 
         torch.manual_seed(0)
@@ -51,12 +50,18 @@ class Family:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if ".experts." in name:
-                    parameter.normal_(0, 0.15)
+                    codes = torch.tensor([-7.0, -3.0, -1.0, 1.0, 3.0, 7.0])
+                    parameter.copy_(codes[torch.randint(0, len(codes), parameter.shape)] / 32)
         return model.to(dtype).eval()
 
 
 FAMILIES = (
-    Family("qwen3_moe", "Qwen3Moe", {**FEW, "num_experts": 4, "head_dim": 32, "intermediate_size": 64}),
+    Family(
+        "qwen3_moe",
+        "Qwen3Moe",
+        {**FEW, "num_experts": 4, "head_dim": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+        moe_layers=2,
+    ),
     # a shared expert with its gate
     Family(
         "qwen2_moe",
@@ -77,6 +82,7 @@ FAMILIES = (
             "topk_group": 2,
             "n_shared_experts": 1,
             "first_k_dense_replace": 1,
+            "num_hidden_layers": 2,
             "intermediate_size": 64,
             "num_key_value_heads": 2,
             "q_lora_rank": 32,
@@ -85,7 +91,6 @@ FAMILIES = (
             "qk_nope_head_dim": 16,
             "v_head_dim": 32,
         },
-        moe_layers=1,
     ),
     Family(
         "glm4_moe",
@@ -97,10 +102,10 @@ FAMILIES = (
             "n_group": 1,
             "topk_group": 1,
             "first_k_dense_replace": 1,
+            "num_hidden_layers": 2,
             "intermediate_size": 64,
             "head_dim": 32,
         },
-        moe_layers=1,
     ),
     # biases, interleaved gate and up, clamped swiglu, weights stored [E, in, out]
     Family(
@@ -136,6 +141,3 @@ def export_logits(model: nn.Module, strict: bool = False, dynamic: bool = True, 
     shapes = {"input_ids": {1: torch.export.Dim("T", min=2, max=64)}} if dynamic else None
     with torch.no_grad():
         return torch.export.export(Logits(model), (tokens(length),), strict=strict, dynamic_shapes=shapes)
-
-
-Eager = Callable[[torch.Tensor], torch.Tensor]
