@@ -94,7 +94,12 @@ def export(
     dtype: Annotated[
         str, typer.Option(help="All but the experts: bf16, fp32, or auto: bf16 on cuda, fp32 on the CPU.")
     ] = "auto",
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show other packages' warnings.")] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="Write what was fused, layer by layer, to this file as JSON.")
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show each fused layer, and other packages' warnings.")
+    ] = False,
 ) -> None:
     """Export a model: quantise and fuse its experts, lower it, write .pte + .ptd + tokenizer."""
     quiet_unless(verbose)
@@ -102,7 +107,11 @@ def export(
 
     options = ExportOptions(model, out, target, scheme, group_size, max_context, dtype)
     summary = export_model(options, console)
+    if verbose:
+        console.print(summary.layers_table())
     console.print(summary.table())
+    if report is not None:
+        report.write_text(summary.report.json() + "\n", encoding="utf-8")
 
 
 @app.command()
