@@ -11,6 +11,7 @@ from executorch_moe.backends.artifact import save
 from executorch_moe.backends.fusion import ExpertFuser, FusionOptions
 from executorch_moe.backends.runtime import load
 from executorch_moe.backends.targets import lower
+from executorch_moe.export import experts_interface
 
 from .families import FAMILIES, Family, Logits, by_name, export_logits, tokens
 
@@ -61,6 +62,24 @@ def test_runs_in_executorch(family: Family, scheme: str, tmp_path: Path, executo
             expected = Logits(model)(ids)
         (actual,) = loaded.run("forward", ids)
         assert relative_error(actual, expected) < BOUND
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_our_own_experts_implementation(family: Family) -> None:
+    """One node a layer, equal to the model's own implementation, and fused like any other."""
+    experts_interface.register()
+    model = family.model("executorch_moe")
+    with torch.no_grad():
+        expected = Logits(family.model())(tokens(9))
+        assert relative_error(Logits(model)(tokens(9)), expected) < 1e-5
+    program = export_logits(model)
+    op = torch.ops.executorch_moe.experts.default
+    assert sum(node.target is op for node in program.graph.nodes) == family.moe_layers
+    fuser = ExpertFuser(FusionOptions("w4a16", 32))
+    fused = fuser.fuse(program)
+    assert len(fuser.report.layers) == family.moe_layers
+    with torch.no_grad():
+        assert relative_error(fused.module()(tokens(9)), expected) < BOUND
 
 
 def test_bf16_models() -> None:
