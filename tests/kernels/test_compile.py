@@ -43,6 +43,18 @@ def test_kernels_fit_the_target(scheme: str, capability: int) -> None:
         assert r.spill_bytes <= 128, r
 
 
+@pytest.mark.parametrize("tokens", [1, 512])
+def test_clamped_swiglu_with_biases(tokens: int) -> None:
+    """GPT-OSS's layer on an H100: its hidden size is no power of two."""
+    gpu = target_gpu(90)
+    launches = record_launches(gpu, "w4a16", tokens, 32, 4, 2880, 2880, 32, Options(), "swiglu_oai", bias=True)
+    gemms = [launch for launch in launches if launch.constexprs.get("GEMM")]
+    assert [launch.constexprs["ACTIVATION"] for launch in gemms] == [1, 1]
+    for launch in gemms:
+        report = compile_launch(launch, 90)
+        assert report.shared <= MAX_DYNAMIC_SHARED[90] and report.spill_bytes <= 128, report
+
+
 def test_unknown_target_is_named() -> None:
     with pytest.raises(ValueError, match="sm_70 is not a known target: use one of sm_80"):
         target_gpu(70)
