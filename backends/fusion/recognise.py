@@ -8,6 +8,8 @@ forward, and an activation that is not ours can never be fused by mistake.
 from __future__ import annotations
 
 import itertools
+import math
+import mmap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -202,8 +204,7 @@ def recognise(region: Region, roles: Roles) -> ExpertLayout:
         # Gates around +-4 tell activations and their limits apart.
         spread = 4.0 / h**0.5 if len(shape) == 3 else 1.0
         few[name] = torch.randn(len(chosen), *shape[1:], generator=generator) * spread
-        # Zeros that nobody writes take no memory, so a large layer costs no more than the chosen experts.
-        parameters[name] = torch.zeros(shape)
+        parameters[name] = _untouched_zeros(shape)
         parameters[name][chosen] = few[name]
     hidden = torch.randn(t, h, generator=generator)
     slots = torch.rand(t, len(chosen), generator=generator).argsort(-1)[:, :top_k]
@@ -242,14 +243,16 @@ def recognise(region: Region, roles: Roles) -> ExpertLayout:
     )
 
 
+def _untouched_zeros(shape: list[int]) -> Tensor:
+    """fp32 zeros that take memory only where written; torch.zeros writes them all, of 128 experts for 8 that are used."""
+    return torch.frombuffer(mmap.mmap(-1, 4 * math.prod(shape)), dtype=torch.float32).reshape(shape)
+
+
 def _elements(node: Node) -> int:
     tensor = tensor_of(node)
     if tensor is None:
         return 0
-    count = 1
-    for size in tensor.shape:
-        count *= hint(size)
-    return count
+    return math.prod(hint(size) for size in tensor.shape)
 
 
 # ------------------------------------------------------------------ running a region in fp32
