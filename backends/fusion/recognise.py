@@ -244,7 +244,7 @@ def recognise(region: Region, roles: Roles) -> ExpertLayout:
 
 
 def _untouched_zeros(shape: list[int]) -> Tensor:
-    """fp32 zeros that take memory only where written; torch.zeros writes them all, of 128 experts for 8 that are used."""
+    """fp32 zeros that take memory only where written; torch.zeros writes them all."""
     return torch.frombuffer(mmap.mmap(-1, 4 * math.prod(shape)), dtype=torch.float32).reshape(shape)
 
 
