@@ -14,6 +14,7 @@ from executorch.exir import (
     ExecutorchProgramManager,
     to_edge_transform_and_lower,
 )
+from executorch.exir.dialects._ops import ops as exir_ops
 from executorch.exir.passes import MemoryPlanningPass
 from torch.export.exported_program import ExportedProgram
 
@@ -21,6 +22,7 @@ from executorch_moe.backends.cpu import MoECpuPartitioner
 from executorch_moe.backends.cuda import MoECudaPartitioner
 from executorch_moe.backends.cuda.cross_compile import CrossCompileReport, target_cuda
 from executorch_moe.backends.cuda.partitioner import check_state
+from executorch_moe.backends.fusion import ExpertFuser, FusionOptions
 from executorch_moe.kernels.gpus import target_names
 
 TARGETS = ("cuda", "cpu", *target_names())
@@ -30,6 +32,7 @@ def lower(
     programs: Mapping[str, ExportedProgram],
     target: str,
     constant_methods: Mapping[str, Any] | None = None,
+    fusion: FusionOptions | ExpertFuser | None = None,
     on_report: Callable[[CrossCompileReport], None] | None = None,
 ) -> ExecutorchProgramManager:
     """Lower all methods of one program; weights and mutated buffers of the same qualified name are shared.
@@ -39,6 +42,7 @@ def lower(
         target: "cuda" compiles with AOTInductor for the GPU of this machine; "sm_90", "h200" and the like
             (`kernels.gpus.target_names`) for that GPU, without one; "cpu" for ExecuTorch's CPU kernels.
         constant_methods: method name -> bool, int, float, str, or lists of them.
+        fusion: how experts that are not fused yet are fused; pass an `ExpertFuser` to read its report afterwards.
         on_report: gets what was compiled for a GPU that is not here; other targets never call it.
 
     Returns:
@@ -49,7 +53,7 @@ def lower(
         RuntimeError: target "cuda" on a machine without a GPU.
             A GPU that is not here: no compiler, or versions that are not known to work.
         NotImplementedError: a CUDA target and a mutated buffer that AOTInductor would take for a constant, or
-            operators that the CUDA runtime lacks.
+            operators that the CUDA runtime lacks; experts that cannot be fused.
     """
     constants = dict(constant_methods or {})
     if target not in TARGETS:
@@ -59,18 +63,19 @@ def lower(
     if both := sorted(constants.keys() & programs.keys()):
         raise ValueError(f"{both[0]!r} is both a method and a constant method: rename one")
     # ExecuTorch's passes replay in-place buffer updates, which autograd refuses if a parameter asks for gradients.
+    fuser = fusion if isinstance(fusion, ExpertFuser) else ExpertFuser(fusion)
     with torch.no_grad():
         if target == "cpu":
-            return _lower_cpu(programs, constants)
+            return _lower_cpu(programs, constants, fuser)
         if target == "cuda":
             if why := why_no_cuda_export():
                 raise RuntimeError(
                     f"cannot lower for target 'cuda': {why}. Name the GPU to export for ('sm_90', 'h200'), "
                     "export on a machine with an NVIDIA GPU, or use target 'cpu'"
                 )
-            return _lower_cuda(programs, constants)
+            return _lower_cuda(programs, constants, fuser)
         with target_cuda(target) as report:
-            manager = _lower_cuda(programs, constants)
+            manager = _lower_cuda(programs, constants, fuser)
         if on_report is not None:
             on_report(report)
         return manager
@@ -87,7 +92,9 @@ def why_no_cuda_export() -> str:
     return "no CUDA device is visible"
 
 
-def _lower_cuda(programs: Mapping[str, ExportedProgram], constants: dict[str, Any]) -> ExecutorchProgramManager:
+def _lower_cuda(
+    programs: Mapping[str, ExportedProgram], constants: dict[str, Any], fuser: ExpertFuser
+) -> ExecutorchProgramManager:
     mutated = {fqn for program in programs.values() for fqn in program.graph_signature.buffers_to_mutate.values()}
     for program in programs.values():
         check_state(program, mutated)
@@ -95,7 +102,8 @@ def _lower_cuda(programs: Mapping[str, ExportedProgram], constants: dict[str, An
         edge = to_edge_transform_and_lower(
             dict(programs),
             partitioner={
-                name: [MoECudaPartitioner([CudaBackend.generate_method_name_compile_spec(name)])] for name in programs
+                name: [MoECudaPartitioner([CudaBackend.generate_method_name_compile_spec(name)], fuser)]
+                for name in programs
             },
             constant_methods=constants,
         )
@@ -110,14 +118,29 @@ def _lower_cuda(programs: Mapping[str, ExportedProgram], constants: dict[str, An
     return edge.to_executorch(ExecutorchBackendConfig(external_constants=True))
 
 
-def _lower_cpu(programs: Mapping[str, ExportedProgram], constants: dict[str, Any]) -> ExecutorchProgramManager:
-    edge = to_edge_transform_and_lower(dict(programs), partitioner=[MoECpuPartitioner()], constant_methods=constants)
+def _lower_cpu(
+    programs: Mapping[str, ExportedProgram], constants: dict[str, Any], fuser: ExpertFuser
+) -> ExecutorchProgramManager:
+    edge = to_edge_transform_and_lower(
+        dict(programs), partitioner=[MoECpuPartitioner(fuser)], constant_methods=constants
+    )
     state = _mark_state(edge)
     return edge.to_executorch(
         ExecutorchBackendConfig(
             external_constants=lambda node: None if node.name in state else "weights",
             memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=bool(state)),
+            remove_view_copy=not _views_a_weight(edge),
         )
+    )
+
+
+def _views_a_weight(edge: EdgeProgramManager) -> bool:
+    """True if a method reshapes a parameter: ExecuTorch 1.5 cannot emit a view without copy of an external weight."""
+    view = exir_ops.edge.aten.view_copy.default
+    return any(
+        node.target is view and isinstance(node.args[0], torch.fx.Node) and node.args[0].op == "placeholder"
+        for name in edge.methods
+        for node in edge.exported_program(name).graph.nodes
     )
 
 

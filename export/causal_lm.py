@@ -78,7 +78,7 @@ class CausalLM(nn.Module):
                 f"max_context={max_context} must be between {MIN_CONTEXT} and the model's "
                 f"max_position_embeddings={limit}: choose a value in that range"
             )
-        if getattr(config, "sliding_window", None) is not None:
+        if _has_sliding_window(config):
             raise NotImplementedError(
                 f"sliding_window={config.sliding_window} is not supported yet: "
                 "use a model with full attention in every layer"
@@ -121,6 +121,14 @@ class CausalLM(nn.Module):
     def reset(self) -> None:
         """Forgets the text: the cache back to its initial values."""
         self.kv_cache.reset()
+
+
+def _has_sliding_window(config: Any) -> bool:
+    """True if some layer sees a window only. Some configurations give a window that no layer uses."""
+    if not getattr(config, "sliding_window", None):
+        return False
+    kinds = getattr(config, "layer_types", None)
+    return kinds is None or "sliding_attention" in kinds
 
 
 def export_methods(module: CausalLM) -> dict[str, ExportedProgram]:

@@ -102,7 +102,12 @@ def export(
     dtype: Annotated[
         str, typer.Option(help="All but the experts: bf16, fp32, or auto: bf16 on cuda, fp32 on the CPU.")
     ] = "auto",
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show other packages' warnings.")] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="Write what was fused, layer by layer, to this file as JSON.")
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show each fused layer, and other packages' warnings.")
+    ] = False,
     own_process: Annotated[bool, typer.Option("--own-process", hidden=True)] = False,
 ) -> None:
     """Export a model: quantise and fuse its experts, lower it, write .pte + .ptd + tokenizer."""
@@ -112,12 +117,16 @@ def export(
     options = ExportOptions(model, out, target, scheme, group_size, max_context, dtype)
     if options.crosses and not own_process:
         # Compiling for a GPU that is not here replaces functions of torch and Triton for a whole process.
-        raise typer.Exit(export_in_own_process(options, verbose))
+        raise typer.Exit(export_in_own_process(options, report, verbose))
     summary = export_model(options, console)
+    if verbose:
+        console.print(summary.layers_table())
     console.print(summary.table())
+    if report is not None:
+        report.write_text(summary.report.json() + "\n", encoding="utf-8")
 
 
-def export_in_own_process(options: Any, verbose: bool) -> int:
+def export_in_own_process(options: Any, report: Path | None, verbose: bool) -> int:
     """The same export by another Python; returns its exit status."""
     import subprocess
 
@@ -125,6 +134,7 @@ def export_in_own_process(options: Any, verbose: bool) -> int:
     command += ["export", options.model, "--own-process", "--out", str(options.out), "--target", options.target]
     command += ["--scheme", options.scheme, "--group-size", str(options.group_size), "--dtype", options.dtype]
     command += ["--max-context", str(options.max_context)] if options.max_context is not None else []
+    command += ["--report", str(report)] if report is not None else []
     command += ["--verbose"] if verbose else []
     return subprocess.run(command).returncode
 

@@ -15,12 +15,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from executorch_moe.kernels import SCHEMES, FusedExperts
+from executorch_moe.backends.fusion import ExpertFuser, FusedLayer, FusionOptions, FusionReport
+from executorch_moe.kernels import SCHEMES
 from executorch_moe.kernels.gpus import target_names
 
 from .causal_lm import CausalLM, export_methods
 from .pretrained import check_supported, load_model, require_transformers, resolve, tokenizer_json
-from .quantize import quantize_experts_
+from .quantize import can_swap, find_experts, quantize_experts_
 
 TARGETS = ("cuda", "cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -102,12 +103,8 @@ class ExportSummary:
 
     options: ExportOptions
     target: str
-    layers_fused: int
-    num_experts: int
-    top_k: int
+    report: FusionReport
     max_context: int
-    expert_bytes_bf16: int
-    expert_bytes_packed: int
     dense_bytes: int
     files: list[Path] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -121,9 +118,13 @@ class ExportSummary:
         scheme = self.options.scheme
         if SCHEMES[scheme].packed:
             scheme += f", group size {self.options.group_size}"
-        table.add_row("experts", f"{self.layers_fused} layers fused, {self.num_experts} experts each, top-{self.top_k}")
+        layers = self.report.layers
+        table.add_row(
+            "experts", f"{len(layers)} layers fused, {layers[0].num_experts} experts each, top-{layers[0].top_k}"
+        )
         table.add_row("scheme", scheme)
-        before, after = self.expert_bytes_bf16, self.expert_bytes_packed
+        before = sum(2 * 3 * layer.num_experts * layer.hidden_size * layer.intermediate_size for layer in layers)
+        after = self.report.bytes_after
         table.add_row("expert weights", f"{size(before)} in bf16 -> {size(after)} packed")
         table.add_row("other weights", size(self.dense_bytes))
         table.add_row("methods", f"prefill (2 to {self.max_context} tokens), decode (1 token)")
@@ -133,6 +134,19 @@ class ExportSummary:
             table.add_row("compiled for", self.compiled_for)
         times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
         table.add_row("time", times)
+        return table
+
+    def layers_table(self) -> Table:
+        """Every fused layer, for --verbose."""
+        table = Table(title="fused layers", title_justify="left")
+        for column in ("module", "family", "E", "top-k", "H", "I", "activation", "scheme", "before", "after"):
+            table.add_column(column, overflow="fold")
+        for layer in self.report.layers:
+            table.add_row(
+                layer.module, layer.family, str(layer.num_experts), str(layer.top_k), str(layer.hidden_size),
+                str(layer.intermediate_size), layer.activation, layer.scheme, size(layer.bytes_before),
+                size(layer.bytes_after),
+            )  # fmt: skip
         return table
 
 
@@ -196,35 +210,67 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
     max_context = options.max_context
     if max_context is None:
         max_context = min(DEFAULT_MAX_CONTEXT, config.max_position_embeddings)
-    with step("quantise", f"packing the experts as {options.scheme}"):
-        quantize_experts_(model, options.scheme, options.group_size)
-        module = CausalLM(model, max_context)
+    fuser = ExpertFuser(FusionOptions(options.scheme, options.group_size))
+    module = CausalLM(model, max_context)
+    if can_swap(model):
+        # Packed before it is traced, a model takes less memory; the other families are fused while they are lowered.
+        with step("quantise", f"packing the experts as {options.scheme}"):
+            swap_experts(model, options, fuser.report)
     with step("trace", "tracing prefill and decode"):
         programs = export_methods(module)
     reports: list[Any] = []
     with step("lower", f"lowering to {target}" + (" (compiles kernels: minutes)" if target != "cpu" else "")):
-        manager = lower(programs, target, constant_methods(config, max_context), on_report=reports.append)
+        manager = lower(programs, target, constant_methods(config, max_context), fuser, on_report=reports.append)
     with step("write", f"writing {options.out}"):
         options.out.parent.mkdir(parents=True, exist_ok=True)
         artifact = save(manager, options.out)
         write_aside(tokenizer_path(options.out), tokenizer)
 
-    fused = [layer for layer in model.modules() if isinstance(layer, FusedExperts)]
+    fused_bytes = sum(parameter.nbytes for name, parameter in model.named_parameters() if in_layers(name, fuser.report))
     summary = ExportSummary(
         options=options,
         target=target,
-        layers_fused=len(fused),
-        num_experts=fused[0].num_experts,
-        top_k=config.num_experts_per_tok,
+        report=fuser.report,
         max_context=max_context,
-        expert_bytes_bf16=sum(2 * 3 * e.num_experts * e.hidden_size * e.intermediate_size for e in fused),
-        expert_bytes_packed=sum(e.packed().nbytes() for e in fused),
-        dense_bytes=sum(parameter.nbytes for parameter in model.parameters()),  # experts are buffers
+        dense_bytes=sum(parameter.nbytes for parameter in model.parameters()) - fused_bytes,
         files=[path for path in (artifact.pte, artifact.ptd, tokenizer_path(options.out)) if path.is_file()],
         seconds=seconds,
         compiled_for="".join(str(report) for report in reports),
     )
     return summary
+
+
+def swap_experts(model: nn.Module, options: ExportOptions, report: FusionReport) -> None:
+    """`quantize_experts_`, with a record of each layer in `report`."""
+    before = {
+        name: (type(module).__name__, sum(p.nbytes for p in module.parameters()))
+        for name, module in find_experts(model)
+    }
+    config: Any = model.config
+    quantize_experts_(model, options.scheme, options.group_size)
+    for name, (family, num_bytes) in before.items():
+        experts: Any = model.get_submodule(name)
+        report.add(
+            FusedLayer(
+                module=f"model.{name}",  # as it is named in the exported program
+                family=family,
+                num_experts=experts.num_experts,
+                top_k=config.num_experts_per_tok,
+                hidden_size=experts.hidden_size,
+                intermediate_size=experts.intermediate_size,
+                activation=experts.activation,
+                biases=experts.w2_bias is not None,
+                scheme=experts.scheme,
+                group_size=experts.group_size,
+                bytes_before=num_bytes,
+                bytes_after=experts.packed().nbytes(),
+            )
+        )
+
+
+def in_layers(parameter: str, report: FusionReport) -> bool:
+    """True for a parameter of a fused layer, named as in the model."""
+    return any(f"model.{parameter}".startswith(f"{layer.module}.") for layer in report.layers)
 
 
 def constant_methods(config: Any, max_context: int) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-# model_type of config.json -> the Python class of its experts is known to `quantize_experts_`.
-SUPPORTED_MODEL_TYPES = ("qwen3_moe",)
+# model_type of config.json. Their experts are fused by any of our partitioners; here they must fit `CausalLM` as well,
+# whose cache knows plain attention only (neither sliding windows nor DeepSeek's latent attention).
+SUPPORTED_MODEL_TYPES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "glm4_moe")
 TINY = "tiny"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 

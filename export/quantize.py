@@ -20,6 +20,11 @@ def find_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def can_swap(model: nn.Module) -> bool:
+    """True if `quantize_experts_` knows the experts of `model`; those of others are fused while they are lowered."""
+    return all(type(module).__name__ in GATE_UP_DOWN for _, module in find_experts(model))
+
+
 def quantize_experts_(model: nn.Module, scheme: str = "w4a16", group_size: int = 32) -> nn.Module:
     """Replaces, in place, every experts module by `FusedExperts` on weights packed for `scheme`.
 

@@ -218,6 +218,10 @@ def load_groups(ptr, kb, offs_n, N: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def gated_activation(gate, up, ACTIVATION: tl.constexpr):
-    """fp32 act(gate) * up. ACTIVATION 0: silu."""
-    tl.static_assert(ACTIVATION == 0)
-    return gate / (1.0 + tl.exp(-gate)) * up
+    """fp32 act(gate, up); ACTIVATION as in schemes.ACTIVATIONS. 0: silu. 1: swiglu_oai."""
+    if ACTIVATION == 0:
+        return gate / (1.0 + tl.exp(-gate)) * up
+    else:
+        tl.static_assert(ACTIVATION == 1)
+        limited = tl.minimum(gate, 7.0)
+        return limited / (1.0 + tl.exp(-1.702 * limited)) * (tl.minimum(tl.maximum(up, -7.0), 7.0) + 1.0)

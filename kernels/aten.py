@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad, silu
 
 from .packing import dequantize, fragment_order
-from .schemes import GATE_UP_GRANULE, K_BLOCK, get_scheme, round_up
+from .schemes import GATE_UP_GRANULE, K_BLOCK, SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT, get_scheme, round_up
 
 
 def quantize_activations(x: Tensor, act_group: int) -> Tensor:
@@ -25,20 +25,27 @@ def quantize_activations(x: Tensor, act_group: int) -> Tensor:
     return ((grouped / scale).round() * scale).reshape(x.shape)
 
 
-def _activate(projected: Tensor) -> Tensor:
-    """[..., 2*Ip] with gate and up rows in runs of 8 -> silu(gate) * up, [..., Ip]."""
+def _activate(projected: Tensor, activation: str) -> Tensor:
+    """[..., 2*Ip] with gate and up rows in runs of 8 -> the gated activation, [..., Ip]."""
     *lead, n = projected.shape
     runs = projected.reshape(*lead, n // (2 * GATE_UP_GRANULE), 2, GATE_UP_GRANULE)
-    return (silu(runs.select(-2, 0)) * runs.select(-2, 1)).reshape(*lead, n // 2)
+    gate, up = runs.select(-2, 0), runs.select(-2, 1)
+    if activation == "swiglu_oai":
+        gate = gate.clamp(max=SWIGLU_OAI_LIMIT)
+        up = up.clamp(-SWIGLU_OAI_LIMIT, SWIGLU_OAI_LIMIT) + 1.0
+        return (gate * torch.sigmoid(SWIGLU_OAI_ALPHA * gate) * up).reshape(*lead, n // 2)
+    return (silu(gate) * up).reshape(*lead, n // 2)
 
 
-def _expert_ffn(x: Tensor, w13: Tensor, w2: Tensor, b13: Tensor | None, b2: Tensor | None, scheme: str) -> Tensor:
+def _expert_ffn(
+    x: Tensor, w13: Tensor, w2: Tensor, b13: Tensor | None, b2: Tensor | None, scheme: str, activation: str
+) -> Tensor:
     """Batched expert: x fp32 [B, M, Hp], dequantised w13 [B, 2*Ip, Hp] and w2 [B, Hp, Ip] -> fp32 [B, M, Hp]."""
     kind = get_scheme(scheme)
     projected = torch.bmm(quantize_activations(x, kind.gemm1_act_group), w13.transpose(1, 2))
     if b13 is not None:
         projected = projected + b13.unsqueeze(1)
-    hidden = quantize_activations(_activate(projected), kind.gemm2_act_group)
+    hidden = quantize_activations(_activate(projected, activation), kind.gemm2_act_group)
     y = torch.bmm(hidden, w2.transpose(1, 2))
     return y if b2 is None else y + b2.unsqueeze(1)
 
@@ -87,6 +94,7 @@ def fused_experts_aten(
             pick(w13_bias),
             pick(w2_bias),
             scheme,
+            activation,
         )
         out = (y.reshape(num_tokens, top_k, -1) * weights.unsqueeze(-1)).sum(1)
     else:
@@ -97,6 +105,7 @@ def fused_experts_aten(
             w13_bias,
             w2_bias,
             scheme,
+            activation,
         )
         expert = torch.arange(e, dtype=torch.int64, device=ids.device)
         hit = (ids.unsqueeze(-1) == expert).to(torch.float32)  # [T, top_k, E]
@@ -141,6 +150,7 @@ def fused_experts_cpu(
             at(w13_bias, expert),
             at(w2_bias, expert),
             scheme,
+            activation,
         )
         # A token chooses an expert at most once in practice; index_add_ stays right if ids repeat.
         out.index_add_(0, token, topk_weights[token, slot].float()[:, None] * y[0])

@@ -49,18 +49,41 @@ class KernelReport:
 
 
 def record_launches(
-    gpu: Gpu, scheme: str, tokens: int, experts: int, top_k: int, h: int, i: int, group_size: int, options: Options
+    gpu: Gpu,
+    scheme: str,
+    tokens: int,
+    experts: int,
+    top_k: int,
+    h: int,
+    i: int,
+    group_size: int,
+    options: Options,
+    activation: str = "silu",
+    bias: bool = False,
 ) -> list[Launch]:
     """Launches of one expert layer for a GPU that need not be here, on tensors without storage."""
     with torch.device("meta"):
         packed = pack_experts(
-            torch.empty(experts, 2 * i, h), torch.empty(experts, h, i), scheme=scheme, group_size=group_size
+            torch.empty(experts, 2 * i, h),
+            torch.empty(experts, h, i),
+            scheme=scheme,
+            group_size=group_size,
+            gate_up_bias=torch.empty(experts, 2 * i) if bias else None,
+            down_bias=torch.empty(experts, h) if bias else None,
         )
         x = torch.empty(tokens, h, dtype=torch.bfloat16)
         ids = torch.empty(tokens, top_k, dtype=torch.int64)
         weights = torch.empty(tokens, top_k)
         launches: list[Launch] = []
-        arguments: tuple[Any, ...] = (x, ids, weights, *packed.tensors().values(), scheme, "silu", packed.group_size)
+        arguments: tuple[Any, ...] = (
+            x,
+            ids,
+            weights,
+            *packed.tensors().values(),
+            scheme,
+            activation,
+            packed.group_size,
+        )
         run_fused_experts(*arguments, options=options, gpu=gpu, submit=launches.append)
     return launches
 

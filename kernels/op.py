@@ -28,7 +28,7 @@ def fused_experts(
     activation: str,
     group_size: int,
 ) -> Tensor:
-    """Experts of one MoE layer: sum over top_k of weight * (act(x @ gate.T) * (x @ up.T)) @ down.T.
+    """Experts of one MoE layer: sum over top_k of weight * act(x @ gate.T, x @ up.T) @ down.T.
 
     Args:
         hidden_states: bf16 [T, H]; T may be 0.
@@ -36,7 +36,7 @@ def fused_experts(
         topk_weights: fp32, bf16 or fp16 [T, top_k].
         w13, w2, w13_scale, w2_scale, w13_zero, w2_zero, w13_bias, w2_bias: fields of `packing.PackedExperts`.
         scheme: "bf16", "w4a16" or "w4a8".
-        activation: "silu": silu(gate) * up.
+        activation: "silu": silu(gate) * up, or "swiglu_oai": see `schemes.ACTIVATIONS`.
         group_size: weights that share a scale; 0 for scheme bf16.
 
     Returns:

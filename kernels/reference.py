@@ -16,7 +16,7 @@ def reference_experts(
     down_bias: Tensor | None = None,
     activation: str = "silu",
 ) -> Tensor:
-    """Expert layer in fp32: sum over a token's experts of weight * (act(x @ gate.T) * (x @ up.T)) @ down.T.
+    """Expert layer in fp32: sum over a token's experts of weight * act(x @ gate.T, x @ up.T) @ down.T.
 
     Args:
         hidden_states: float [T, H].
@@ -24,12 +24,12 @@ def reference_experts(
         topk_weights: float [T, top_k].
         gate_up: float [E, 2I, H], gate rows first. down: float [E, H, I]. Dequantised.
         gate_up_bias: float [E, 2I] or None. down_bias: float [E, H] or None.
-        activation: "silu".
+        activation: "silu", or "swiglu_oai": min(gate, 7) * sigmoid(1.702 * min(gate, 7)) * (clamp(up, -7, 7) + 1).
 
     Returns:
         fp32 [T, H].
     """
-    if activation != "silu":
+    if activation not in ("silu", "swiglu_oai"):
         raise NotImplementedError(f"activation={activation!r} has no reference")
     x = hidden_states.float()
     out = torch.zeros_like(x)
@@ -41,7 +41,12 @@ def reference_experts(
         if gate_up_bias is not None:
             projected = projected + gate_up_bias[e].float()
         gate, up = projected.chunk(2, dim=-1)
-        y = (torch.nn.functional.silu(gate) * up) @ down[e].float().T
+        if activation == "silu":
+            gated = torch.nn.functional.silu(gate) * up
+        else:
+            gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+            gated = gate * torch.sigmoid(1.702 * gate) * (up + 1.0)
+        y = gated @ down[e].float().T
         if down_bias is not None:
             y = y + down_bias[e].float()
         out.index_add_(0, token, topk_weights[token, slot].float()[:, None] * y)

@@ -48,8 +48,14 @@ SCHEMES: dict[str, Scheme] = {
     "w4a8": Scheme("w4a8", 4, 128, 0),
 }
 
-ACTIVATIONS: dict[str, int] = {"silu": 0}
-"""Gated activations by name -> the constexpr that the epilogue switches on. silu: silu(gate) * up."""
+ACTIVATIONS: dict[str, int] = {"silu": 0, "swiglu_oai": 1}
+"""Gated activations by name -> the constexpr that the epilogue switches on. All of them give 0 for gate = up = 0, which
+is what padding holds.
+silu: silu(gate) * up.
+swiglu_oai: (up + 1) * gate * sigmoid(1.702 * gate), with gate at most 7 and up within [-7, 7] (GPT-OSS)."""
+
+SWIGLU_OAI_ALPHA = 1.702
+SWIGLU_OAI_LIMIT = 7.0
 
 
 def get_scheme(name: str) -> Scheme:

@@ -17,23 +17,28 @@ from torch.export.graph_signature import InputKind
 
 import executorch_moe.kernels  # noqa: F401  registers torch.ops.executorch_moe
 from executorch_moe.backends.cuda.weight_metadata import MUTATED_BUFFERS_KEY
+from executorch_moe.backends.fusion import ExpertFuser, FusingPartitioner, FusionOptions
 
 # torch._inductor.graph.GraphLowering.can_inline_constant
 _INLINED_ELEMENTS = 8
 
 
-class MoECudaPartitioner(AotiPartitioner):
+class MoECudaPartitioner(FusingPartitioner, AotiPartitioner):
     """Delegates a program to ExecuTorch's `CudaBackend`, fused experts included; a drop-in for `CudaPartitioner`.
 
-    `torch.ops.executorch_moe.fused_experts` reaches AOTInductor as one node, which opens it and embeds our kernels.
+    Expert layers of the program, those of unmodified transformers models too, become `fused_experts` nodes on packed
+    weights. Such a node reaches AOTInductor as one node, which opens it and embeds our kernels.
     CudaPartitioner is final, so this derives from its base and gives the same delegate id and compile specs.
 
     Args:
         compile_spec: compile specs of CudaBackend. `method_name` defaults to "forward" (name each method of a program
             with several: the runtime finds per-method options by it), `target_device` to "cuda:0".
+        fusion: scheme and group size, or the fuser that all methods of a program share.
     """
 
-    def __init__(self, compile_spec: list[CompileSpec] | None = None) -> None:
+    def __init__(
+        self, compile_spec: list[CompileSpec] | None = None, fusion: FusionOptions | ExpertFuser | None = None
+    ) -> None:
         specs = list(compile_spec or [])
         given = {spec.key for spec in specs}
         if COMPILE_SPEC_KEYS.METHOD_NAME.value not in given:
@@ -41,6 +46,15 @@ class MoECudaPartitioner(AotiPartitioner):
         if TARGET_DEVICE_COMPILE_SPEC_KEY not in given:
             specs.append(CompileSpec(TARGET_DEVICE_COMPILE_SPEC_KEY, b"cuda:0"))
         super().__init__(CudaBackend.__name__, specs)
+        self.set_fusion(fusion)
+
+    def transform_for_pre_decomposition(self, exported_program: ExportedProgram) -> ExportedProgram:
+        """Fuse the experts.
+
+        Raises:
+            NotImplementedError: experts that cannot be fused, unless `require_fused` is off.
+        """
+        return self.fuse_experts(exported_program)
 
     def partition(self, exported_program: ExportedProgram) -> PartitionResult:
         """Tag the program for CudaBackend and record which buffers it mutates.

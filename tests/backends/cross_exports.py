@@ -24,7 +24,8 @@ def main(target: str, folder: Path) -> None:
     model = CausalLM(quantize_experts_(load_model(resolve("tiny"), torch.bfloat16, "sdpa"), "w4a16", 32), MAX_CONTEXT)
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     reports: list[object] = []
-    save(lower(export_methods(model), target, {"get_max_context_len": MAX_CONTEXT}, reports.append), folder / "tiny")
+    manager = lower(export_methods(model), target, {"get_max_context_len": MAX_CONTEXT}, on_report=reports.append)
+    save(manager, folder / "tiny")
     torch.save(state, folder / "state.pt")
     (folder / "report.txt").write_text("\n".join([str(reports[0]), *map(repr, reports[0].kernels + reports[0].gemms)]))
 

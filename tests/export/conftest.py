@@ -10,6 +10,7 @@ import pytest
 import torch
 from filelock import FileLock
 
+from executorch_moe.backends.pybindings import why_not_pybindings
 from executorch_moe.export.causal_lm import CausalLM
 from executorch_moe.export.pipeline import ExportOptions, export_model
 from executorch_moe.export.pretrained import resolve
@@ -17,6 +18,13 @@ from executorch_moe.export.quantize import quantize_experts_
 
 MAX_CONTEXT = 128
 GROUP_SIZE = 32
+
+
+@pytest.fixture(scope="session")
+def executorch_runtime() -> None:
+    """For tests that run a program in ExecuTorch's own runtime."""
+    if why := why_not_pybindings():
+        pytest.skip(why)
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,8 @@ class Case:
     routing: str = "uniform"
     bias: bool = False
     zero: bool = False
+    activation: str = "silu"
+    spread: float = 1.0  # of the tokens
 
     def __str__(self) -> str:
         return self.why.replace(" ", "-")
@@ -45,6 +47,8 @@ CASES = (
     Case("dropped ids", tokens=11, routing="dropped"),
     Case("every id dropped", tokens=5, routing="all dropped"),
     Case("biases", tokens=7, bias=True),
+    Case("clamped swiglu beyond its limits", tokens=7, bias=True, activation="swiglu_oai", spread=4.0),
+    Case("clamped swiglu with padding", tokens=5, hidden=160, intermediate=96, activation="swiglu_oai"),
 )
 
 ZERO_CASE = Case("zero points", tokens=13, hidden=256, zero=True)
@@ -59,11 +63,12 @@ class Problem:
     topk_ids: Tensor
     topk_weights: Tensor
     expected: Tensor
+    activation: str = "silu"
 
     def args(self, device: str = "cpu") -> tuple[Any, ...]:
         packed = self.packed.to(device)
         tensors = (t.to(device) for t in (self.hidden_states, self.topk_ids, self.topk_weights))
-        return (*tensors, *packed.tensors().values(), packed.scheme, "silu", packed.group_size)
+        return (*tensors, *packed.tensors().values(), packed.scheme, self.activation, packed.group_size)
 
 
 def routing_of(case: Case) -> Tensor:
@@ -97,12 +102,12 @@ def make(case: Case, scheme: str) -> Problem:
         # Padding must stay worth nothing: its scale and zero are zero.
         packed.w13_zero[packed.w13_scale == 0] = 0
         packed.w2_zero[packed.w2_scale == 0] = 0
-    x = torch.randn(case.tokens, h).bfloat16()
+    x = (torch.randn(case.tokens, h) * case.spread).bfloat16()
     ids = routing_of(case)
     weights = torch.randn(case.tokens, case.top_k).softmax(-1)
     dequantized = unpack_experts(packed)
-    expected = reference_experts(x, ids, weights, *dequantized, *bias)
-    return Problem(packed, x, ids, weights, expected)
+    expected = reference_experts(x, ids, weights, *dequantized, *bias, activation=case.activation)
+    return Problem(packed, x, ids, weights, expected, case.activation)
 
 
 def stored_bias(packed: PackedExperts) -> Tensor:

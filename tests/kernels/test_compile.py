@@ -61,6 +61,18 @@ def test_kernels_fit_the_target(scheme: str, capability: int, record_property: C
         assert r.spill_bytes <= 128, r
 
 
+@pytest.mark.parametrize("tokens", [1, 512])
+def test_clamped_swiglu_with_biases(tokens: int) -> None:
+    """GPT-OSS's layer on an H100: its hidden size is no power of two."""
+    gpu = find_model("sm_90").gpu
+    launches = record_launches(gpu, "w4a16", tokens, 32, 4, 2880, 2880, 32, Options(), "swiglu_oai", bias=True)
+    gemms = [launch for launch in launches if launch.constexprs.get("GEMM")]
+    assert [launch.constexprs["ACTIVATION"] for launch in gemms] == [1, 1]
+    for launch in gemms:
+        report = compile_launch(launch, 90)
+        assert report.shared <= MAX_DYNAMIC_SHARED[90] and report.spill_bytes <= 128, report
+
+
 def test_targets_are_named_by_architecture_or_part() -> None:
     assert find_model("sm_90").gpu == find_model("h200").gpu == Gpu(90, 132, 232448)
     assert find_model("l4").num_sms == 58 and find_model("l4").arch == "sm_89"

@@ -1,0 +1,140 @@
+"""`ExpertFuser`: replaces expert regions of exported programs by `fused_experts` on packed weights."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.export.exported_program import ExportedProgram
+
+from executorch_moe.kernels import SCHEMES, PackedExperts, pack_experts
+
+from .recognise import ExpertLayout, Roles, find_roles, fingerprint, recognise
+from .regions import NotFusable, Region, find_regions, parameter_targets, tensor_of
+from .report import FusedLayer, FusionReport, UnfusedRegion
+from .rewrite import ProgramEditor
+
+
+@dataclass(frozen=True)
+class FusionOptions:
+    """How to fuse.
+
+    Attributes:
+        scheme: "w4a16", "w4a8" or "bf16".
+        group_size: weights that share one scale; divides the hidden and the expert width. Ignored by scheme bf16.
+        require_fused: an expert region that cannot be fused is an error; else it stays as it was and is reported.
+    """
+
+    scheme: str = "w4a16"
+    group_size: int = 32
+    require_fused: bool = True
+
+    def __post_init__(self) -> None:
+        if self.scheme not in SCHEMES:
+            raise ValueError(f"scheme={self.scheme!r} is unknown: use one of {', '.join(SCHEMES)}")
+
+
+@dataclass
+class _Packed:
+    sources: list[weakref.ref[Tensor]]
+    weights: PackedExperts
+
+
+class ExpertFuser:
+    """Fuses the programs of one model: layers that several methods share are packed once, under one name.
+
+    Attributes:
+        options: how to fuse.
+        report: what was fused so far, over all programs.
+    """
+
+    def __init__(self, options: FusionOptions | None = None) -> None:
+        self.options = options or FusionOptions()
+        self.report = FusionReport()
+        self._packed: dict[tuple[object, ...], _Packed] = {}
+        self._layouts: dict[str, ExpertLayout | str] = {}
+
+    def fuse(self, program: ExportedProgram) -> ExportedProgram:
+        """The program with its expert regions fused; `program` itself if it has none. The input is left as it is.
+
+        Packed weights are new buffers, named after the experts module: `model.layers.0.mlp.experts.packed_w13`. The
+        unpacked parameters are gone unless something else reads them.
+
+        Raises:
+            NotImplementedError: with `require_fused`, a region that cannot be fused; names module and reason.
+        """
+        if not find_regions(program):
+            return program
+        editor = ProgramEditor(program)
+        for region in find_regions(editor.program):
+            try:
+                layer = self._fuse_region(editor, region)
+            except NotFusable as error:
+                if self.options.require_fused:
+                    raise NotImplementedError(
+                        f"experts {region.module} ({region.family}) not fused: {error}"
+                    ) from error
+                self.report.add(UnfusedRegion(region.module, region.family, str(error)))
+            else:
+                self.report.add(layer)
+        return editor.finish()
+
+    def _fuse_region(self, editor: ProgramEditor, region: Region) -> FusedLayer:
+        region.output()
+        roles = find_roles(region)
+        layout = self._layout(region, roles)
+        targets = parameter_targets(editor.program)
+        sources = {name: editor.tensor(targets[node.name]) for name, node in region.parameters.items()}
+        packed = self._pack(region, layout, sources)
+        ids = tensor_of(roles.ids)
+        assert ids is not None
+        editor.replace(region, roles, packed, layout.activation)
+        return FusedLayer(
+            module=region.module,
+            family=region.family,
+            num_experts=packed.num_experts,
+            top_k=int(ids.shape[1]),
+            hidden_size=packed.hidden_size,
+            intermediate_size=packed.intermediate_size,
+            activation=layout.activation,
+            biases=layout.down_bias is not None,
+            scheme=packed.scheme,
+            group_size=packed.group_size,
+            bytes_before=sum(tensor.nbytes for tensor in sources.values()),
+            bytes_after=packed.nbytes(),
+        )
+
+    def _layout(self, region: Region, roles: Roles) -> ExpertLayout:
+        """`recognise`, once for all regions that look the same."""
+        key = fingerprint(region, roles)
+        if key not in self._layouts:
+            try:
+                self._layouts[key] = recognise(region, roles)
+            except NotFusable as error:
+                self._layouts[key] = str(error)
+        layout = self._layouts[key]
+        if isinstance(layout, str):
+            raise NotFusable(layout)
+        return layout
+
+    def _pack(self, region: Region, layout: ExpertLayout, sources: dict[str, Tensor]) -> PackedExperts:
+        key = (region.module, layout, *((name, t.data_ptr(), t.dtype, tuple(t.shape)) for name, t in sources.items()))
+        known = self._packed.get(key)
+        # An address says nothing once the tensor that had it is gone.
+        if known is not None and all(source() is not None for source in known.sources):
+            return known.weights
+        gate_up, down, gate_up_bias, down_bias = layout.canonical({name: t.detach() for name, t in sources.items()})
+        try:
+            weights = pack_experts(
+                gate_up,
+                down,
+                scheme=self.options.scheme,
+                group_size=self.options.group_size,
+                gate_up_bias=gate_up_bias,
+                down_bias=down_bias,
+            )
+        except ValueError as error:
+            raise NotFusable(str(error)) from error
+        self._packed[key] = _Packed([weakref.ref(source) for source in sources.values()], weights)
+        return weights

@@ -1,0 +1,316 @@
+"""Says what an expert region computes: which input plays which role, how its weights are stored, which activation.
+
+Shapes give the roles and the possible layouts. Which of them it is, is then measured: the region runs in fp32 on random
+weights and must equal the fp32 oracle for one layout and activation. So nothing depends on how a model spells its
+forward, and an activation that is not ours can never be fused by mistake.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import mmap
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_aggregate, map_arg
+
+from executorch_moe.kernels import ACTIVATIONS
+from executorch_moe.kernels.reference import reference_experts
+
+from .regions import NotFusable, Region, tensor_of
+
+# fp32 sums in two orders; the nearest wrong answer (another activation, another alpha) is 100 times further away.
+PROBE_TOLERANCE = 1e-4
+MAX_PROBE_BYTES = 8 << 30
+_PROBE_EXPERTS = 8
+_HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The inputs of a region by role: hidden [T, H], ids [T, top_k], weights [T, top_k]; the rest are sizes."""
+
+    hidden: Node
+    ids: Node
+    weights: Node
+    sizes: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """How a module stores its experts, by parameter name.
+
+    Attributes:
+        gate_up: one name, or the names of gate and up apart.
+        down: name of the down projection.
+        transposed: weights are [E, in, out], not [E, out, in].
+        order: of the rows of gate_up: "gate, up", "up, gate" or "interleaved" (gate first).
+        gate_up_bias, down_bias: names, or None.
+        activation: name in `kernels.ACTIVATIONS`.
+    """
+
+    gate_up: tuple[str, ...]
+    down: str
+    transposed: bool
+    order: str
+    gate_up_bias: str | None
+    down_bias: str | None
+    activation: str
+
+    def canonical(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Parameters by name -> gate_up [E, 2I, H] (gate rows first), down [E, H, I], biases [E, 2I] and [E, H]."""
+
+        def rows(name: str) -> Tensor:
+            return parameters[name].transpose(1, 2) if self.transposed else parameters[name]
+
+        if len(self.gate_up) == 2:
+            gate_up = torch.cat([rows(name) for name in self.gate_up], 1)
+        else:
+            gate_up = self._gate_first(rows(self.gate_up[0]))
+        bias = None if self.gate_up_bias is None else self._gate_first(parameters[self.gate_up_bias])
+        return gate_up, rows(self.down), bias, None if self.down_bias is None else parameters[self.down_bias]
+
+    def _gate_first(self, rows: Tensor) -> Tensor:
+        if self.order == "interleaved":
+            return torch.cat([rows[:, 0::2], rows[:, 1::2]], 1)
+        return rows if self.order == "gate, up" else torch.cat(rows.chunk(2, 1)[::-1], 1)
+
+
+def hint(size: Any) -> int:
+    """The value that a size had in the example inputs."""
+    if isinstance(size, int):
+        return size
+    value = size.node.hint
+    return int(value if value is not None else size.node.shape_env.size_hint(size.node.expr))
+
+
+def _shape(node: Node) -> list[int]:
+    tensor = tensor_of(node)
+    assert tensor is not None
+    return [hint(size) for size in tensor.shape]
+
+
+def find_roles(region: Region) -> Roles:
+    """Inputs by role.
+
+    Raises:
+        NotFusable: a role that no input or several inputs could play.
+    """
+    tensors = [node for node in region.inputs if tensor_of(node) is not None]
+    sizes = tuple(node for node in region.inputs if isinstance(node.meta.get("val"), (int, torch.SymInt)))
+    if odd := [node.name for node in region.inputs if node not in tensors and node not in sizes]:
+        raise NotFusable(f"reads {', '.join(odd)}, neither tensors nor sizes: pass tensors to the experts module")
+    floats = [node for node in tensors if tensor_of(node).is_floating_point()]  # type: ignore[union-attr]
+    ids = [node for node in tensors if node not in floats]
+    if len(ids) != 1 or len(_shape(ids[0])) != 2:
+        found = ", ".join(f"{node.name} {_shape(node)}" for node in ids) or "none"
+        raise NotFusable(
+            f"has integer inputs {found}, expected one, the expert ids [T, top_k]: keep the router outside the module"
+        )
+    weights = [node for node in floats if _shape(node) == _shape(ids[0])]
+    hidden = [node for node in floats if node not in weights]
+    if len(weights) != 1 or len(hidden) != 1 or len(_shape(hidden[0])) != 2:
+        found = ", ".join(f"{node.name} {_shape(node)}" for node in floats) or "none"
+        raise NotFusable(
+            f"has float inputs {found}, expected hidden states [T, H] and routing weights {_shape(ids[0])}: "
+            "flatten batch and sequence, and keep the router outside the module"
+        )
+    return Roles(hidden[0], ids[0], weights[0], sizes)
+
+
+def possible_layouts(region: Region, hidden_size: int) -> list[ExpertLayout]:
+    """Every layout that the parameters' shapes allow.
+
+    Raises:
+        NotFusable: none.
+    """
+    shapes = {name: tuple(_shape(node)) for name, node in region.parameters.items()}
+    matrices = [name for name, shape in shapes.items() if len(shape) == 3]
+    biases = [name for name, shape in shapes.items() if len(shape) == 2]
+    layouts: list[ExpertLayout] = []
+    if len(matrices) + len(biases) == len(shapes):
+        if len(matrices) == 2 and len(biases) in (0, 2):
+            layouts = list(_of_two(shapes, matrices, biases, hidden_size))
+        elif len(matrices) == 3 and not biases:
+            layouts = list(_of_three(shapes, matrices, hidden_size))
+    if not layouts:
+        found = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()) or "none"
+        raise NotFusable(
+            f"has parameters {found}, expected gate_up [E, 2I, H] and down [E, H, I] with H={hidden_size}, transposed "
+            "or not, with two biases or none, or gate, up and down without biases: store the experts that way"
+        )
+    return layouts
+
+
+def _of_two(
+    shapes: dict[str, tuple[int, ...]], matrices: list[str], biases: list[str], h: int
+) -> Iterator[ExpertLayout]:
+    for (gate_up, down), transposed in itertools.product(itertools.permutations(matrices), (False, True)):
+        e, n, k = shapes[gate_up]
+        if transposed:
+            n, k = k, n
+        if k != h or n % 2 or shapes[down] != ((e, n // 2, h) if transposed else (e, h, n // 2)):
+            continue
+        for pair in itertools.permutations(biases) if biases else [(None, None)]:
+            if biases and (shapes[pair[0]], shapes[pair[1]]) != ((e, n), (e, h)):  # type: ignore[index]
+                continue
+            for order, activation in itertools.product(("gate, up", "interleaved", "up, gate"), ACTIVATIONS):
+                yield ExpertLayout((gate_up,), down, transposed, order, pair[0], pair[1], activation)
+
+
+def _of_three(shapes: dict[str, tuple[int, ...]], matrices: list[str], h: int) -> Iterator[ExpertLayout]:
+    for (gate, up, down), transposed in itertools.product(itertools.permutations(matrices), (False, True)):
+        e, n, k = shapes[gate]
+        if transposed:
+            n, k = k, n
+        if k != h or shapes[up] != shapes[gate] or shapes[down] != ((e, n, h) if transposed else (e, h, n)):
+            continue
+        for activation in ACTIVATIONS:
+            yield ExpertLayout((gate, up), down, transposed, "gate, up", None, None, activation)
+
+
+def recognise(region: Region, roles: Roles) -> ExpertLayout:
+    """The layout and activation with which the fp32 oracle gives the region's own output.
+
+    Raises:
+        NotFusable: shapes or values that no supported expert layer has.
+    """
+    t, h = _shape(roles.hidden)
+    top_k = _shape(roles.ids)[1]
+    output = region.output()
+    if _shape(output) != [t, h]:
+        raise NotFusable(f"returns {_shape(output)}, expected [T, H] = [{t}, {h}]: return the sum over the experts")
+    layouts = possible_layouts(region, h)
+    largest = max((_elements(node) for node in region.nodes), default=0) * 4
+    if largest > MAX_PROBE_BYTES:
+        raise NotFusable(
+            f"needs a tensor of {largest / 2**30:.0f} GiB to be checked at T={t}: export with an example of fewer "
+            "tokens, or with experts_implementation='grouped_mm'"
+        )
+    e = _shape(region.parameters[layouts[0].down])[0]
+    if top_k > e:
+        raise NotFusable(f"chooses top_k={top_k} of E={e} experts: check the router")
+
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(e, generator=generator)[: min(e, max(top_k, _PROBE_EXPERTS))].sort().values
+    parameters, few = {}, {}
+    for name, node in region.parameters.items():
+        shape = _shape(node)
+        # Gates around +-4 tell activations and their limits apart.
+        spread = 4.0 / h**0.5 if len(shape) == 3 else 1.0
+        few[name] = torch.randn(len(chosen), *shape[1:], generator=generator) * spread
+        parameters[name] = _untouched_zeros(shape)
+        parameters[name][chosen] = few[name]
+    hidden = torch.randn(t, h, generator=generator)
+    slots = torch.rand(t, len(chosen), generator=generator).argsort(-1)[:, :top_k]
+    weights = torch.rand(t, top_k, generator=generator) + 0.1
+    ids_tensor = tensor_of(roles.ids)
+    assert ids_tensor is not None
+    ids = chosen[slots].to(ids_tensor.dtype)
+
+    env: dict[Node, Any] = {region.parameters[name]: value for name, value in parameters.items()}
+    env |= {roles.hidden: hidden.clone(), roles.ids: ids.clone(), roles.weights: weights.clone()}
+    env |= {node: hint(node.meta["val"]) for node in roles.sizes}
+    try:
+        actual = run_region(region, env)
+    except Exception as error:
+        raise NotFusable(
+            f"cannot be run on the CPU ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}): "
+            "use experts_implementation='grouped_mm' or 'batched_mm'"
+        ) from error
+    given = ((roles.hidden, hidden), (roles.ids, ids), (roles.weights, weights))
+    if changed := [node.name for node, value in given if not torch.equal(env[node], value)]:
+        raise NotFusable(f"writes to its input {changed[0]}: clone it before the module")
+
+    nearest = float("inf")
+    for layout in layouts:
+        gate_up, down, gate_up_bias, down_bias = layout.canonical(few)
+        expected = reference_experts(
+            hidden, slots, weights, gate_up, down, gate_up_bias, down_bias, activation=layout.activation
+        )
+        distance = float((actual.float() - expected).norm() / expected.norm())
+        if distance <= PROBE_TOLERANCE:
+            return layout
+        nearest = min(nearest, distance)
+    raise NotFusable(
+        f"computes something else than gated experts with activation {' or '.join(ACTIVATIONS)} "
+        f"(nearest relative difference {nearest:.2g}): keep it with require_fused=False"
+    )
+
+
+def _untouched_zeros(shape: list[int]) -> Tensor:
+    """fp32 zeros that take memory only where written; torch.zeros writes them all."""
+    return torch.frombuffer(mmap.mmap(-1, 4 * math.prod(shape)), dtype=torch.float32).reshape(shape)
+
+
+def _elements(node: Node) -> int:
+    tensor = tensor_of(node)
+    if tensor is None:
+        return 0
+    return math.prod(hint(size) for size in tensor.shape)
+
+
+# ------------------------------------------------------------------ running a region in fp32
+
+
+def _grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`aten._grouped_mm` of [S, K] and [E, K, N]: on the CPU it takes bf16 only."""
+    out, start = x.new_zeros(x.shape[0], weight.shape[2]), 0
+    for expert, end in enumerate(offsets.tolist()):
+        if end > start:
+            out[start:end] = x[start:end] @ weight[expert]
+        start = end
+    return out
+
+
+def _histc(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`aten.histc`: programs for CUDA give it integers, which the CPU does not take."""
+    return torch.histc(x.float(), *args, **kwargs)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Dtypes are not as traced here, so assertions about them are not run."""
+
+
+_INSTEAD: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten._grouped_mm.default: _grouped_mm,
+    torch.ops.aten.histc.default: _histc,
+    torch.ops.aten._assert_tensor_metadata.default: _nothing,
+}
+
+
+def _in_fp32(argument: Any) -> Any:
+    if isinstance(argument, torch.dtype):
+        return torch.float32 if argument in _HALF else argument
+    return torch.device("cpu") if isinstance(argument, torch.device) else argument
+
+
+@torch.no_grad()
+def run_region(region: Region, env: dict[Node, Any]) -> Tensor:
+    """The region's output for given inputs, on the CPU with fp32 in place of every half-precision type."""
+    for node in region.nodes:
+        if node.op != "call_function":
+            raise NotImplementedError(f"{node.op} node {node.name}")
+        args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
+        args, kwargs = map_aggregate(args, _in_fp32), map_aggregate(kwargs, _in_fp32)
+        env[node] = _INSTEAD.get(node.target, node.target)(*args, **kwargs)
+    result: Tensor = env[region.output()]
+    return result
+
+
+def fingerprint(region: Region, roles: Roles) -> str:
+    """Equal for regions that compute the same, so that forty equal layers are recognised once."""
+    names: dict[Node, str] = {roles.hidden: "hidden", roles.ids: "ids", roles.weights: "weights"}
+    names |= {node: f"size {hint(node.meta['val'])}" for node in roles.sizes}
+    names |= {node: f"{name} {_shape(node)}" for name, node in region.parameters.items()}
+    lines = [f"{_shape(roles.hidden)} {_shape(roles.ids)} {tensor_of(roles.ids).dtype}"]  # type: ignore[union-attr]
+    for index, node in enumerate(region.nodes):
+        args, kwargs = map_arg((node.args, node.kwargs), lambda source: f"<{names[source]}>")
+        lines.append(f"{node.target} {args} {kwargs}")
+        names[node] = str(index)
+    return "\n".join([*lines, names[region.output()]])

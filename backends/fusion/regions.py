@@ -1,0 +1,130 @@
+"""Expert regions of an exported ATen program: the nodes of one experts module, what goes in and what comes out.
+
+No operator pattern is matched: `nn_module_stack` says which module a node came from.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch.export.exported_program import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import Node
+
+from executorch_moe.kernels import fused_experts as _fused_experts  # noqa: F401  registers torch.ops.executorch_moe
+
+
+class NotFusable(Exception):
+    """A region cannot be fused; the message is the reason, with a remedy."""
+
+
+@dataclass
+class Region:
+    """One call of one experts module.
+
+    Attributes:
+        module: qualified name of the module, without the suffix of a repeated call.
+        family: its class name.
+        nodes: its nodes, in graph order.
+        parameters: name below the module -> placeholder of a parameter or buffer that the nodes read.
+        inputs: other nodes that they read, in order of first use.
+        outputs: tensors that nodes of other modules read.
+    """
+
+    module: str
+    family: str
+    nodes: list[Node] = field(default_factory=list)
+    parameters: dict[str, Node] = field(default_factory=dict)
+    inputs: list[Node] = field(default_factory=list)
+    outputs: list[Node] = field(default_factory=list)
+
+    def output(self) -> Node:
+        """The one output.
+
+        Raises:
+            NotFusable: there are none or several.
+        """
+        if len(self.outputs) != 1:
+            names = ", ".join(node.name for node in self.outputs) or "none"
+            raise NotFusable(
+                f"has {len(self.outputs)} outputs ({names}), expected 1: return only the experts' sum from the module"
+            )
+        return self.outputs[0]
+
+
+def tensor_of(node: Node) -> torch.Tensor | None:
+    """The fake tensor that a node produces, None for anything else."""
+    value = node.meta.get("val")
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def parameter_targets(program: ExportedProgram) -> dict[str, str]:
+    """Placeholder name -> qualified name, for parameters, buffers and lifted constants."""
+    kinds = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+    return {
+        spec.arg.name: spec.target
+        for spec in program.graph_signature.input_specs
+        if spec.kind in kinds and spec.target is not None
+    }
+
+
+def _owners_of_stacks(program: ExportedProgram) -> set[str]:
+    """Modules that own two or more 3-D float parameters with the same first size: experts, whatever their class."""
+    sizes: Counter[tuple[str, int]] = Counter()
+    targets = parameter_targets(program)
+    for node in program.graph.nodes:
+        tensor = tensor_of(node)
+        if tensor is None or node.op != "placeholder" or node.name not in targets:
+            continue
+        if tensor.dim() == 3 and tensor.is_floating_point():
+            sizes[targets[node.name].rpartition(".")[0], int(tensor.shape[0])] += 1
+    return {module for (module, _), count in sizes.items() if count >= 2}
+
+
+def _call_of(node: Node, owners: set[str]) -> tuple[str, str, str] | None:
+    """(key of the call, module, class) of the outermost experts module that `node` came from."""
+    for key, (path, kind) in (node.meta.get("nn_module_stack") or {}).items():
+        name = path.removeprefix("L['self'].").partition("@")[0]
+        family = str(kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
+        if family.endswith("Experts") or name in owners:
+            return str(key), name, family
+    return None
+
+
+def find_regions(program: ExportedProgram) -> list[Region]:
+    """Every expert region that is not fused already, in graph order.
+
+    A module counts as experts if its class name ends in "Experts" or if it owns two 3-D parameters of one first size.
+    """
+    owners = _owners_of_stacks(program)
+    targets = parameter_targets(program)
+    regions: dict[str, Region] = {}
+    for node in program.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        call = _call_of(node, owners)
+        if call is not None:
+            key, module, family = call
+            regions.setdefault(key, Region(module, family)).nodes.append(node)
+    fused = torch.ops.executorch_moe.fused_experts.default
+    kept = [region for region in regions.values() if not any(node.target is fused for node in region.nodes)]
+    for region in kept:
+        _fill(region, targets)
+    return [region for region in kept if region.outputs or region.parameters]
+
+
+def _fill(region: Region, targets: dict[str, str]) -> None:
+    inside = set(region.nodes)
+    for node in region.nodes:
+        for source in node.all_input_nodes:
+            if source in inside or source in region.inputs:
+                continue
+            if source.op == "placeholder" and source.name in targets:
+                name = targets[source.name].removeprefix(region.module + ".")
+                region.parameters[name] = source
+            else:
+                region.inputs.append(source)
+        if tensor_of(node) is not None and any(user not in inside for user in node.users):
+            region.outputs.append(node)

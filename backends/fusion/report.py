@@ -1,0 +1,72 @@
+"""What was fused: one record a layer, as an object and as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass(frozen=True)
+class FusedLayer:
+    """One expert layer that now is a `fused_experts` node.
+
+    Attributes:
+        module: qualified name of the experts module.
+        family: its class name, for example "Qwen3MoeExperts".
+        num_experts, top_k, hidden_size, intermediate_size: E, top_k, H and I.
+        activation: name in `kernels.ACTIVATIONS`.
+        biases: True if the experts have biases.
+        scheme, group_size: as packed; group_size is 0 for scheme bf16.
+        bytes_before, bytes_after: the parameters as the program held them, and packed.
+    """
+
+    module: str
+    family: str
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    activation: str
+    biases: bool
+    scheme: str
+    group_size: int
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class UnfusedRegion:
+    """An expert region that stays as it was, and why."""
+
+    module: str
+    family: str
+    reason: str
+
+
+@dataclass
+class FusionReport:
+    """All expert regions of the methods that one `ExpertFuser` saw; a layer in two methods counts once."""
+
+    layers: list[FusedLayer] = field(default_factory=list)
+    unfused: list[UnfusedRegion] = field(default_factory=list)
+
+    def add(self, record: FusedLayer | UnfusedRegion) -> None:
+        """Record a region unless it is there already, from another method."""
+        if isinstance(record, FusedLayer):
+            if record not in self.layers:
+                self.layers.append(record)
+        elif record not in self.unfused:
+            self.unfused.append(record)
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(layer.bytes_before for layer in self.layers)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(layer.bytes_after for layer in self.layers)
+
+    def json(self) -> str:
+        """The report as JSON: {"layers": [...], "unfused": [...], "bytes_before": ..., "bytes_after": ...}."""
+        content = {**asdict(self), "bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
+        return json.dumps(content, indent=2)

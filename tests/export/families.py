@@ -1,0 +1,143 @@
+"""Tiny random models of several families, and what each is there for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+FEW = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family: class prefix in transformers, and its options beside COMMON."""
+
+    name: str
+    prefix: str
+    options: dict[str, Any]
+    moe_layers: int = 1
+
+    def __str__(self) -> str:
+        return self.name
+
+    def config(self) -> Any:
+        transformers = pytest.importorskip("transformers")
+        return getattr(transformers, f"{self.prefix}Config")(**{**COMMON, **self.options})
+
+    def model(self, experts: str = "grouped_mm", dtype: torch.dtype = torch.float32) -> nn.Module:
+        """Random weights; those of the experts are such that 4 bits with group size 32 hold them exactly."""
+        import transformers
+
+        torch.manual_seed(0)
+        cls = getattr(transformers, f"{self.prefix}ForCausalLM")
+        model = cls._from_config(self.config(), experts_implementation=experts)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if ".experts." in name:
+                    codes = torch.tensor([-7.0, -3.0, -1.0, 1.0, 3.0, 7.0])
+                    parameter.copy_(codes[torch.randint(0, len(codes), parameter.shape)] / 32)
+        return model.to(dtype).eval()
+
+
+FAMILIES = (
+    Family(
+        "qwen3_moe",
+        "Qwen3Moe",
+        {**FEW, "num_experts": 4, "head_dim": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+        moe_layers=2,
+    ),
+    # a shared expert with its gate
+    Family(
+        "qwen2_moe",
+        "Qwen2Moe",
+        {**FEW, "num_experts": 4, "intermediate_size": 64, "shared_expert_intermediate_size": 32},
+    ),
+    Family("mixtral", "Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 96}),
+    # routing weights that do not sum to 1
+    Family("olmoe", "Olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 32}),
+    # one dense layer, then groups of experts, a bias in the router, shared experts; another attention
+    Family(
+        "deepseek_v3",
+        "DeepseekV3",
+        {
+            **FEW,
+            "n_routed_experts": 8,
+            "n_group": 4,
+            "topk_group": 2,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "num_hidden_layers": 2,
+            "intermediate_size": 64,
+            "num_key_value_heads": 2,
+            "q_lora_rank": 32,
+            "kv_lora_rank": 32,
+            "qk_rope_head_dim": 16,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 32,
+        },
+    ),
+    Family(
+        "glm4_moe",
+        "Glm4Moe",
+        {
+            **FEW,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "num_hidden_layers": 2,
+            "intermediate_size": 64,
+            "head_dim": 32,
+        },
+    ),
+    # biases, interleaved gate and up, clamped swiglu, weights stored [E, in, out]
+    Family(
+        "gpt_oss",
+        "GptOss",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32, "head_dim": 32},
+    ),
+)
+
+
+def by_name(name: str) -> Family:
+    return next(family for family in FAMILIES if family.name == name)
+
+
+class Logits(nn.Module):
+    """A causal language model without cache: token ids [1, T] -> logits [1, T, V]."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        return logits
+
+
+def tokens(count: int) -> torch.Tensor:
+    return torch.randint(0, COMMON["vocab_size"], (1, count), generator=torch.Generator().manual_seed(count))
+
+
+def export_logits(model: nn.Module, strict: bool = False, dynamic: bool = True, length: int = 7) -> Any:
+    """Logits(model) exported with T from 2 to 64, or fixed."""
+    shapes = {"input_ids": {1: torch.export.Dim("T", min=2, max=64)}} if dynamic else None
+    with torch.no_grad():
+        return torch.export.export(Logits(model), (tokens(length),), strict=strict, dynamic_shapes=shapes)

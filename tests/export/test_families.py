@@ -1,0 +1,90 @@
+"""Unmodified transformers models: exported in each mode, fused, run, and compared with the eager model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from executorch_moe.backends.artifact import save
+from executorch_moe.backends.fusion import ExpertFuser, FusionOptions
+from executorch_moe.backends.runtime import load
+from executorch_moe.backends.targets import lower
+from executorch_moe.export import experts_interface
+
+from .families import FAMILIES, Family, Logits, by_name, export_logits, tokens
+
+# Relative L2 of the logits of an fp32 model: its experts take bf16 hidden states and return bf16.
+BOUND = 1.5e-2
+FUSED = torch.ops.executorch_moe.fused_experts.default
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.float() - expected.float()).norm() / expected.float().norm())
+
+
+@pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
+@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_every_mode_is_fused_and_keeps_its_values(family: Family, experts: str, strict: bool, dynamic: bool) -> None:
+    model = family.model(experts)
+    program = export_logits(model, strict, dynamic)
+    before = set(program.state_dict)
+    fuser = ExpertFuser(FusionOptions("bf16"))
+    fused = fuser.fuse(program)
+
+    assert len(fuser.report.layers) == family.moe_layers and not fuser.report.unfused
+    assert sum(node.target is FUSED for node in fused.graph.nodes) == family.moe_layers
+    assert not any(".experts." in name and ".packed_" not in name for name in fused.state_dict)
+    assert set(program.state_dict) == before  # the program that was passed is untouched
+    for length in (2, 11, 40) if dynamic else (7,):
+        ids = tokens(length)
+        with torch.no_grad():
+            assert relative_error(fused.module()(ids), Logits(model)(ids)) < BOUND
+
+
+# The experts' weights are such that 4 bits hold them, so w4a16 must be as near as bf16.
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    [*((family, "w4a16") for family in FAMILIES), *((by_name(name), "bf16") for name in ("qwen3_moe", "gpt_oss"))],
+    ids=str,
+)
+def test_runs_in_executorch(family: Family, scheme: str, tmp_path: Path, executorch_runtime: None) -> None:
+    model = family.model()
+    fuser = ExpertFuser(FusionOptions(scheme, 32))
+    loaded = load(save(lower({"forward": export_logits(model)}, "cpu", fusion=fuser), tmp_path / "model").pte)
+    assert [layer.scheme for layer in fuser.report.layers] == [scheme] * family.moe_layers
+    for length in (2, 33):
+        ids = tokens(length)
+        with torch.no_grad():
+            expected = Logits(model)(ids)
+        (actual,) = loaded.run("forward", ids)
+        assert relative_error(actual, expected) < BOUND
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_our_own_experts_implementation(family: Family) -> None:
+    """One node a layer, equal to the model's own implementation, and fused like any other."""
+    experts_interface.register()
+    model = family.model("executorch_moe")
+    with torch.no_grad():
+        expected = Logits(family.model())(tokens(9))
+        assert relative_error(Logits(model)(tokens(9)), expected) < 1e-5
+    program = export_logits(model)
+    op = torch.ops.executorch_moe.experts.default
+    assert sum(node.target is op for node in program.graph.nodes) == family.moe_layers
+    fuser = ExpertFuser(FusionOptions("w4a16", 32))
+    fused = fuser.fuse(program)
+    assert len(fuser.report.layers) == family.moe_layers
+    with torch.no_grad():
+        assert relative_error(fused.module()(tokens(9)), expected) < BOUND
+
+
+def test_bf16_models() -> None:
+    family = FAMILIES[0]
+    model = family.model(dtype=torch.bfloat16)
+    fused = ExpertFuser(FusionOptions("bf16")).fuse(export_logits(model))
+    with torch.no_grad():
+        assert relative_error(fused.module()(tokens(9)), Logits(model)(tokens(9))) < 0.03

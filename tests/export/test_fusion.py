@@ -1,0 +1,191 @@
+"""Recognising experts by structure, refusing what is something else, sharing packed weights between methods."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, export
+
+from executorch_moe.backends.cpu import MoECpuPartitioner
+from executorch_moe.backends.cuda import MoECudaPartitioner
+from executorch_moe.backends.fusion import ExpertFuser, FusionOptions
+from executorch_moe.export.causal_lm import CausalLM, export_methods
+from executorch_moe.export.pretrained import load_model, resolve
+
+E, H, WIDTH, K = 5, 64, 32, 2
+FUSED = torch.ops.executorch_moe.fused_experts.default
+
+
+class Zorg(nn.Module):
+    """Experts under a name that nobody knows: gate, up and down apart, every expert on every token."""
+
+    def __init__(self, transposed: bool = False) -> None:
+        super().__init__()
+        self.transposed = transposed
+        shapes = {"first": (E, WIDTH, H), "second": (E, H, WIDTH), "third": (E, WIDTH, H)}
+        for name, (e, n, k) in shapes.items():
+            shape = (e, k, n) if transposed else (e, n, k)
+            setattr(self, name, nn.Parameter(torch.randn(shape) / k**0.5))
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        return nn.functional.silu(gate) * up
+
+    def forward(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        def rows(w: Tensor) -> Tensor:
+            return w if self.transposed else w.transpose(1, 2)
+
+        every = x.expand(E, *x.shape)
+        y = self.gated(every @ rows(self.third), every @ rows(self.first)) @ rows(self.second)
+        share = torch.zeros(x.shape[0], E, dtype=x.dtype).scatter(1, ids, weights)
+        return (y * share.T.unsqueeze(-1)).sum(0)
+
+
+class Gelu(Zorg):
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        return nn.functional.gelu(gate) * up
+
+
+class NearlyOurs(Zorg):
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        return gate * torch.sigmoid(1.01 * gate) * up
+
+
+class WritesItsInput(Zorg):
+    def forward(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        y = super().forward(x, weights, ids)
+        x.mul_(2)
+        return y
+
+
+class TwoOutputs(Zorg):
+    def forward(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:  # type: ignore[override]
+        y = super().forward(x, weights, ids)
+        return y, y * 2  # type: ignore[return-value]
+
+
+class RoutesItself(Zorg):
+    def forward(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        return super().forward(x, *x[:, :E].softmax(-1).topk(K))
+
+
+class ThreeDimensional(Zorg):
+    def forward(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        return super().forward(x[0], weights, ids)[None]
+
+
+class LinearExperts(nn.Module):
+    """Named like experts, but its weights are something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(H, H))
+
+    def forward(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        return (x @ self.weight) * weights.sum(-1, keepdim=True) + ids.sum(-1, keepdim=True)
+
+
+class Block(nn.Module):
+    """A router and, below it, experts."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.router = nn.Linear(H, E, bias=False)
+        self.inner = nn.ModuleDict({"zorg": experts})
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x).softmax(-1).topk(K, -1)
+        y = self.inner["zorg"](x[None] if isinstance(self.inner["zorg"], ThreeDimensional) else x, weights, ids)
+        return x + (y[0] + y[1] if isinstance(y, tuple) else y)
+
+
+def program_of(experts: nn.Module) -> torch.export.ExportedProgram:
+    shapes = {"x": {0: Dim("T", min=2, max=64)}}
+    return export(Block(experts).eval(), (torch.randn(6, H),), dynamic_shapes=shapes)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_class_that_nobody_knows(transposed: bool) -> None:
+    program = program_of(Zorg(transposed))
+    fuser = ExpertFuser(FusionOptions("bf16"))
+    fused = fuser.fuse(program)
+    (layer,) = fuser.report.layers
+    assert (layer.module, layer.family, layer.activation) == ("inner.zorg", "Zorg", "silu")
+    assert (layer.num_experts, layer.top_k, layer.hidden_size, layer.intermediate_size) == (E, K, H, WIDTH)
+    assert [name for name in fused.state_dict if "zorg" in name] == ["inner.zorg.packed_w13", "inner.zorg.packed_w2"]
+    for tokens in (2, 17):
+        x = torch.randn(tokens, H)
+        torch.testing.assert_close(fused.module()(x), program.module()(x), rtol=0.03, atol=0.03)
+
+
+def test_the_report_as_json() -> None:
+    fuser = ExpertFuser(FusionOptions("w4a16", 32))
+    fuser.fuse(program_of(Zorg()))
+    report = json.loads(fuser.report.json())
+    assert report["layers"][0]["bytes_before"] == report["bytes_before"] == 3 * E * H * WIDTH * 4
+    assert report["layers"][0]["group_size"] == 32 and report["unfused"] == []
+    # WIDTH = 32 and H = 64 are padded to 128: 4 bits and one bf16 scale for 32 of them.
+    assert report["bytes_after"] == E * (256 * 128 + 128 * 128) * (4 + 16 / 32) / 8
+
+
+@pytest.mark.parametrize(
+    ("experts", "reason"),
+    [
+        (Gelu, "computes something else than gated experts with activation silu or swiglu_oai"),
+        (NearlyOurs, "computes something else"),
+        (WritesItsInput, r"has 2 outputs \(sum_1, mul_\)"),
+        (TwoOutputs, "has 2 outputs"),
+        (RoutesItself, "has integer inputs none, expected one, the expert ids"),
+        (ThreeDimensional, "flatten batch and sequence"),
+        (LinearExperts, "has parameters weight .*expected gate_up"),
+    ],
+)
+def test_an_unfused_region_is_an_error_that_names_module_and_reason(experts: type[nn.Module], reason: str) -> None:
+    program = program_of(experts())
+    named = rf"experts inner\.zorg \({experts.__name__}\) not fused: .*{reason}"
+    with pytest.raises(NotImplementedError, match=named):
+        ExpertFuser().fuse(program)
+
+    fuser = ExpertFuser(FusionOptions(require_fused=False))
+    kept = fuser.fuse(program)
+    assert [region.module for region in fuser.report.unfused] == ["inner.zorg"] and not fuser.report.layers
+    x = torch.randn(4, H)
+    torch.testing.assert_close(kept.module()(x.clone()), program.module()(x.clone()))
+
+
+@pytest.mark.parametrize("partitioner", [MoECpuPartitioner, MoECudaPartitioner])
+def test_a_group_size_that_does_not_divide(partitioner: type) -> None:
+    chosen = partitioner(fusion=FusionOptions("w4a16", 64))
+    with pytest.raises(NotImplementedError, match=r"inner\.zorg .*intermediate size I=32 must be a multiple"):
+        chosen.transform_for_pre_decomposition(program_of(Zorg()))
+
+
+def test_the_cuda_partitioner_fuses() -> None:
+    partitioner = MoECudaPartitioner(fusion=FusionOptions("w4a16", 32))
+    fused = partitioner.transform_for_pre_decomposition(program_of(Zorg()))
+    assert sum(node.target is FUSED for node in fused.graph.nodes) == 1
+    assert partitioner.report.layers[0].module == "inner.zorg"
+
+
+def test_an_unknown_scheme() -> None:
+    with pytest.raises(ValueError, match="scheme='int3' is unknown: use one of"):
+        FusionOptions("int3")
+
+
+def test_programs_without_experts_are_left_alone() -> None:
+    program = export(nn.Linear(4, 4), (torch.randn(2, 4),))
+    assert ExpertFuser().fuse(program) is program
+
+
+def test_methods_share_weights_that_are_packed_once() -> None:
+    model = CausalLM(load_model(resolve("tiny"), torch.float32), 64)
+    fuser = ExpertFuser(FusionOptions("w4a16", 32))
+    fused = {name: fuser.fuse(program) for name, program in export_methods(model).items()}
+    packed = {name for name in fused["prefill"].state_dict if ".packed_" in name}
+    assert len(fuser.report.layers) == 2 and len(packed) == 8
+    for name in packed:
+        assert fused["prefill"].state_dict[name] is fused["decode"].state_dict[name]
+    again = fuser.fuse(fused["decode"])
+    assert again is fused["decode"]  # nothing is left to fuse
