@@ -254,9 +254,9 @@ def _replace_device(stack: contextlib.ExitStack, model: GpuModel, folder: Path) 
         "is_bf16_supported": lambda including_emulation=True: True,
         "synchronize": lambda device=None: None,
     }
+    interfaces.init_device_reg()  # before device_count() is replaced: it registers every device that it counts
     for name, answer in answers.items():
         stack.enter_context(mock.patch.object(torch.cuda, name, answer))
-    interfaces.init_device_reg()
     worker: dict[str, Callable[..., Any]] = {
         "set_device": lambda device: None,
         "current_device": answers["current_device"],
