@@ -20,6 +20,7 @@ class GemmConfig:
         group_size_m: row blocks of a group in the tile order.
         num_warps, num_stages: of the compiled kernel and its software pipeline.
         ctas_per_sm: programs that the persistent grid starts on each multiprocessor.
+        split_k: parts of K that different programs take; few-token GEMM2 only, which sums over pairs anyway.
         scale_after: multiply the scale into the accumulator after each K block, not into the decoded weights: fewer
             instructions a weight, more an output, so it pays for small block_m. Only for symmetric W4A16 weights with
             group_size >= 128; otherwise it is ignored.
@@ -31,6 +32,7 @@ class GemmConfig:
     num_warps: int = 4
     num_stages: int = 3
     ctas_per_sm: int = 2
+    split_k: int = 1
     scale_after: bool = False
 
     def __post_init__(self) -> None:
@@ -40,15 +42,6 @@ class GemmConfig:
             raise ValueError(f"block_n={self.block_n} must be 64, 128 or 256: packed rows are padded to 128")
         if self.group_size_m not in GROUP_SIZES_M:
             raise ValueError(f"group_size_m={self.group_size_m} must be one of {GROUP_SIZES_M}")
-
-
-@dataclass(frozen=True)
-class FewTokensConfig:
-    """Configuration of `moe_few_tokens_gemm`: a program takes block_n weight rows, k_blocks blocks of K at once."""
-
-    block_n: int = 16
-    k_blocks: int = 16
-    num_warps: int = 8
 
 
 INTERPRETER_GPU = Gpu(90, 4, MAX_DYNAMIC_SHARED[90])
@@ -106,6 +99,16 @@ def choose_gemm(gpu: Gpu, scheme: Scheme, gemm: int, n: int, num_experts: int, n
     return fit(replace(config, scale_after=not crowded), scheme, gemm, gpu)
 
 
+def choose_few_tokens(gpu: Gpu, scheme: Scheme, gemm: int, n: int, k: int, num_tokens: int, num_pairs: int) -> GemmConfig:
+    """Heuristic configuration of the few-token path: small tiles, deep pipelines, enough programs to fill the GPU."""
+    block_m = 8 if num_tokens <= 8 else 16
+    split_k = 1
+    while gemm == 2 and num_pairs * (n // 64) * split_k < gpu.num_sms and k // K_BLOCK >= 16 * split_k:
+        split_k *= 2
+    config = GemmConfig(block_m, 64, 1, num_warps=4, num_stages=6, split_k=split_k, scale_after=True)
+    return fit(config, scheme, gemm, gpu)
+
+
 def few_tokens_limit(top_k: int) -> int:
-    """Largest T that takes the few-token path: beyond it an MMA's free columns are worth the routing launch (H200)."""
-    return max(1, 16 // top_k)
+    """Largest T that takes the few-token path."""
+    return max(1, 128 // top_k)

@@ -13,17 +13,10 @@ from torch import Tensor
 from torch.library import wrap_triton
 from triton.runtime.jit import JITFunction
 
-from .configs import (
-    INTERPRETER_GPU,
-    FewTokensConfig,
-    GemmConfig,
-    choose_gemm,
-    few_tokens_limit,
-)
+from .configs import INTERPRETER_GPU, GemmConfig, choose_few_tokens, choose_gemm, few_tokens_limit
 from .elementwise import moe_quantize_rows, moe_sum_pairs
-from .few_tokens import moe_few_tokens_gemm
 from .gpus import Gpu, gpu_of
-from .grouped_gemm import moe_grouped_gemm
+from .grouped_gemm import moe_few_tokens_gemm, moe_grouped_gemm
 from .packing import fragment_order
 from .routing import moe_route_count, moe_route_scatter
 from .schemes import Scheme, get_activation, get_scheme, round_up
@@ -51,14 +44,13 @@ class Options:
     Attributes:
         path: "grouped" or "few_tokens".
         persistent: False runs the one-CTA-per-tile schedule.
-        gemm1, gemm2: tile configurations. few_tokens: of the few-token kernel.
+        gemm1, gemm2: tile configurations.
     """
 
     path: str | None = None
     persistent: bool = True
     gemm1: GemmConfig | None = None
     gemm2: GemmConfig | None = None
-    few_tokens: FewTokensConfig | None = None
 
 
 @dataclass
@@ -120,6 +112,7 @@ class Problem:
             "TOP_K": self.top_k,
             "GROUP": self.group_size if self.scheme.packed else 128,
             "W_BITS": self.scheme.weight_bits,
+            "INT8_ORDER": self.scheme.packed and fragment_order(self.scheme, gemm) == "w4a8",
             "HAS_ZERO": zero is not None,
             "HAS_BIAS": bias is not None,
             "ACTIVATION": self.activation,
@@ -132,31 +125,61 @@ def cdiv(a: Any, b: int) -> Any:
     return (a + b - 1) // b
 
 
+def check_config(config: GemmConfig, gemm: int, n: int) -> None:
+    if n % config.block_n:
+        raise ValueError(f"block_n={config.block_n} must divide N={n} of GEMM{gemm}: use block_n=128")
+
+
+def tile_constants(config: GemmConfig, constants: dict[str, Any]) -> dict[str, Any]:
+    """Constexprs of a configuration that both kernels share."""
+    return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "NUM_STAGES": config.num_stages,
+        "SCALE_AFTER": config.scale_after and constants["GROUP"] >= 128 and not constants["HAS_ZERO"],
+    }
+
+
 def run_few_tokens(p: Problem) -> Tensor:
     """Two launches: GEMM1 with the activation, GEMM2 with the weighted sum over top_k."""
-    config = p.options.few_tokens or FewTokensConfig()
+    configs = []
+    for gemm, forced, n, k in ((1, p.options.gemm1, 2 * p.i_pad, p.h_pad), (2, p.options.gemm2, p.h_pad, p.i_pad)):
+        config = forced or choose_few_tokens(p.gpu, p.scheme, gemm, n, k, p.num_tokens, p.num_pairs)
+        check_config(config, gemm, n)
+        configs.append(config)
+    arrivals = triton.next_power_of_2(p.h_pad // configs[1].block_n)
+    counters = p.empty((arrivals,), torch.int32)
     hidden = p.empty((p.num_pairs, p.i_pad), torch.bfloat16)
+    y = p.empty((configs[1].split_k * p.num_pairs, p.h), torch.float32)
     out = p.empty((p.num_tokens, p.h), torch.bfloat16)
-    for gemm, x, y, rows in ((1, p.hidden_states, hidden, p.num_pairs), (2, hidden, out, p.num_tokens)):
+    for gemm, config, x, made in ((1, configs[0], p.hidden_states, hidden), (2, configs[1], hidden, y)):
         constants = p.constants(gemm)
+        split_k = config.split_k if gemm == 2 else 1
         p.submit(
             Launch(
                 moe_few_tokens_gemm,
-                (constants["N"] // config.block_n, rows),
+                (constants["N"] // config.block_n, p.num_pairs, split_k),
                 {
                     "x_ptr": x,
+                    "x_scale_ptr": x,
                     **p.weights(gemm),
-                    "out_ptr": y,
-                    "topk_ids_ptr": p.topk_ids,
+                    "y_ptr": made,
                     "pair_weight_ptr": p.topk_weights,
+                    "topk_ids_ptr": p.topk_ids,
+                    "arrivals_ptr": counters,
+                    "out_ptr": out,
+                    "num_tokens": p.num_tokens,
                 },
                 {
                     **constants,
-                    "STRIDE_X": x.shape[1],
+                    **tile_constants(config, constants),
+                    "NUM_ARRIVALS": arrivals,
                     "NUM_EXPERTS": p.num_experts,
-                    "INT8": p.scheme.packed and fragment_order(p.scheme, gemm) == "w4a8",
-                    "BLOCK_N": config.block_n,
-                    "K_BLOCKS": config.k_blocks,
+                    "PAIRS": triton.next_power_of_2(p.num_pairs),
+                    "TOKENS": triton.next_power_of_2(p.num_tokens),
+                    "STRIDE_X": x.shape[1],
+                    "ACT_GROUP": 0,  # a launch less, and more exact: here bytes are what counts
+                    "SPLIT_K": split_k,
                 },
                 num_warps=config.num_warps,
             )
@@ -257,8 +280,7 @@ def quantize_rows(p: Problem, x: Tensor, rows: Any, k: int, act_group: int) -> t
 def run_grouped_gemm(p: Problem, gemm: int, config: GemmConfig, x: Tensor, rows: Any, out: Tensor, r: Routing) -> None:
     """GEMM1 or GEMM2 over the row blocks that routing wrote."""
     constants = p.constants(gemm)
-    if constants["N"] % config.block_n:
-        raise ValueError(f"block_n={config.block_n} must divide N={constants['N']} of GEMM{gemm}: use block_n=128")
+    check_config(config, gemm, constants["N"])
     act_group = p.scheme.act_group(gemm)
     scale = x
     if act_group:
@@ -287,13 +309,10 @@ def run_grouped_gemm(p: Problem, gemm: int, config: GemmConfig, x: Tensor, rows:
             },
             {
                 **constants,
+                **tile_constants(config, constants),
                 "STRIDE_X": x.shape[1],
                 "ACT_GROUP": act_group,
-                "BLOCK_M": config.block_m,
-                "BLOCK_N": config.block_n,
                 "GROUP_SIZE_M": config.group_size_m,
-                "NUM_STAGES": config.num_stages,
-                "SCALE_AFTER": config.scale_after and constants["GROUP"] >= 128 and not constants["HAS_ZERO"],
                 "PERSISTENT": p.options.persistent,
             },
             num_warps=config.num_warps,

@@ -101,3 +101,31 @@ def moe_route_scatter(
         has = b < blocks
         tl.store(block_expert_ptr + first_block + b, experts, mask=has)
         tl.store(block_row_ptr + first_block + b, starts + b * BLOCK_M, mask=has)
+
+
+@triton.jit
+def rows_of_first_pair(
+    topk_ids_ptr, num_pairs, first_pair, NUM_EXPERTS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """Routing for few pairs, by each program for itself: the row block that pair `first_pair` leads.
+
+    The pairs of an expert form row blocks of BLOCK_M in their order; the first of each block leads it.
+
+    Args:
+        topk_ids_ptr: int32 or int64 [P]. PAIRS: a power of two from P on.
+
+    Returns:
+        expert (int64), pairs int32 [BLOCK_M] (0 where masked), their mask, and whether the pair leads a block at all.
+    """
+    offs = tl.arange(0, PAIRS)
+    ids = load_expert_ids(topk_ids_ptr, offs, num_pairs, NUM_EXPERTS)
+    expert = tl.load(topk_ids_ptr + first_pair).to(tl.int64)
+    same = (ids.to(tl.int64) == expert) & (ids >= 0)
+    rank = tl.cumsum(same.to(tl.int32), axis=0) - 1
+    own = tl.sum(tl.where(offs < first_pair, same.to(tl.int32), 0), axis=0)
+    leads = (expert >= 0) & (expert < NUM_EXPERTS) & (own % BLOCK_M == 0)
+    row = own + tl.arange(0, BLOCK_M)
+    chosen = same[None, :] & (rank[None, :] == row[:, None])
+    pair = tl.sum(tl.where(chosen, offs[None, :], 0), axis=1)
+    mask_m = tl.sum(chosen.to(tl.int32), axis=1) > 0
+    return expert, pair, mask_m, leads

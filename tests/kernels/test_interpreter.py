@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from executorch_moe.kernels import SCHEMES
-from executorch_moe.kernels.configs import INTERPRETER_GPU, FewTokensConfig, GemmConfig
+from executorch_moe.kernels.configs import INTERPRETER_GPU, GemmConfig
 from executorch_moe.kernels.plan import Options, Problem, Routing, run_fused_experts, run_routing
 from executorch_moe.kernels.schemes import Scheme, get_scheme
 
@@ -60,14 +60,14 @@ def test_a_tile_that_does_not_divide_n_is_refused() -> None:
 @pytest.mark.parametrize("case", [c for c in CASES if c.tokens <= 11], ids=str)
 def test_few_tokens_path_against_the_oracle(case: Case, scheme: str) -> None:
     problem = make(case, scheme)
-    out = run_fused_experts(*problem.args(), options=Options(path="few_tokens", few_tokens=FewTokensConfig(block_n=64)))
+    out = run_fused_experts(*problem.args(), options=Options(path="few_tokens"))
     assert relative_error(out, problem.expected) <= min(BOUNDS[scheme], 4.5e-3)
 
 
 @pytest.mark.parametrize("path", ["grouped", "few_tokens"])
 def test_zero_points(path: str) -> None:
     problem = make(ZERO_CASE, "w4a16")
-    options = Options(path=path, gemm1=SMALL, gemm2=SMALL, few_tokens=FewTokensConfig(block_n=64))
+    options = Options(path=path, gemm1=SMALL, gemm2=SMALL)
     assert relative_error(run_fused_experts(*problem.args(), options=options), problem.expected) <= BOUNDS["w4a16"]
 
 
@@ -120,7 +120,7 @@ def test_dropped_pairs_are_never_read() -> None:
 
     *tensors, scheme, _, group_size = problem.args()
     for run in (run_grouped, run_few_tokens):
-        options = Options(gemm1=SMALL, gemm2=SMALL, few_tokens=FewTokensConfig(block_n=64))
+        options = Options(gemm1=SMALL, gemm2=SMALL)
         poisoned = Poisoned(*tensors, get_scheme(scheme), 0, group_size, INTERPRETER_GPU, False, options)  # type: ignore[arg-type]
         assert relative_error(run(poisoned), problem.expected) <= BOUNDS["w4a16"], run.__name__
 
