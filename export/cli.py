@@ -256,6 +256,25 @@ def bench_kernel(
         kb.plot(benchmark, rows, plot)
 
 
+@app.command()
+@one_line_errors
+def tune(
+    shape: Annotated[
+        str, typer.Option(help="A preset (qwen35, qwen3, mixtral, gpt-oss, olmoe, deepseek-v3) or ExTOP_KxHxIxGROUP.")
+    ],
+    scheme: Annotated[str, typer.Option(help="w4a16, w4a8 or bf16.")] = "w4a16",
+    out: Annotated[
+        Path | None, typer.Option(help="The table to put the entry into; by default this package's own for this GPU.")
+    ] = None,
+    layers: Annotated[int, typer.Option(help="Layers with different weights in one CUDA graph.")] = 3,
+) -> None:
+    """Find the fastest configurations of an expert layer on this GPU, and write them into a table."""
+    from .kernel_tuning import tune_layer
+
+    path = tune_layer(shape, scheme, out, layers, console)
+    console.print(f"wrote {path}; every export and run on such a GPU takes its configurations from there")
+
+
 def parse_lengths(text: str, what: str = "prompt_tokens") -> list[int]:
     """ "32,128" -> [32, 128].
 

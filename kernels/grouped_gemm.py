@@ -179,7 +179,7 @@ def gemm_tile(
     GROUP: tl.constexpr, W_BITS: tl.constexpr, INT8_ORDER: tl.constexpr, ACT_GROUP: tl.constexpr,
     HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, GEMM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr, NUM_STAGES: tl.constexpr,
-    SCALE_AFTER: tl.constexpr, PTX: tl.constexpr,
+    UNROLL: tl.constexpr, SCALE_AFTER: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """One output tile: BLOCK_N weight rows of one expert by up to BLOCK_M of its tokens.
 
@@ -211,15 +211,13 @@ def gemm_tile(
             z0, z1, z2, z3 = s0, s1, s2, s3
     if INT8:
         a0, a1, a2, a3 = load_row_scales(x_scale_rows, first, ACT_GROUP)
-    for kb in tl.range(first, last, num_stages=NUM_STAGES):
+    for kb in tl.range(first, last, num_stages=NUM_STAGES, loop_unroll_factor=UNROLL):
         raw = load_weight_block(w_ptr, kb, offs_n, N, W_BITS, INT8, KP)
         x_block = x_ptr + kb * 128
         ahead = tl.minimum(kb + 1, KP // 128 - 1)
         if INT8:
             SUB: tl.constexpr = min(GROUP, min(ACT_GROUP, 128))
-            acc = accumulate_int8(
-                acc, raw, s0, s1, s2, s3, a0, a1, a2, a3, x_block, x_offs, mask_m, BLOCK_N, SUB, PTX
-            )
+            acc = accumulate_int8(acc, raw, s0, s1, s2, s3, a0, a1, a2, a3, x_block, x_offs, mask_m, BLOCK_N, SUB, PTX)
             a0, a1, a2, a3 = load_row_scales(x_scale_rows, ahead, ACT_GROUP)
         else:
             if K == KP:
@@ -271,7 +269,10 @@ def sum_pairs_of_block(
     H: tl.constexpr, TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_N: tl.constexpr,
     TOKENS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Sum over top_k (and the parts of K) for BLOCK_N columns of all tokens, in fixed order. y: fp32 [SPLIT_K, P, H]."""
+    """Sum over top_k (and the parts of K) for BLOCK_N columns of all tokens, in fixed order.
+
+    y: fp32 [SPLIT_K, P, H].
+    """
     token = tl.arange(0, TOKENS)
     offs = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((TOKENS, BLOCK_N), dtype=tl.float32)
@@ -302,18 +303,24 @@ def moe_grouped_gemm(
     block_expert_ptr,  # int32 [max row blocks]
     block_row_ptr,  # int32 [max row blocks], first row of the block
     num_row_blocks_ptr,  # int32 [1]: how many row blocks routing wrote
+    num_pairs,
+    PAIRS_FROM: tl.constexpr, PAIRS_TO: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, OUT_COLS: tl.constexpr, STRIDE_X: tl.constexpr,
     TOP_K: tl.constexpr, GROUP: tl.constexpr, W_BITS: tl.constexpr, INT8_ORDER: tl.constexpr, ACT_GROUP: tl.constexpr,
     HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, GEMM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_SIZE_M: tl.constexpr, NUM_STAGES: tl.constexpr,
-    SCALE_AFTER: tl.constexpr, PERSISTENT: tl.constexpr, PTX: tl.constexpr,
+    UNROLL: tl.constexpr, SCALE_AFTER: tl.constexpr, PERSISTENT: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """GEMM1 (gate+up with the activation) or GEMM2 (down with the routing weight) over the row blocks of routing.py.
 
     PERSISTENT: any number of programs walk the tile list to the count on the device. Else program i does tile i, and
     the grid must cover every tile. A tile is computed the same way in both, so the results are equal bit for bit.
+
+    With less than PAIRS_FROM or more than PAIRS_TO pairs there is nothing to do: another launch, with tiles of another
+    height, is the one for that many.
     """
-    num_row_blocks = tl.load(num_row_blocks_ptr)
+    wanted = (num_pairs >= PAIRS_FROM) & (num_pairs <= PAIRS_TO)
+    num_row_blocks = tl.load(num_row_blocks_ptr, mask=wanted, other=0)
     num_tiles = num_row_blocks * (N // BLOCK_N)
     start = tl.program_id(0)
     # One CTA per tile is the same loop with a stride that ends it after one tile.
@@ -331,7 +338,7 @@ def moe_grouped_gemm(
             x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, bias_ptr, out_ptr, pair_weight_ptr,
             expert, pair, x_row, out_row, mask_m, n_block, 0,
             N, K, KP, OUT_COLS, STRIDE_X, GROUP, W_BITS, INT8_ORDER, ACT_GROUP, HAS_ZERO, HAS_BIAS, ACTIVATION, GEMM,
-            BLOCK_M, BLOCK_N, 1, NUM_STAGES, SCALE_AFTER, PTX,
+            BLOCK_M, BLOCK_N, 1, NUM_STAGES, UNROLL, SCALE_AFTER, PTX,
         )  # fmt: skip
 
 
@@ -354,7 +361,7 @@ def moe_few_tokens_gemm(
     TOP_K: tl.constexpr, GROUP: tl.constexpr, W_BITS: tl.constexpr, INT8_ORDER: tl.constexpr, ACT_GROUP: tl.constexpr,
     HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, GEMM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr, NUM_STAGES: tl.constexpr,
-    SCALE_AFTER: tl.constexpr, PTX: tl.constexpr,
+    UNROLL: tl.constexpr, SCALE_AFTER: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """The same GEMMs without routing lists: program (n block, pair, part of K) does the row block that its pair leads.
 
@@ -364,12 +371,12 @@ def moe_few_tokens_gemm(
     n_block, first_pair, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_pairs = num_tokens * TOP_K
     expert, pair, mask_m, leads = rows_of_first_pair(
-        topk_ids_ptr, num_pairs, first_pair, NUM_EXPERTS, PAIRS, BLOCK_M
+        topk_ids_ptr, num_pairs, first_pair, NUM_EXPERTS, PAIRS, BLOCK_M, TOKENS == 1
     )
     if GEMM == 1:
-        if (n_block == 0) & (first_pair == 0):
-            block = tl.arange(0, NUM_ARRIVALS)
-            tl.store(arrivals_ptr + block, tl.zeros_like(block))
+        block = tl.arange(0, NUM_ARRIVALS)
+        first_program = (n_block == 0) & (first_pair == 0)
+        tl.store(arrivals_ptr + block, tl.zeros_like(block), mask=first_program & (block < NUM_ARRIVALS))
     if leads:
         x_row = pair // TOP_K if GEMM == 1 else pair
         out_row = pair + split * num_pairs
@@ -377,7 +384,7 @@ def moe_few_tokens_gemm(
             x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, bias_ptr, y_ptr, pair_weight_ptr,
             expert, pair, x_row, out_row, mask_m, n_block, split,
             N, K, KP, OUT_COLS, STRIDE_X, GROUP, W_BITS, INT8_ORDER, ACT_GROUP, HAS_ZERO, HAS_BIAS, ACTIVATION, GEMM,
-            BLOCK_M, BLOCK_N, SPLIT_K, NUM_STAGES, SCALE_AFTER, PTX,
+            BLOCK_M, BLOCK_N, SPLIT_K, NUM_STAGES, UNROLL, SCALE_AFTER, PTX,
         )  # fmt: skip
     if GEMM == 2:
         tl.debug_barrier()  # all threads' stores before the one thread's release

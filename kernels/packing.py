@@ -12,8 +12,9 @@ thread t of the 4 that share an MMA row owns the 16 bytes from 16t on: exactly t
     w4a16 (bf16 fragments, m16k16):  k = 32s + 16c + 8h + 2t + l  ->  byte 16t + 8c + 4h + 2l + s // 2, nibble s % 2
     w4a8  (int8 fragments, m16k32):  k = 64s + 32c + 16h + 4t + 2m + l ->  byte 16t + 8c + 4h + 2l + m, nibble s
     (s, c, h, m, l in range; nibble 0 is the low one)
-The middle two of every four int8 values are swapped, in the weights here and in the activations when they are quantised:
-the product is the same, and the bf16 decoder finds neighbours where it looks for them, so few tokens need no int8.
+The middle two of every four int8 values are swapped, in the weights here and in the activations when they are
+quantised: the product is the same, and the bf16 decoder finds neighbours where it looks for them, so that few tokens
+can be multiplied in bf16.
 Scales, and the optional zeros, bf16 [E, K/group_size, N]: n contiguous, as a tile reads a run of rows at one group, and
 within runs of 16 in the order 0, 8, 1, 9, ... 7, 15: rows r and r + 8, whose sums one thread has, share a 32-bit word.
 

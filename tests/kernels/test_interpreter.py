@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from executorch_moe.kernels import SCHEMES
+from executorch_moe.kernels.choose import MAX_PAIRS, Variant
 from executorch_moe.kernels.configs import INTERPRETER_GPU, GemmConfig
-from executorch_moe.kernels.plan import Options, Problem, Routing, run_fused_experts, run_routing
+from executorch_moe.kernels.plan import Heights, Launch, Options, Problem, Routing, run_fused_experts, run_routing
 from executorch_moe.kernels.schemes import Scheme, get_scheme
 
 from .cases import BOUNDS, CASES, ZERO_CASE, Case, make, relative_error
@@ -84,10 +85,35 @@ def test_both_schedules_give_the_same_bits(scheme: str, block_n: int, group_size
     assert relative_error(persistent, problem.expected) <= BOUNDS[scheme]
 
 
-def test_blocks_of_the_two_gemms_may_differ() -> None:
+def test_blocks_of_the_two_gemms_must_agree() -> None:
     problem = make(Case("blocks", tokens=30, experts=3), "w4a16")
-    options = grouped(GemmConfig(block_m=32, block_n=128), GemmConfig(block_m=8, block_n=64))
-    assert relative_error(run_fused_experts(*problem.args(), options=options), problem.expected) <= BOUNDS["w4a16"]
+    with pytest.raises(ValueError, match="block_m=32 of GEMM1 and 8 of GEMM2 differ"):
+        run_fused_experts(
+            *problem.args(), options=grouped(GemmConfig(block_m=32, block_n=128), GemmConfig(block_m=8, block_n=64))
+        )
+
+
+@pytest.mark.parametrize("tokens", [3, 8, 9, 16, 17, 40])
+def test_the_variant_is_chosen_by_the_number_of_pairs(tokens: int) -> None:
+    """What an export for any number of tokens launches: each variant, of which one finds row blocks of its height."""
+    tiles = [GemmConfig(block_m=height, block_n=64) for height in (8, 16, 32)]
+    limits = (16, 32, MAX_PAIRS)  # pairs, at top_k = 2
+    variants = tuple(
+        Variant(first, last, tile, tile) for first, last, tile in zip((0, 17, 33), limits, tiles, strict=True)
+    )
+    problem = make(Case("variants", tokens=tokens, experts=3), "w4a16")
+    ran: list[int] = []
+
+    def submit(launch: Launch) -> None:
+        launch.run()
+        if launch.kernel.__name__ == "moe_route_scatter":
+            ran.append(int(launch.args["num_row_blocks_ptr"][0]))
+
+    out = run_fused_experts(*problem.args(), options=Options(path="grouped", variants=variants), submit=submit)
+    assert relative_error(out, problem.expected) <= BOUNDS["w4a16"]
+    height = tiles[0 if tokens <= 8 else 1 if tokens <= 16 else 2].block_m
+    counts = problem.topk_ids.flatten().bincount()
+    assert ran == [int((-(-counts // height)).sum())]
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
@@ -135,7 +161,7 @@ def route(ids: torch.Tensor, experts: int, block_m: int) -> Routing:
         torch.zeros(ids.shape[0], 128).bfloat16(), ids, torch.zeros(ids.shape), packed_rows, down,
         None, None, None, None, None, None, get_scheme("w4a16"), 0, 128, INTERPRETER_GPU, False,
     )  # fmt: skip
-    return run_routing(problem, block_m)
+    return run_routing(problem, Heights(block_m))
 
 
 def check_routing(ids: torch.Tensor, experts: int, block_m: int) -> None:
