@@ -222,7 +222,10 @@ def bench_kernel(
     tokens: Annotated[str, typer.Option(help="Token counts, separated by commas.")] = "1,8,64,512,1642,4096",
     impl: Annotated[
         str,
-        typer.Option(help="ours, ours-tile, upstream-dec, upstream-a16, upstream-a8, torch-grouped-mm; with commas."),
+        typer.Option(
+            help="ours, ours-heuristic, ours-grouped, ours-tile, ours-g8, ours-tile-g8 (GROUP_SIZE_M 1, 8, 16, 32), "
+            "upstream-dec, upstream-a16, upstream-a8, torch-grouped-mm; with commas."
+        ),
     ] = "ours,ours-tile",
     scheme: Annotated[str, typer.Option(help="w4a16, w4a8, bf16; with commas.")] = "w4a16",
     routing: Annotated[str, typer.Option(help="uniform, zipf (1.2), or hot: all to the same experts.")] = "uniform",

@@ -8,8 +8,9 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from executorch_moe.kernels.compile import compile_ahead
 from executorch_moe.kernels.tables import TunedLayer, table_path
-from executorch_moe.kernels.tune import Tuner, compile_trials, entry, with_entry
+from executorch_moe.kernels.tune import Tuner, entry, with_entry
 
 from .benchmark import versions
 from .kernel_benchmark import parse_shape
@@ -42,8 +43,9 @@ def tune_layer(shape_text: str, scheme: str, out: Path | None, layers: int, cons
     with_entry(before, made_by, entry(tuner.layer, tuner.scheme, TunedLayer((), ())))  # a bad file fails now, not then
     trials = tuner.trials()
     with Progress(console=console, transient=True) as progress:
-        compiling = progress.add_task("compiling", total=1.0)
-        compile_trials(shape, scheme, trials, on_part=lambda part: progress.advance(compiling, part))
+        jobs = tuner.jobs(trials)
+        compiling = progress.add_task("compiling", total=len(jobs))
+        compile_ahead(jobs, on_done=lambda: progress.advance(compiling))
         timing = progress.add_task("timing", total=len(trials))
         tuned = tuner.run(on_trial=lambda trial, us: progress.advance(timing))
     path.parent.mkdir(parents=True, exist_ok=True)

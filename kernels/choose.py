@@ -40,10 +40,13 @@ class Variant:
 
 
 def few_token_configs(
-    gpu: Gpu, scheme: Scheme, layer: LayerShape, num_tokens: int
+    gpu: Gpu, scheme: Scheme, layer: LayerShape, num_tokens: int, tables: bool = True
 ) -> tuple[GemmConfig, GemmConfig] | None:
-    """Configurations of the few-token path, or None where the grouped path is faster."""
-    table = find_table(gpu, scheme, layer)
+    """Configurations of the few-token path, or None where the grouped path is faster.
+
+    tables: False leaves the choice to the heuristics.
+    """
+    table = find_table(gpu, scheme, layer) if tables else None
     if table is not None:
         for entry in table.few_tokens:
             if num_tokens <= entry.up_to:
@@ -54,9 +57,11 @@ def few_token_configs(
     return heuristic_few_tokens(gpu, scheme, layer, num_tokens)
 
 
-def grouped_variants(gpu: Gpu, scheme: Scheme, layer: LayerShape, num_pairs: int | None) -> tuple[Variant, ...]:
+def grouped_variants(
+    gpu: Gpu, scheme: Scheme, layer: LayerShape, num_pairs: int | None, tables: bool = True
+) -> tuple[Variant, ...]:
     """Variants of the grouped path that cover `num_pairs`, or (None: known at run time only) any number of pairs."""
-    rows = _grouped_rows(gpu, scheme, layer)
+    rows = _grouped_rows(gpu, scheme, layer, tables)
     if num_pairs is not None:
         _, gemm1, gemm2 = next(row for row in rows if num_pairs <= row[0])
         return (Variant(0, MAX_PAIRS, gemm1, gemm2),)
@@ -82,9 +87,11 @@ def _fitted(
     return gemm1, gemm2
 
 
-def _grouped_rows(gpu: Gpu, scheme: Scheme, layer: LayerShape) -> list[tuple[int, GemmConfig, GemmConfig]]:
+def _grouped_rows(
+    gpu: Gpu, scheme: Scheme, layer: LayerShape, tables: bool
+) -> list[tuple[int, GemmConfig, GemmConfig]]:
     """(most pairs, GEMM1, GEMM2), ascending, the last without an end; both GEMMs of a row have one tile height."""
-    table: TunedLayer | None = find_table(gpu, scheme, layer)
+    table: TunedLayer | None = find_table(gpu, scheme, layer) if tables else None
     if table is not None:
         rows = [(entry.up_to * layer.experts, entry.gemm1, entry.gemm2) for entry in table.grouped]
     else:

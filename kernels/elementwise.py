@@ -27,8 +27,8 @@ def moe_quantize_rows(
     scale = tl.maximum(tl.max(tl.abs(x), axis=1) / 127.0, 1e-12)
     # Adding and taking away 1.5 * 2^23 rounds to the nearest even integer in fp32.
     q = (x / scale[:, None] + 12582912.0) - 12582912.0
-    swapped = (offs & -4) + ((offs & 1) << 1) + ((offs >> 1) & 1)
-    tl.store(q_ptr + row * KP + swapped, q.to(tl.int8), mask=offs < KP)
+    swapped = q.reshape(GROUPS, ACT_GROUP // 4, 2, 2).permute(0, 1, 3, 2).reshape(GROUPS, ACT_GROUP)
+    tl.store(q_ptr + row * KP + offs, swapped.to(tl.int8), mask=offs < KP)
     tl.store(scale_ptr + row * (KP // ACT_GROUP) + group, scale, mask=group < KP // ACT_GROUP)
 
 

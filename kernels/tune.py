@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
 from typing import Any
 
 import torch
 
 from .benchmark import LayerInputs, Shape, random_packed, time_graph, with_tokens
 from .choose import LayerShape
+from .compile import CompileJob
 from .configs import GemmConfig, fit
 from .gpus import Gpu, gpu_of
 from .plan import Launch, Options
 from .schemes import Scheme, get_scheme, round_up
 from .tables import TunedLayer, TunedRow, layer_key
 
-FEW_TOKENS = (1, 2, 4, 8, 16)
+FEW_TOKENS = (1, 2, 4, 8, 16, 32, 64)
 PAIRS_PER_EXPERT = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 HEIGHTS = {
     1: (16,),
@@ -54,14 +52,16 @@ class Trial:
 def few_token_candidates(scheme: Scheme, layer: LayerShape, gemm: int, tokens: int) -> Iterator[GemmConfig]:
     """Configurations of the few-token path that are worth timing."""
     n, k = layer.rows_and_k(gemm)
-    splits = [s for s in (1, 2, 4, 8) if s == 1 or (gemm == 2 and k // 128 >= 14 * s)]
-    for (block_n, warps), (stages, unroll), split_k in itertools.product(
-        ((64, 2), (64, 4), (128, 4)), ((3, 1), (2, 2), (3, 2)), splits
-    ):
+    if tokens <= 16:
+        height = 8 if tokens <= 8 else 16
+        splits = [s for s in (1, 2, 4, 8) if s == 1 or (gemm == 2 and k // 128 >= 14 * s)]
+        tiles = ((64, 2), (64, 4), (128, 4))
+        pipelines = ((3, 1), (2, 2), (3, 2))
+    else:
+        height, splits, tiles, pipelines = 16, [1], ((128, 4), (256, 4)), ((3, 1), (4, 1))
+    for (block_n, warps), (stages, unroll), split_k in itertools.product(tiles, pipelines, splits):
         if n % block_n == 0 and k // 128 >= unroll:
-            yield GemmConfig(
-                8 if tokens <= 8 else 16, block_n, 1, warps, stages, unroll, split_k=split_k, scale_after=True
-            )
+            yield GemmConfig(height, block_n, 1, warps, stages, unroll, split_k=split_k, scale_after=True)
 
 
 def grouped_candidates(scheme: Scheme, layer: LayerShape, gemm: int, height: int) -> Iterator[GemmConfig]:
@@ -115,6 +115,15 @@ class Tuner:
                     for config in grouped_candidates(self.scheme, self.layer, gemm, height)
                 ]
         return [t for t in found if fit(t.config, self.scheme, t.gemm, self.gpu) == t.config]
+
+    def jobs(self, trials: list[Trial]) -> list[CompileJob]:
+        """What has to be compiled for the trials, each kernel once."""
+        # Neither the grid nor, on the grouped path, the number of tokens is compiled in.
+        distinct = {
+            (t.path, t.tokens if t.path == "few_tokens" else 0, t.gemm, replace(t.config, ctas_per_sm=1)): t
+            for t in trials
+        }
+        return [CompileJob(self.shape, self.scheme.name, t.tokens, self._options(t)) for t in distinct.values()]
 
     def run(self, on_trial: Callable[[Trial, float], None] = lambda trial, us: None) -> TunedLayer:
         """Time all trials and keep the best; `on_trial` is told each time in microseconds."""
@@ -211,36 +220,6 @@ def _merged(rows: list[TunedRow]) -> Iterator[TunedRow]:
         assert row is not None
         if following is None or (row.gemm1, row.gemm2) != (following.gemm1, following.gemm2):
             yield row
-
-
-# ------------------------------------------------------------- compiling ahead, in several processes
-
-
-def compile_trials(shape: Shape, scheme: str, trials: list[Trial], on_part: Callable[[float], None]) -> None:
-    """Fill Triton's cache for the trials, on all cores: compiling takes longer than timing.
-
-    on_part: told after each kernel which part of all it was.
-    """
-    gpu = gpu_of(torch.cuda.current_device())
-    # Neither the grid nor, on the grouped path, the number of tokens is compiled in.
-    distinct = {
-        (t.path, t.tokens if t.path == "few_tokens" else 0, t.gemm, replace(t.config, ctas_per_sm=1)): t for t in trials
-    }
-    workers = max(1, (os.cpu_count() or 2) - 1)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for _ in pool.map(_compile, [(shape, scheme, gpu, trial) for trial in distinct.values()], chunksize=2):
-            on_part(1 / len(distinct))
-
-
-def _compile(job: tuple[Shape, str, Gpu, Trial]) -> None:
-    from .compile import record_launches
-
-    shape, scheme, gpu, trial = job
-    options = Options(path=trial.path, **_one_height(trial))
-    sizes = (trial.tokens, shape.experts, shape.top_k, shape.hidden, shape.intermediate, shape.group_size)
-    for launch in record_launches(gpu, scheme, *sizes, options):
-        if launch.constexprs.get("GEMM") == trial.gemm or trial.path == "few_tokens":
-            launch.kernel.warmup(**launch.args, **launch.constexprs, num_warps=launch.num_warps, grid=launch.grid)
 
 
 def entry(layer: LayerShape, scheme: Scheme, tuned: TunedLayer) -> dict[str, Any]:

@@ -14,10 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from executorch_moe.kernels import SCHEMES
+from executorch_moe.kernels import SCHEMES, unpack_experts
 from executorch_moe.kernels.choose import MAX_PAIRS, Variant
 from executorch_moe.kernels.configs import INTERPRETER_GPU, GemmConfig
 from executorch_moe.kernels.plan import Heights, Launch, Options, Problem, Routing, run_fused_experts, run_routing
+from executorch_moe.kernels.reference import reference_experts
 from executorch_moe.kernels.schemes import Scheme, get_scheme
 
 from .cases import BOUNDS, CASES, ZERO_CASE, Case, make, relative_error
@@ -63,6 +64,27 @@ def test_few_tokens_path_against_the_oracle(case: Case, scheme: str) -> None:
     problem = make(case, scheme)
     out = run_fused_experts(*problem.args(), options=Options(path="few_tokens"))
     assert relative_error(out, problem.expected) <= min(BOUNDS[scheme], 4.5e-3)
+
+
+@pytest.mark.parametrize("split_k", [1, 3])
+@pytest.mark.parametrize("tokens", [2, 16, 18])
+def test_few_tokens_of_which_several_share_an_expert(tokens: int, split_k: int) -> None:
+    """More pairs than experts, more rows than a tile has, K in parts, the sum inside GEMM2 and after it."""
+    problem = make(Case("shared", tokens=tokens, experts=3, intermediate=384, group_size=128), "w4a16")
+    tile = GemmConfig(8, 64, unroll=2, split_k=split_k, scale_after=True)
+    out = run_fused_experts(*problem.args(), options=Options(path="few_tokens", gemm1=tile, gemm2=tile))
+    assert relative_error(out, problem.expected) <= BOUNDS["w4a16"]
+
+
+@pytest.mark.parametrize("experts", [2, 5])
+def test_a_token_that_names_an_expert_twice(experts: int) -> None:
+    problem = make(Case("twice", tokens=1, experts=experts, top_k=2), "w4a16")
+    twice = torch.ones_like(problem.topk_ids)
+    x, _, weights, *rest = problem.args()
+    expected = reference_experts(x, twice, weights, *unpack_experts(problem.packed))
+    for path in ("few_tokens", "grouped"):
+        out = run_fused_experts(x, twice, weights, *rest, options=Options(path=path))
+        assert relative_error(out, expected) <= BOUNDS["w4a16"]
 
 
 @pytest.mark.parametrize("path", ["grouped", "few_tokens"])
