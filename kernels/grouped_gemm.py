@@ -26,7 +26,7 @@ from ._device import (
     rows_of_pairs,
     to_bf16,
 )
-from .routing import pairs_of_ranks, rows_of_program
+from .routing import leads_row_block, rows_of_leader
 
 
 @triton.jit
@@ -204,9 +204,10 @@ def gemm_tile(
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     # Scales of the next block are fetched one iteration ahead: they are too narrow for the asynchronous copies.
     if W_BITS == 4:
-        s0, s1, s2, s3 = load_groups(s_ptr, first, n_block, N, GROUP, BLOCK_N)
+        begin = first if SPLIT_K == 1 else tl.minimum(first, KP // 128 - 1)  # the last part may be empty
+        s0, s1, s2, s3 = load_groups(s_ptr, begin, n_block, N, GROUP, BLOCK_N)
         if HAS_ZERO:
-            z0, z1, z2, z3 = load_groups(z_ptr, first, n_block, N, GROUP, BLOCK_N)
+            z0, z1, z2, z3 = load_groups(z_ptr, begin, n_block, N, GROUP, BLOCK_N)
         else:
             z0, z1, z2, z3 = s0, s1, s2, s3
     if INT8:
@@ -357,32 +358,30 @@ def moe_few_tokens_gemm(
     out_ptr,  # bf16 [T, OUT_COLS], GEMM2 only
     num_tokens,
     NUM_ARRIVALS: tl.constexpr, NUM_EXPERTS: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr,
-    BY_EXPERT: tl.constexpr, SUM_INSIDE: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, OUT_COLS: tl.constexpr, STRIDE_X: tl.constexpr,
     TOP_K: tl.constexpr, GROUP: tl.constexpr, W_BITS: tl.constexpr, INT8_ORDER: tl.constexpr, ACT_GROUP: tl.constexpr,
     HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, GEMM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr, NUM_STAGES: tl.constexpr,
     UNROLL: tl.constexpr, SCALE_AFTER: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """The same GEMMs without routing lists: program (n block, pair or expert, part of K) does all rows of one expert.
+    """The same GEMMs without routing lists: program (n block, pair, part of K) does the row block that its pair leads.
 
-    PAIRS and TOKENS: powers of two from P and T on. BY_EXPERT: see `rows_of_program`.
-    SUM_INSIDE: GEMM2 also sums over top_k: the last program of an n block to arrive adds what all of them wrote, in
-    fixed order, so the bits do not depend on which one it is.
+    PAIRS and TOKENS: powers of two from P and T on. GEMM2 also sums over top_k: the last program of an n block to
+    arrive adds what all of them wrote, in fixed order, so the bits do not depend on which one it is.
     """
-    n_block, index, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    n_block, first_pair, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_pairs = num_tokens * TOP_K
-    expert, rank, count = rows_of_program(
-        topk_ids_ptr, num_pairs, index, NUM_EXPERTS, PAIRS, BLOCK_M, BY_EXPERT, TOKENS == 1
+    expert, before, leads = leads_row_block(
+        topk_ids_ptr, num_pairs, first_pair, NUM_EXPERTS, PAIRS, BLOCK_M, TOKENS == 1
     )
-    if GEMM == 1 and SUM_INSIDE:
+    if GEMM == 1:
         block = tl.arange(0, NUM_ARRIVALS)
-        first_program = (n_block == 0) & (index == 0)
+        first_program = (n_block == 0) & (first_pair == 0)
         tl.store(arrivals_ptr + block, tl.zeros_like(block), mask=first_program & (block < NUM_ARRIVALS))
-    # More than one round only if a token names an expert twice, or there are more tokens than rows in a tile.
-    for first in range(0, count, BLOCK_M):
-        pair = pairs_of_ranks(rank, first, PAIRS, BLOCK_M)
-        mask_m = first + tl.arange(0, BLOCK_M) < count
+    if leads:
+        pair, mask_m = rows_of_leader(
+            topk_ids_ptr, num_pairs, first_pair, expert, before, NUM_EXPERTS, PAIRS, BLOCK_M, TOKENS == 1
+        )
         x_row = pair // TOP_K if GEMM == 1 else pair
         out_row = pair + split * num_pairs
         gemm_tile(
@@ -391,10 +390,10 @@ def moe_few_tokens_gemm(
             N, K, KP, OUT_COLS, STRIDE_X, GROUP, W_BITS, INT8_ORDER, ACT_GROUP, HAS_ZERO, HAS_BIAS, ACTIVATION, GEMM,
             BLOCK_M, BLOCK_N, SPLIT_K, NUM_STAGES, UNROLL, SCALE_AFTER, PTX,
         )  # fmt: skip
-    if GEMM == 2 and SUM_INSIDE:
+    if GEMM == 2:
         tl.debug_barrier()  # all threads' stores before the one thread's release
-        before = tl.atomic_add(arrivals_ptr + n_block, 1, sem="acq_rel", scope="gpu")
-        if before == tl.num_programs(1) * SPLIT_K - 1:
+        arrived = tl.atomic_add(arrivals_ptr + n_block, 1, sem="acq_rel", scope="gpu")
+        if arrived == num_pairs * SPLIT_K - 1:
             sum_pairs_of_block(
                 y_ptr, topk_ids_ptr, out_ptr, num_tokens, num_pairs, n_block,
                 OUT_COLS, TOP_K, NUM_EXPERTS, SPLIT_K, BLOCK_N, TOKENS, PTX,

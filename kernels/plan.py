@@ -149,25 +149,19 @@ def tile_constants(config: GemmConfig, constants: dict[str, Any]) -> dict[str, A
     }
 
 
-SUM_INSIDE_TOKENS = 16
-"""Most tokens whose sum over top_k one program does at the end of GEMM2; more are worth a launch of many programs."""
-
-
 def run_few_tokens(p: Problem) -> Tensor:
-    """Two launches: GEMM1 with the activation, GEMM2 with the weighted sum over top_k; or that sum as a third."""
+    """Two launches: GEMM1 with the activation, GEMM2 with the weighted sum over top_k."""
     chosen = few_token_configs(p.gpu, p.scheme, p.layer, p.num_tokens, p.options.tables)
     if chosen is None:  # the path was forced
         chosen = heuristic_few_tokens(p.gpu, p.scheme, p.layer, p.num_tokens)
     configs = (p.options.gemm1 or chosen[0], p.options.gemm2 or chosen[1])
     for gemm, config in enumerate(configs, start=1):
         check_config(config, gemm, p.layer.rows_and_k(gemm)[0])
-    sum_inside = p.num_tokens <= SUM_INSIDE_TOKENS
-    split_k = configs[1].split_k if sum_inside else 1
-    by_expert = p.num_experts <= p.num_pairs
+    split_k = configs[1].split_k
     arrivals = triton.next_power_of_2(p.h_pad // configs[1].block_n)
     counters = p.empty((arrivals,), torch.int32)
     hidden = p.empty((p.num_pairs, p.i_pad), torch.bfloat16)
-    y = p.empty((split_k * p.num_pairs, p.h), torch.float32 if sum_inside else torch.bfloat16)
+    y = p.empty((split_k * p.num_pairs, p.h), torch.float32)
     out = p.empty((p.num_tokens, p.h), torch.bfloat16)
     for gemm, config, x, made in ((1, configs[0], p.hidden_states, hidden), (2, configs[1], hidden, y)):
         constants = p.constants(gemm)
@@ -175,7 +169,7 @@ def run_few_tokens(p: Problem) -> Tensor:
         p.submit(
             Launch(
                 moe_few_tokens_gemm,
-                (constants["N"] // config.block_n, p.num_experts if by_expert else p.num_pairs, parts),
+                (constants["N"] // config.block_n, p.num_pairs, parts),
                 {
                     "x_ptr": x,
                     "x_scale_ptr": x,
@@ -194,8 +188,6 @@ def run_few_tokens(p: Problem) -> Tensor:
                     "NUM_EXPERTS": p.num_experts,
                     "PAIRS": triton.next_power_of_2(p.num_pairs),
                     "TOKENS": triton.next_power_of_2(p.num_tokens),
-                    "BY_EXPERT": by_expert,
-                    "SUM_INSIDE": sum_inside,
                     "STRIDE_X": x.shape[1],
                     "ACT_GROUP": 0,  # a launch less, and more exact: here bytes are what counts
                     "SPLIT_K": parts,
@@ -203,22 +195,7 @@ def run_few_tokens(p: Problem) -> Tensor:
                 num_warps=config.num_warps,
             )
         )
-    if not sum_inside:
-        sum_pairs(p, y, out)
     return out
-
-
-def sum_pairs(p: Problem, y: Tensor, out: Tensor) -> None:
-    """One launch: the sum over top_k of y, bf16 [P, H], into out, bf16 [T, H]."""
-    block_h = min(1024, triton.next_power_of_2(p.h))
-    p.submit(
-        Launch(
-            moe_sum_pairs,
-            (p.num_tokens, cdiv(p.h, block_h)),
-            {"y_ptr": y, "topk_ids_ptr": p.topk_ids, "out_ptr": out},
-            {"H": p.h, "TOP_K": p.top_k, "NUM_EXPERTS": p.num_experts, "BLOCK_H": block_h, "PTX": p.ptx},
-        )
-    )
 
 
 @dataclass
@@ -429,7 +406,15 @@ def run_grouped(p: Problem) -> Tensor:
     y = p.empty((p.num_pairs, p.h), torch.bfloat16)
     run_grouped_gemm(p, 2, variants, hidden, p.num_pairs, y, routing)
     out = p.empty((p.num_tokens, p.h), torch.bfloat16)
-    sum_pairs(p, y, out)
+    block_h = min(1024, triton.next_power_of_2(p.h))
+    p.submit(
+        Launch(
+            moe_sum_pairs,
+            (p.num_tokens, cdiv(p.h, block_h)),
+            {"y_ptr": y, "topk_ids_ptr": p.topk_ids, "out_ptr": out},
+            {"H": p.h, "TOP_K": p.top_k, "NUM_EXPERTS": p.num_experts, "BLOCK_H": block_h, "PTX": p.ptx},
+        )
+    )
     return out
 
 

@@ -108,41 +108,43 @@ def moe_route_scatter(
 
 
 @triton.jit
-def rows_of_program(
-    topk_ids_ptr, num_pairs, index, NUM_EXPERTS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BY_EXPERT: tl.constexpr, ONE_TOKEN: tl.constexpr,
+def leads_row_block(
+    topk_ids_ptr, num_pairs, first_pair, NUM_EXPERTS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr,
+    ONE_TOKEN: tl.constexpr,
 ):  # fmt: skip
-    """Routing for few pairs, by each program for itself: the expert of program `index`, and all pairs that chose it.
+    """Routing for few pairs, by each program for itself: does pair `first_pair` lead a row block?
 
-    BY_EXPERT: `index` is the expert. Else it is a pair, and the program works if that pair is the first of its expert.
-    ONE_TOKEN: its experts differ, so each pair has its own. (If one is named twice, its weights are read twice.)
+    The pairs of an expert form row blocks of BLOCK_M in their order; the first of each block leads it.
+    ONE_TOKEN: its experts differ, so each pair leads. (If one is named twice, its weights are read twice, no more.)
 
     Args:
         topk_ids_ptr: int32 or int64 [P]. PAIRS: a power of two from P on.
 
     Returns:
-        expert (int64), each pair's rank among those of the expert, int32 [PAIRS], -1 for the others; how many those
-        are, 0 for a program without work.
+        expert (int64), how many pairs before this one chose it, whether this one leads.
     """
+    expert = tl.load(topk_ids_ptr + first_pair).to(tl.int64)
+    valid = (expert >= 0) & (expert < NUM_EXPERTS)
+    if ONE_TOKEN:
+        return expert, 0, valid
     offs = tl.arange(0, PAIRS)
-    if BY_EXPERT:
-        expert = index.to(tl.int64)
-    else:
-        expert = tl.load(topk_ids_ptr + index).to(tl.int64)
-    if ONE_TOKEN and not BY_EXPERT:
-        valid = (expert >= 0) & (expert < NUM_EXPERTS)
-        return expert, tl.where(offs == index, 0, -1), valid.to(tl.int32)
-    ids = load_expert_ids(topk_ids_ptr, offs, num_pairs, NUM_EXPERTS)
-    same = (ids.to(tl.int64) == expert) & (ids >= 0)
-    rank = tl.where(same, tl.cumsum(same.to(tl.int32), axis=0) - 1, -1)
-    count = tl.sum(same.to(tl.int32), axis=0)
-    if not BY_EXPERT:
-        count = tl.where(tl.sum((same & (offs < index)).to(tl.int32), axis=0) == 0, count, 0)
-    return expert, rank, count
+    ids = load_expert_ids(topk_ids_ptr, offs, num_pairs, NUM_EXPERTS).to(tl.int64)
+    before = tl.sum(((ids == expert) & (offs < first_pair)).to(tl.int32), axis=0)
+    return expert, before, valid & (before % BLOCK_M == 0)
 
 
 @triton.jit
-def pairs_of_ranks(rank, first, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Pairs with the ranks from `first` on, int32 [BLOCK_M]; 0 where there is none."""
-    chosen = rank[None, :] == (first + tl.arange(0, BLOCK_M))[:, None]
-    return tl.sum(tl.where(chosen, tl.arange(0, PAIRS)[None, :], 0), axis=1)
+def rows_of_leader(
+    topk_ids_ptr, num_pairs, first_pair, expert, before, NUM_EXPERTS: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK_M: tl.constexpr, ONE_TOKEN: tl.constexpr,
+):  # fmt: skip
+    """The row block that a pair leads: pairs int32 [BLOCK_M] (0 where masked) and their mask."""
+    row = tl.arange(0, BLOCK_M)
+    if ONE_TOKEN:
+        return tl.where(row == 0, first_pair, 0), row == 0
+    offs = tl.arange(0, PAIRS)
+    same = load_expert_ids(topk_ids_ptr, offs, num_pairs, NUM_EXPERTS).to(tl.int64) == expert
+    rank = tl.where(same, tl.cumsum(same.to(tl.int32), axis=0) - 1 - before, -1)
+    chosen = rank[None, :] == row[:, None]
+    pair = tl.sum(tl.where(chosen, offs[None, :], 0), axis=1)
+    return pair, tl.sum(chosen.to(tl.int32), axis=1) > 0

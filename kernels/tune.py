@@ -23,7 +23,7 @@ from .plan import Launch, Options
 from .schemes import Scheme, get_scheme, round_up
 from .tables import TunedLayer, TunedRow, layer_key
 
-FEW_TOKENS = (1, 2, 4, 8, 16, 32, 64)
+FEW_TOKENS = (1, 2, 4, 8, 16)
 PAIRS_PER_EXPERT = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 HEIGHTS = {
     1: (16,),
@@ -52,16 +52,14 @@ class Trial:
 def few_token_candidates(scheme: Scheme, layer: LayerShape, gemm: int, tokens: int) -> Iterator[GemmConfig]:
     """Configurations of the few-token path that are worth timing."""
     n, k = layer.rows_and_k(gemm)
-    if tokens <= 16:
-        height = 8 if tokens <= 8 else 16
-        splits = [s for s in (1, 2, 4, 8) if s == 1 or (gemm == 2 and k // 128 >= 14 * s)]
-        tiles = ((64, 2), (64, 4), (128, 4))
-        pipelines = ((3, 1), (2, 2), (3, 2))
-    else:
-        height, splits, tiles, pipelines = 16, [1], ((128, 4), (256, 4)), ((3, 1), (4, 1))
+    splits = [s for s in (1, 2, 4, 8) if s == 1 or (gemm == 2 and k // 128 >= 14 * s)]
+    tiles = ((64, 2), (64, 4), (128, 4))
+    pipelines = ((3, 1), (4, 1), (2, 2), (3, 2))
     for (block_n, warps), (stages, unroll), split_k in itertools.product(tiles, pipelines, splits):
         if n % block_n == 0 and k // 128 >= unroll:
-            yield GemmConfig(height, block_n, 1, warps, stages, unroll, split_k=split_k, scale_after=True)
+            yield GemmConfig(
+                8 if tokens <= 8 else 16, block_n, 1, warps, stages, unroll, split_k=split_k, scale_after=True
+            )
 
 
 def grouped_candidates(scheme: Scheme, layer: LayerShape, gemm: int, height: int) -> Iterator[GemmConfig]:
@@ -71,10 +69,12 @@ def grouped_candidates(scheme: Scheme, layer: LayerShape, gemm: int, height: int
     scaling = (True,) if height == 16 else (False, True) if height < 128 else (False,)
     if not scheme.packed or scheme.act_group(gemm):
         scaling = (False,)  # it means nothing there
-    ctas = (2, 4) if height == 16 else (1, 2, 3)
-    for (block_n, warps), stages, after, per_sm in itertools.product(tiles, (3, 4), scaling, ctas):
+    ctas = (2, 4) if height == 16 else (1, 2, 3) if height < 128 else (1, 2)
+    # With many row blocks of an expert their order matters: it decides what is still in L2.
+    groups = (1, 8, 32) if height == 128 else (8,)
+    for (block_n, warps), stages, after, per_sm, group in itertools.product(tiles, (3, 4), scaling, ctas, groups):
         if n % block_n == 0:
-            yield GemmConfig(height, block_n, 8, warps, stages, ctas_per_sm=per_sm, scale_after=after)
+            yield GemmConfig(height, block_n, group, warps, stages, ctas_per_sm=per_sm, scale_after=after)
 
 
 class Tuner:

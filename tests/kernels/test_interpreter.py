@@ -69,7 +69,7 @@ def test_few_tokens_path_against_the_oracle(case: Case, scheme: str) -> None:
 @pytest.mark.parametrize("split_k", [1, 3])
 @pytest.mark.parametrize("tokens", [2, 16, 18])
 def test_few_tokens_of_which_several_share_an_expert(tokens: int, split_k: int) -> None:
-    """More pairs than experts, more rows than a tile has, K in parts, the sum inside GEMM2 and after it."""
+    """More pairs than experts, more rows than a tile has, K in parts."""
     problem = make(Case("shared", tokens=tokens, experts=3, intermediate=384, group_size=128), "w4a16")
     tile = GemmConfig(8, 64, unroll=2, split_k=split_k, scale_after=True)
     out = run_fused_experts(*problem.args(), options=Options(path="few_tokens", gemm1=tile, gemm2=tile))
