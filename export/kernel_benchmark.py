@@ -28,7 +28,7 @@ from executorch_moe.kernels.configs import GROUP_SIZES_M
 from executorch_moe.kernels.plan import Options
 from executorch_moe.kernels.schemes import get_scheme
 
-from .rivals import Step, torch_grouped_mm, upstream
+from .rivals import Step, torch_grouped_mm, upstream, upstream_operator
 
 OURS = {
     "ours": Options(),
@@ -127,6 +127,9 @@ class KernelBenchmark:
         if not torch.cuda.is_available():
             raise ValueError(f"torch {torch.__version__} sees no GPU: run this where kernels can be timed")
         shape = parse_shape(self.shape)
+        for implementation, _ in self.pairs():
+            if implementation in UPSTREAM:
+                upstream_operator(UPSTREAM[implementation])  # missing: said before anything is measured
         compile_ahead(
             [CompileJob(shape, s, tokens, OURS[i]) for i, s in self.pairs() if i in OURS for tokens in self.tokens]
         )

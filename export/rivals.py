@@ -7,6 +7,7 @@ on the values. `step` runs one whole layer, from hidden states and routing to th
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,22 @@ from torch import Tensor
 from executorch_moe.kernels.benchmark import LayerInputs, Shape
 
 Step = Callable[[LayerInputs], Tensor]
+
+
+def upstream_operator(name: str) -> Callable[..., Any]:
+    """An operator of ExecuTorch's `triton::fused_moe` family.
+
+    Raises:
+        ValueError: the installed executorch has no such operator.
+    """
+    try:
+        # The package exports them all; its submodule `fused_moe` is hidden behind the operator of that name.
+        from executorch.backends.cuda.triton import kernels
+
+        function: Callable[..., Any] = getattr(kernels, name)
+        return function
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"the installed executorch has no {name} ({error}): install executorch 1.5.1") from None
 
 
 def upstream(name: str, shape: Shape, generator: torch.Generator) -> Step:
@@ -27,12 +44,7 @@ def upstream(name: str, shape: Shape, generator: torch.Generator) -> Step:
     Raises:
         ValueError: the installed executorch has no such operator.
     """
-    try:
-        from executorch.backends.cuda.triton.kernels import fused_moe as family
-
-        function = getattr(family, name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"the installed executorch has no {name} ({error}): install executorch 1.5.1") from None
+    function = upstream_operator(name)
     e, h, i, g = shape.experts, shape.hidden, shape.intermediate, shape.group_size
 
     def matrix(n: int, k: int) -> tuple[Tensor, Tensor]:

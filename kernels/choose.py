@@ -95,11 +95,11 @@ def _grouped_rows(
     if table is not None:
         rows = [(entry.up_to * layer.experts, entry.gemm1, entry.gemm2) for entry in table.grouped]
     else:
-        rows = [
-            (int(up_to * layer.experts), *(heuristic_gemm(gpu, scheme, layer, gemm, height) for gemm in (1, 2)))
-            for up_to, height in HEURISTIC_HEIGHTS
-        ]
-    rows[-1] = (MAX_PAIRS, *rows[-1][1:])
+        rows = []
+        for up_to, height in HEURISTIC_HEIGHTS:
+            gemm1, gemm2 = (heuristic_gemm(gpu, scheme, layer, gemm, height) for gemm in (1, 2))
+            rows.append((up_to * layer.experts, gemm1, gemm2))
+    rows[-1] = (MAX_PAIRS, rows[-1][1], rows[-1][2])
     return [(int(up_to), *_fitted(gemm1, gemm2, scheme, gpu, one_height=True)) for up_to, gemm1, gemm2 in rows]
 
 
@@ -132,7 +132,8 @@ def heuristic_few_tokens(gpu: Gpu, scheme: Scheme, layer: LayerShape, num_tokens
         programs = num_tokens * layer.top_k * (n // 64)
         while gemm == 2 and programs * split_k < 2 * gpu.num_sms and k // K_BLOCK >= 16 * split_k:
             split_k *= 2
-        config = GemmConfig(block_m, 64, 1, num_warps=2, num_stages=3, split_k=split_k, scale_after=True)
+        unroll = 2 if block_m == 8 else 1
+        config = GemmConfig(block_m, 64, 1, 2, 3, unroll, split_k=split_k, scale_after=True)
         found.append(fit(config, scheme, gemm, gpu))
     return found[0], found[1]
 

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .benchmark import Shape
-from .gpus import Gpu, gpu_of
+from .gpus import Gpu, GpuModel, gpu_of
 from .packing import pack_experts
 from .plan import Launch, Options, run_fused_experts
 
@@ -42,6 +42,7 @@ class KernelReport:
     Attributes:
         kernel: its name. capability: e.g. 90. constants: the constexprs that tell the variants apart.
         shared: bytes of dynamic shared memory. registers: of a thread. spill_bytes: of local memory a thread.
+        num_warps: of a program.
     """
 
     kernel: str
@@ -50,6 +51,15 @@ class KernelReport:
     shared: int
     registers: int
     spill_bytes: int
+    num_warps: int
+
+    def programs_per_sm(self, gpu: GpuModel) -> int:
+        """Programs of this kernel that are resident on one multiprocessor at a time."""
+        threads = 32 * self.num_warps
+        registers = self.num_warps * -(-self.registers * 32 // 256) * 256  # handed out to a warp by the 256
+        # 1 KB a block is the system's, and a multiprocessor has one block's limit and that.
+        shared = (gpu.max_shared + 1024) // (self.shared + 1024)
+        return min(65536 // registers, shared, gpu.max_threads_per_sm // threads)
 
 
 def record_launches(
@@ -147,6 +157,7 @@ def compile_launch(launch: Launch, capability: int) -> KernelReport:
         shared=compiled.metadata.shared,
         registers=registers,
         spill_bytes=spill_bytes,
+        num_warps=launch.num_warps,
     )
 
 

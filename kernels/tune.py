@@ -10,6 +10,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class Trial:
     config: GemmConfig
 
 
-def few_token_candidates(scheme: Scheme, layer: LayerShape, gemm: int, tokens: int) -> Iterator[GemmConfig]:
+def few_token_candidates(layer: LayerShape, gemm: int, tokens: int) -> Iterator[GemmConfig]:
     """Configurations of the few-token path that are worth timing."""
     n, k = layer.rows_and_k(gemm)
     splits = [s for s in (1, 2, 4, 8) if s == 1 or (gemm == 2 and k // 128 >= 14 * s)]
@@ -106,7 +107,7 @@ class Tuner:
             for gemm in (1, 2):
                 found += [
                     Trial("few_tokens", tokens, gemm, config)
-                    for config in few_token_candidates(self.scheme, self.layer, gemm, tokens)
+                    for config in few_token_candidates(self.layer, gemm, tokens)
                 ]
         for ratio in PAIRS_PER_EXPERT:
             for height, gemm in itertools.product(HEIGHTS[ratio], (1, 2)):
@@ -123,7 +124,7 @@ class Tuner:
             (t.path, t.tokens if t.path == "few_tokens" else 0, t.gemm, replace(t.config, ctas_per_sm=1)): t
             for t in trials
         }
-        return [CompileJob(self.shape, self.scheme.name, t.tokens, self._options(t)) for t in distinct.values()]
+        return [CompileJob(self.shape, self.scheme.name, t.tokens, _options(t)) for t in distinct.values()]
 
     def run(self, on_trial: Callable[[Trial, float], None] = lambda trial, us: None) -> TunedLayer:
         """Time all trials and keep the best; `on_trial` is told each time in microseconds."""
@@ -147,9 +148,6 @@ class Tuner:
     def _inputs(self, tokens: int) -> list[LayerInputs]:
         return [with_tokens(packed, self.shape, tokens, "uniform", self._seeded) for packed in self._packed]
 
-    def _options(self, trial: Trial) -> Options:
-        return Options(path=trial.path, **_one_height(trial))
-
     def _time(self, inputs: list[LayerInputs], trial: Trial) -> float:
         steps: list[Callable[[], object]] = []
         for layer in inputs:
@@ -159,12 +157,15 @@ class Tuner:
                 launches.append(launch)
                 launch.run()
 
-            layer.run(self._options(trial), submit=record)
+            layer.run(_options(trial), submit=record)
             if trial.path == "few_tokens":  # GEMM2 ends with a sum that GEMM1 has to arm: time both
-                steps.append(lambda launches=launches: [launch.run() for launch in launches])
+                steps.append(partial(_run_all, launches))
             else:
                 steps.append(next(x for x in launches if x.constexprs.get("GEMM") == trial.gemm).run)
         return time_graph(steps, self.replays)
+
+    def _time_layer(self, inputs: list[LayerInputs], options: Options) -> float:
+        return time_graph([partial(layer.run, options) for layer in inputs], self.replays)
 
     def _best_grouped(self, ratio: int, times: dict[Any, list[tuple[float, GemmConfig]]]) -> TunedRow:
         tokens = self._tokens(ratio)
@@ -185,33 +186,31 @@ class Tuner:
             ratio = row.up_to * self.shape.top_k / self.shape.experts
             other = next((g for g in grouped if ratio <= g.up_to), grouped[-1])
             inputs = self._inputs(int(row.up_to))
-            us = [
-                time_graph(
-                    [lambda x=x, o=o: x.run(o) for x in inputs],  # type: ignore[misc]
-                    self.replays,
-                )
-                for o in (
-                    Options(path="few_tokens", gemm1=row.gemm1, gemm2=row.gemm2),
-                    Options(path="grouped", gemm1=other.gemm1, gemm2=other.gemm2),
-                )
-            ]
-            if us[0] > us[1]:
+            few_us = self._time_layer(inputs, Options(path="few_tokens", gemm1=row.gemm1, gemm2=row.gemm2))
+            grouped_us = self._time_layer(inputs, Options(path="grouped", gemm1=other.gemm1, gemm2=other.gemm2))
+            if few_us > grouped_us:
                 break
             kept.append(row)
         return kept
+
+
+def _run_all(launches: list[Launch]) -> None:
+    for launch in launches:
+        launch.run()
 
 
 def _time_of(timed: tuple[float, GemmConfig]) -> float:
     return timed[0]
 
 
-def _one_height(trial: Trial) -> dict[str, GemmConfig]:
+def _options(trial: Trial) -> Options:
     """The trial's configuration for its GEMM, and a plain one of the same height for the other."""
     if trial.path == "few_tokens":
         plain = GemmConfig(trial.config.block_m, 64, 1, num_warps=2, scale_after=True)
     else:
         plain = GemmConfig(trial.config.block_m, 128)
-    return {f"gemm{trial.gemm}": trial.config, f"gemm{3 - trial.gemm}": plain}
+    gemm1, gemm2 = (trial.config, plain) if trial.gemm == 1 else (plain, trial.config)
+    return Options(path=trial.path, gemm1=gemm1, gemm2=gemm2)
 
 
 def _merged(rows: list[TunedRow]) -> Iterator[TunedRow]:

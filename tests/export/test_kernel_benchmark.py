@@ -113,10 +113,25 @@ def test_floor_is_the_larger_of_flops_and_touched_bytes() -> None:
     assert floor_us(shape, "w4a16", layers) == 1e6 * max(flops / 790e12, nbytes / 4.3e12)
 
 
+def test_tune_says_what_is_missing() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    result = CliRunner().invoke(app, ["tune", "--shape", "qwen35"])
+    assert result.exit_code == 2 and "sees no GPU: run this where kernels can be timed" in result.output
+    result = CliRunner().invoke(app, ["tune", "--shape", "nothing"])
+    assert result.exit_code == 2 and "shape='nothing' is unknown" in result.output
+
+
 @pytest.mark.gpu
 def test_every_implementation_runs() -> None:
     benchmark = kb.KernelBenchmark(
-        "8x2x256x128x128", (3, 40), tuple(kb.IMPLEMENTATIONS), ("w4a16", "w4a8", "bf16"), "zipf", 2, 3
+        "8x2x256x128x128",
+        (3, 40),
+        (*kb.UPSTREAM, "ours", "ours-heuristic", "ours-tile-g32", "torch-grouped-mm"),
+        ("w4a16", "w4a8", "bf16"),
+        "zipf",
+        2,
+        3,
     )
     rows = kb.with_ratios(benchmark.run())
     assert len(rows) == 2 * len(benchmark.pairs())

@@ -1,0 +1,74 @@
+"""How a few tokens fill a GPU that is not here: what the compiler made of each GEMM, and how many waves its tiles take.
+
+    python examples/decode_waves.py [--gpu a100 --gpu rtx4090] [--shape qwen35]
+
+Needs no GPU: kernels are compiled for the named one, and the tile list of random routing is counted. A wave is as many
+programs as are resident at a time; a persistent grid is one wave, and its programs walk `waves` tiles each.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import typer
+
+from executorch_moe.kernels.benchmark import SHAPES, random_routing
+from executorch_moe.kernels.compile import compile_launch, record_launches
+from executorch_moe.kernels.gpus import find_model
+from executorch_moe.kernels.plan import Launch, Options
+
+
+def tiles_with_work(launch: Launch, ids: torch.Tensor) -> int:
+    """Tiles of a GEMM for this routing: row blocks of all experts, times blocks of weight rows, times parts of K."""
+    c = launch.constexprs
+    counts = ids.flatten().bincount()
+    row_blocks = int((-(-counts // c["BLOCK_M"])).sum())
+    return row_blocks * (c["N"] // c["BLOCK_N"]) * c.get("SPLIT_K", 1)
+
+
+def main(
+    gpu: Annotated[list[str], typer.Option(help="Parts by name, as executorch-moe export --target takes them.")] = [  # noqa: B006
+        "a100",
+        "rtx4090",
+    ],
+    shape: Annotated[str, typer.Option(help=", ".join(SHAPES))] = "qwen35",
+) -> None:
+    """Print one table."""
+    layer = SHAPES[shape]
+    print(f"{shape}, W4A16, uniform routing, configurations as an export for the GPU takes them\n")
+    columns = (
+        "GPU (SMs)",
+        "tokens",
+        "GEMM",
+        "tile",
+        "warps",
+        "registers",
+        "shared of limit",
+        "resident",
+        "tiles",
+        "waves",
+    )
+    print(f"| {' | '.join(columns)} |")
+    print("|---" * len(columns) + "|")
+    for name in gpu:
+        model = find_model(name)
+        for tokens in (1, 2, 4, 8, 16, 32):
+            ids, _ = random_routing(tokens, layer, "uniform", "cpu", torch.Generator().manual_seed(0))
+            sizes = (tokens, layer.experts, layer.top_k, layer.hidden, layer.intermediate, layer.group_size)
+            for launch in record_launches(model.gpu, "w4a16", *sizes, Options()):
+                if "GEMM" not in launch.constexprs:
+                    continue
+                report = compile_launch(launch, model.capability)
+                resident = report.programs_per_sm(model) * model.num_sms
+                tiles = tiles_with_work(launch, ids)
+                c = launch.constexprs
+                print(
+                    f"| {name} ({model.num_sms}) | {tokens} | {c['GEMM']} | {c['BLOCK_N']} x {c['BLOCK_M']} "
+                    f"| {report.num_warps} | {report.registers} | {report.shared:,} of {model.max_shared:,} "
+                    f"| {resident} | {tiles} | {tiles / resident:.2f} |"
+                )
+
+
+if __name__ == "__main__":
+    typer.run(main)

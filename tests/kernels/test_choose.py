@@ -1,0 +1,175 @@
+"""Which configurations a layer gets: the tables that are checked in, the heuristics, and what an export takes along."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from executorch_moe.kernels import tables
+from executorch_moe.kernels.benchmark import SHAPES
+from executorch_moe.kernels.choose import MAX_PAIRS, MAX_VARIANTS, LayerShape, few_token_configs, grouped_variants
+from executorch_moe.kernels.compile import record_launches
+from executorch_moe.kernels.configs import GemmConfig, fit
+from executorch_moe.kernels.gpus import MODELS, Gpu, find_model
+from executorch_moe.kernels.plan import Options
+from executorch_moe.kernels.schemes import SCHEMES, get_scheme
+from executorch_moe.kernels.tables import TunedLayer, TunedRow, find_table
+from executorch_moe.kernels.tune import FEW_TOKENS, HEIGHTS, PAIRS_PER_EXPERT, Trial, Tuner, entry, with_entry
+
+H200 = find_model("h200").gpu
+W4A16 = get_scheme("w4a16")
+QWEN35 = LayerShape(256, 8, 2048, 512, 128)
+UNKNOWN = LayerShape(60, 4, 2048, 1408, 128)
+
+
+def check_configs(gpu: Gpu, scheme: str, layer: LayerShape, gemm: int, config: GemmConfig) -> None:
+    assert layer.rows_and_k(gemm)[0] % config.block_n == 0
+    assert fit(config, get_scheme(scheme), gemm, gpu) == config
+
+
+@pytest.mark.parametrize("path", sorted(tables.FOLDER.glob("*.json")), ids=lambda p: p.stem)
+def test_checked_in_tables_are_whole(path: Path) -> None:
+    table = json.loads(path.read_text())
+    assert table["layers"]
+    gpu = next(m.gpu for m in MODELS.values() if tables.table_path(m.gpu) == path)
+    for stored in table["layers"]:
+        assert stored["made_by"]["command"].startswith("executorch-moe tune ")
+        scheme = stored["layer"].pop("scheme")
+        layer = LayerShape(**stored["layer"])
+        found = find_table(gpu, get_scheme(scheme), layer)
+        assert found is not None and found.grouped
+        for rows in (found.few_tokens, found.grouped):
+            assert [r.up_to for r in rows] == sorted({r.up_to for r in rows})
+            for row in rows:
+                check_configs(gpu, scheme, layer, 1, row.gemm1)
+                check_configs(gpu, scheme, layer, 2, row.gemm2)
+        assert all(row.gemm1.block_m == row.gemm2.block_m for row in found.grouped)
+
+
+def test_the_table_decides_and_can_be_left_out() -> None:
+    table = find_table(H200, W4A16, QWEN35)
+    assert table is not None
+    assert few_token_configs(H200, W4A16, QWEN35, 1) == (table.few_tokens[0].gemm1, table.few_tokens[0].gemm2)
+    last = int(table.few_tokens[-1].up_to)
+    assert few_token_configs(H200, W4A16, QWEN35, last) and few_token_configs(H200, W4A16, QWEN35, last + 1) is None
+    (variant,) = grouped_variants(H200, W4A16, QWEN35, 32 * 256)
+    assert variant.gemm1 == next(r.gemm1 for r in table.grouped if r.up_to >= 32)
+    assert find_table(H200, W4A16, UNKNOWN) is None and find_table(find_model("l4").gpu, W4A16, QWEN35) is None
+    assert grouped_variants(H200, W4A16, QWEN35, 64, tables=False) == grouped_variants(
+        Gpu(90, 1, H200.max_shared), W4A16, QWEN35, 64
+    )
+
+
+@pytest.mark.parametrize("target", ["a100", "rtx4090", "h200", "rtx5090"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("layer", [QWEN35, UNKNOWN, LayerShape(8, 2, 4096, 14336, 128)])
+def test_every_number_of_tokens_has_a_configuration(layer: LayerShape, scheme: str, target: str) -> None:
+    gpu, kind = find_model(target).gpu, get_scheme(scheme)
+    for tokens in (1, 2, 7, 8, 9, 16, 33, 100, 1000, 10**6):
+        few = few_token_configs(gpu, kind, layer, tokens)
+        (variant,) = grouped_variants(gpu, kind, layer, tokens * layer.top_k)
+        for gemm, config in enumerate((variant.gemm1, variant.gemm2), start=1):
+            check_configs(gpu, scheme, layer, gemm, config)
+            if few is not None:
+                check_configs(gpu, scheme, layer, gemm, few[gemm - 1])
+    variants = grouped_variants(gpu, kind, layer, None)
+    assert 1 <= len(variants) <= MAX_VARIANTS
+    assert variants[0].pairs_from == 0 and variants[-1].pairs_to == MAX_PAIRS
+    for one, following in itertools.pairwise(variants):
+        assert following.pairs_from == one.pairs_to + 1
+        assert following.gemm1.block_m > one.gemm1.block_m
+
+
+def test_an_export_for_any_number_of_tokens_launches_each_variant_once() -> None:
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    from executorch_moe.kernels import pack_experts
+    from executorch_moe.kernels.plan import Launch, run_fused_experts
+
+    with torch._subclasses.FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        packed = pack_experts(torch.empty(256, 1024, 2048), torch.empty(256, 2048, 512), group_size=128)
+    sym = mode.shape_env.create_unbacked_symint()  # type: ignore[union-attr]
+    torch._check(sym >= 2)
+    launches: list[Launch] = []
+    with mode:
+        run_fused_experts(
+            torch.empty(sym, 2048, dtype=torch.bfloat16), torch.empty(sym, 8, dtype=torch.int64),
+            torch.empty(sym, 8), *packed.tensors().values(), "w4a16", "silu", 128, gpu=H200, submit=launches.append,
+        )  # fmt: skip
+    variants = grouped_variants(H200, W4A16, QWEN35, None)
+    for gemm in (1, 2):
+        ranges = [
+            (x.constexprs["PAIRS_FROM"], x.constexprs["PAIRS_TO"]) for x in launches if x.constexprs.get("GEMM") == gemm
+        ]
+        assert ranges == [(v.pairs_from, v.pairs_to) for v in variants]
+
+
+# ------------------------------------------------------------------ tuning
+
+
+class Dry(Tuner):
+    """A tuner that times nothing: a configuration's time is a number made of its fields."""
+
+    def __init__(self, shape: str, scheme: str, few_win_up_to: int) -> None:
+        self.shape, self.scheme, self.gpu = SHAPES[shape], get_scheme(scheme), H200
+        s = self.shape
+        self.layer = LayerShape(s.experts, s.top_k, s.hidden, s.intermediate, s.group_size)
+        self.replays = 1
+        self.few_win_up_to = few_win_up_to
+
+    def _inputs(self, tokens):  # type: ignore[no-untyped-def]
+        return []
+
+    def _time(self, inputs, trial: Trial) -> float:  # type: ignore[no-untyped-def]
+        c = trial.config
+        return 1.0 + abs(c.block_n - 128) + abs(c.num_stages - 3) + 10 * c.unroll + c.ctas_per_sm + c.split_k
+
+    def _few_that_win(self, few, grouped):  # type: ignore[no-untyped-def]
+        return [row for row in few if row.up_to <= self.few_win_up_to]
+
+
+@pytest.mark.parametrize(("shape", "scheme"), [("qwen35", "w4a16"), ("mixtral", "w4a8"), ("olmoe", "bf16")])
+def test_tuning_keeps_the_fastest(shape: str, scheme: str) -> None:
+    tuner = Dry(shape, scheme, few_win_up_to=4)
+    trials = tuner.trials()
+    assert len(set(trials)) == len(trials)
+    for trial in trials:
+        check_configs(H200, scheme, tuner.layer, trial.gemm, trial.config)
+    assert {t.tokens for t in trials if t.path == "few_tokens"} == set(FEW_TOKENS)
+    assert set(HEIGHTS) == set(PAIRS_PER_EXPERT)
+    timed: list[Trial] = []
+    tuned = tuner.run(on_trial=lambda trial, us: timed.append(trial))
+    assert timed == trials
+    assert [row.up_to for row in tuned.few_tokens] == [1, 2, 4]
+    for row in (*tuned.few_tokens, *tuned.grouped):
+        for config in (row.gemm1, row.gemm2):
+            assert (config.block_n, config.unroll, config.split_k) == (128, 1, 1)
+    assert tuned.grouped[-1].up_to == PAIRS_PER_EXPERT[-1]
+
+
+def test_an_entry_replaces_its_own_and_keeps_the_others(tmp_path: Path) -> None:
+    def tuned(height: int) -> TunedLayer:
+        row = TunedRow(4, GemmConfig(height, 128), GemmConfig(height, 128))
+        return TunedLayer((), (row,))
+
+    made = {"command": "executorch-moe tune"}
+    text = with_entry(None, made, entry(QWEN35, W4A16, tuned(16)))
+    text = with_entry(text, made, entry(UNKNOWN, W4A16, tuned(32)))
+    text = with_entry(text, made, entry(QWEN35, W4A16, tuned(64)))
+    path = tmp_path / "table.json"
+    path.write_text(text)
+    read = tables._read(path)
+    assert sorted(layer.grouped[0].gemm1.block_m for layer in read.values()) == [32, 64]
+    with pytest.raises(ValueError, match="this is no configuration table"):
+        with_entry("[]", made, entry(QWEN35, W4A16, tuned(16)))
+
+
+def test_recorded_launches_follow_the_options() -> None:
+    sizes = (64, 256, 8, 2048, 512, 128)
+    for options, expected in ((Options(group_size_m=32), 32), (Options(), 8)):
+        gemms = [x for x in record_launches(H200, "w4a16", *sizes, options) if "GEMM" in x.constexprs]
+        assert {x.constexprs["GROUP_SIZE_M"] for x in gemms} == {expected}
