@@ -128,11 +128,12 @@ def heuristic_few_tokens(gpu: Gpu, scheme: Scheme, layer: LayerShape, num_tokens
     found = []
     for gemm in (1, 2):
         n, k = layer.rows_and_k(gemm)
-        split_k = 1
         programs = num_tokens * layer.top_k * (n // 64)
+        split_k = 1
         while gemm == 2 and programs * split_k < 2 * gpu.num_sms and k // K_BLOCK >= 16 * split_k:
             split_k *= 2
-        unroll = 2 if block_m == 8 else 1
+        # Two K blocks at a time shorten a program, but take registers and shared memory from others.
+        unroll = 2 if programs * split_k <= 4 * gpu.num_sms else 1
         config = GemmConfig(block_m, 64, 1, 2, 3, unroll, split_k=split_k, scale_after=True)
         found.append(fit(config, scheme, gemm, gpu))
     return found[0], found[1]
