@@ -16,7 +16,7 @@ from executorch_moe.kernels import FusedExperts, PackedExperts, pack_experts, st
 from .recognise import ExpertLayout, Probe, no_layout, one_line, possible_layouts
 from .regions import NotFusable, owns_stacks
 
-_TOKENS, _TOP_K = 5, 2
+_TOKENS, _TOP_K = 3, 2
 
 
 def find_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
