@@ -2,12 +2,12 @@
 
 | from | codes | value |
 |---|---|---|
-| torchao `Int4Tensor` with int8 data | signed nibbles, even K low | q * scale + zero_point |
-| ExecuTorch's `Int4Tensor` with uint8 data, `ExportableInt4Tensor` | unsigned nibbles, even K low | (q - zero_point) * scale |
+| torchao `Int4Tensor`, int8 data | signed nibbles | q * scale + zero_point |
+| the same class as ExecuTorch fills it, uint8 data; its `ExportableInt4Tensor` | unsigned | (q - zero_point) * scale |
 | torchao `IntxUnpackedToInt8Tensor` of int4 | one int8 a code | (q - zero_point) * scale |
-| ExecuTorch's packed experts | unsigned nibbles, even K low | (q - 8) * scale |
+| ExecuTorch's packed experts | unsigned nibbles | (q - 8) * scale |
 
-Codes are kept as they are. Scales and zero points are stored as bf16: those that are wider are rounded to it.
+Of two nibbles in a byte, the low one is the even K. Codes are kept as they are. Scales and zero points are stored as bf16: those that are wider are rounded to it.
 
 Source: torchao/quantization/quantize_/workflows (int4, intx), executorch/extension/llm/export (int4.py,
 quant/quantize.py) and executorch/backends/cuda/triton/kernels/fused_moe.py.

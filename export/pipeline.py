@@ -16,12 +16,13 @@ from rich.table import Table
 from torch import nn
 
 from executorch_moe.backends.fusion import ExpertFuser, FusedLayer, FusionOptions, FusionReport
+from executorch_moe.backends.fusion.modules import find_experts
 from executorch_moe.kernels import SCHEMES
 from executorch_moe.kernels.gpus import target_names
 
 from .causal_lm import CausalLM, export_methods
 from .pretrained import check_supported, load_model, require_transformers, resolve, tokenizer_json
-from .quantize import can_swap, find_experts, quantize_experts_
+from .quantize import can_swap, quantize_experts_
 
 TARGETS = ("cuda", "cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -42,6 +43,7 @@ class ExportOptions:
         max_context: positions in the KV cache; None takes 2048 or what the model was made for, if that is less.
         dtype: of everything but the experts: "bf16", "fp32" or "auto" (bf16 on cuda, fp32 on the CPU, whose dense
             kernels are made for it). The experts' activations are bf16 in all.
+        algorithm: how experts are rounded to 4 bits, "minmax" or "hqq"; see `kernels.rounding`.
     """
 
     model: str
@@ -51,6 +53,7 @@ class ExportOptions:
     group_size: int = 32
     max_context: int | None = None
     dtype: str = "auto"
+    algorithm: str = "minmax"
 
     def __post_init__(self) -> None:
         if self.target not in (*TARGETS, "auto", *target_names()):
@@ -59,8 +62,7 @@ class ExportOptions:
             )
         if self.dtype not in (*DTYPES, "auto"):
             raise ValueError(f"dtype={self.dtype!r} is unknown: use one of {', '.join(DTYPES)}, auto")
-        if self.scheme not in SCHEMES:
-            raise ValueError(f"scheme={self.scheme!r} is unknown: use one of {', '.join(SCHEMES)}")
+        self.fusion()
         if self.out.suffix != ".pte":
             raise ValueError(f"out={str(self.out)!r} must end in .pte: give for example {self.out.with_suffix('.pte')}")
         if self.out.is_dir():
@@ -77,6 +79,10 @@ class ExportOptions:
                 "name the GPU to export for (target='sm_90', target='h200'), export on a GPU machine with a CUDA build "
                 "of torch, or use target='cpu'"
             )
+
+    def fusion(self) -> FusionOptions:
+        """How experts are fused; checks scheme and algorithm."""
+        return FusionOptions(self.scheme, self.group_size, algorithm=self.algorithm)
 
     def resolved_target(self) -> str:
         """The target with "auto" decided."""
@@ -117,7 +123,7 @@ class ExportSummary:
         table.add_column(overflow="fold")
         scheme = self.options.scheme
         if SCHEMES[scheme].packed:
-            scheme += f", group size {self.options.group_size}"
+            scheme += f", group size {self.options.group_size}, {self.options.algorithm}"
         layers = self.report.layers
         table.add_row(
             "experts", f"{len(layers)} layers fused, {layers[0].num_experts} experts each, top-{layers[0].top_k}"
@@ -210,7 +216,7 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
     max_context = options.max_context
     if max_context is None:
         max_context = min(DEFAULT_MAX_CONTEXT, config.max_position_embeddings)
-    fuser = ExpertFuser(FusionOptions(options.scheme, options.group_size))
+    fuser = ExpertFuser(options.fusion())
     module = CausalLM(model, max_context)
     if can_swap(model):
         # Packed before it is traced, a model takes less memory; the other families are fused while they are lowered.
@@ -247,7 +253,7 @@ def swap_experts(model: nn.Module, options: ExportOptions, report: FusionReport)
         for name, module in find_experts(model)
     }
     config: Any = model.config
-    quantize_experts_(model, options.scheme, options.group_size)
+    quantize_experts_(model, options.scheme, options.group_size, options.algorithm)
     for name, (family, num_bytes) in before.items():
         experts: Any = model.get_submodule(name)
         report.add(
@@ -262,6 +268,7 @@ def swap_experts(model: nn.Module, options: ExportOptions, report: FusionReport)
                 biases=experts.w2_bias is not None,
                 scheme=experts.scheme,
                 group_size=experts.group_size,
+                algorithm=options.algorithm if experts.group_size else "",
                 bytes_before=num_bytes,
                 bytes_after=experts.packed().nbytes(),
             )

@@ -42,9 +42,9 @@ def quantize_experts_(
     """Replaces, in place, every experts module by `FusedExperts` on weights packed for `scheme`.
 
     Which modules are experts, how they store their weights and which activation they have is found out as by the
-    partitioners: each is run on random weights and must agree with the fp32 oracle. Routers and all other layers stay as
-    they are. Weights that are 4-bit codes already keep them: torchao's and ExecuTorch's tensors (see `int4_tensors`)
-    and the experts of ExecuTorch's own models; `group_size` and `algorithm` are not used for those.
+    partitioners: each is run on random weights and must agree with the fp32 oracle. Routers and all other layers stay
+    as they are. Weights that are 4-bit codes already keep them: torchao's and ExecuTorch's tensors (see
+    `int4_tensors`) and the experts of ExecuTorch's own models; `group_size` and `algorithm` are not used for those.
 
     Args:
         model: a Mixture-of-Experts model, on any device; weights of any float dtype.

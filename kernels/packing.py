@@ -241,8 +241,8 @@ def pack_experts(
         biases = (None if bias is None else bias[e : e + 1] for bias in (gate_up_bias, down_bias))
         if not kind.packed:
             return _pack_floats(w13[None], w2[None], scheme, *biases)
-        codes = (round_weights(weight, group_size, algorithm, kind.takes_zeros)[None] for weight in (w13, w2))
-        return _pack_codes(*codes, scheme, *biases)
+        q13, q2 = (round_weights(weight, group_size, algorithm, kind.takes_zeros) for weight in (w13, w2))
+        return _pack_codes(q13[None], q2[None], scheme, *biases)
 
     return stack_experts(map(one, range(gate_up.shape[0])), gate_up.shape[0])
 
@@ -288,8 +288,8 @@ def pack_codes(
 
     def one(e: int) -> PackedExperts:
         biases = (None if bias is None else bias[e : e + 1] for bias in (gate_up_bias, down_bias))
-        codes = (codes[e : e + 1].regrouped(group_size) for codes in (gate_up, down))
-        return _pack_codes(*codes, scheme, *biases)
+        q13, q2 = (codes[e : e + 1].regrouped(group_size) for codes in (gate_up, down))
+        return _pack_codes(q13, q2, scheme, *biases)
 
     return stack_experts(map(one, range(gate_up.q.shape[0])), gate_up.q.shape[0])
 

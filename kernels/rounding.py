@@ -58,7 +58,7 @@ class Int4Codes:
         """Neighbours along K that share a scale."""
         return self.q.shape[-1] // self.scale.shape[-1]
 
-    def __getitem__(self, index: int | slice) -> Int4Codes:
+    def __getitem__(self, index: int | slice | None) -> Int4Codes:
         return Int4Codes(self.q[index], self.scale[index], None if self.zero is None else self.zero[index])
 
     def regrouped(self, group_size: int) -> Int4Codes:
@@ -112,7 +112,9 @@ def round_weights(weight: Tensor, group_size: int, algorithm: str = "minmax", ze
             parts.append(Int4Codes(*quantize_int4(rows, group_size)))
     zero = [part.zero for part in parts if part.zero is not None]
     return Int4Codes(
-        torch.cat([part.q for part in parts]), torch.cat([part.scale for part in parts]), torch.cat(zero) if zero else None
+        torch.cat([part.q for part in parts]),
+        torch.cat([part.scale for part in parts]),
+        torch.cat(zero) if zero else None,
     )
 
 

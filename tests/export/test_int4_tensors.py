@@ -191,7 +191,9 @@ def test_w4a8_takes_symmetric_tensors_only() -> None:
 
     def symmetric(weight: Tensor) -> tuple[IntxUnpackedToInt8Tensor, Tensor]:
         experts = [intx(expert, 32) for expert in weight]
-        parts = [torch.stack([getattr(expert, part) for expert in experts]) for part in ("qdata", "scale", "zero_point")]
+        parts = [
+            torch.stack([getattr(expert, part) for expert in experts]) for part in ("qdata", "scale", "zero_point")
+        ]
         tensor = IntxUnpackedToInt8Tensor(*parts, torch.int4, (1, 1, 32), weight.dtype, None)
         return tensor, torch.stack([expert.dequantize() for expert in experts])
 

@@ -90,7 +90,9 @@ def test_modules_that_are_no_experts_of_ours() -> None:
 
 def test_another_activation(model: nn.Module) -> None:
     model.model.layers[1].mlp.experts.act_fn = nn.GELU()
-    with pytest.raises(NotImplementedError, match=r"layers\.1\.mlp\.experts .*computes something else than gated experts"):
+    with pytest.raises(
+        NotImplementedError, match=r"layers\.1\.mlp\.experts .*computes something else than gated experts"
+    ):
         quantize_experts_(model)
     assert len(list(find_experts(model))) == 2
     assert not can_swap(model)

@@ -1,12 +1,11 @@
-"""Half-quadratic quantisation: what it promises about each group, and that the packed layer holds the codes it chose."""
+"""Half-quadratic quantisation: what it promises about a group, and that the packed layer holds its codes."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from executorch_moe.kernels import Int4Codes, fused_experts, pack_codes, pack_experts, unpack_experts
-from executorch_moe.kernels import rounding
+from executorch_moe.kernels import Int4Codes, fused_experts, pack_codes, pack_experts, rounding, unpack_experts
 from executorch_moe.kernels.reference import reference_experts
 from executorch_moe.kernels.rounding import HQQ_NORM, quantize_hqq, round_weights
 
@@ -116,7 +115,7 @@ def test_codes_are_packed_without_rounding() -> None:
     assert packed.group_size == 32  # what divides both
     for stored, given in zip(unpack_experts(packed), (gate_up, down), strict=True):
         assert torch.equal(stored, given.dequantize())
-    with pytest.raises(ValueError, match="scheme=w4a8 multiplies in int8 and takes no zero points.*use w4a16"):
+    with pytest.raises(ValueError, match=r"scheme=w4a8 multiplies in int8 and takes no zero points.*use w4a16"):
         pack_codes(gate_up, down, scheme="w4a8")
     with pytest.raises(ValueError, match="scheme=bf16 holds no 4-bit codes: use w4a16"):
         pack_codes(gate_up, down, scheme="bf16")
