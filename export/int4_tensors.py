@@ -7,7 +7,8 @@
 | torchao `IntxUnpackedToInt8Tensor` of int4 | one int8 a code | (q - zero_point) * scale |
 | ExecuTorch's packed experts | unsigned nibbles | (q - 8) * scale |
 
-Of two nibbles in a byte, the low one is the even K. Codes are kept as they are. Scales and zero points are stored as bf16: those that are wider are rounded to it.
+Of two nibbles in a byte, the low one is the even K. Codes are kept as they are. Scales and zero points are stored as
+bf16: those that are wider are rounded to it.
 
 Source: torchao/quantization/quantize_/workflows (int4, intx), executorch/extension/llm/export (int4.py,
 quant/quantize.py) and executorch/backends/cuda/triton/kernels/fused_moe.py.

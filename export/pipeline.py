@@ -21,6 +21,7 @@ from executorch_moe.kernels import SCHEMES
 from executorch_moe.kernels.gpus import target_names
 
 from .causal_lm import CausalLM, export_methods
+from .dense import check_dense, quantize_dense_, stored_bytes
 from .pretrained import check_supported, load_model, require_transformers, resolve, tokenizer_json
 from .quantize import can_swap, quantize_experts_
 
@@ -44,6 +45,7 @@ class ExportOptions:
         dtype: of everything but the experts: "bf16", "fp32" or "auto" (bf16 on cuda, fp32 on the CPU, whose dense
             kernels are made for it). The experts' activations are bf16 in all.
         algorithm: how experts are rounded to 4 bits, "minmax" or "hqq"; see `kernels.rounding`.
+        dense: linear layers and embeddings: "none", "int8" or "int4" (for target "cpu"); see `dense`.
     """
 
     model: str
@@ -54,6 +56,7 @@ class ExportOptions:
     max_context: int | None = None
     dtype: str = "auto"
     algorithm: str = "minmax"
+    dense: str = "none"
 
     def __post_init__(self) -> None:
         if self.target not in (*TARGETS, "auto", *target_names()):
@@ -63,6 +66,12 @@ class ExportOptions:
         if self.dtype not in (*DTYPES, "auto"):
             raise ValueError(f"dtype={self.dtype!r} is unknown: use one of {', '.join(DTYPES)}, auto")
         self.fusion()
+        check_dense(self.dense)
+        if self.dense != "none" and self.resolved_target() != "cpu":
+            raise NotImplementedError(
+                f"dense={self.dense!r} cannot be lowered to target={self.target!r} yet: "
+                "use dense='none' or target='cpu'"
+            )
         if self.out.suffix != ".pte":
             raise ValueError(f"out={str(self.out)!r} must end in .pte: give for example {self.out.with_suffix('.pte')}")
         if self.out.is_dir():
@@ -132,7 +141,8 @@ class ExportSummary:
         before = sum(2 * 3 * layer.num_experts * layer.hidden_size * layer.intermediate_size for layer in layers)
         after = self.report.bytes_after
         table.add_row("expert weights", f"{size(before)} in bf16 -> {size(after)} packed")
-        table.add_row("other weights", size(self.dense_bytes))
+        dense = "" if self.options.dense == "none" else f", linear layers and embeddings in {self.options.dense}"
+        table.add_row("other weights", size(self.dense_bytes) + dense)
         table.add_row("methods", f"prefill (2 to {self.max_context} tokens), decode (1 token)")
         for path in self.files:
             table.add_row("file", f"{path}  {size(path.stat().st_size)}")
@@ -217,6 +227,9 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
     if max_context is None:
         max_context = min(DEFAULT_MAX_CONTEXT, config.max_position_embeddings)
     fuser = ExpertFuser(options.fusion())
+    if options.dense != "none":
+        with step("dense", f"quantising linear layers and embeddings to {options.dense}"):
+            quantize_dense_(model, options.dense)
     module = CausalLM(model, max_context)
     if can_swap(model):
         # Packed before it is traced, a model takes less memory; the other families are fused while they are lowered.
@@ -232,13 +245,13 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
         artifact = save(manager, options.out)
         write_aside(tokenizer_path(options.out), tokenizer)
 
-    fused_bytes = sum(parameter.nbytes for name, parameter in model.named_parameters() if in_layers(name, fuser.report))
+    dense = [weight for name, weight in model.named_parameters() if not in_layers(name, fuser.report)]
     summary = ExportSummary(
         options=options,
         target=target,
         report=fuser.report,
         max_context=max_context,
-        dense_bytes=sum(parameter.nbytes for parameter in model.parameters()) - fused_bytes,
+        dense_bytes=sum(map(stored_bytes, dense)),
         files=[path for path in (artifact.pte, artifact.ptd, tokenizer_path(options.out)) if path.is_file()],
         seconds=seconds,
         compiled_for="".join(str(report) for report in reports),
