@@ -340,8 +340,7 @@ def _pack_codes(
     """Experts of a 4-bit scheme; arguments as checked, with one group size."""
     h, i = gate_up.q.shape[2], down.q.shape[2]
     h_pad, i_pad = round_up(h, K_BLOCK), round_up(i, K_BLOCK)
-    zero = None if gate_up.zero is None else _pad_gate_up(gate_up.zero, i_pad)
-    rows = Int4Codes(_pad_gate_up(gate_up.q, i_pad), _pad_gate_up(gate_up.scale, i_pad), zero)
+    rows = gate_up.map(lambda t: _pad_gate_up(t, i_pad))
     w13, w13_scale, w13_zero = _pack_matrix(rows, fragment_order(scheme, 1), 2 * i_pad, h_pad)
     w2, w2_scale, w2_zero = _pack_matrix(down, fragment_order(scheme, 2), h_pad, i_pad)
     biases = _pack_biases(gate_up_bias, down_bias, h_pad, i_pad)

@@ -16,6 +16,7 @@ weights' magnitude.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,8 +36,8 @@ HQQ_BETA = 3.0
 HQQ_KAPPA = 1.01
 HQQ_ROUNDS = 10
 
-# Weights that are rounded at once: bounds the fp32 temporaries at a few times 16 MB.
-_CHUNK_ELEMENTS = 1 << 22
+# Weights that are rounded at once: fp32 temporaries of 256 kB stay in cache, which is several times as fast as 16 MB.
+_CHUNK_ELEMENTS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,11 @@ class Int4Codes:
         return self.q.shape[-1] // self.scale.shape[-1]
 
     def __getitem__(self, index: int | slice | None) -> Int4Codes:
-        return Int4Codes(self.q[index], self.scale[index], None if self.zero is None else self.zero[index])
+        return self.map(lambda t: t[index])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Int4Codes:
+        """The same function applied to codes, scales and zero points: for what changes rows only."""
+        return Int4Codes(function(self.q), function(self.scale), None if self.zero is None else function(self.zero))
 
     def regrouped(self, group_size: int) -> Int4Codes:
         """The same values with a smaller group size that divides the present one."""
@@ -88,34 +93,37 @@ def check_algorithm(algorithm: str) -> None:
 
 
 def round_weights(weight: Tensor, group_size: int, algorithm: str = "minmax", zeros: bool = False) -> Int4Codes:
-    """Round a matrix to 4 bits, a block of rows at a time.
+    """Round weights to 4 bits, a block of rows at a time.
 
     Args:
-        weight: float [N, K].
+        weight: float [..., N, K].
         group_size: consecutive K values that share a scale; divides K.
         algorithm: "minmax" or "hqq". The same weights give the same codes.
         zeros: let hqq choose zero points too. minmax has none.
 
     Returns:
-        Int4Codes with q [N, K].
+        Int4Codes with q [..., N, K].
 
     Raises:
         ValueError: unknown algorithm, unsupported group size, or one that does not divide K.
     """
     check_algorithm(algorithm)
-    check_group_size(group_size, weight.shape[-1], "K")
-    parts = []
-    for rows in weight.split(max(1, _CHUNK_ELEMENTS // weight.shape[-1])):
+    *rows, k = weight.shape
+    check_group_size(group_size, k, "K")
+
+    def block(part: Tensor) -> Int4Codes:
         if algorithm == "hqq":
-            parts.append(quantize_hqq(rows, group_size, zeros))
-        else:
-            parts.append(Int4Codes(*quantize_int4(rows, group_size)))
+            return quantize_hqq(part, group_size, zeros)
+        return Int4Codes(*quantize_int4(part, group_size))
+
+    parts = [block(part) for part in weight.reshape(-1, k).split(max(1, _CHUNK_ELEMENTS // k))]
     zero = [part.zero for part in parts if part.zero is not None]
-    return Int4Codes(
+    whole = Int4Codes(
         torch.cat([part.q for part in parts]),
         torch.cat([part.scale for part in parts]),
         torch.cat(zero) if zero else None,
     )
+    return whole.map(lambda t: t.reshape(*rows, -1))
 
 
 def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
@@ -157,7 +165,9 @@ def quantize_hqq(weight: Tensor, group_size: int, zeros: bool) -> Int4Codes:
         stored = scale.bfloat16(), None if zero is None else zero.bfloat16()
         q = _codes(grouped, *stored)
         residual = (grouped - _values(q, *stored)) / unit
-        loss = residual.abs().pow(HQQ_NORM).sum(-1)
+        size = residual.abs().clamp(min=1e-8)
+        power = size.pow(HQQ_NORM)
+        loss = power.sum(-1)
         if best is None:
             best, best_loss = (q, *stored), loss
         else:
@@ -169,7 +179,9 @@ def quantize_hqq(weight: Tensor, group_size: int, zeros: bool) -> Int4Codes:
                 None if best_zero is None or stored[1] is None else torch.where(better, stored[1], best_zero),
             )
             best_loss = torch.where(better, loss, best_loss)
-        scale, zero = _fit(q, grouped - _shrink(residual, beta) * unit, scale, zeros)
+        # The paper's soft threshold for the l_p norm: what of a residual counts as an outlier.
+        outliers = residual.sign() * (size - power / size / beta).clamp(min=0)
+        scale, zero = _fit(q, grouped - outliers * unit, scale, zeros)
         beta *= HQQ_KAPPA
     assert best is not None
     return Int4Codes(best[0].flatten(-2).to(torch.int8), best[1], best[2])
@@ -194,12 +206,6 @@ def _codes(grouped: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
 def _values(q: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     values = q * scale.float()[..., None]
     return values if zero is None else values + zero.float()[..., None]
-
-
-def _shrink(residual: Tensor, beta: float) -> Tensor:
-    """The paper's soft threshold for the l_p norm: what of a residual counts as an outlier."""
-    size = residual.abs()
-    return residual.sign() * (size - size.clamp(min=1e-8).pow(HQQ_NORM - 1) / beta).clamp(min=0)
 
 
 def _fit(q: Tensor, target: Tensor, scale: Tensor, zeros: bool) -> tuple[Tensor, Tensor | None]:

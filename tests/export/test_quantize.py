@@ -10,6 +10,7 @@ from torch import nn
 
 from executorch_moe.backends.fusion import ExpertFuser, FusionOptions
 from executorch_moe.backends.fusion.modules import find_experts
+from executorch_moe.export.experts_interface import register
 from executorch_moe.export.pretrained import load_model, resolve
 from executorch_moe.export.quantize import can_swap, quantize_experts_
 from executorch_moe.kernels import FusedExperts, unpack_experts
@@ -88,6 +89,15 @@ def test_modules_that_are_no_experts_of_ours() -> None:
     assert isinstance(model["mlp"], MixtralExperts)
 
 
+def test_weights_that_do_not_belong_together(model: nn.Module) -> None:
+    model.model.layers[1].mlp.experts.down_proj = nn.Parameter(torch.zeros(8, 128, 32))
+    with pytest.raises(
+        NotImplementedError, match=r"layers\.1\..*has parameters .*down_proj \[8, 128, 32\], expected gate_up"
+    ):
+        quantize_experts_(model)
+    assert len(list(find_experts(model))) == 2
+
+
 def test_another_activation(model: nn.Module) -> None:
     model.model.layers[1].mlp.experts.act_fn = nn.GELU()
     with pytest.raises(
@@ -130,8 +140,9 @@ def test_another_order_of_arguments_is_refused() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
-@pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
+@pytest.mark.parametrize("implementation", ["grouped_mm", "eager", "executorch_moe"])
 def test_every_family(family: Family, implementation: str) -> None:
+    register()
     model = family.model(implementation)  # its experts' weights are exact in 4 bits
     with torch.no_grad():
         expected = model(input_ids=tokens(9), use_cache=False).logits
