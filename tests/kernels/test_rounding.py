@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
+
 import pytest
 import torch
 
-from executorch_moe.kernels import Int4Codes, fused_experts, pack_codes, pack_experts, rounding, unpack_experts
+from executorch_moe.kernels import (
+    Int4Codes,
+    PackedExperts,
+    fused_experts,
+    pack_codes,
+    pack_experts,
+    rounding,
+    stack_experts,
+    unpack_experts,
+)
 from executorch_moe.kernels.reference import reference_experts
 from executorch_moe.kernels.rounding import HQQ_NORM, quantize_hqq, round_weights
 
@@ -119,6 +131,22 @@ def test_codes_are_packed_without_rounding() -> None:
         pack_codes(gate_up, down, scheme="w4a8")
     with pytest.raises(ValueError, match="scheme=bf16 holds no 4-bit codes: use w4a16"):
         pack_codes(gate_up, down, scheme="bf16")
+
+
+def test_stacking_keeps_one_part_at_a_time() -> None:
+    gate_up, down = heavy_tailed(6, 128, 64), heavy_tailed(6, 64, 64)
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def parts() -> Iterator[PackedExperts]:
+        for expert in range(6):
+            assert sum(ref() is not None for ref in made) <= 1
+            part = pack_experts(gate_up[expert : expert + 1], down[expert : expert + 1], group_size=32)
+            made.append(weakref.ref(part.w13))
+            yield part
+
+    stacked, whole = stack_experts(parts(), 6), pack_experts(gate_up, down, group_size=32)
+    for name, tensor in whole.tensors().items():
+        assert tensor is None or torch.equal(stacked.tensors()[name], tensor)
 
 
 @pytest.mark.parametrize(
