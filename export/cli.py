@@ -229,7 +229,10 @@ def bench_kernel(
     tokens: Annotated[str, typer.Option(help="Token counts, separated by commas.")] = "1,8,64,512,1642,4096",
     impl: Annotated[
         str,
-        typer.Option(help="ours, ours-tile, upstream-dec, upstream-a16, upstream-a8, torch-grouped-mm; with commas."),
+        typer.Option(
+            help="ours, ours-heuristic, ours-grouped, ours-tile, ours-g8, ours-tile-g8 (GROUP_SIZE_M 1, 8, 16, 32), "
+            "upstream-dec, upstream-a16, upstream-a8, torch-grouped-mm; with commas."
+        ),
     ] = "ours,ours-tile",
     scheme: Annotated[str, typer.Option(help="w4a16, w4a8, bf16; with commas.")] = "w4a16",
     routing: Annotated[str, typer.Option(help="uniform, zipf (1.2), or hot: all to the same experts.")] = "uniform",
@@ -261,6 +264,25 @@ def bench_kernel(
     typer.echo(kb.markdown(benchmark, rows) if output_format == "md" else kb.as_json(benchmark, rows))
     if plot is not None:
         kb.plot(benchmark, rows, plot)
+
+
+@app.command()
+@one_line_errors
+def tune(
+    shape: Annotated[
+        str, typer.Option(help="A preset (qwen35, qwen3, mixtral, gpt-oss, olmoe, deepseek-v3) or ExTOP_KxHxIxGROUP.")
+    ],
+    scheme: Annotated[str, typer.Option(help="w4a16, w4a8 or bf16.")] = "w4a16",
+    out: Annotated[
+        Path | None, typer.Option(help="The table to put the entry into; by default this package's own for this GPU.")
+    ] = None,
+    layers: Annotated[int, typer.Option(help="Layers with different weights in one CUDA graph.")] = 3,
+) -> None:
+    """Find the fastest configurations of an expert layer on this GPU, and write them into a table."""
+    from .kernel_tuning import tune_layer
+
+    path = tune_layer(shape, scheme, out, layers, console)
+    console.print(f"wrote {path}; every export and run on such a GPU takes its configurations from there")
 
 
 def parse_lengths(text: str, what: str = "prompt_tokens") -> list[int]:

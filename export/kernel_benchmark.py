@@ -23,15 +23,27 @@ from executorch_moe.kernels.benchmark import (
     with_tokens,
     work,
 )
+from executorch_moe.kernels.compile import CompileJob, compile_ahead
+from executorch_moe.kernels.configs import GROUP_SIZES_M
 from executorch_moe.kernels.plan import Options
 from executorch_moe.kernels.schemes import get_scheme
 
 from .rivals import Step, torch_grouped_mm, upstream
 
+OURS = {
+    "ours": Options(),
+    "ours-heuristic": Options(tables=False),
+    "ours-grouped": Options(path="grouped"),
+    "ours-tile": Options(path="grouped", persistent=False),
+    **{f"ours-g{g}": Options(path="grouped", group_size_m=g) for g in GROUP_SIZES_M},
+    **{f"ours-tile-g{g}": Options(path="grouped", persistent=False, group_size_m=g) for g in GROUP_SIZES_M},
+}
+"""Ours as it comes; without the tables; the grouped path for any number of tokens; one CTA a tile; and these two with
+GROUP_SIZE_M row blocks in a group of the tile order."""
+
 # Implementation -> schemes that it has.
 IMPLEMENTATIONS = {
-    "ours": ("w4a16", "w4a8", "bf16"),
-    "ours-tile": ("w4a16", "w4a8", "bf16"),
+    **dict.fromkeys(OURS, ("w4a16", "w4a8", "bf16")),
     "upstream-dec": ("w4a16",),
     "upstream-a16": ("w4a16",),
     "upstream-a8": ("w4a8",),
@@ -115,6 +127,9 @@ class KernelBenchmark:
         if not torch.cuda.is_available():
             raise ValueError(f"torch {torch.__version__} sees no GPU: run this where kernels can be timed")
         shape = parse_shape(self.shape)
+        compile_ahead(
+            [CompileJob(shape, s, tokens, OURS[i]) for i, s in self.pairs() if i in OURS for tokens in self.tokens]
+        )
         for implementation, scheme in self.pairs():
             generator = torch.Generator("cuda").manual_seed(0)
             steps, packed = [], []
@@ -136,9 +151,6 @@ class KernelBenchmark:
                 )  # fmt: skip
             del steps, packed
             torch.cuda.empty_cache()
-
-
-OURS = {"ours": Options(), "ours-tile": Options(persistent=False)}
 
 
 def step_of(implementation: str, shape: Shape, generator: torch.Generator) -> Step:

@@ -195,25 +195,50 @@ def decode_int8(byte, PTX: tl.constexpr):
 
 
 @triton.jit
-def load_groups(ptr, kb, offs_n, N: tl.constexpr, GROUP: tl.constexpr):
-    """Scales (or zeros) of K block `kb` for rows `offs_n`: [BLOCK_N] for each quarter (32 values) of it.
+def load_pairs(ptr, group, n_block, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Scales (or zeros) of one group for the rows of a tile, two in each word: int32 [BLOCK_N // 2].
 
+    Word 8b + j holds rows 16b + j (low half) and 16b + j + 8: those that one thread has in an accumulator. A word a
+    load instead of a halfword also lets the value stay in its register until the next iteration uses it.
     ptr: bf16 [K/GROUP, N] of one expert.
     """
+    words = ptr.to(tl.pointer_type(tl.int32), bitcast=True) + group * (N // 2) + n_block * (BLOCK_N // 2)
+    return tl.load(words + tl.arange(0, BLOCK_N // 2))
+
+
+@triton.jit
+def load_groups(ptr, kb, n_block, N: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr):
+    """`load_pairs` for each quarter (32 values) of K block `kb`."""
     if GROUP >= 128:
-        q0 = tl.load(ptr + (kb * 128 // GROUP) * N + offs_n)
+        q0 = load_pairs(ptr, kb * 128 // GROUP, n_block, N, BLOCK_N)
         return q0, q0, q0, q0
     elif GROUP == 64:
-        q0 = tl.load(ptr + (kb * 2) * N + offs_n)
-        q2 = tl.load(ptr + (kb * 2 + 1) * N + offs_n)
+        q0 = load_pairs(ptr, kb * 2, n_block, N, BLOCK_N)
+        q2 = load_pairs(ptr, kb * 2 + 1, n_block, N, BLOCK_N)
         return q0, q0, q2, q2
     else:
         tl.static_assert(GROUP == 32)
-        q0 = tl.load(ptr + (kb * 4) * N + offs_n)
-        q1 = tl.load(ptr + (kb * 4 + 1) * N + offs_n)
-        q2 = tl.load(ptr + (kb * 4 + 2) * N + offs_n)
-        q3 = tl.load(ptr + (kb * 4 + 3) * N + offs_n)
+        q0 = load_pairs(ptr, kb * 4, n_block, N, BLOCK_N)
+        q1 = load_pairs(ptr, kb * 4 + 1, n_block, N, BLOCK_N)
+        q2 = load_pairs(ptr, kb * 4 + 2, n_block, N, BLOCK_N)
+        q3 = load_pairs(ptr, kb * 4 + 3, n_block, N, BLOCK_N)
         return q0, q1, q2, q3
+
+
+@triton.jit
+def rows_of_pairs(words, BLOCK_N: tl.constexpr):
+    """int32 [BLOCK_N // 2] of `load_pairs` -> fp32 [BLOCK_N] in row order. The upper half of an fp32 is its bf16."""
+    low = (words << 16).to(tl.float32, bitcast=True)
+    high = (words & -65536).to(tl.float32, bitcast=True)
+    return tl.join(low, high).reshape(BLOCK_N // 16, 8, 2).permute(0, 2, 1).reshape(BLOCK_N)
+
+
+@triton.jit
+def bf16_rows_of_pairs(words, BLOCK_N: tl.constexpr):
+    """`rows_of_pairs` as bf16."""
+    low = words.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    high = (words >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return tl.join(low, high).reshape(BLOCK_N // 16, 8, 2).permute(0, 2, 1).reshape(BLOCK_N)
 
 
 @triton.jit

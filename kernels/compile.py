@@ -6,7 +6,10 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .gpus import Gpu
+from .benchmark import Shape
+from .gpus import Gpu, gpu_of
 from .packing import pack_experts
 from .plan import Launch, Options, run_fused_experts
 
@@ -144,3 +148,30 @@ def compile_launch(launch: Launch, capability: int) -> KernelReport:
         registers=registers,
         spill_bytes=spill_bytes,
     )
+
+
+@dataclass(frozen=True)
+class CompileJob:
+    """One expert layer whose kernels are to be compiled: sizes, scheme, number of tokens and options."""
+
+    shape: Shape
+    scheme: str
+    tokens: int
+    options: Options
+
+
+def compile_ahead(jobs: Sequence[CompileJob], on_done: Callable[[], None] = lambda: None) -> None:
+    """Fill Triton's cache for the GPU of this machine, on all cores: compiling takes longer than timing."""
+    gpu = gpu_of(torch.cuda.current_device())
+    workers = max(1, min((os.cpu_count() or 2) - 1, len(jobs)))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for _ in pool.map(_fill_cache, [(gpu, job) for job in jobs], chunksize=2):
+            on_done()
+
+
+def _fill_cache(work: tuple[Gpu, CompileJob]) -> None:
+    gpu, job = work
+    s = job.shape
+    sizes = (job.tokens, s.experts, s.top_k, s.hidden, s.intermediate, s.group_size)
+    for launch in record_launches(gpu, job.scheme, *sizes, job.options):
+        launch.kernel.warmup(**launch.args, **launch.constexprs, num_warps=launch.num_warps, grid=launch.grid)

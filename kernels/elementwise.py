@@ -17,7 +17,8 @@ def moe_quantize_rows(
 ):  # fmt: skip
     """Quantise GROUPS groups of one row: scale = max |x| / 127, q = round-half-even(x / scale).
 
-    Each token once, whatever its number of experts; the GEMM gathers the quantised rows.
+    Each token once, whatever its number of experts; the GEMM gathers the quantised rows. The middle two of every four
+    values are swapped, as in the packed weights (packing.py).
     """
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
@@ -26,7 +27,8 @@ def moe_quantize_rows(
     scale = tl.maximum(tl.max(tl.abs(x), axis=1) / 127.0, 1e-12)
     # Adding and taking away 1.5 * 2^23 rounds to the nearest even integer in fp32.
     q = (x / scale[:, None] + 12582912.0) - 12582912.0
-    tl.store(q_ptr + row * KP + offs, q.to(tl.int8), mask=offs < KP)
+    swapped = q.reshape(GROUPS, ACT_GROUP // 4, 2, 2).permute(0, 1, 3, 2).reshape(GROUPS, ACT_GROUP)
+    tl.store(q_ptr + row * KP + offs, swapped.to(tl.int8), mask=offs < KP)
     tl.store(scale_ptr + row * (KP // ACT_GROUP) + group, scale, mask=group < KP // ACT_GROUP)
 
 

@@ -1,8 +1,11 @@
-"""The tensor-core mainloop: one persistent grouped GEMM for GEMM1 and GEMM2, every scheme and both schedules.
+"""The tensor-core mainloop: one grouped GEMM for GEMM1 and GEMM2, every scheme, every schedule, few tokens and many.
 
 Weights are the M side of the MMA: a tile is BLOCK_N weight rows by BLOCK_M tokens, so the few tokens that an expert has
 sit on the flexible side of the instruction, and decoded weights go from registers into it without a trip through
 shared memory. The packed layout (packing.py) is in the order of those registers.
+
+Which rows a tile multiplies comes from the lists that routing.py wrote (many tokens), or is found by each program from
+the expert ids themselves (few tokens: a launch less, and the ids are a cache line or two).
 
 Letters: P pairs (token, expert), M tokens of one tile, N weight rows, K reduction, Kp K padded to 128.
 """
@@ -12,7 +15,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._device import decode_bf16, decode_codes, decode_int8, gated_activation, grouped_tile, load_groups, to_bf16
+from ._device import (
+    bf16_rows_of_pairs,
+    decode_bf16,
+    decode_codes,
+    decode_int8,
+    gated_activation,
+    grouped_tile,
+    load_groups,
+    rows_of_pairs,
+    to_bf16,
+)
+from .routing import leads_row_block, rows_of_leader
 
 
 @triton.jit
@@ -29,32 +43,70 @@ def load_weight_block(w_ptr, kb, offs_n, N: tl.constexpr, W_BITS: tl.constexpr, 
 
 
 @triton.jit
-def weight_operand(
-    raw, s0, s1, s2, s3, z0, z1, z2, z3, HAS_ZERO: tl.constexpr, BLOCK_N: tl.constexpr, PTX: tl.constexpr
-):
-    """Decode int16 [BN, 32] into the bf16 operand [BN, 128] in natural K order. Register moves only, no shuffles."""
-    half = raw.reshape(BLOCK_N, 4, 2, 2, 2).permute(0, 2, 3, 1, 4).reshape(BLOCK_N, 32)
-    s0 = tl.broadcast_to(s0[:, None], (BLOCK_N, 32))
-    s1 = tl.broadcast_to(s1[:, None], (BLOCK_N, 32))
-    s2 = tl.broadcast_to(s2[:, None], (BLOCK_N, 32))
-    s3 = tl.broadcast_to(s3[:, None], (BLOCK_N, 32))
-    if HAS_ZERO:
-        z0 = tl.broadcast_to(z0[:, None], (BLOCK_N, 32))
-        z1 = tl.broadcast_to(z1[:, None], (BLOCK_N, 32))
-        z2 = tl.broadcast_to(z2[:, None], (BLOCK_N, 32))
-        z3 = tl.broadcast_to(z3[:, None], (BLOCK_N, 32))
-    w0, w1, w2, w3 = decode_bf16(half, s0, s1, s2, s3, z0, z1, z2, z3, HAS_ZERO, PTX)
+def broadcast_groups(s0, s1, s2, s3, INT8_ORDER: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Words of `load_groups` -> bf16 [BN, 32] for the nibbles 0..3 of the halfwords at that place."""
+    s0 = tl.broadcast_to(bf16_rows_of_pairs(s0, BLOCK_N)[:, None], (BLOCK_N, 32))
+    s1 = tl.broadcast_to(bf16_rows_of_pairs(s1, BLOCK_N)[:, None], (BLOCK_N, 32))
+    s2 = tl.broadcast_to(bf16_rows_of_pairs(s2, BLOCK_N)[:, None], (BLOCK_N, 32))
+    s3 = tl.broadcast_to(bf16_rows_of_pairs(s3, BLOCK_N)[:, None], (BLOCK_N, 32))
+    if INT8_ORDER:  # nibbles alternate between the halves of the K block, columns from 16 on are the odd quarters
+        even_quarter = (tl.arange(0, 32) < 16)[None, :]
+        low = tl.where(even_quarter, s0, s1)
+        high = tl.where(even_quarter, s2, s3)
+        return low, high, low, high
+    else:
+        return s0, s1, s2, s3
+
+
+@triton.jit
+def natural_halfwords(raw, BLOCK_N: tl.constexpr):
+    """int16 [BN, 32] as packed (t, c, h, l) -> in the order of an operand's columns (c, h, t, l)."""
+    return raw.reshape(BLOCK_N, 4, 2, 2, 2).permute(0, 2, 3, 1, 4).reshape(BLOCK_N, 32)
+
+
+@triton.jit
+def join_quarters(w0, w1, w2, w3, BLOCK_N: tl.constexpr):
+    """Four [BN, 32] side by side: [BN, 128]."""
     quarters = tl.join(tl.join(w0, w1), tl.join(w2, w3))  # [BN, 32, s % 2, s // 2]
     return quarters.permute(0, 3, 2, 1).reshape(BLOCK_N, 128)
 
 
 @triton.jit
+def weight_operand(
+    raw, s0, s1, s2, s3, z0, z1, z2, z3,
+    HAS_ZERO: tl.constexpr, INT8_ORDER: tl.constexpr, BLOCK_N: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Decode int16 [BN, 32] into the bf16 operand [BN, 128]. Register moves only, no shuffles.
+
+    s0..s3, z0..z3: words of `load_groups`, scales and zeros. K is in natural order, or in that of `k_order`.
+    """
+    s0, s1, s2, s3 = broadcast_groups(s0, s1, s2, s3, INT8_ORDER, BLOCK_N)
+    if HAS_ZERO:
+        z0, z1, z2, z3 = broadcast_groups(z0, z1, z2, z3, INT8_ORDER, BLOCK_N)
+    else:
+        z0, z1, z2, z3 = s0, s1, s2, s3
+    half = natural_halfwords(raw, BLOCK_N)
+    w0, w1, w2, w3 = decode_bf16(half, s0, s1, s2, s3, z0, z1, z2, z3, HAS_ZERO, PTX)
+    return join_quarters(w0, w1, w2, w3, BLOCK_N)
+
+
+@triton.jit
 def code_operand(raw, BLOCK_N: tl.constexpr, PTX: tl.constexpr):
     """`weight_operand` without scales: the codes -8..7 as bf16, exact."""
-    half = raw.reshape(BLOCK_N, 4, 2, 2, 2).permute(0, 2, 3, 1, 4).reshape(BLOCK_N, 32)
-    w0, w1, w2, w3 = decode_codes(half, PTX)
-    quarters = tl.join(tl.join(w0, w1), tl.join(w2, w3))  # [BN, 32, s % 2, s // 2]
-    return quarters.permute(0, 3, 2, 1).reshape(BLOCK_N, 128)
+    w0, w1, w2, w3 = decode_codes(natural_halfwords(raw, BLOCK_N), PTX)
+    return join_quarters(w0, w1, w2, w3, BLOCK_N)
+
+
+@triton.jit
+def k_order(INT8_ORDER: tl.constexpr):
+    """Position in its K block of each column of `weight_operand`: int32 [128]."""
+    i = tl.arange(0, 128)
+    if INT8_ORDER:
+        # Column (n, c, h, t, l) of the bf16 fragments holds k = (n % 2, c, h, t, n // 2, l) of the int8 ones.
+        k = ((i >> 5) & 1) * 64 + ((i >> 3) & 3) * 16 + ((i >> 1) & 3) * 4 + (i >> 6) * 2 + (i & 1)
+        return tl.max_contiguous(tl.multiple_of(k, 2), 2)
+    else:
+        return i
 
 
 @triton.jit
@@ -68,132 +120,173 @@ def dot_f32(w, x, acc, PTX: tl.constexpr):
 
 @triton.jit
 def dot_int8(acc, w, x, w_scale, x_scale):
-    """acc + (w int8 [BN, K] @ x int8 [BM, K].T) * w_scale [BN] * x_scale [BM]."""
+    """acc + (w int8 [BN, K] @ x int8 [BM, K].T) * w_scale fp32 [BN] * x_scale fp32 [BM]."""
     exact = tl.dot(w, x.trans(), out_dtype=tl.int32).to(tl.float32)
-    return acc + exact * x_scale[None, :] * w_scale.to(tl.float32)[:, None]
+    return acc + exact * x_scale[None, :] * w_scale[:, None]
+
+
+@triton.jit
+def load_row_scales(ptr, kb, ACT_GROUP: tl.constexpr):
+    """Activation scales of K block `kb`, fp32 [BM] for each quarter (32 values) of it. ptr: [BM], each row's first."""
+    a0 = tl.load(ptr + kb * 128 // ACT_GROUP)
+    if ACT_GROUP >= 128:
+        return a0, a0, a0, a0
+    elif ACT_GROUP == 64:
+        a2 = tl.load(ptr + kb * 2 + 1)
+        return a0, a0, a2, a2
+    else:
+        tl.static_assert(ACT_GROUP == 32)
+        return a0, tl.load(ptr + kb * 4 + 1), tl.load(ptr + kb * 4 + 2), tl.load(ptr + kb * 4 + 3)
 
 
 @triton.jit
 def accumulate_int8(
-    acc, raw, s0, s1, s2, s3, x_rows, x_scale_rows, kb, mask_m,
-    BLOCK_N: tl.constexpr, SUB: tl.constexpr, ACT_GROUP: tl.constexpr, PTX: tl.constexpr,
+    acc, raw, s0, s1, s2, s3, a0, a1, a2, a3, x_block, x_offs, mask,
+    BLOCK_N: tl.constexpr, SUB: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """One K block in int8: a dot and a scaling for every SUB values, SUB the finer of weight and activation group."""
     natural = raw.reshape(BLOCK_N, 4, 2, 2, 4).permute(0, 2, 3, 1, 4).reshape(BLOCK_N, 64)
     lo, hi = decode_int8(natural, PTX)
-    offs = tl.arange(0, SUB)
-    rows = mask_m[:, None]
-    x0 = tl.load(x_rows[:, None] + kb * 128 + offs[None, :], mask=rows, other=0)
-    a0 = tl.load(x_scale_rows + kb * 128 // ACT_GROUP)
+    s0 = rows_of_pairs(s0, BLOCK_N)
+    offs = x_offs[:, None] + tl.arange(0, SUB)[None, :]
+    x0 = tl.load(x_block + offs, mask=mask[:, None], other=0)
     if SUB == 128:
         w = tl.join(lo, hi).permute(0, 2, 1).reshape(BLOCK_N, 128)
         acc = dot_int8(acc, w, x0, s0, a0)
     elif SUB == 64:
-        x1 = tl.load(x_rows[:, None] + kb * 128 + 64 + offs[None, :], mask=rows, other=0)
-        a1 = tl.load(x_scale_rows + (kb * 128 + 64) // ACT_GROUP)
+        x1 = tl.load(x_block + 64 + offs, mask=mask[:, None], other=0)
         acc = dot_int8(acc, lo, x0, s0, a0)
-        acc = dot_int8(acc, hi, x1, s2, a1)
+        acc = dot_int8(acc, hi, x1, rows_of_pairs(s2, BLOCK_N), a2)
     else:
         tl.static_assert(SUB == 32)
-        x1 = tl.load(x_rows[:, None] + kb * 128 + 32 + offs[None, :], mask=rows, other=0)
-        x2 = tl.load(x_rows[:, None] + kb * 128 + 64 + offs[None, :], mask=rows, other=0)
-        x3 = tl.load(x_rows[:, None] + kb * 128 + 96 + offs[None, :], mask=rows, other=0)
-        a1 = tl.load(x_scale_rows + (kb * 128 + 32) // ACT_GROUP)
-        a2 = tl.load(x_scale_rows + (kb * 128 + 64) // ACT_GROUP)
-        a3 = tl.load(x_scale_rows + (kb * 128 + 96) // ACT_GROUP)
+        x1 = tl.load(x_block + 32 + offs, mask=mask[:, None], other=0)
+        x2 = tl.load(x_block + 64 + offs, mask=mask[:, None], other=0)
+        x3 = tl.load(x_block + 96 + offs, mask=mask[:, None], other=0)
         w0, w1 = tl.split(lo.reshape(BLOCK_N, 2, 32).permute(0, 2, 1))
         w2, w3 = tl.split(hi.reshape(BLOCK_N, 2, 32).permute(0, 2, 1))
         acc = dot_int8(acc, w0, x0, s0, a0)
-        acc = dot_int8(acc, w1, x1, s1, a1)
-        acc = dot_int8(acc, w2, x2, s2, a2)
-        acc = dot_int8(acc, w3, x3, s3, a3)
+        acc = dot_int8(acc, w1, x1, rows_of_pairs(s1, BLOCK_N), a1)
+        acc = dot_int8(acc, w2, x2, rows_of_pairs(s2, BLOCK_N), a2)
+        acc = dot_int8(acc, w3, x3, rows_of_pairs(s3, BLOCK_N), a3)
     return acc
 
 
 @triton.jit
 def gemm_tile(
     x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, bias_ptr, out_ptr, pair_weight_ptr,
-    sorted_pair_ids_ptr, expert_offsets_ptr, block_expert_ptr, block_row_ptr, num_row_blocks, tile,
+    expert, pair, x_row, out_row, mask_m, n_block, split,
     N: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, OUT_COLS: tl.constexpr, STRIDE_X: tl.constexpr,
-    TOP_K: tl.constexpr, GROUP: tl.constexpr, W_BITS: tl.constexpr, ACT_GROUP: tl.constexpr, HAS_ZERO: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, GEMM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_SIZE_M: tl.constexpr, NUM_STAGES: tl.constexpr,
-    SCALE_AFTER: tl.constexpr, PTX: tl.constexpr,
+    GROUP: tl.constexpr, W_BITS: tl.constexpr, INT8_ORDER: tl.constexpr, ACT_GROUP: tl.constexpr,
+    HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, GEMM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr, NUM_STAGES: tl.constexpr,
+    UNROLL: tl.constexpr, SCALE_AFTER: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """One output tile: BLOCK_N weight rows of one expert by up to BLOCK_M of its tokens."""
+    """One output tile: BLOCK_N weight rows of one expert by up to BLOCK_M of its tokens.
+
+    expert: int64. pair, x_row, out_row: int32 [BM], of each row its pair, its row in x and its row in out, 0 where
+    mask_m is not set. Such rows are loaded as zeros, which costs no memory traffic, and are never stored.
+    split: which of the SPLIT_K parts of K.
+    """
     INT8: tl.constexpr = ACT_GROUP > 0
-    row_block, n_block = grouped_tile(tile, num_row_blocks, N // BLOCK_N, GROUP_SIZE_M)
-    expert = tl.load(block_expert_ptr + row_block).to(tl.int64)
-    offs_m = tl.load(block_row_ptr + row_block) + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < tl.load(expert_offsets_ptr + expert + 1)
-    # Rows past the expert's end are loaded as zeros, which costs no memory traffic, and never stored.
-    pair = tl.load(sorted_pair_ids_ptr + offs_m, mask=mask_m, other=0)
-    row = (pair // TOP_K if GEMM == 1 else tl.where(mask_m, offs_m, 0)).to(tl.int64)
+    KB: tl.constexpr = (KP // 128 + SPLIT_K - 1) // SPLIT_K  # K blocks of a part
     offs_n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    x_rows = x_ptr + row * STRIDE_X
+    # Rows are held as 32-bit offsets to a base that all share: 64-bit pointers would take twice the registers.
+    x_offs = x_row.to(tl.uint32) * STRIDE_X
     if INT8:
-        x_scale_rows = x_scale_ptr + row * (KP // ACT_GROUP)
+        x_scale_rows = x_scale_ptr + x_row.to(tl.int64) * (KP // ACT_GROUP)
     w_ptr += expert * ((N * KP) if W_BITS == 16 else (N * KP // 2))
     s_ptr = w_scale_ptr + expert * (KP // GROUP * N)
     z_ptr = w_zero_ptr + expert * (KP // GROUP * N)
-    offs_k = tl.arange(0, 128)
+    offs_k = k_order(INT8_ORDER and not INT8)
 
+    first = split * KB
+    last = KP // 128 if SPLIT_K == 1 else tl.minimum(first + KB, KP // 128)
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    if W_BITS == 4:  # scales of the next block are fetched one iteration ahead: too narrow for an asynchronous copy
-        s0, s1, s2, s3 = load_groups(s_ptr, 0, offs_n, N, GROUP)
+    # Scales of the next block are fetched one iteration ahead: they are too narrow for the asynchronous copies.
+    if W_BITS == 4:
+        begin = first if SPLIT_K == 1 else tl.minimum(first, KP // 128 - 1)  # the last part may be empty
+        s0, s1, s2, s3 = load_groups(s_ptr, begin, n_block, N, GROUP, BLOCK_N)
         if HAS_ZERO:
-            z0, z1, z2, z3 = load_groups(z_ptr, 0, offs_n, N, GROUP)
+            z0, z1, z2, z3 = load_groups(z_ptr, begin, n_block, N, GROUP, BLOCK_N)
         else:
             z0, z1, z2, z3 = s0, s1, s2, s3
-    for kb in tl.range(0, KP // 128, num_stages=NUM_STAGES):
+    if INT8:
+        a0, a1, a2, a3 = load_row_scales(x_scale_rows, first, ACT_GROUP)
+    for kb in tl.range(first, last, num_stages=NUM_STAGES, loop_unroll_factor=UNROLL):
         raw = load_weight_block(w_ptr, kb, offs_n, N, W_BITS, INT8, KP)
-        if W_BITS == 4:
-            ahead = tl.minimum(kb + 1, KP // 128 - 1)
-            t0, t1, t2, t3 = load_groups(s_ptr, ahead, offs_n, N, GROUP)
+        x_block = x_ptr + kb * 128
+        ahead = tl.minimum(kb + 1, KP // 128 - 1)
         if INT8:
             SUB: tl.constexpr = min(GROUP, min(ACT_GROUP, 128))
-            acc = accumulate_int8(
-                acc, raw, s0, s1, s2, s3, x_rows, x_scale_rows, kb, mask_m, BLOCK_N, SUB, ACT_GROUP, PTX
-            )
+            acc = accumulate_int8(acc, raw, s0, s1, s2, s3, a0, a1, a2, a3, x_block, x_offs, mask_m, BLOCK_N, SUB, PTX)
+            a0, a1, a2, a3 = load_row_scales(x_scale_rows, ahead, ACT_GROUP)
         else:
             if K == KP:
-                x = tl.load(x_rows[:, None] + kb * 128 + offs_k[None, :], mask=mask_m[:, None], other=0.0)
+                inside = mask_m[:, None]
             else:  # the padded weights are zero, but what lies behind the row may be NaN
                 inside = mask_m[:, None] & (kb * 128 + offs_k < K)[None, :]
-                x = tl.load(x_rows[:, None] + kb * 128 + offs_k[None, :], mask=inside, other=0.0)
+            x = tl.load(x_block + (x_offs[:, None] + offs_k[None, :]), mask=inside, other=0.0)
             if W_BITS == 16:
                 acc = dot_f32(raw, x, acc, PTX)
             elif SCALE_AFTER:
                 codes = code_operand(raw, BLOCK_N, PTX)
-                acc += dot_f32(codes, x, tl.zeros_like(acc), PTX) * s0.to(tl.float32)[:, None]
+                acc += dot_f32(codes, x, tl.zeros_like(acc), PTX) * rows_of_pairs(s0, BLOCK_N)[:, None]
             else:
-                acc = dot_f32(weight_operand(raw, s0, s1, s2, s3, z0, z1, z2, z3, HAS_ZERO, BLOCK_N, PTX), x, acc, PTX)
+                operand = weight_operand(raw, s0, s1, s2, s3, z0, z1, z2, z3, HAS_ZERO, INT8_ORDER, BLOCK_N, PTX)
+                acc = dot_f32(operand, x, acc, PTX)
         if W_BITS == 4:
-            s0, s1, s2, s3 = t0, t1, t2, t3
+            s0, s1, s2, s3 = load_groups(s_ptr, ahead, n_block, N, GROUP, BLOCK_N)
             if HAS_ZERO:
-                z0, z1, z2, z3 = load_groups(z_ptr, ahead, offs_n, N, GROUP)
+                z0, z1, z2, z3 = load_groups(z_ptr, ahead, n_block, N, GROUP, BLOCK_N)
             else:
-                z0, z1, z2, z3 = t0, t1, t2, t3
+                z0, z1, z2, z3 = s0, s1, s2, s3
     if INT8:
         acc *= 0.0625  # decode_int8 gives 16 times the weight
 
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + expert * N + offs_n)[:, None]
+        bias = tl.load(bias_ptr + expert * N + offs_n)
+        acc += (bias if SPLIT_K == 1 else tl.where(split == 0, bias, 0.0))[:, None]
     if GEMM == 1:
         # gate and up rows alternate in runs of 8: rows r and r + 8 of an accumulator belong to one thread.
         gate, up = tl.split(acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1))
         value = gated_activation(gate, up, ACTIVATION).reshape(BLOCK_N // 2, BLOCK_M)
         offs_o = n_block * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-        out_row = offs_m.to(tl.int64)
     else:
         value = acc * tl.load(pair_weight_ptr + pair, mask=mask_m, other=0.0).to(tl.float32)[None, :]
         offs_o = offs_n
-        out_row = pair.to(tl.int64)
-    pointers = out_ptr + out_row[None, :] * OUT_COLS + offs_o[:, None]
-    if OUT_COLS % 128 == 0:
-        tl.store(pointers, to_bf16(value, PTX), mask=mask_m[None, :])
+    pointers = out_ptr + out_row.to(tl.int64)[None, :] * OUT_COLS + offs_o[:, None]
+    wanted = mask_m[None, :]
+    if OUT_COLS % 128 != 0:
+        wanted = wanted & (offs_o < OUT_COLS)[:, None]
+    if out_ptr.dtype.element_ty == tl.float32:
+        tl.store(pointers, value, mask=wanted)
     else:
-        tl.store(pointers, to_bf16(value, PTX), mask=mask_m[None, :] & (offs_o < OUT_COLS)[:, None])
+        tl.store(pointers, to_bf16(value, PTX), mask=wanted)
+
+
+@triton.jit
+def sum_pairs_of_block(
+    y_ptr, topk_ids_ptr, out_ptr, num_tokens, num_pairs, n_block,
+    H: tl.constexpr, TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    TOKENS: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Sum over top_k (and the parts of K) for BLOCK_N columns of all tokens, in fixed order.
+
+    y: fp32 [SPLIT_K, P, H].
+    """
+    token = tl.arange(0, TOKENS)
+    offs = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((TOKENS, BLOCK_N), dtype=tl.float32)
+    for slot in tl.static_range(TOP_K):
+        pair = token * TOP_K + slot
+        expert = tl.load(topk_ids_ptr + pair, mask=token < num_tokens, other=-1)
+        valid = ((expert >= 0) & (expert < NUM_EXPERTS))[:, None] & (offs < H)[None, :]
+        for split in tl.static_range(SPLIT_K):
+            row = split * num_pairs + pair
+            # .cg: what other multiprocessors wrote is in L2.
+            acc += tl.load(y_ptr + row[:, None] * H + offs[None, :], mask=valid, other=0.0, cache_modifier=".cg")
+    wanted = (token < num_tokens)[:, None] & (offs < H)[None, :]
+    tl.store(out_ptr + token[:, None] * H + offs[None, :], to_bf16(acc, PTX), mask=wanted)
 
 
 @triton.jit
@@ -211,33 +304,97 @@ def moe_grouped_gemm(
     block_expert_ptr,  # int32 [max row blocks]
     block_row_ptr,  # int32 [max row blocks], first row of the block
     num_row_blocks_ptr,  # int32 [1]: how many row blocks routing wrote
+    num_pairs,
+    PAIRS_FROM: tl.constexpr, PAIRS_TO: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, OUT_COLS: tl.constexpr, STRIDE_X: tl.constexpr,
-    TOP_K: tl.constexpr, GROUP: tl.constexpr, W_BITS: tl.constexpr, ACT_GROUP: tl.constexpr, HAS_ZERO: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, GEMM: tl.constexpr,
+    TOP_K: tl.constexpr, GROUP: tl.constexpr, W_BITS: tl.constexpr, INT8_ORDER: tl.constexpr, ACT_GROUP: tl.constexpr,
+    HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, GEMM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_SIZE_M: tl.constexpr, NUM_STAGES: tl.constexpr,
-    SCALE_AFTER: tl.constexpr, PERSISTENT: tl.constexpr, PTX: tl.constexpr,
+    UNROLL: tl.constexpr, SCALE_AFTER: tl.constexpr, PERSISTENT: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """GEMM1 (gate+up with the activation) or GEMM2 (down with the routing weight) of the expert layer.
+    """GEMM1 (gate+up with the activation) or GEMM2 (down with the routing weight) over the row blocks of routing.py.
 
     PERSISTENT: any number of programs walk the tile list to the count on the device. Else program i does tile i, and
     the grid must cover every tile. A tile is computed the same way in both, so the results are equal bit for bit.
+
+    With less than PAIRS_FROM or more than PAIRS_TO pairs there is nothing to do: another launch, with tiles of another
+    height, is the one for that many.
     """
-    num_row_blocks = tl.load(num_row_blocks_ptr)
+    wanted = (num_pairs >= PAIRS_FROM) & (num_pairs <= PAIRS_TO)
+    num_row_blocks = tl.load(num_row_blocks_ptr, mask=wanted, other=0)
     num_tiles = num_row_blocks * (N // BLOCK_N)
-    if PERSISTENT:
-        for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-            gemm_tile(
-                x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, bias_ptr, out_ptr, pair_weight_ptr,
-                sorted_pair_ids_ptr, expert_offsets_ptr, block_expert_ptr, block_row_ptr, num_row_blocks, tile,
-                N, K, KP, OUT_COLS, STRIDE_X, TOP_K, GROUP, W_BITS, ACT_GROUP, HAS_ZERO, HAS_BIAS, ACTIVATION, GEMM,
-                BLOCK_M, BLOCK_N, GROUP_SIZE_M, NUM_STAGES, SCALE_AFTER, PTX,
-            )  # fmt: skip
-    else:
-        tile = tl.program_id(0)
-        if tile < num_tiles:
-            gemm_tile(
-                x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, bias_ptr, out_ptr, pair_weight_ptr,
-                sorted_pair_ids_ptr, expert_offsets_ptr, block_expert_ptr, block_row_ptr, num_row_blocks, tile,
-                N, K, KP, OUT_COLS, STRIDE_X, TOP_K, GROUP, W_BITS, ACT_GROUP, HAS_ZERO, HAS_BIAS, ACTIVATION, GEMM,
-                BLOCK_M, BLOCK_N, GROUP_SIZE_M, NUM_STAGES, SCALE_AFTER, PTX,
+    start = tl.program_id(0)
+    # One CTA per tile is the same loop with a stride that ends it after one tile.
+    step = tl.num_programs(0) if PERSISTENT else tl.maximum(num_tiles, 1)
+    for tile in tl.range(start, num_tiles, step):
+        row_block, n_block = grouped_tile(tile, num_row_blocks, N // BLOCK_N, GROUP_SIZE_M)
+        expert = tl.load(block_expert_ptr + row_block).to(tl.int64)
+        row = tl.load(block_row_ptr + row_block) + tl.arange(0, BLOCK_M)
+        mask_m = row < tl.load(expert_offsets_ptr + expert + 1)
+        row = tl.where(mask_m, row, 0)
+        pair = tl.load(sorted_pair_ids_ptr + row, mask=mask_m, other=0)
+        x_row = pair // TOP_K if GEMM == 1 else row
+        out_row = row if GEMM == 1 else pair
+        gemm_tile(
+            x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, bias_ptr, out_ptr, pair_weight_ptr,
+            expert, pair, x_row, out_row, mask_m, n_block, 0,
+            N, K, KP, OUT_COLS, STRIDE_X, GROUP, W_BITS, INT8_ORDER, ACT_GROUP, HAS_ZERO, HAS_BIAS, ACTIVATION, GEMM,
+            BLOCK_M, BLOCK_N, 1, NUM_STAGES, UNROLL, SCALE_AFTER, PTX,
+        )  # fmt: skip
+
+
+@triton.jit
+def moe_few_tokens_gemm(
+    x_ptr,  # GEMM1: bf16 [T, STRIDE_X] or int8 [T, KP]; GEMM2: [P, KP], in pair order
+    x_scale_ptr,  # fp32 [rows of x, KP/ACT_GROUP], int8 activations only
+    w_ptr,  # uint8 [E, KP/128, N, 64] packed, or bf16 [E, N, KP]
+    w_scale_ptr,  # bf16 [E, KP/GROUP, N]
+    w_zero_ptr,  # bf16 [E, KP/GROUP, N], HAS_ZERO only
+    bias_ptr,  # fp32 [E, N], HAS_BIAS only
+    y_ptr,  # GEMM1: bf16 [P, OUT_COLS]; GEMM2: fp32 [SPLIT_K, P, OUT_COLS]. In pair order
+    pair_weight_ptr,  # float [P] routing weights, GEMM2 only
+    topk_ids_ptr,  # int32 or int64 [P]
+    arrivals_ptr,  # int32 [N/BLOCK_N of GEMM2]: programs of an n block that are done; GEMM1 sets them to zero
+    out_ptr,  # bf16 [T, OUT_COLS], GEMM2 only
+    num_tokens,
+    NUM_ARRIVALS: tl.constexpr, NUM_EXPERTS: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, OUT_COLS: tl.constexpr, STRIDE_X: tl.constexpr,
+    TOP_K: tl.constexpr, GROUP: tl.constexpr, W_BITS: tl.constexpr, INT8_ORDER: tl.constexpr, ACT_GROUP: tl.constexpr,
+    HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, GEMM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr, NUM_STAGES: tl.constexpr,
+    UNROLL: tl.constexpr, SCALE_AFTER: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """The same GEMMs without routing lists: program (n block, pair, part of K) does the row block that its pair leads.
+
+    PAIRS and TOKENS: powers of two from P and T on. GEMM2 also sums over top_k: the last program of an n block to
+    arrive adds what all of them wrote, in fixed order, so the bits do not depend on which one it is.
+    """
+    n_block, first_pair, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    num_pairs = num_tokens * TOP_K
+    expert, before, leads = leads_row_block(
+        topk_ids_ptr, num_pairs, first_pair, NUM_EXPERTS, PAIRS, BLOCK_M, TOKENS == 1
+    )
+    if GEMM == 1:
+        block = tl.arange(0, NUM_ARRIVALS)
+        first_program = (n_block == 0) & (first_pair == 0)
+        tl.store(arrivals_ptr + block, tl.zeros_like(block), mask=first_program & (block < NUM_ARRIVALS))
+    if leads:
+        pair, mask_m = rows_of_leader(
+            topk_ids_ptr, num_pairs, first_pair, expert, before, NUM_EXPERTS, PAIRS, BLOCK_M, TOKENS == 1
+        )
+        x_row = pair // TOP_K if GEMM == 1 else pair
+        out_row = pair + split * num_pairs
+        gemm_tile(
+            x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, bias_ptr, y_ptr, pair_weight_ptr,
+            expert, pair, x_row, out_row, mask_m, n_block, split,
+            N, K, KP, OUT_COLS, STRIDE_X, GROUP, W_BITS, INT8_ORDER, ACT_GROUP, HAS_ZERO, HAS_BIAS, ACTIVATION, GEMM,
+            BLOCK_M, BLOCK_N, SPLIT_K, NUM_STAGES, UNROLL, SCALE_AFTER, PTX,
+        )  # fmt: skip
+    if GEMM == 2:
+        tl.debug_barrier()  # all threads' stores before the one thread's release
+        arrived = tl.atomic_add(arrivals_ptr + n_block, 1, sem="acq_rel", scope="gpu")
+        if arrived == num_pairs * SPLIT_K - 1:
+            sum_pairs_of_block(
+                y_ptr, topk_ids_ptr, out_ptr, num_tokens, num_pairs, n_block,
+                OUT_COLS, TOP_K, NUM_EXPERTS, SPLIT_K, BLOCK_N, TOKENS, PTX,
             )  # fmt: skip

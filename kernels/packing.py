@@ -1,4 +1,4 @@
-"""Packing expert weights into the layout that the kernels read (layout version 1), and back.
+"""Packing expert weights into the layout that the kernels read (layout version 2), and back.
 
 Two matrices an expert: `w13` = gate and up projections, N = 2I rows over K = H; `w2` = down projection, N = H rows over
 K = I. I and H are padded to multiples of 128 with zeros (which add nothing), written Ip and Hp below.
@@ -10,9 +10,13 @@ Rows of `w13`: gate and up rows alternate in runs of 8: packed row 16b + j is ga
 of a block follow each other. Values are signed nibbles q in [-8, 7], value = q * scale (+ zero). Inside the 64 bytes,
 thread t of the 4 that share an MMA row owns the 16 bytes from 16t on: exactly the values of its operand fragments.
     w4a16 (bf16 fragments, m16k16):  k = 32s + 16c + 8h + 2t + l  ->  byte 16t + 8c + 4h + 2l + s // 2, nibble s % 2
-    w4a8  (int8 fragments, m16k32):  k = 64s + 32c + 16h + 4t + l ->  byte 16t + 8c + 4h + l,           nibble s
-    (s, c, h, l in range; nibble 0 is the low one)
-Scales, and the optional zeros, bf16 [E, K/group_size, N]: n contiguous, as a tile reads a run of rows at one group.
+    w4a8  (int8 fragments, m16k32):  k = 64s + 32c + 16h + 4t + 2m + l ->  byte 16t + 8c + 4h + 2l + m, nibble s
+    (s, c, h, m, l in range; nibble 0 is the low one)
+The middle two of every four int8 values are swapped, in the weights here and in the activations when they are
+quantised: the product is the same, and the bf16 decoder finds neighbours where it looks for them, so that few tokens
+can be multiplied in bf16.
+Scales, and the optional zeros, bf16 [E, K/group_size, N]: n contiguous, as a tile reads a run of rows at one group, and
+within runs of 16 in the order 0, 8, 1, 9, ... 7, 15: rows r and r + 8, whose sums one thread has, share a 32-bit word.
 
 bf16 scheme, bf16 [E, N, K]: rows as above, K contiguous.
 
@@ -97,7 +101,7 @@ def deinterleave_gate_up(rows: Tensor) -> Tensor:
 
 
 def pack_int4(q: Tensor, scheme: str) -> Tensor:
-    """Pack 4-bit codes into layout version 1.
+    """Pack 4-bit codes into layout version 2.
 
     Args:
         q: int8 [E, N, K] in [-8, 7], K a multiple of 128.
@@ -109,8 +113,8 @@ def pack_int4(q: Tensor, scheme: str) -> Tensor:
     e, n, k = q.shape
     nibbles = q.view(torch.uint8).bitwise_and(0xF).reshape(e, n, k // K_BLOCK, K_BLOCK).transpose(1, 2)
     lead = nibbles.shape[:3]
-    if scheme == "w4a8":  # k = (s, c, h, t, l) -> byte (t, c, h, l), nibble s
-        frag = nibbles.reshape(*lead, 2, 2, 2, 4, 4).permute(0, 1, 2, 6, 4, 5, 7, 3)
+    if scheme == "w4a8":  # k = (s, c, h, t, m, l) -> byte (t, c, h, l, m), nibble s
+        frag = nibbles.reshape(*lead, 2, 2, 2, 4, 2, 2).permute(0, 1, 2, 6, 4, 5, 8, 7, 3)
     else:  # k = (s1, s0, c, h, t, l) -> byte (t, c, h, l, s1), nibble s0
         frag = nibbles.reshape(*lead, 2, 2, 2, 2, 4, 2).permute(0, 1, 2, 7, 5, 6, 8, 3, 4)
     frag = frag.reshape(*lead, 64, 2)
@@ -131,8 +135,8 @@ def unpack_int4(packed: Tensor, scheme: str) -> Tensor:
     byte = packed.to(torch.int32)
     # Two's complement nibble -> integer without a branch: (x ^ 8) - 8.
     nibble = torch.stack(((byte & 0xF) ^ 8, ((byte >> 4) & 0xF) ^ 8), dim=-1)
-    if scheme == "w4a8":  # (t, c, h, l, s) -> (s, c, h, t, l)
-        natural = nibble.reshape(e, kb, n, 4, 2, 2, 4, 2).permute(0, 2, 1, 7, 4, 5, 3, 6)
+    if scheme == "w4a8":  # (t, c, h, l, m, s) -> (s, c, h, t, m, l)
+        natural = nibble.reshape(e, kb, n, 4, 2, 2, 2, 2, 2).permute(0, 2, 1, 8, 4, 5, 3, 7, 6)
     else:  # (t, c, h, l, s1, s0) -> (s1, s0, c, h, t, l)
         natural = nibble.reshape(e, kb, n, 4, 2, 2, 2, 2, 2).permute(0, 2, 1, 7, 8, 4, 5, 3, 6)
     return natural.reshape(e, n, kb * K_BLOCK).to(torch.float32) - 8.0
@@ -153,22 +157,29 @@ def dequantize(packed: Tensor, scale: Tensor | None, zero: Tensor | None, scheme
         return packed.to(torch.float32)
     codes = unpack_int4(packed, scheme)
     e, n, k = codes.shape
-    grouped = codes.reshape(e, n, scale.shape[1], k // scale.shape[1])
-    weight = grouped * scale.to(torch.float32).permute(0, 2, 1).unsqueeze(-1)
+    groups = scale.shape[1]
+
+    def by_row(t: Tensor) -> Tensor:  # [E, groups, N] in pairs of rows -> fp32 [E, N, groups, 1]
+        natural = t.to(torch.float32).reshape(e, groups, n // 16, 8, 2).permute(0, 2, 4, 3, 1)
+        return natural.reshape(e, n, groups, 1)
+
+    weight = codes.reshape(e, n, groups, k // groups) * by_row(scale)
     if zero is not None:
-        weight = weight + zero.to(torch.float32).permute(0, 2, 1).unsqueeze(-1)
+        weight = weight + by_row(zero)
     return weight.reshape(e, n, k)
 
 
 def _pack_matrix(codes: Int4Codes, order: str, n_pad: int, k_pad: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Pad q [E, N, K] and its groups [E, N, K/g] to n_pad and k_pad, then pack; groups become [E, Kp/g, Np]."""
+    """Pad q [E, N, K] and its groups [E, N, K/g] to n_pad and k_pad, then pack; groups become [E, Kp/g, Np] in pairs
+    of rows."""
     n, k = codes.q.shape[1:]
     q = pad(codes.q, (0, k_pad - k, 0, n_pad - n))
     groups = -(-k_pad // codes.group_size)
 
     def by_group(t: Tensor) -> Tensor:
         padded = pad(t.bfloat16(), (0, groups - t.shape[-1], 0, n_pad - n))
-        return padded.transpose(1, 2).contiguous()
+        pairs = padded.reshape(-1, n_pad // 16, 2, 8, groups).permute(0, 4, 1, 3, 2)
+        return pairs.reshape(-1, groups, n_pad)
 
     return pack_int4(q, order), by_group(codes.scale), None if codes.zero is None else by_group(codes.zero)
 

@@ -13,17 +13,11 @@ from torch import Tensor
 from torch.library import wrap_triton
 from triton.runtime.jit import JITFunction
 
-from .configs import (
-    INTERPRETER_GPU,
-    FewTokensConfig,
-    GemmConfig,
-    choose_gemm,
-    few_tokens_limit,
-)
+from .choose import MAX_PAIRS, LayerShape, Variant, few_token_configs, grouped_variants, heuristic_few_tokens
+from .configs import INTERPRETER_GPU, GemmConfig
 from .elementwise import moe_quantize_rows, moe_sum_pairs
-from .few_tokens import moe_few_tokens_gemm
 from .gpus import Gpu, gpu_of
-from .grouped_gemm import moe_grouped_gemm
+from .grouped_gemm import moe_few_tokens_gemm, moe_grouped_gemm
 from .packing import fragment_order
 from .routing import moe_route_count, moe_route_scatter
 from .schemes import Scheme, get_activation, get_scheme, round_up
@@ -51,14 +45,17 @@ class Options:
     Attributes:
         path: "grouped" or "few_tokens".
         persistent: False runs the one-CTA-per-tile schedule.
-        gemm1, gemm2: tile configurations. few_tokens: of the few-token kernel.
+        gemm1, gemm2: tile configurations. variants: of the grouped path, in place of them.
+        group_size_m: of the tile order, in place of the configuration's. tables: False leaves the choice to heuristics.
     """
 
     path: str | None = None
     persistent: bool = True
     gemm1: GemmConfig | None = None
     gemm2: GemmConfig | None = None
-    few_tokens: FewTokensConfig | None = None
+    variants: tuple[Variant, ...] | None = None
+    group_size_m: int | None = None
+    tables: bool = True
 
 
 @dataclass
@@ -91,6 +88,9 @@ class Problem:
         self.num_experts = self.w13.shape[0]
         self.h_pad = round_up(self.h, 128)
         self.i_pad = self.w2.shape[1] * 128 if self.scheme.packed else self.w2.shape[2]
+        self.layer = LayerShape(
+            self.num_experts, self.top_k, self.h_pad, self.i_pad, self.group_size if self.scheme.packed else 0
+        )
 
     def empty(self, shape: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.hidden_states.device)
@@ -120,6 +120,7 @@ class Problem:
             "TOP_K": self.top_k,
             "GROUP": self.group_size if self.scheme.packed else 128,
             "W_BITS": self.scheme.weight_bits,
+            "INT8_ORDER": self.scheme.packed and fragment_order(self.scheme, gemm) == "w4a8",
             "HAS_ZERO": zero is not None,
             "HAS_BIAS": bias is not None,
             "ACTIVATION": self.activation,
@@ -132,31 +133,64 @@ def cdiv(a: Any, b: int) -> Any:
     return (a + b - 1) // b
 
 
+def check_config(config: GemmConfig, gemm: int, n: int) -> None:
+    if n % config.block_n:
+        raise ValueError(f"block_n={config.block_n} must divide N={n} of GEMM{gemm}: use block_n=128")
+
+
+def tile_constants(config: GemmConfig, constants: dict[str, Any]) -> dict[str, Any]:
+    """Constexprs of a configuration that both kernels share."""
+    return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "NUM_STAGES": config.num_stages,
+        "UNROLL": config.unroll,
+        "SCALE_AFTER": config.scale_after and constants["GROUP"] >= 128 and not constants["HAS_ZERO"],
+    }
+
+
 def run_few_tokens(p: Problem) -> Tensor:
     """Two launches: GEMM1 with the activation, GEMM2 with the weighted sum over top_k."""
-    config = p.options.few_tokens or FewTokensConfig()
+    chosen = few_token_configs(p.gpu, p.scheme, p.layer, p.num_tokens, p.options.tables)
+    if chosen is None:  # the path was forced
+        chosen = heuristic_few_tokens(p.gpu, p.scheme, p.layer, p.num_tokens)
+    configs = (p.options.gemm1 or chosen[0], p.options.gemm2 or chosen[1])
+    for gemm, config in enumerate(configs, start=1):
+        check_config(config, gemm, p.layer.rows_and_k(gemm)[0])
+    split_k = configs[1].split_k
+    arrivals = triton.next_power_of_2(p.h_pad // configs[1].block_n)
+    counters = p.empty((arrivals,), torch.int32)
     hidden = p.empty((p.num_pairs, p.i_pad), torch.bfloat16)
+    y = p.empty((split_k * p.num_pairs, p.h), torch.float32)
     out = p.empty((p.num_tokens, p.h), torch.bfloat16)
-    for gemm, x, y, rows in ((1, p.hidden_states, hidden, p.num_pairs), (2, hidden, out, p.num_tokens)):
+    for gemm, config, x, made in ((1, configs[0], p.hidden_states, hidden), (2, configs[1], hidden, y)):
         constants = p.constants(gemm)
+        parts = split_k if gemm == 2 else 1
         p.submit(
             Launch(
                 moe_few_tokens_gemm,
-                (constants["N"] // config.block_n, rows),
+                (constants["N"] // config.block_n, p.num_pairs, parts),
                 {
                     "x_ptr": x,
+                    "x_scale_ptr": x,
                     **p.weights(gemm),
-                    "out_ptr": y,
-                    "topk_ids_ptr": p.topk_ids,
+                    "y_ptr": made,
                     "pair_weight_ptr": p.topk_weights,
+                    "topk_ids_ptr": p.topk_ids,
+                    "arrivals_ptr": counters,
+                    "out_ptr": out,
+                    "num_tokens": p.num_tokens,
                 },
                 {
                     **constants,
-                    "STRIDE_X": x.shape[1],
+                    **tile_constants(config, constants),
+                    "NUM_ARRIVALS": arrivals,
                     "NUM_EXPERTS": p.num_experts,
-                    "INT8": p.scheme.packed and fragment_order(p.scheme, gemm) == "w4a8",
-                    "BLOCK_N": config.block_n,
-                    "K_BLOCKS": config.k_blocks,
+                    "PAIRS": triton.next_power_of_2(p.num_pairs),
+                    "TOKENS": triton.next_power_of_2(p.num_tokens),
+                    "STRIDE_X": x.shape[1],
+                    "ACT_GROUP": 0,  # a launch less, and more exact: here bytes are what counts
+                    "SPLIT_K": parts,
                 },
                 num_warps=config.num_warps,
             )
@@ -184,18 +218,50 @@ def max_row_blocks(num_pairs: Any, num_experts: int, block_m: int) -> Any:
 def route_chunk(num_pairs: Any) -> int:
     """Pairs that one routing program ranks: one program while that is enough, then a balance between ranking a chunk
     (quadratic in its size) and summing the counts of all chunks (each program reads them all)."""
-    if isinstance(num_pairs, int) and num_pairs <= 256:
+    if not isinstance(num_pairs, int):
+        return 256
+    if num_pairs <= 256:
         return max(64, triton.next_power_of_2(num_pairs))
-    return 256
+    return 256 if num_pairs <= 32768 else 512
 
 
-def run_routing(p: Problem, block_m: int) -> Routing:
-    """Two launches; the row-block list is for tiles of `block_m` rows."""
+@dataclass(frozen=True)
+class Heights:
+    """Rows of a row block: block_m, or block_m_few with up to `few` pairs, or block_m_many with more than `many`."""
+
+    block_m: int
+    few: int = -1
+    block_m_few: int = 8
+    many: int = MAX_PAIRS
+    block_m_many: int = 8
+
+    @staticmethod
+    def of(variants: tuple[Variant, ...]) -> Heights:
+        """Heights that serve up to three variants."""
+        heights = [v.gemm1.block_m for v in variants]
+        if len(variants) == 1:
+            return Heights(heights[0])
+        if len(variants) == 2:
+            return Heights(heights[1], variants[0].pairs_to, heights[0])
+        few, middle, _ = variants
+        return Heights(heights[1], few.pairs_to, heights[0], middle.pairs_to, heights[2])
+
+    @property
+    def least(self) -> int:
+        """Of those that can occur, the smallest: it makes the most row blocks."""
+        found = [self.block_m]
+        found += [self.block_m_few] if self.few >= 0 else []
+        found += [self.block_m_many] if self.many < MAX_PAIRS else []
+        return min(found)
+
+
+def run_routing(p: Problem, heights: Heights) -> Routing:
+    """Two launches (one for few pairs); the row-block list is for tiles of these heights."""
     e_pow2 = max(32, triton.next_power_of_2(p.num_experts))
     chunk = route_chunk(p.num_pairs)
     num_chunks = cdiv(p.num_pairs, chunk)
     one_chunk = isinstance(num_chunks, int) and num_chunks == 1
-    blocks = max_row_blocks(p.num_pairs, p.num_experts, block_m)
+    blocks = max_row_blocks(p.num_pairs, p.num_experts, heights.least)
     r = Routing(
         sorted_pair_ids=p.empty((p.num_pairs,), torch.int32),
         expert_offsets=p.empty((p.num_experts + 1,), torch.int32),
@@ -230,7 +296,17 @@ def run_routing(p: Problem, block_m: int) -> Routing:
                 "num_pairs": p.num_pairs,
                 "num_chunks": num_chunks,
             },
-            {**shape, "ONE_CHUNK": one_chunk, "COUNT_BLOCK": 16, "RANK_BLOCK": 32, "BLOCK_M": block_m},
+            {
+                **shape,
+                "ONE_CHUNK": one_chunk,
+                "COUNT_BLOCK": 16,
+                "RANK_BLOCK": 32,
+                "BLOCK_M": heights.block_m,
+                "FEW": heights.few,
+                "BLOCK_M_FEW": heights.block_m_few,
+                "MANY": heights.many,
+                "BLOCK_M_MANY": heights.block_m_many,
+            },
             num_warps=8,
         )
     )
@@ -254,64 +330,81 @@ def quantize_rows(p: Problem, x: Tensor, rows: Any, k: int, act_group: int) -> t
     return q, scale
 
 
-def run_grouped_gemm(p: Problem, gemm: int, config: GemmConfig, x: Tensor, rows: Any, out: Tensor, r: Routing) -> None:
-    """GEMM1 or GEMM2 over the row blocks that routing wrote."""
+def run_grouped_gemm(
+    p: Problem, gemm: int, variants: tuple[Variant, ...], x: Tensor, rows: Any, out: Tensor, r: Routing
+) -> None:
+    """GEMM1 or GEMM2 over the row blocks that routing wrote; a launch for each variant, of which one finds work."""
     constants = p.constants(gemm)
-    if constants["N"] % config.block_n:
-        raise ValueError(f"block_n={config.block_n} must divide N={constants['N']} of GEMM{gemm}: use block_n=128")
     act_group = p.scheme.act_group(gemm)
     scale = x
     if act_group:
         x, scale = quantize_rows(p, x, rows, constants["K"], act_group)
-    tiles = r.block_expert.shape[0] * (constants["N"] // config.block_n)
-    programs = p.gpu.num_sms * config.ctas_per_sm
-    if p.options.persistent:
-        grid = min(programs, tiles) if isinstance(tiles, int) else programs
-    else:
-        grid = tiles
-    p.submit(
-        Launch(
-            moe_grouped_gemm,
-            (grid,),
-            {
-                "x_ptr": x,
-                "x_scale_ptr": scale,
-                **p.weights(gemm),
-                "out_ptr": out,
-                "pair_weight_ptr": p.topk_weights,
-                "sorted_pair_ids_ptr": r.sorted_pair_ids,
-                "expert_offsets_ptr": r.expert_offsets,
-                "block_expert_ptr": r.block_expert,
-                "block_row_ptr": r.block_row,
-                "num_row_blocks_ptr": r.num_row_blocks,
-            },
-            {
-                **constants,
-                "STRIDE_X": x.shape[1],
-                "ACT_GROUP": act_group,
-                "BLOCK_M": config.block_m,
-                "BLOCK_N": config.block_n,
-                "GROUP_SIZE_M": config.group_size_m,
-                "NUM_STAGES": config.num_stages,
-                "SCALE_AFTER": config.scale_after and constants["GROUP"] >= 128 and not constants["HAS_ZERO"],
-                "PERSISTENT": p.options.persistent,
-            },
-            num_warps=config.num_warps,
+    for variant in variants:
+        config = variant.gemm1 if gemm == 1 else variant.gemm2
+        check_config(config, gemm, constants["N"])
+        tiles = max_row_blocks(p.num_pairs, p.num_experts, config.block_m) * (constants["N"] // config.block_n)
+        programs = p.gpu.num_sms * config.ctas_per_sm
+        if p.options.persistent:
+            grid = min(programs, tiles) if isinstance(tiles, int) else programs
+        else:
+            grid = tiles
+        p.submit(
+            Launch(
+                moe_grouped_gemm,
+                (grid,),
+                {
+                    "x_ptr": x,
+                    "x_scale_ptr": scale,
+                    **p.weights(gemm),
+                    "out_ptr": out,
+                    "pair_weight_ptr": p.topk_weights,
+                    "sorted_pair_ids_ptr": r.sorted_pair_ids,
+                    "expert_offsets_ptr": r.expert_offsets,
+                    "block_expert_ptr": r.block_expert,
+                    "block_row_ptr": r.block_row,
+                    "num_row_blocks_ptr": r.num_row_blocks,
+                    "num_pairs": p.num_pairs,
+                },
+                {
+                    **constants,
+                    **tile_constants(config, constants),
+                    "PAIRS_FROM": variant.pairs_from,
+                    "PAIRS_TO": variant.pairs_to,
+                    "STRIDE_X": x.shape[1],
+                    "ACT_GROUP": act_group,
+                    "GROUP_SIZE_M": p.options.group_size_m or config.group_size_m,
+                    "PERSISTENT": p.options.persistent,
+                },
+                num_warps=config.num_warps,
+            )
         )
-    )
+
+
+def forced_variants(p: Problem) -> tuple[Variant, ...]:
+    """The variants to run: as chosen, or with the configurations that the options force."""
+    if p.options.variants is not None:
+        return p.options.variants
+    pairs = p.num_pairs if isinstance(p.num_pairs, int) else None
+    variants = grouped_variants(p.gpu, p.scheme, p.layer, pairs, p.options.tables)
+    if p.options.gemm1 is None and p.options.gemm2 is None:
+        return variants
+    gemm1 = p.options.gemm1 or variants[-1].gemm1
+    gemm2 = p.options.gemm2 or variants[-1].gemm2
+    if gemm1.block_m != gemm2.block_m:
+        raise ValueError(
+            f"block_m={gemm1.block_m} of GEMM1 and {gemm2.block_m} of GEMM2 differ: both walk the same row blocks"
+        )
+    return (Variant(0, MAX_PAIRS, gemm1, gemm2),)
 
 
 def run_grouped(p: Problem) -> Tensor:
     """Routing, GEMM1, GEMM2, sum over top_k."""
-    pairs = p.num_pairs if isinstance(p.num_pairs, int) else None
-    config1 = p.options.gemm1 or choose_gemm(p.gpu, p.scheme, 1, 2 * p.i_pad, p.num_experts, pairs)
-    config2 = p.options.gemm2 or choose_gemm(p.gpu, p.scheme, 2, p.h_pad, p.num_experts, pairs)
-    routing1 = run_routing(p, config1.block_m)
-    routing2 = routing1 if config2.block_m == config1.block_m else run_routing(p, config2.block_m)
+    variants = forced_variants(p)
+    routing = run_routing(p, Heights.of(variants))
     hidden = p.empty((p.num_pairs, p.i_pad), torch.bfloat16)
-    run_grouped_gemm(p, 1, config1, p.hidden_states, p.num_tokens, hidden, routing1)
+    run_grouped_gemm(p, 1, variants, p.hidden_states, p.num_tokens, hidden, routing)
     y = p.empty((p.num_pairs, p.h), torch.bfloat16)
-    run_grouped_gemm(p, 2, config2, hidden, p.num_pairs, y, routing2)
+    run_grouped_gemm(p, 2, variants, hidden, p.num_pairs, y, routing)
     out = p.empty((p.num_tokens, p.h), torch.bfloat16)
     block_h = min(1024, triton.next_power_of_2(p.h))
     p.submit(
@@ -367,6 +460,9 @@ def run_fused_experts(
     )  # fmt: skip
     path = options.path
     if path is None:
-        few = isinstance(num_tokens, int) and num_tokens <= few_tokens_limit(p.top_k)
+        few = (
+            isinstance(num_tokens, int)
+            and few_token_configs(p.gpu, p.scheme, p.layer, num_tokens, options.tables) is not None
+        )
         path = "few_tokens" if few else "grouped"
     return run_few_tokens(p) if path == "few_tokens" else run_grouped(p)

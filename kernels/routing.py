@@ -54,9 +54,14 @@ def moe_route_scatter(
     num_row_blocks_ptr,  # int32 [1]
     num_pairs, num_chunks,
     NUM_EXPERTS: tl.constexpr, E_POW2: tl.constexpr, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr,
-    COUNT_BLOCK: tl.constexpr, RANK_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
+    COUNT_BLOCK: tl.constexpr, RANK_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr, FEW: tl.constexpr, BLOCK_M_FEW: tl.constexpr, MANY: tl.constexpr, BLOCK_M_MANY: tl.constexpr,
 ):  # fmt: skip
-    """Place the pairs of chunk `program_id(0)` and write this program's share of the row-block list."""
+    """Place the pairs of chunk `program_id(0)` and write this program's share of the row-block list.
+
+    A row block has BLOCK_M rows, BLOCK_M_FEW with up to FEW pairs, BLOCK_M_MANY with more than MANY: a program that was
+    exported for any number of tokens finds its tile height here.
+    """
     chunk = tl.program_id(0)
     experts = tl.arange(0, E_POW2)
     offs = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -65,17 +70,15 @@ def moe_route_scatter(
         total = count_experts(ids, E_POW2)
         before = tl.zeros((E_POW2,), dtype=tl.int32)
     else:
+        # A thread has the same expert in every chunk, so nothing is summed across threads.
         total = tl.zeros((E_POW2,), dtype=tl.int32)
         before = tl.zeros((E_POW2,), dtype=tl.int32)
-        for first in tl.range(0, num_chunks, COUNT_BLOCK, num_stages=3):
-            other = first + tl.arange(0, COUNT_BLOCK)
-            counts = tl.load(
-                chunk_counts_ptr + other[:, None] * E_POW2 + experts[None, :],
-                mask=(other < num_chunks)[:, None],
-                other=0,
-            )
-            total += tl.sum(counts, axis=0)
-            before += tl.sum(tl.where((other < chunk)[:, None], counts, 0), axis=0)
+        for first in range(0, num_chunks, COUNT_BLOCK):
+            for i in tl.static_range(COUNT_BLOCK):
+                other = first + i
+                counts = tl.load(chunk_counts_ptr + other * E_POW2 + experts, mask=other < num_chunks, other=0)
+                total += counts
+                before += tl.where(other < chunk, counts, 0)
     ends = tl.cumsum(total, axis=0)
     starts = ends - total
 
@@ -85,12 +88,13 @@ def moe_route_scatter(
     for first in tl.range(0, CHUNK, RANK_BLOCK, num_stages=4):
         earlier = chunk * CHUNK + first + tl.arange(0, RANK_BLOCK)
         others = load_expert_ids(topk_ids_ptr, earlier, num_pairs, NUM_EXPERTS)
-        same = (ids[:, None] == others[None, :]) & (earlier[None, :] < offs[:, None])
-        rank += tl.sum(same.to(tl.int32), axis=1)
+        same = (others[:, None] == ids[None, :]) & (earlier[:, None] < offs[None, :])
+        rank += tl.sum(same.to(tl.int32), axis=0)
     place = tl.gather(starts + before, tl.maximum(ids, 0), axis=0)
     tl.store(sorted_pair_ids_ptr + place + rank, offs, mask=ids >= 0)
 
-    blocks = tl.cdiv(total, BLOCK_M)
+    block_m = tl.where(num_pairs <= FEW, BLOCK_M_FEW, tl.where(num_pairs > MANY, BLOCK_M_MANY, BLOCK_M))
+    blocks = (total + block_m - 1) // block_m
     first_block = tl.cumsum(blocks, axis=0) - blocks
     if chunk == 0:
         tl.store(expert_offsets_ptr + experts, starts, mask=experts < NUM_EXPERTS)
@@ -100,4 +104,47 @@ def moe_route_scatter(
     for b in range(chunk, tl.max(blocks, axis=0), num_chunks):
         has = b < blocks
         tl.store(block_expert_ptr + first_block + b, experts, mask=has)
-        tl.store(block_row_ptr + first_block + b, starts + b * BLOCK_M, mask=has)
+        tl.store(block_row_ptr + first_block + b, starts + b * block_m, mask=has)
+
+
+@triton.jit
+def leads_row_block(
+    topk_ids_ptr, num_pairs, first_pair, NUM_EXPERTS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr,
+    ONE_TOKEN: tl.constexpr,
+):  # fmt: skip
+    """Routing for few pairs, by each program for itself: does pair `first_pair` lead a row block?
+
+    The pairs of an expert form row blocks of BLOCK_M in their order; the first of each block leads it.
+    ONE_TOKEN: its experts differ, so each pair leads. (If one is named twice, its weights are read twice, no more.)
+
+    Args:
+        topk_ids_ptr: int32 or int64 [P]. PAIRS: a power of two from P on.
+
+    Returns:
+        expert (int64), how many pairs before this one chose it, whether this one leads.
+    """
+    expert = tl.load(topk_ids_ptr + first_pair).to(tl.int64)
+    valid = (expert >= 0) & (expert < NUM_EXPERTS)
+    if ONE_TOKEN:
+        return expert, 0, valid
+    offs = tl.arange(0, PAIRS)
+    ids = load_expert_ids(topk_ids_ptr, offs, num_pairs, NUM_EXPERTS).to(tl.int64)
+    before = tl.sum(((ids == expert) & (offs < first_pair)).to(tl.int32), axis=0)
+    return expert, before, valid & (before % BLOCK_M == 0)
+
+
+@triton.jit
+def rows_of_leader(
+    topk_ids_ptr, num_pairs, first_pair, expert, before, NUM_EXPERTS: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK_M: tl.constexpr, ONE_TOKEN: tl.constexpr,
+):  # fmt: skip
+    """The row block that a pair leads: pairs int32 [BLOCK_M] (0 where masked) and their mask."""
+    row = tl.arange(0, BLOCK_M)
+    if ONE_TOKEN:
+        return tl.where(row == 0, first_pair, 0), row == 0
+    offs = tl.arange(0, PAIRS)
+    same = load_expert_ids(topk_ids_ptr, offs, num_pairs, NUM_EXPERTS).to(tl.int64) == expert
+    rank = tl.where(same, tl.cumsum(same.to(tl.int32), axis=0) - 1 - before, -1)
+    chosen = rank[None, :] == row[:, None]
+    pair = tl.sum(tl.where(chosen, offs[None, :], 0), axis=1)
+    return pair, tl.sum(chosen.to(tl.int32), axis=1) > 0

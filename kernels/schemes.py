@@ -10,7 +10,7 @@ K_BLOCK = 128
 GATE_UP_GRANULE = 8
 """Gate and up rows alternate in runs of this many rows, so that one thread of an MMA accumulator holds both."""
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 """Version of the packed layout described in `packing.py`. Raise it when the bytes change."""
 
 GROUP_SIZES = (32, 64, 128)

@@ -7,7 +7,7 @@ import torch
 
 from executorch_moe.kernels import SCHEMES, fused_experts
 from executorch_moe.kernels.benchmark import SHAPES, LayerInputs, make_layers
-from executorch_moe.kernels.configs import FewTokensConfig, GemmConfig
+from executorch_moe.kernels.configs import GemmConfig
 from executorch_moe.kernels.plan import Options
 from executorch_moe.kernels.reference import reference_experts
 from executorch_moe.kernels.schemes import Scheme
@@ -72,7 +72,7 @@ def test_schedules_and_repeats_give_the_same_bits(scheme: str, group_size_m: int
 
 def test_few_tokens_repeat_bit_for_bit() -> None:
     layer = make_layers(SHAPES["qwen35"], "w4a16", 4, 1)[0]
-    options = Options(path="few_tokens", few_tokens=FewTokensConfig())
+    options = Options(path="few_tokens")
     assert torch.equal(layer.run(options), layer.run(options))
 
 

@@ -14,9 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from executorch_moe.kernels import SCHEMES
-from executorch_moe.kernels.configs import INTERPRETER_GPU, FewTokensConfig, GemmConfig
-from executorch_moe.kernels.plan import Options, Problem, Routing, run_fused_experts, run_routing
+from executorch_moe.kernels import SCHEMES, unpack_experts
+from executorch_moe.kernels.choose import MAX_PAIRS, Variant
+from executorch_moe.kernels.configs import INTERPRETER_GPU, GemmConfig
+from executorch_moe.kernels.plan import Heights, Launch, Options, Problem, Routing, run_fused_experts, run_routing
+from executorch_moe.kernels.reference import reference_experts
 from executorch_moe.kernels.schemes import Scheme, get_scheme
 
 from .cases import BOUNDS, CASES, ZERO_CASE, Case, make, relative_error
@@ -60,14 +62,35 @@ def test_a_tile_that_does_not_divide_n_is_refused() -> None:
 @pytest.mark.parametrize("case", [c for c in CASES if c.tokens <= 11], ids=str)
 def test_few_tokens_path_against_the_oracle(case: Case, scheme: str) -> None:
     problem = make(case, scheme)
-    out = run_fused_experts(*problem.args(), options=Options(path="few_tokens", few_tokens=FewTokensConfig(block_n=64)))
+    out = run_fused_experts(*problem.args(), options=Options(path="few_tokens"))
     assert relative_error(out, problem.expected) <= min(BOUNDS[scheme], 4.5e-3)
+
+
+@pytest.mark.parametrize("split_k", [1, 3])
+@pytest.mark.parametrize("tokens", [2, 16, 18])
+def test_few_tokens_of_which_several_share_an_expert(tokens: int, split_k: int) -> None:
+    """More pairs than experts, more rows than a tile has, K in parts."""
+    problem = make(Case("shared", tokens=tokens, experts=3, intermediate=384, group_size=128), "w4a16")
+    tile = GemmConfig(8, 64, unroll=2, split_k=split_k, scale_after=True)
+    out = run_fused_experts(*problem.args(), options=Options(path="few_tokens", gemm1=tile, gemm2=tile))
+    assert relative_error(out, problem.expected) <= BOUNDS["w4a16"]
+
+
+@pytest.mark.parametrize("experts", [2, 5])
+def test_a_token_that_names_an_expert_twice(experts: int) -> None:
+    problem = make(Case("twice", tokens=1, experts=experts, top_k=2), "w4a16")
+    twice = torch.ones_like(problem.topk_ids)
+    x, _, weights, *rest = problem.args()
+    expected = reference_experts(x, twice, weights, *unpack_experts(problem.packed))
+    for path in ("few_tokens", "grouped"):
+        out = run_fused_experts(x, twice, weights, *rest, options=Options(path=path))
+        assert relative_error(out, expected) <= BOUNDS["w4a16"]
 
 
 @pytest.mark.parametrize("path", ["grouped", "few_tokens"])
 def test_zero_points(path: str) -> None:
     problem = make(ZERO_CASE, "w4a16")
-    options = Options(path=path, gemm1=SMALL, gemm2=SMALL, few_tokens=FewTokensConfig(block_n=64))
+    options = Options(path=path, gemm1=SMALL, gemm2=SMALL)
     assert relative_error(run_fused_experts(*problem.args(), options=options), problem.expected) <= BOUNDS["w4a16"]
 
 
@@ -84,10 +107,35 @@ def test_both_schedules_give_the_same_bits(scheme: str, block_n: int, group_size
     assert relative_error(persistent, problem.expected) <= BOUNDS[scheme]
 
 
-def test_blocks_of_the_two_gemms_may_differ() -> None:
+def test_blocks_of_the_two_gemms_must_agree() -> None:
     problem = make(Case("blocks", tokens=30, experts=3), "w4a16")
-    options = grouped(GemmConfig(block_m=32, block_n=128), GemmConfig(block_m=8, block_n=64))
-    assert relative_error(run_fused_experts(*problem.args(), options=options), problem.expected) <= BOUNDS["w4a16"]
+    with pytest.raises(ValueError, match="block_m=32 of GEMM1 and 8 of GEMM2 differ"):
+        run_fused_experts(
+            *problem.args(), options=grouped(GemmConfig(block_m=32, block_n=128), GemmConfig(block_m=8, block_n=64))
+        )
+
+
+@pytest.mark.parametrize("tokens", [3, 8, 9, 16, 17, 40])
+def test_the_variant_is_chosen_by_the_number_of_pairs(tokens: int) -> None:
+    """What an export for any number of tokens launches: each variant, of which one finds row blocks of its height."""
+    tiles = [GemmConfig(block_m=height, block_n=64) for height in (8, 16, 32)]
+    limits = (16, 32, MAX_PAIRS)  # pairs, at top_k = 2
+    variants = tuple(
+        Variant(first, last, tile, tile) for first, last, tile in zip((0, 17, 33), limits, tiles, strict=True)
+    )
+    problem = make(Case("variants", tokens=tokens, experts=3), "w4a16")
+    ran: list[int] = []
+
+    def submit(launch: Launch) -> None:
+        launch.run()
+        if launch.kernel.__name__ == "moe_route_scatter":
+            ran.append(int(launch.args["num_row_blocks_ptr"][0]))
+
+    out = run_fused_experts(*problem.args(), options=Options(path="grouped", variants=variants), submit=submit)
+    assert relative_error(out, problem.expected) <= BOUNDS["w4a16"]
+    height = tiles[0 if tokens <= 8 else 1 if tokens <= 16 else 2].block_m
+    counts = problem.topk_ids.flatten().bincount()
+    assert ran == [int((-(-counts // height)).sum())]
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
@@ -120,7 +168,7 @@ def test_dropped_pairs_are_never_read() -> None:
 
     *tensors, scheme, _, group_size = problem.args()
     for run in (run_grouped, run_few_tokens):
-        options = Options(gemm1=SMALL, gemm2=SMALL, few_tokens=FewTokensConfig(block_n=64))
+        options = Options(gemm1=SMALL, gemm2=SMALL)
         poisoned = Poisoned(*tensors, get_scheme(scheme), 0, group_size, INTERPRETER_GPU, False, options)  # type: ignore[arg-type]
         assert relative_error(run(poisoned), problem.expected) <= BOUNDS["w4a16"], run.__name__
 
@@ -135,7 +183,7 @@ def route(ids: torch.Tensor, experts: int, block_m: int) -> Routing:
         torch.zeros(ids.shape[0], 128).bfloat16(), ids, torch.zeros(ids.shape), packed_rows, down,
         None, None, None, None, None, None, get_scheme("w4a16"), 0, 128, INTERPRETER_GPU, False,
     )  # fmt: skip
-    return run_routing(problem, block_m)
+    return run_routing(problem, Heights(block_m))
 
 
 def check_routing(ids: torch.Tensor, experts: int, block_m: int) -> None:

@@ -29,9 +29,16 @@ def test_every_value_is_where_the_formula_says(scheme: str) -> None:
         if scheme == "w4a16":  # k = 32s + 16c + 8h + 2t + l
             s, c, h, t, low = inner // 32, inner // 16 % 2, inner // 8 % 2, inner // 2 % 4, inner % 2
             byte, nibble = 16 * t + 8 * c + 4 * h + 2 * low + s // 2, s % 2
-        else:  # k = 64s + 32c + 16h + 4t + l
-            s, c, h, t, low = inner // 64, inner // 32 % 2, inner // 16 % 2, inner // 4 % 4, inner % 4
-            byte, nibble = 16 * t + 8 * c + 4 * h + low, s
+        else:  # k = 64s + 32c + 16h + 4t + 2m + l
+            s, c, h, t, m, low = (
+                inner // 64,
+                inner // 32 % 2,
+                inner // 16 % 2,
+                inner // 4 % 4,
+                inner // 2 % 2,
+                inner % 2,
+            )
+            byte, nibble = 16 * t + 8 * c + 4 * h + 2 * low + m, s
         code = (packed[:, k // 128, :, byte].to(torch.int32) >> (4 * nibble)) & 15
         signed = torch.where(code >= 8, code - 16, code)
         assert torch.equal(signed, q[:, :, k].to(torch.int32)), k
