@@ -21,7 +21,7 @@ from executorch_moe.kernels import SCHEMES
 from executorch_moe.kernels.gpus import target_names
 
 from .causal_lm import CausalLM, export_methods
-from .dense import check_dense, quantize_dense_, stored_bytes
+from .dense_torchao import check_dense, quantize_dense_, stored_bytes
 from .pretrained import check_supported, load_model, require_transformers, resolve, tokenizer_json
 from .quantize import can_swap, quantize_experts_
 
@@ -45,7 +45,7 @@ class ExportOptions:
         dtype: of everything but the experts: "bf16", "fp32" or "auto" (bf16 on cuda, fp32 on the CPU, whose dense
             kernels are made for it). The experts' activations are bf16 in all.
         algorithm: how experts are rounded to 4 bits, "minmax" or "hqq"; see `kernels.rounding`.
-        dense: linear layers and embeddings: "none", "int8" or "int4" (for target "cpu"); see `dense`.
+        dense: linear layers and embeddings: "none", "int8" or "int4" (for target "cpu"); see `dense_torchao`.
     """
 
     model: str
