@@ -96,6 +96,12 @@ def export(
         str, typer.Option(help="Experts: w4a16 (4-bit weights), w4a8 (and int8 activations) or bf16.")
     ] = "w4a16",
     group_size: Annotated[int, typer.Option(help="Weights that share one scale (4-bit schemes).")] = 32,
+    algorithm: Annotated[
+        str, typer.Option(help="Rounding to 4 bits: minmax, or hqq (smaller error, slower; adds zero points to w4a16).")
+    ] = "minmax",
+    dense: Annotated[
+        str, typer.Option(help="Linear layers and embeddings: none (as they are), int8 or int4 (for target cpu).")
+    ] = "none",
     max_context: Annotated[
         int | None, typer.Option(help="Tokens in the KV cache; by default 2048, or the model's own limit if less.")
     ] = None,
@@ -114,7 +120,7 @@ def export(
     quiet_unless(verbose)
     from .pipeline import ExportOptions, export_model
 
-    options = ExportOptions(model, out, target, scheme, group_size, max_context, dtype)
+    options = ExportOptions(model, out, target, scheme, group_size, max_context, dtype, algorithm, dense)
     if options.crosses and not own_process:
         # Compiling for a GPU that is not here replaces functions of torch and Triton for a whole process.
         raise typer.Exit(export_in_own_process(options, report, verbose))
@@ -133,6 +139,7 @@ def export_in_own_process(options: Any, report: Path | None, verbose: bool) -> i
     command = [sys.executable, "-m", "executorch_moe.export.cli", *(["--debug"] if debug else [])]
     command += ["export", options.model, "--own-process", "--out", str(options.out), "--target", options.target]
     command += ["--scheme", options.scheme, "--group-size", str(options.group_size), "--dtype", options.dtype]
+    command += ["--algorithm", options.algorithm, "--dense", options.dense]
     command += ["--max-context", str(options.max_context)] if options.max_context is not None else []
     command += ["--report", str(report)] if report is not None else []
     command += ["--verbose"] if verbose else []

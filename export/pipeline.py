@@ -16,12 +16,14 @@ from rich.table import Table
 from torch import nn
 
 from executorch_moe.backends.fusion import ExpertFuser, FusedLayer, FusionOptions, FusionReport
+from executorch_moe.backends.fusion.modules import find_experts
 from executorch_moe.kernels import SCHEMES
 from executorch_moe.kernels.gpus import target_names
 
 from .causal_lm import CausalLM, export_methods
+from .dense_torchao import check_dense, quantize_dense_, stored_bytes
 from .pretrained import check_supported, load_model, require_transformers, resolve, tokenizer_json
-from .quantize import can_swap, find_experts, quantize_experts_
+from .quantize import can_swap, quantize_experts_
 
 TARGETS = ("cuda", "cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -42,6 +44,8 @@ class ExportOptions:
         max_context: positions in the KV cache; None takes 2048 or what the model was made for, if that is less.
         dtype: of everything but the experts: "bf16", "fp32" or "auto" (bf16 on cuda, fp32 on the CPU, whose dense
             kernels are made for it). The experts' activations are bf16 in all.
+        algorithm: how experts are rounded to 4 bits, "minmax" or "hqq"; see `kernels.rounding`.
+        dense: linear layers and embeddings: "none", "int8" or "int4" (for target "cpu"); see `dense_torchao`.
     """
 
     model: str
@@ -51,6 +55,8 @@ class ExportOptions:
     group_size: int = 32
     max_context: int | None = None
     dtype: str = "auto"
+    algorithm: str = "minmax"
+    dense: str = "none"
 
     def __post_init__(self) -> None:
         if self.target not in (*TARGETS, "auto", *target_names()):
@@ -59,8 +65,13 @@ class ExportOptions:
             )
         if self.dtype not in (*DTYPES, "auto"):
             raise ValueError(f"dtype={self.dtype!r} is unknown: use one of {', '.join(DTYPES)}, auto")
-        if self.scheme not in SCHEMES:
-            raise ValueError(f"scheme={self.scheme!r} is unknown: use one of {', '.join(SCHEMES)}")
+        self.fusion()
+        check_dense(self.dense)
+        if self.dense != "none" and self.resolved_target() != "cpu":
+            raise NotImplementedError(
+                f"dense={self.dense!r} cannot be lowered to target={self.target!r} yet: "
+                "use dense='none' or target='cpu'"
+            )
         if self.out.suffix != ".pte":
             raise ValueError(f"out={str(self.out)!r} must end in .pte: give for example {self.out.with_suffix('.pte')}")
         if self.out.is_dir():
@@ -77,6 +88,10 @@ class ExportOptions:
                 "name the GPU to export for (target='sm_90', target='h200'), export on a GPU machine with a CUDA build "
                 "of torch, or use target='cpu'"
             )
+
+    def fusion(self) -> FusionOptions:
+        """How experts are fused; checks scheme and algorithm."""
+        return FusionOptions(self.scheme, self.group_size, algorithm=self.algorithm)
 
     def resolved_target(self) -> str:
         """The target with "auto" decided."""
@@ -117,7 +132,7 @@ class ExportSummary:
         table.add_column(overflow="fold")
         scheme = self.options.scheme
         if SCHEMES[scheme].packed:
-            scheme += f", group size {self.options.group_size}"
+            scheme += f", group size {self.options.group_size}, {self.options.algorithm}"
         layers = self.report.layers
         table.add_row(
             "experts", f"{len(layers)} layers fused, {layers[0].num_experts} experts each, top-{layers[0].top_k}"
@@ -126,7 +141,8 @@ class ExportSummary:
         before = sum(2 * 3 * layer.num_experts * layer.hidden_size * layer.intermediate_size for layer in layers)
         after = self.report.bytes_after
         table.add_row("expert weights", f"{size(before)} in bf16 -> {size(after)} packed")
-        table.add_row("other weights", size(self.dense_bytes))
+        dense = "" if self.options.dense == "none" else f", linear layers and embeddings in {self.options.dense}"
+        table.add_row("other weights", size(self.dense_bytes) + dense)
         table.add_row("methods", f"prefill (2 to {self.max_context} tokens), decode (1 token)")
         for path in self.files:
             table.add_row("file", f"{path}  {size(path.stat().st_size)}")
@@ -210,7 +226,10 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
     max_context = options.max_context
     if max_context is None:
         max_context = min(DEFAULT_MAX_CONTEXT, config.max_position_embeddings)
-    fuser = ExpertFuser(FusionOptions(options.scheme, options.group_size))
+    fuser = ExpertFuser(options.fusion())
+    if options.dense != "none":
+        with step("dense", f"quantising linear layers and embeddings to {options.dense}"):
+            quantize_dense_(model, options.dense)
     module = CausalLM(model, max_context)
     if can_swap(model):
         # Packed before it is traced, a model takes less memory; the other families are fused while they are lowered.
@@ -226,13 +245,13 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
         artifact = save(manager, options.out)
         write_aside(tokenizer_path(options.out), tokenizer)
 
-    fused_bytes = sum(parameter.nbytes for name, parameter in model.named_parameters() if in_layers(name, fuser.report))
+    dense = [weight for name, weight in model.named_parameters() if not in_layers(name, fuser.report)]
     summary = ExportSummary(
         options=options,
         target=target,
         report=fuser.report,
         max_context=max_context,
-        dense_bytes=sum(parameter.nbytes for parameter in model.parameters()) - fused_bytes,
+        dense_bytes=sum(map(stored_bytes, dense)),
         files=[path for path in (artifact.pte, artifact.ptd, tokenizer_path(options.out)) if path.is_file()],
         seconds=seconds,
         compiled_for="".join(str(report) for report in reports),
@@ -247,7 +266,7 @@ def swap_experts(model: nn.Module, options: ExportOptions, report: FusionReport)
         for name, module in find_experts(model)
     }
     config: Any = model.config
-    quantize_experts_(model, options.scheme, options.group_size)
+    quantize_experts_(model, options.scheme, options.group_size, options.algorithm)
     for name, (family, num_bytes) in before.items():
         experts: Any = model.get_submodule(name)
         report.add(
@@ -262,6 +281,7 @@ def swap_experts(model: nn.Module, options: ExportOptions, report: FusionReport)
                 biases=experts.w2_bias is not None,
                 scheme=experts.scheme,
                 group_size=experts.group_size,
+                algorithm=options.algorithm if experts.group_size else "",
                 bytes_before=num_bytes,
                 bytes_after=experts.packed().nbytes(),
             )

@@ -1,79 +1,104 @@
-"""Swaps the experts modules of a Hugging Face model for fused experts on packed weights."""
+"""Swaps the experts modules of an eager model for fused experts on packed weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from executorch_moe.kernels import SCHEMES, FusedExperts, pack_experts
+from executorch_moe.backends.fusion.modules import find_experts, pack_layer, recognise_module
+from executorch_moe.backends.fusion.regions import NotFusable
+from executorch_moe.kernels import FusedExperts, PackedExperts
+from executorch_moe.kernels.rounding import check_algorithm
+from executorch_moe.kernels.schemes import get_scheme
 
-# Experts modules whose parameters are gate_up_proj [E, 2I, H] (gate rows, then up rows) and down_proj [E, H, I],
-# without biases, and whose forward takes (hidden_states, top_k_index, top_k_weights).
-GATE_UP_DOWN = ("Qwen3MoeExperts",)
+from .int4_tensors import is_quantised, pack_executorch_experts, pack_quantised
 
 
-def find_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yields (qualified name, module) of each experts module not fused yet; transformers names them `*Experts`."""
-    for name, module in model.named_modules():
-        if type(module).__name__.endswith("Experts") and not isinstance(module, FusedExperts):
-            yield name, module
+class ExecutorchExperts(FusedExperts):
+    """Fused experts in the place of `FusedMoEExperts` of ExecuTorch's models, called as that is."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, top_k: int
+    ) -> Tensor:
+        """[T, H] -> [T, H]; weights and ids are [T, top_k]."""
+        return super().forward(hidden_states, topk_ids, topk_weights)
 
 
 def can_swap(model: nn.Module) -> bool:
-    """True if `quantize_experts_` knows the experts of `model`; those of others are fused while they are lowered."""
-    return all(type(module).__name__ in GATE_UP_DOWN for _, module in find_experts(model))
+    """True if `quantize_experts_` takes the experts of `model`; others may still be fused while they are lowered."""
+    try:
+        for _, module in find_experts(model):
+            if not _is_executorch(module):
+                recognise_module(module)
+    except NotFusable:
+        return False
+    return True
 
 
-def quantize_experts_(model: nn.Module, scheme: str = "w4a16", group_size: int = 32) -> nn.Module:
+def quantize_experts_(
+    model: nn.Module, scheme: str = "w4a16", group_size: int = 32, algorithm: str = "minmax"
+) -> nn.Module:
     """Replaces, in place, every experts module by `FusedExperts` on weights packed for `scheme`.
 
-    Routers and all other layers stay as they are.
+    Which modules are experts, how they store their weights and which activation they have is found out as by the
+    partitioners: each is run on random weights and must agree with the fp32 oracle. Routers and all other layers stay
+    as they are. Weights that are 4-bit codes already keep them: torchao's and ExecuTorch's tensors (see
+    `int4_tensors`) and the experts of ExecuTorch's own models; `group_size` and `algorithm` are not used for those.
 
     Args:
-        model: a transformers MoE model (now: Qwen3-MoE), on any device; weights of any float dtype.
+        model: a Mixture-of-Experts model, on any device; weights of any float dtype.
         scheme: "w4a16", "w4a8" or "bf16".
         group_size: weights that share one scale; must divide the hidden and the expert width. Ignored by scheme bf16.
+        algorithm: "minmax" or "hqq", see `kernels.rounding`. Ignored by scheme bf16.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: an unknown scheme, a group size that does not fit, or a model without experts.
-        NotImplementedError: an experts module of another architecture or with another activation. In both cases the
-            model is left as it was.
+        ValueError: an unknown scheme or algorithm, a group size that does not fit, 4-bit weights that the scheme cannot
+            hold, or a model without experts.
+        NotImplementedError: experts that compute something else, or tensors of another kind. In both cases the model is
+            left as it was.
     """
-    if scheme not in SCHEMES:
-        raise ValueError(f"scheme={scheme!r} is unknown: use one of {', '.join(SCHEMES)}")
+    get_scheme(scheme)
+    check_algorithm(algorithm)
     found = list(find_experts(model))
     if not found:
-        raise ValueError(
-            f"{type(model).__name__} has no experts modules: pass a Mixture-of-Experts model (now: Qwen3-MoE)"
-        )
-    for name, module in found:
-        _check_supported(name, module)
-    packed = []
+        raise ValueError(f"{type(model).__name__} has no experts modules: pass a Mixture-of-Experts model")
+    fused = []
     for name, module in found:
         try:
-            packed.append(pack_experts(module.gate_up_proj, module.down_proj, scheme=scheme, group_size=group_size))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    for (name, _), weights in zip(found, packed, strict=True):
+            fused.append(_fuse(module, scheme, group_size, algorithm))
+        except NotFusable as error:
+            raise NotImplementedError(f"experts {name} ({type(module).__name__}) not quantised: {error}") from error
+        except (ValueError, NotImplementedError) as error:
+            raise type(error)(f"{name}: {error}") from None
+    for (name, _), experts in zip(found, fused, strict=True):
         parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, FusedExperts(weights, activation="silu"))
+        setattr(model.get_submodule(parent), attribute, experts)
     return model
 
 
-def _check_supported(name: str, module: nn.Module) -> None:
-    kind = type(module).__name__
-    if kind not in GATE_UP_DOWN:
-        raise NotImplementedError(
-            f"{name} is a {kind}, which is not supported yet: use a model with {' or '.join(GATE_UP_DOWN)} (Qwen3-MoE)"
-        )
-    activation = getattr(module, "act_fn", None)
-    # transformers has its own SiLUActivation beside torch's SiLU.
-    if type(activation).__name__ not in ("SiLU", "SiLUActivation"):
-        raise NotImplementedError(
-            f"{name} uses activation {type(activation).__name__}, but fused experts compute silu(gate) * up: "
-            "use a model with hidden_act='silu'"
-        )
+def holds_codes(module: nn.Module) -> bool:
+    """True for experts whose weights were quantised elsewhere."""
+    return _is_executorch(module) or any(is_quantised(parameter) for parameter in module.parameters())
+
+
+def _is_executorch(module: nn.Module) -> bool:
+    return type(module).__name__ == "FusedMoEExperts" and hasattr(module, "w1_scale")
+
+
+def _fuse(module: nn.Module, scheme: str, group_size: int, algorithm: str) -> FusedExperts:
+    if _is_executorch(module):
+        stored: Any = module
+        packed = pack_executorch_experts(stored.w1, stored.w1_scale, stored.w2, stored.w2_scale, scheme=scheme)
+        return ExecutorchExperts(packed)
+    layout = recognise_module(module)
+    parameters = dict(module.named_parameters())
+    weights: PackedExperts
+    if holds_codes(module):
+        weights = pack_quantised(layout, parameters, scheme)
+    else:
+        weights = pack_layer(layout, parameters, scheme, group_size, algorithm)
+    return FusedExperts(weights, activation=layout.activation)

@@ -5,16 +5,21 @@
 if __name__ == "executorch_moe.kernels":
     from .module import FusedExperts
     from .op import fused_experts
-    from .packing import PackedExperts, pack_experts, unpack_experts
+    from .packing import PackedExperts, pack_codes, pack_experts, stack_experts, unpack_experts
+    from .rounding import ALGORITHMS, Int4Codes
     from .schemes import ACTIVATIONS, LAYOUT_VERSION, SCHEMES
 
 __all__ = [
     "ACTIVATIONS",
+    "ALGORITHMS",
     "LAYOUT_VERSION",
     "SCHEMES",
     "FusedExperts",
+    "Int4Codes",
     "PackedExperts",
     "fused_experts",
+    "pack_codes",
     "pack_experts",
+    "stack_experts",
     "unpack_experts",
 ]

@@ -25,12 +25,16 @@ Source: the fragment orders of mma.m16n8k16 (bf16) and mma.m16n8k32 (s8), PTX IS
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .rounding import Int4Codes, check_algorithm, round_weights
+from .rounding import quantize_int4 as quantize_int4
 from .schemes import GATE_UP_GRANULE, K_BLOCK, Scheme, check_group_size, get_scheme, round_up
 
 
@@ -69,39 +73,17 @@ class PackedExperts:
         """The eight tensors by field name, in the operator's argument order."""
         return {f.name: getattr(self, f.name) for f in fields(self)[:8]}
 
+    def with_tensors(self, tensors: Mapping[str, Tensor | None]) -> PackedExperts:
+        """A copy with other tensors, by field name; it shares those that are not named."""
+        return replace(self, **tensors)  # type: ignore[arg-type]
+
     def to(self, device: torch.device | str) -> PackedExperts:
         """The same weights on another device."""
-        moved = {name: None if t is None else t.to(device) for name, t in self.tensors().items()}
-        return PackedExperts(
-            **moved,
-            scheme=self.scheme,
-            group_size=self.group_size,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-        )
+        return self.with_tensors({name: None if t is None else t.to(device) for name, t in self.tensors().items()})
 
     def nbytes(self) -> int:
         """Bytes of all packed tensors."""
         return sum(t.nbytes for t in self.tensors().values() if t is not None)
-
-
-def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Symmetric round-to-nearest 4-bit quantisation along the last dimension.
-
-    Args:
-        weight: float [..., N, K].
-        group_size: consecutive K values that share a scale; divides K.
-
-    Returns:
-        q int8 [..., N, K] in [-8, 7], scale bf16 [..., N, K/group_size]; weight ~ q * scale.
-    """
-    check_group_size(group_size, weight.shape[-1], "K")
-    grouped = weight.float().unflatten(-1, (-1, group_size))
-    # The scale is rounded to bf16 before it divides, so that q is the nearest code for the scale that is stored.
-    scale = (grouped.abs().amax(-1) / 7.0).bfloat16()
-    divisor = torch.where(scale == 0, torch.ones_like(scale), scale).float()
-    q = (grouped / divisor[..., None]).round().clamp(-8, 7)
-    return q.flatten(-2).to(torch.int8), scale
 
 
 def interleave_gate_up(rows: Tensor) -> Tensor:
@@ -187,21 +169,19 @@ def dequantize(packed: Tensor, scale: Tensor | None, zero: Tensor | None, scheme
     return weight.reshape(e, n, k)
 
 
-def _pack_matrix(
-    codes: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, group_size: int, n_pad: int, k_pad: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Pad codes [E, N, K] and groups [E, N, K/g] to n_pad and k_pad, then pack; groups become [E, Kp/g, Np] in pairs of
-    rows."""
-    n, k = codes.shape[1:]
-    codes = pad(codes, (0, k_pad - k, 0, n_pad - n))
-    groups = -(-k_pad // group_size)
+def _pack_matrix(codes: Int4Codes, order: str, n_pad: int, k_pad: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Pad q [E, N, K] and its groups [E, N, K/g] to n_pad and k_pad, then pack; groups become [E, Kp/g, Np] in pairs
+    of rows."""
+    n, k = codes.q.shape[1:]
+    q = pad(codes.q, (0, k_pad - k, 0, n_pad - n))
+    groups = -(-k_pad // codes.group_size)
 
     def by_group(t: Tensor) -> Tensor:
         padded = pad(t.bfloat16(), (0, groups - t.shape[-1], 0, n_pad - n))
         pairs = padded.reshape(-1, n_pad // 16, 2, 8, groups).permute(0, 4, 1, 3, 2)
         return pairs.reshape(-1, groups, n_pad)
 
-    return pack_int4(codes, scheme), by_group(scale), None if zero is None else by_group(zero)
+    return pack_int4(q, order), by_group(codes.scale), None if codes.zero is None else by_group(codes.zero)
 
 
 def _pad_gate_up(rows: Tensor, i_pad: int) -> Tensor:
@@ -224,6 +204,8 @@ def _check_weights(gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None, d
             f"gate_up {list(gate_up.shape)} and down {list(down.shape)} do not belong together: gate_up [E, 2I, H] "
             f"needs down [E, H, I] = [{e}, {h}, {n // 2}]; transpose weights that are stored [E, in, out]"
         )
+    if not gate_up.numel():
+        raise ValueError(f"gate_up {list(gate_up.shape)} has no values: pass at least one expert")
     for name, t, shape in (("gate_up_bias", gate_up_bias, (e, n)), ("down_bias", down_bias, (e, h))):
         if t is not None and t.shape != shape:
             raise ValueError(f"{name} has shape {list(t.shape)}, expected {list(shape)}")
@@ -236,61 +218,153 @@ def pack_experts(
     *,
     scheme: str = "w4a16",
     group_size: int = 128,
+    algorithm: str = "minmax",
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
 ) -> PackedExperts:
-    """Quantise (4-bit schemes) and pack the experts of one layer.
+    """Quantise (4-bit schemes) and pack the experts of one layer, one expert at a time.
 
     Args:
         gate_up: float [E, 2I, H], gate rows first, then up rows (the layout of transformers' Qwen3-MoE experts).
         down: float [E, H, I].
         scheme: "w4a16", "w4a8" or "bf16".
         group_size: weights that share one scale; divides H and I. Ignored by scheme bf16.
+        algorithm: "minmax" or "hqq", see `rounding`; hqq gives zero points where the scheme takes them (w4a16).
+            Ignored by scheme bf16.
         gate_up_bias, down_bias: float [E, 2I] and [E, H], or None.
 
     Returns:
         PackedExperts on the device of `gate_up`.
 
     Raises:
-        ValueError: unknown scheme, shapes that disagree, or a group size that is unsupported or does not divide K.
+        ValueError: unknown scheme or algorithm, shapes that disagree, or a group size that is unsupported or does not
+            divide K.
     """
     kind = get_scheme(scheme)
+    check_algorithm(algorithm)
     _check_weights(gate_up, down, gate_up_bias, down_bias)
+    if kind.packed:
+        check_group_size(group_size, gate_up.shape[2], "hidden size H")
+        check_group_size(group_size, down.shape[2], "intermediate size I")
+
+    def one(e: int) -> PackedExperts:
+        w13, w2 = gate_up[e], down[e]
+        biases = (None if bias is None else bias[e : e + 1] for bias in (gate_up_bias, down_bias))
+        if not kind.packed:
+            return _pack_floats(w13[None], w2[None], scheme, *biases)
+        q13, q2 = (round_weights(weight, group_size, algorithm, kind.takes_zeros) for weight in (w13, w2))
+        return _pack_codes(q13[None], q2[None], scheme, *biases)
+
+    return stack_experts(map(one, range(gate_up.shape[0])), gate_up.shape[0])
+
+
+@torch.no_grad()
+def pack_codes(
+    gate_up: Int4Codes,
+    down: Int4Codes,
+    *,
+    scheme: str = "w4a16",
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> PackedExperts:
+    """Pack experts that are 4-bit codes already: nothing is rounded.
+
+    Args:
+        gate_up: codes [E, 2I, H], gate rows first, then up rows.
+        down: codes [E, H, I]. Group sizes that differ are brought to their greatest common divisor, which is exact.
+        scheme: "w4a16", or "w4a8" for codes without zero points.
+        gate_up_bias, down_bias: float [E, 2I] and [E, H], or None.
+
+    Returns:
+        PackedExperts on the device of `gate_up`. One side's missing zero points become zeros.
+
+    Raises:
+        ValueError: unknown scheme or one without codes, shapes that disagree, a group size that is unsupported, or
+            zero points for w4a8.
+    """
+    kind = get_scheme(scheme)
+    if not kind.packed:
+        raise ValueError(f"scheme={scheme} holds no 4-bit codes: use w4a16 or w4a8, or dequantise the weights first")
+    _check_weights(gate_up.q, down.q, gate_up_bias, down_bias)
+    if not kind.takes_zeros and not (gate_up.zero is None and down.zero is None):
+        raise ValueError(
+            f"scheme={scheme} multiplies in int8 and takes no zero points, and these weights have some: use w4a16, or "
+            "quantise the original weights anew"
+        )
+    group_size = math.gcd(gate_up.group_size, down.group_size)
+    check_group_size(group_size, gate_up.q.shape[2], "hidden size H")
+    check_group_size(group_size, down.q.shape[2], "intermediate size I")
+    if (gate_up.zero is None) != (down.zero is None):
+        gate_up, down = _with_zero(gate_up), _with_zero(down)
+
+    def one(e: int) -> PackedExperts:
+        biases = (None if bias is None else bias[e : e + 1] for bias in (gate_up_bias, down_bias))
+        q13, q2 = (codes[e : e + 1].regrouped(group_size) for codes in (gate_up, down))
+        return _pack_codes(q13, q2, scheme, *biases)
+
+    return stack_experts(map(one, range(gate_up.q.shape[0])), gate_up.q.shape[0])
+
+
+def stack_experts(parts: Iterable[PackedExperts], num_experts: int) -> PackedExperts:
+    """Experts of one layer after each other, with one part and the result in memory at a time.
+
+    Args:
+        parts: one or more experts each, of the same sizes, scheme and optional tensors.
+        num_experts: how many they are together.
+    """
+    whole: PackedExperts | None = None
+    start = 0
+    for part in parts:
+        if whole is None:
+            empty = {
+                name: None if t is None else t.new_empty(num_experts, *t.shape[1:])
+                for name, t in part.tensors().items()
+            }
+            whole = part.with_tensors(empty)
+        for to, t in zip(whole.tensors().values(), part.tensors().values(), strict=True):
+            if to is not None and t is not None:
+                to[start : start + part.num_experts] = t
+        start += part.num_experts
+    assert whole is not None and start == num_experts, f"{start} experts came, {num_experts} were announced"
+    return whole
+
+
+def _with_zero(codes: Int4Codes) -> Int4Codes:
+    return codes if codes.zero is not None else Int4Codes(codes.q, codes.scale, torch.zeros_like(codes.scale))
+
+
+def _pack_floats(
+    gate_up: Tensor, down: Tensor, scheme: str, gate_up_bias: Tensor | None, down_bias: Tensor | None
+) -> PackedExperts:
+    """Experts of a scheme without codes; arguments as checked."""
     h, i = gate_up.shape[2], down.shape[2]
     h_pad, i_pad = round_up(h, K_BLOCK), round_up(i, K_BLOCK)
-    w13_scale = w2_scale = None
-    if kind.packed:
-        check_group_size(group_size, h, "hidden size H")
-        check_group_size(group_size, i, "intermediate size I")
-        q13, s13 = quantize_int4(gate_up, group_size)
-        q2, s2 = quantize_int4(down, group_size)
-        w13, w13_scale, _ = _pack_matrix(
-            _pad_gate_up(q13, i_pad),
-            _pad_gate_up(s13, i_pad),
-            None,
-            fragment_order(scheme, 1),
-            group_size,
-            2 * i_pad,
-            h_pad,
-        )
-        w2, w2_scale, _ = _pack_matrix(q2, s2, None, fragment_order(scheme, 2), group_size, h_pad, i_pad)
-    else:
-        group_size = 0
-        w13 = pad(_pad_gate_up(gate_up.bfloat16(), i_pad), (0, h_pad - h)).contiguous()
-        w2 = pad(down.bfloat16(), (0, i_pad - i, 0, h_pad - h)).contiguous()
-    return PackedExperts(
-        w13=w13,
-        w2=w2,
-        w13_scale=w13_scale,
-        w2_scale=w2_scale,
-        w13_zero=None,
-        w2_zero=None,
-        w13_bias=None if gate_up_bias is None else _pad_gate_up(gate_up_bias.float(), i_pad).contiguous(),
-        w2_bias=None if down_bias is None else pad(down_bias.float(), (0, h_pad - h)).contiguous(),
-        scheme=scheme,
-        group_size=group_size,
-        hidden_size=h,
-        intermediate_size=i,
+    w13 = pad(_pad_gate_up(gate_up.bfloat16(), i_pad), (0, h_pad - h)).contiguous()
+    w2 = pad(down.bfloat16(), (0, i_pad - i, 0, h_pad - h)).contiguous()
+    biases = _pack_biases(gate_up_bias, down_bias, h_pad, i_pad)
+    return PackedExperts(w13, w2, None, None, None, None, *biases, scheme, 0, h, i)
+
+
+def _pack_codes(
+    gate_up: Int4Codes, down: Int4Codes, scheme: str, gate_up_bias: Tensor | None, down_bias: Tensor | None
+) -> PackedExperts:
+    """Experts of a 4-bit scheme; arguments as checked, with one group size."""
+    h, i = gate_up.q.shape[2], down.q.shape[2]
+    h_pad, i_pad = round_up(h, K_BLOCK), round_up(i, K_BLOCK)
+    rows = gate_up.map(lambda t: _pad_gate_up(t, i_pad))
+    w13, w13_scale, w13_zero = _pack_matrix(rows, fragment_order(scheme, 1), 2 * i_pad, h_pad)
+    w2, w2_scale, w2_zero = _pack_matrix(down, fragment_order(scheme, 2), h_pad, i_pad)
+    biases = _pack_biases(gate_up_bias, down_bias, h_pad, i_pad)
+    group_size = gate_up.group_size
+    return PackedExperts(w13, w2, w13_scale, w2_scale, w13_zero, w2_zero, *biases, scheme, group_size, h, i)
+
+
+def _pack_biases(
+    gate_up: Tensor | None, down: Tensor | None, h_pad: int, i_pad: int
+) -> tuple[Tensor | None, Tensor | None]:
+    return (
+        None if gate_up is None else _pad_gate_up(gate_up.float(), i_pad).contiguous(),
+        None if down is None else pad(down.float(), (0, h_pad - down.shape[1])).contiguous(),
     )
 
 

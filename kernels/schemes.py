@@ -37,6 +37,11 @@ class Scheme:
         """True for 4-bit weights in the packed layout, False for plain bf16 weights."""
         return self.weight_bits == 4
 
+    @property
+    def takes_zeros(self) -> bool:
+        """True if weights may have zero points; an int8 MMA multiplies bare codes."""
+        return self.packed and not (self.gemm1_act_group or self.gemm2_act_group)
+
     def act_group(self, gemm: int) -> int:
         """Activation group of GEMM `gemm` (1 or 2); 0 means bf16."""
         return self.gemm1_act_group if gemm == 1 else self.gemm2_act_group

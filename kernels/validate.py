@@ -133,7 +133,7 @@ def check_fused_experts(
             )
     if (w13_zero is None) != (w2_zero is None):
         raise ValueError("w13_zero and w2_zero must be given together: pass zeros for the symmetric one")
-    if w13_zero is not None and (kind.gemm1_act_group or kind.gemm2_act_group):
+    if w13_zero is not None and not kind.takes_zeros:
         raise NotImplementedError(
             f"scheme={scheme} multiplies in int8 and takes no zero points: use w4a16, or requantise symmetrically"
         )

@@ -9,6 +9,7 @@ import torch
 from executorch.exir.backend.partitioner import Partitioner, PartitionResult
 from torch import Tensor
 from torch.export.exported_program import ExportedProgram
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from executorch_moe.backends.fusion import ExpertFuser, FusingPartitioner, FusionOptions
 from executorch_moe.kernels import fused_experts as _fused_experts  # noqa: F401  registers torch.ops.executorch_moe
@@ -34,6 +35,44 @@ def _zeros_like(x: Tensor, **kwargs: Any) -> Tensor:
     return _zeros_for(x, x.shape, **kwargs)
 
 
+def _dequantize_affine(
+    codes: Tensor,
+    block_size: Sequence[int],
+    scale: Tensor,
+    zero_point: Tensor | None,
+    input_dtype: torch.dtype,
+    quant_min: float | None = None,
+    quant_max: float | None = None,
+    output_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """torchao's operator for groups along the last of two dimensions: codes [N, K], scale [N, K/group_size]."""
+    if len(block_size) != 2 or block_size[0] != 1:
+        raise NotImplementedError(
+            f"torchao.dequantize_affine with block_size={list(block_size)} cannot be lowered to the CPU: use [1, GROUP]"
+        )
+    grouped = codes.to(output_dtype).reshape(codes.shape[0], -1, block_size[1])
+    if zero_point is not None:
+        grouped = grouped - zero_point.to(output_dtype).reshape(codes.shape[0], -1, 1)
+    return (grouped * scale.to(output_dtype).reshape(codes.shape[0], -1, 1)).reshape(codes.shape)
+
+
+def _dequantize_int4(
+    packed: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, output_dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """ExecuTorch's operator: uint8 [N, K/2], even K in the low nibble; scale and zero_point [K/group_size, N]."""
+    byte = packed.to(torch.int32)
+    codes = torch.stack((byte & 0xF, byte >> 4), -1).reshape(packed.shape[0], -1, group_size).to(torch.float32)
+    scale, zero_point = scale.t().to(torch.float32).unsqueeze(-1), zero_point.t().to(torch.float32).unsqueeze(-1)
+    return ((codes - zero_point) * scale).reshape(packed.shape[0], -1).to(output_dtype)
+
+
+def _dequantisers() -> dict[Any, Any]:
+    """Decompositions of the dequantising operators that are registered: without their tensors, none is in a program."""
+    known = {"dequantize_affine": _dequantize_affine, "dequantize_int4_tensor": _dequantize_int4}
+    ops = torch.ops.torchao
+    return {getattr(ops, name).default: function for name, function in known.items() if hasattr(ops, name)}
+
+
 class MoECpuPartitioner(FusingPartitioner, Partitioner):
     """Replaces `fused_experts` by plain ATen and delegates nothing: the program runs on ExecuTorch's CPU kernels.
 
@@ -48,17 +87,21 @@ class MoECpuPartitioner(FusingPartitioner, Partitioner):
         self.set_fusion(fusion)
 
     def transform_for_pre_decomposition(self, exported_program: ExportedProgram) -> ExportedProgram:
-        """Fuse, then decompose the fused operator; other operators are left to ExecuTorch's own decompositions.
+        """Fuse, then decompose the fused operator and the dequantising of linears and embeddings of 8 or 4 bits.
+
+        Other operators are left to ExecuTorch's own decompositions.
 
         Raises:
             NotImplementedError: experts that cannot be fused, unless `require_fused` is off.
         """
         exported_program = self.fuse_experts(exported_program)
         op = torch.ops.executorch_moe.fused_experts.default
-        if not any(node.target is op for node in exported_program.graph.nodes):
+        quantised = any(is_traceable_wrapper_subclass(tensor) for tensor in exported_program.state_dict.values())
+        if not quantised and not any(node.target is op for node in exported_program.graph.nodes):
             return exported_program
         table = {
             op: fused_experts_aten,
+            **_dequantisers(),
             torch.ops.aten.empty.memory_format: _zeros,
             torch.ops.aten.new_empty.default: _zeros_for,
             torch.ops.aten.empty_like.default: _zeros_like,

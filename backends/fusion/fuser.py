@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.export.exported_program import ExportedProgram
 
-from executorch_moe.kernels import SCHEMES, PackedExperts, pack_experts
+from executorch_moe.kernels import PackedExperts
+from executorch_moe.kernels.rounding import check_algorithm
+from executorch_moe.kernels.schemes import get_scheme
 
+from .modules import pack_layer
 from .recognise import ExpertLayout, Roles, find_roles, fingerprint, recognise
 from .regions import NotFusable, Region, find_regions, parameter_targets, tensor_of
 from .report import FusedLayer, FusionReport, UnfusedRegion
@@ -23,16 +26,18 @@ class FusionOptions:
     Attributes:
         scheme: "w4a16", "w4a8" or "bf16".
         group_size: weights that share one scale; divides the hidden and the expert width. Ignored by scheme bf16.
+        algorithm: how weights are rounded to 4 bits, "minmax" or "hqq"; see `kernels.rounding`.
         require_fused: an expert region that cannot be fused is an error; else it stays as it was and is reported.
     """
 
     scheme: str = "w4a16"
     group_size: int = 32
     require_fused: bool = True
+    algorithm: str = "minmax"
 
     def __post_init__(self) -> None:
-        if self.scheme not in SCHEMES:
-            raise ValueError(f"scheme={self.scheme!r} is unknown: use one of {', '.join(SCHEMES)}")
+        get_scheme(self.scheme)
+        check_algorithm(self.algorithm)
 
 
 @dataclass
@@ -101,6 +106,7 @@ class ExpertFuser:
             biases=layout.down_bias is not None,
             scheme=packed.scheme,
             group_size=packed.group_size,
+            algorithm=self.options.algorithm if packed.group_size else "",
             bytes_before=sum(tensor.nbytes for tensor in sources.values()),
             bytes_after=packed.nbytes(),
         )
@@ -124,16 +130,9 @@ class ExpertFuser:
         # An address says nothing once the tensor that had it is gone.
         if known is not None and all(source() is not None for source in known.sources):
             return known.weights
-        gate_up, down, gate_up_bias, down_bias = layout.canonical({name: t.detach() for name, t in sources.items()})
+        options = self.options
         try:
-            weights = pack_experts(
-                gate_up,
-                down,
-                scheme=self.options.scheme,
-                group_size=self.options.group_size,
-                gate_up_bias=gate_up_bias,
-                down_bias=down_bias,
-            )
+            weights = pack_layer(layout, sources, options.scheme, options.group_size, options.algorithm)
         except ValueError as error:
             raise NotFusable(str(error)) from error
         self._packed[key] = _Packed([weakref.ref(source) for source in sources.values()], weights)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import mmap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,32 +123,30 @@ def find_roles(region: Region) -> Roles:
     return Roles(hidden[0], ids[0], weights[0], sizes)
 
 
-def possible_layouts(region: Region, hidden_size: int) -> list[ExpertLayout]:
-    """Every layout that the parameters' shapes allow.
-
-    Raises:
-        NotFusable: none.
-    """
-    shapes = {name: tuple(_shape(node)) for name, node in region.parameters.items()}
+def possible_layouts(shapes: Mapping[str, tuple[int, ...]], hidden_size: int) -> list[ExpertLayout]:
+    """Every layout that the parameters' shapes allow, none if they are no experts of this hidden size."""
     matrices = [name for name, shape in shapes.items() if len(shape) == 3]
     biases = [name for name, shape in shapes.items() if len(shape) == 2]
-    layouts: list[ExpertLayout] = []
     if len(matrices) + len(biases) == len(shapes):
         if len(matrices) == 2 and len(biases) in (0, 2):
-            layouts = list(_of_two(shapes, matrices, biases, hidden_size))
-        elif len(matrices) == 3 and not biases:
-            layouts = list(_of_three(shapes, matrices, hidden_size))
-    if not layouts:
-        found = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()) or "none"
-        raise NotFusable(
-            f"has parameters {found}, expected gate_up [E, 2I, H] and down [E, H, I] with H={hidden_size}, transposed "
-            "or not, with two biases or none, or gate, up and down without biases: store the experts that way"
-        )
-    return layouts
+            return list(_of_two(shapes, matrices, biases, hidden_size))
+        if len(matrices) == 3 and not biases:
+            return list(_of_three(shapes, matrices, hidden_size))
+    return []
+
+
+def no_layout(shapes: Mapping[str, tuple[int, ...]], hidden_size: int | None = None) -> NotFusable:
+    """The error for parameters that no layout allows."""
+    found = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()) or "none"
+    known = "" if hidden_size is None else f" with H={hidden_size}"
+    return NotFusable(
+        f"has parameters {found}, expected gate_up [E, 2I, H] and down [E, H, I]{known}, transposed "
+        "or not, with two biases or none, or gate, up and down without biases: store the experts that way"
+    )
 
 
 def _of_two(
-    shapes: dict[str, tuple[int, ...]], matrices: list[str], biases: list[str], h: int
+    shapes: Mapping[str, tuple[int, ...]], matrices: list[str], biases: list[str], h: int
 ) -> Iterator[ExpertLayout]:
     for (gate_up, down), transposed in itertools.product(itertools.permutations(matrices), (False, True)):
         e, n, k = shapes[gate_up]
@@ -163,7 +161,7 @@ def _of_two(
                 yield ExpertLayout((gate_up,), down, transposed, order, pair[0], pair[1], activation)
 
 
-def _of_three(shapes: dict[str, tuple[int, ...]], matrices: list[str], h: int) -> Iterator[ExpertLayout]:
+def _of_three(shapes: Mapping[str, tuple[int, ...]], matrices: list[str], h: int) -> Iterator[ExpertLayout]:
     for (gate, up, down), transposed in itertools.product(itertools.permutations(matrices), (False, True)):
         e, n, k = shapes[gate]
         if transposed:
@@ -172,6 +170,63 @@ def _of_three(shapes: dict[str, tuple[int, ...]], matrices: list[str], h: int) -
             continue
         for activation in ACTIVATIONS:
             yield ExpertLayout((gate, up), down, transposed, "gate, up", None, None, activation)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Random weights and inputs for an expert layer, all fp32.
+
+    Attributes:
+        parameters: by name, in full size; experts that no token chooses are zeros that take no memory.
+        few: the experts that may be chosen, by name.
+        hidden, weights: [T, H] and [T, top_k].
+        ids, slots: int64 [T, top_k], into `parameters` and into `few`.
+    """
+
+    parameters: dict[str, Tensor]
+    few: dict[str, Tensor]
+    hidden: Tensor
+    ids: Tensor
+    slots: Tensor
+    weights: Tensor
+
+    @staticmethod
+    def make(shapes: Mapping[str, tuple[int, ...]], tokens: int, hidden_size: int, top_k: int, experts: int) -> Probe:
+        """A probe whose tokens choose among `experts` experts, of those in `shapes`."""
+        generator = torch.Generator().manual_seed(0)
+        e = next(iter(shapes.values()))[0]
+        chosen = torch.randperm(e, generator=generator)[:experts].sort().values
+        parameters, few = {}, {}
+        for name, shape in shapes.items():
+            # Gates around +-4 tell activations and their limits apart.
+            spread = 4.0 / hidden_size**0.5 if len(shape) == 3 else 1.0
+            few[name] = torch.randn(len(chosen), *shape[1:], generator=generator) * spread
+            parameters[name] = _untouched_zeros(shape)
+            parameters[name][chosen] = few[name]
+        hidden = torch.randn(tokens, hidden_size, generator=generator)
+        slots = torch.rand(tokens, len(chosen), generator=generator).argsort(-1)[:, :top_k]
+        weights = torch.rand(tokens, top_k, generator=generator) + 0.1
+        return Probe(parameters, few, hidden, chosen[slots], slots, weights)
+
+    def match(self, layouts: list[ExpertLayout], actual: Tensor) -> ExpertLayout:
+        """The layout with which the fp32 oracle gives `actual`.
+
+        Raises:
+            NotFusable: none.
+        """
+        nearest = float("inf")
+        for layout in layouts:
+            expected = reference_experts(
+                self.hidden, self.slots, self.weights, *layout.canonical(self.few), activation=layout.activation
+            )
+            distance = float((actual.float() - expected).norm() / expected.norm())
+            if distance <= PROBE_TOLERANCE:
+                return layout
+            nearest = min(nearest, distance)
+        raise NotFusable(
+            f"computes something else than gated experts with activation {' or '.join(ACTIVATIONS)} "
+            f"(nearest relative difference {nearest:.2g}): keep it with require_fused=False"
+        )
 
 
 def recognise(region: Region, roles: Roles) -> ExpertLayout:
@@ -185,67 +240,47 @@ def recognise(region: Region, roles: Roles) -> ExpertLayout:
     output = region.output()
     if _shape(output) != [t, h]:
         raise NotFusable(f"returns {_shape(output)}, expected [T, H] = [{t}, {h}]: return the sum over the experts")
-    layouts = possible_layouts(region, h)
+    shapes = {name: tuple(_shape(node)) for name, node in region.parameters.items()}
+    layouts = possible_layouts(shapes, h)
+    if not layouts:
+        raise no_layout(shapes, h)
     largest = max((_elements(node) for node in region.nodes), default=0) * 4
     if largest > MAX_PROBE_BYTES:
         raise NotFusable(
             f"needs a tensor of {largest / 2**30:.0f} GiB to be checked at T={t}: export with an example of fewer "
             "tokens, or with experts_implementation='grouped_mm'"
         )
-    e = _shape(region.parameters[layouts[0].down])[0]
+    e = shapes[layouts[0].down][0]
     if top_k > e:
         raise NotFusable(f"chooses top_k={top_k} of E={e} experts: check the router")
 
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.randperm(e, generator=generator)[: min(e, max(top_k, _PROBE_EXPERTS))].sort().values
-    parameters, few = {}, {}
-    for name, node in region.parameters.items():
-        shape = _shape(node)
-        # Gates around +-4 tell activations and their limits apart.
-        spread = 4.0 / h**0.5 if len(shape) == 3 else 1.0
-        few[name] = torch.randn(len(chosen), *shape[1:], generator=generator) * spread
-        parameters[name] = _untouched_zeros(shape)
-        parameters[name][chosen] = few[name]
-    hidden = torch.randn(t, h, generator=generator)
-    slots = torch.rand(t, len(chosen), generator=generator).argsort(-1)[:, :top_k]
-    weights = torch.rand(t, top_k, generator=generator) + 0.1
+    probe = Probe.make(shapes, t, h, top_k, experts=max(top_k, _PROBE_EXPERTS))
     ids_tensor = tensor_of(roles.ids)
     assert ids_tensor is not None
-    ids = chosen[slots].to(ids_tensor.dtype)
-
-    env: dict[Node, Any] = {region.parameters[name]: value for name, value in parameters.items()}
-    env |= {roles.hidden: hidden.clone(), roles.ids: ids.clone(), roles.weights: weights.clone()}
+    ids = probe.ids.to(ids_tensor.dtype)
+    env: dict[Node, Any] = {region.parameters[name]: value for name, value in probe.parameters.items()}
+    env |= {roles.hidden: probe.hidden.clone(), roles.ids: ids.clone(), roles.weights: probe.weights.clone()}
     env |= {node: hint(node.meta["val"]) for node in roles.sizes}
     try:
         actual = run_region(region, env)
     except Exception as error:
         raise NotFusable(
-            f"cannot be run on the CPU ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}): "
-            "use experts_implementation='grouped_mm' or 'batched_mm'"
+            f"cannot be run on the CPU ({one_line(error)}): use experts_implementation='grouped_mm' or 'batched_mm'"
         ) from error
-    given = ((roles.hidden, hidden), (roles.ids, ids), (roles.weights, weights))
+    given = ((roles.hidden, probe.hidden), (roles.ids, ids), (roles.weights, probe.weights))
     if changed := [node.name for node, value in given if not torch.equal(env[node], value)]:
         raise NotFusable(f"writes to its input {changed[0]}: clone it before the module")
-
-    nearest = float("inf")
-    for layout in layouts:
-        gate_up, down, gate_up_bias, down_bias = layout.canonical(few)
-        expected = reference_experts(
-            hidden, slots, weights, gate_up, down, gate_up_bias, down_bias, activation=layout.activation
-        )
-        distance = float((actual.float() - expected).norm() / expected.norm())
-        if distance <= PROBE_TOLERANCE:
-            return layout
-        nearest = min(nearest, distance)
-    raise NotFusable(
-        f"computes something else than gated experts with activation {' or '.join(ACTIVATIONS)} "
-        f"(nearest relative difference {nearest:.2g}): keep it with require_fused=False"
-    )
+    return probe.match(layouts, actual)
 
 
-def _untouched_zeros(shape: list[int]) -> Tensor:
+def one_line(error: Exception) -> str:
+    """Kind and first line of an error."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _untouched_zeros(shape: Sequence[int]) -> Tensor:
     """fp32 zeros that take memory only where written; torch.zeros writes them all."""
-    return torch.frombuffer(mmap.mmap(-1, 4 * math.prod(shape)), dtype=torch.float32).reshape(shape)
+    return torch.frombuffer(mmap.mmap(-1, 4 * math.prod(shape)), dtype=torch.float32).reshape(*shape)
 
 
 def _elements(node: Node) -> int:

@@ -5,7 +5,8 @@ No operator pattern is matched: `nn_module_stack` says which module a node came 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -70,17 +71,21 @@ def parameter_targets(program: ExportedProgram) -> dict[str, str]:
     }
 
 
+def owns_stacks(tensors: Iterable[torch.Tensor]) -> bool:
+    """True for a module's own tensors if two or more are 3-D floats of one first size: experts, whatever its class."""
+    sizes = Counter(int(t.shape[0]) for t in tensors if t.dim() == 3 and t.is_floating_point())
+    return max(sizes.values(), default=0) >= 2
+
+
 def _owners_of_stacks(program: ExportedProgram) -> set[str]:
-    """Modules that own two or more 3-D float parameters with the same first size: experts, whatever their class."""
-    sizes: Counter[tuple[str, int]] = Counter()
+    """Modules whose own parameters are stacked experts."""
+    owned: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
     targets = parameter_targets(program)
     for node in program.graph.nodes:
         tensor = tensor_of(node)
-        if tensor is None or node.op != "placeholder" or node.name not in targets:
-            continue
-        if tensor.dim() == 3 and tensor.is_floating_point():
-            sizes[targets[node.name].rpartition(".")[0], int(tensor.shape[0])] += 1
-    return {module for (module, _), count in sizes.items() if count >= 2}
+        if tensor is not None and node.op == "placeholder" and node.name in targets:
+            owned[targets[node.name].rpartition(".")[0]].append(tensor)
+    return {module for module, tensors in owned.items() if owns_stacks(tensors)}
 
 
 def _call_of(node: Node, owners: set[str]) -> tuple[str, str, str] | None:

@@ -18,6 +18,7 @@ class FusedLayer:
         biases: True if the experts have biases.
         scheme, group_size: as packed; group_size is 0 for scheme bf16.
         bytes_before, bytes_after: the parameters as the program held them, and packed.
+        algorithm: how the weights were rounded, "minmax" or "hqq"; "given" if they came as 4-bit codes, "" for bf16.
     """
 
     module: str
@@ -32,6 +33,7 @@ class FusedLayer:
     group_size: int
     bytes_before: int
     bytes_after: int
+    algorithm: str = ""
 
 
 @dataclass(frozen=True)

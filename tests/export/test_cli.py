@@ -56,6 +56,7 @@ def test_help_does_not_import_torch() -> None:
     ("arguments", "message"),
     [
         (("--scheme", "int4"), "scheme='int4' is unknown: use one of bf16, w4a16, w4a8"),
+        (("--algorithm", "gptq"), "algorithm='gptq' is unknown: use one of minmax, hqq"),
         (("--target", "tpu"), "target='tpu' is unknown: use one of cuda, cpu, auto, sm_80, "),
         (("--target", "sm_70"), "target='sm_70' is unknown: use one of cuda, cpu, auto, sm_80, "),
         (("--group-size", "48"), "group_size=48"),
@@ -95,12 +96,14 @@ def test_export_for_another_gpu_runs_in_its_own_process(tmp_path: Path, monkeypa
     monkeypatch.setattr("executorch_moe.backends.cuda.cross_compile.check_target", lambda target: None)
     monkeypatch.setattr(subprocess, "run", run)
     result = runner.invoke(
-        app, ["export", "tiny", "-o", str(tmp_path / "x.pte"), "--target", "h200", "--dtype", "bf16"]
+        app,
+        ["export", "tiny", "-o", str(tmp_path / "x.pte"), "--target", "h200", "--dtype", "bf16", "--algorithm", "hqq"],
     )
     assert result.exit_code == 3 and result.output == ""
     (command,) = commands
     assert command[1:5] == ["-m", "executorch_moe.export.cli", "export", "tiny"] and "--own-process" in command
     assert command[command.index("--target") + 1] == "h200" and command[command.index("--dtype") + 1] == "bf16"
+    assert command[command.index("--algorithm") + 1] == "hqq"
 
 
 def test_export_names_of_the_output(tmp_path: Path) -> None:

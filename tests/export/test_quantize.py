@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
+from executorch_moe.backends.fusion import ExpertFuser, FusionOptions
+from executorch_moe.backends.fusion.modules import find_experts
+from executorch_moe.export.experts_interface import register
 from executorch_moe.export.pretrained import load_model, resolve
-from executorch_moe.export.quantize import find_experts, quantize_experts_
-from executorch_moe.kernels import FusedExperts
+from executorch_moe.export.quantize import can_swap, quantize_experts_
+from executorch_moe.kernels import FusedExperts, unpack_experts
+
+from .families import FAMILIES, Family, by_name, export_logits, tokens
 
 
 @pytest.fixture
@@ -57,6 +64,7 @@ def test_only_the_experts_change(model: nn.Module) -> None:
     [
         ({"scheme": "int4"}, "scheme='int4' is unknown: use one of"),
         ({"group_size": 48}, "group_size=48"),
+        ({"algorithm": "gptq"}, "algorithm='gptq' is unknown: use one of minmax, hqq"),
         ({"group_size": 256}, "layers.0.mlp.experts: .*group_size=256"),
     ],
 )
@@ -71,18 +79,101 @@ def test_a_model_without_experts() -> None:
         quantize_experts_(nn.Sequential(nn.Linear(4, 4)))
 
 
-def test_experts_of_another_architecture() -> None:
+def test_modules_that_are_no_experts_of_ours() -> None:
     class MixtralExperts(nn.Module):
         pass
 
     model = nn.ModuleDict({"mlp": MixtralExperts()})
-    with pytest.raises(NotImplementedError, match="mlp is a MixtralExperts, which is not supported yet"):
+    with pytest.raises(NotImplementedError, match=r"experts mlp \(MixtralExperts\) not quantised: has parameters none"):
         quantize_experts_(model)
     assert isinstance(model["mlp"], MixtralExperts)
 
 
-def test_another_activation(model: nn.Module) -> None:
-    model.model.layers[1].mlp.experts.act_fn = nn.GELU()
-    with pytest.raises(NotImplementedError, match=r"layers\.1\.mlp\.experts uses activation GELU"):
+def test_weights_that_do_not_belong_together(model: nn.Module) -> None:
+    model.model.layers[1].mlp.experts.down_proj = nn.Parameter(torch.zeros(8, 128, 32))
+    with pytest.raises(
+        NotImplementedError, match=r"layers\.1\..*has parameters .*down_proj \[8, 128, 32\], expected gate_up"
+    ):
         quantize_experts_(model)
     assert len(list(find_experts(model))) == 2
+
+
+def test_another_activation(model: nn.Module) -> None:
+    model.model.layers[1].mlp.experts.act_fn = nn.GELU()
+    with pytest.raises(
+        NotImplementedError, match=r"layers\.1\.mlp\.experts .*computes something else than gated experts"
+    ):
+        quantize_experts_(model)
+    assert len(list(find_experts(model))) == 2
+    assert not can_swap(model)
+
+
+class Turned(nn.Module):
+    """Experts that nobody knows: gate, up and down apart; called with ids and weights in either order."""
+
+    def __init__(self, ids_first: bool) -> None:
+        super().__init__()
+        self.ids_first = ids_first
+        for name, shape in (("a", (4, 32, 64)), ("b", (4, 64, 32)), ("c", (4, 32, 64))):
+            setattr(self, name, nn.Parameter(torch.randn(shape) / 8))
+
+    def forward(self, x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        ids, weights = (first, second) if self.ids_first else (second, first)
+        gated = nn.functional.silu(x @ self.c.mT) * (x @ self.a.mT)
+        share = torch.zeros(x.shape[0], 4).scatter(1, ids, weights)
+        return (gated @ self.b.mT * share.T[..., None]).sum(0)
+
+
+def test_a_class_that_nobody_knows() -> None:
+    model = nn.ModuleDict({"turned": Turned(ids_first=True)})
+    x, ids = torch.randn(5, 64), torch.stack([torch.randperm(4)[:2] for _ in range(5)])
+    weights = torch.rand(5, 2)
+    expected = model["turned"](x, ids, weights)
+    quantize_experts_(model, "bf16")
+    assert isinstance(model["turned"], FusedExperts)
+    torch.testing.assert_close(model["turned"](x, ids, weights), expected, rtol=0.03, atol=0.03)
+
+
+def test_another_order_of_arguments_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match=r"turned .*cannot be called as module\(hidden_states .*partitioner"):
+        quantize_experts_(nn.ModuleDict({"turned": Turned(ids_first=False)}))
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+@pytest.mark.parametrize("implementation", ["grouped_mm", "eager", "executorch_moe"])
+def test_every_family(family: Family, implementation: str) -> None:
+    register()
+    model = family.model(implementation)  # its experts' weights are exact in 4 bits
+    with torch.no_grad():
+        expected = model(input_ids=tokens(9), use_cache=False).logits
+        quantize_experts_(model, "w4a16", 32)
+        actual = model(input_ids=tokens(9), use_cache=False).logits
+    assert sum(isinstance(module, FusedExperts) for module in model.modules()) == family.moe_layers
+    assert (actual - expected).norm() / expected.norm() < 0.01
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a8"])
+def test_hqq_is_nearer_to_the_float_weights(model: nn.Module, scheme: str) -> None:
+    float_weights = model.model.layers[0].mlp.experts.gate_up_proj.detach().clone()
+    errors = {}
+    for algorithm in ("minmax", "hqq"):
+        other = load_model(resolve("tiny"), torch.float32)
+        quantize_experts_(other, scheme, 32, algorithm)
+        packed = other.model.layers[0].mlp.experts.packed()
+        assert (packed.w13_zero is not None) == (algorithm == "hqq" and scheme == "w4a16")
+        errors[algorithm] = (unpack_experts(packed)[0] - float_weights).norm()
+    assert errors["hqq"] < 0.97 * errors["minmax"]
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a8"])
+def test_partitioner_and_module_pack_the_same_bytes(scheme: str) -> None:
+    family = by_name("gpt_oss")
+    fuser = ExpertFuser(FusionOptions(scheme, 32, algorithm="hqq"))
+    fused = fuser.fuse(export_logits(family.model()))
+    swapped = quantize_experts_(family.model(), scheme, 32, "hqq")
+    (experts,) = (module for module in swapped.modules() if isinstance(module, FusedExperts))
+    for name, tensor in experts.packed().tensors().items():
+        if tensor is not None:
+            assert torch.equal(fused.state_dict[f"model.model.layers.0.mlp.experts.packed_{name}"], tensor)
+    (layer,) = fuser.report.layers
+    assert layer.algorithm == "hqq" and json.loads(fuser.report.json())["layers"][0]["algorithm"] == "hqq"

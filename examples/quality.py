@@ -1,0 +1,177 @@
+"""What rounding the experts to 4 bits costs: perplexity of the tiny trained model by scheme, algorithm and group size.
+
+    python examples/quality.py [--windows N]      (CPU, about 15 minutes)
+
+Prints the table of docs/quality.md. Each model is run twice, in PyTorch and as an exported program in ExecuTorch, and
+the two must agree. The text is not in the model's training text: documentation strings of Python's standard library,
+where the model has read the language reference (`pydoc_data.topics`). One token is one byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import math
+import platform
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data import topics
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from executorch_moe.backends.artifact import save
+from executorch_moe.backends.fusion.modules import find_experts
+from executorch_moe.backends.runtime import load
+from executorch_moe.backends.targets import lower
+from executorch_moe.export.pretrained import load_model, resolve
+from executorch_moe.export.quantize import quantize_experts_
+from executorch_moe.export.quiet import quiet
+from executorch_moe.kernels import ALGORITHMS, FusedExperts, pack_codes, unpack_experts
+from executorch_moe.kernels.rounding import round_weights
+from executorch_moe.kernels.schemes import get_scheme
+
+MODULES = (
+    "argparse", "ast", "bisect", "calendar", "collections", "configparser", "contextlib", "copy", "csv", "datetime",
+    "decimal", "difflib", "fractions", "functools", "heapq", "inspect", "itertools", "json", "logging", "os", "pathlib",
+    "pickle", "random", "re", "shutil", "socket", "statistics", "string", "subprocess", "tempfile", "textwrap",
+    "threading", "types", "typing", "unittest", "uuid",
+)  # fmt: skip
+WINDOW = 256
+WINDOWS = 256
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the experts are rounded; scheme bf16 has no algorithm and no groups."""
+
+    scheme: str
+    algorithm: str = "minmax"
+    group_size: int = 0
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Quantise the experts in place, with groups no longer than a row."""
+        widths = [min(p.shape[-1] for p in module.parameters()) for _, module in find_experts(model)]
+        if self.group_size <= min(widths):
+            return quantize_experts_(model, self.scheme, self.group_size, self.algorithm)
+        for name, module in list(find_experts(model)):
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, self._whole_rows(module))
+        return model
+
+    def _whole_rows(self, experts: nn.Module) -> FusedExperts:
+        """Rows shorter than a group are one group. The operator has one group size, so longer groups are split there:
+        their parts have one scale, and the values stay."""
+        zeros = get_scheme(self.scheme).takes_zeros
+        gate_up, down = (
+            round_weights(weight.detach(), min(weight.shape[-1], self.group_size), self.algorithm, zeros)
+            for weight in (experts.gate_up_proj, experts.down_proj)
+        )
+        return FusedExperts(pack_codes(gate_up, down, scheme=self.scheme))
+
+
+RECIPES = (
+    Recipe("bf16"),
+    *(Recipe(scheme, algorithm, g) for scheme in ("w4a16", "w4a8") for algorithm in ALGORITHMS for g in (32, 64, 128)),
+)
+
+
+class Logits(nn.Module):
+    """Token ids [1, T] -> logits [1, T, V], without a cache."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        return logits
+
+
+def held_out() -> bytes:
+    """Documentation strings of the modules and their public members, each once, without what the model has read."""
+    seen = "\n".join(topics.topics.values())
+    found: dict[str, None] = {}
+    for name in MODULES:
+        module = importlib.import_module(name)
+        members = [module, *(getattr(module, member) for member in sorted(getattr(module, "__all__", ())))]
+        for member in members:
+            # Of instances and constants, the documentation is their type's.
+            if inspect.ismodule(member) or inspect.isclass(member) or inspect.isroutine(member):
+                for paragraph in (inspect.getdoc(member) or "").split("\n\n"):
+                    if paragraph.strip() and paragraph.strip() not in seen:
+                        found.setdefault(paragraph)
+    return "\n\n".join(found).encode()
+
+
+def windows(count: int) -> Tensor:
+    """[count, WINDOW + 1] bytes, spread evenly over the held-out text."""
+    text = held_out()
+    starts = torch.linspace(0, len(text) - WINDOW - 1, count).long().tolist()
+    return torch.tensor([list(text[start : start + WINDOW + 1]) for start in starts])
+
+
+@torch.no_grad()
+def perplexity(logits: Callable[[Tensor], Tensor], data: Tensor) -> float:
+    """exp of the mean loss a token over windows [N, T + 1], each on its own."""
+    losses = [nn.functional.cross_entropy(logits(window[None, :-1])[0].float(), window[1:]).double() for window in data]
+    return math.exp(float(torch.stack(losses).mean()))
+
+
+def quantised(recipe: Recipe) -> nn.Module:
+    """The tiny model in fp32, as the CPU target has it, with quantised experts."""
+    return Logits(recipe.apply(load_model(resolve("tiny"), torch.float32)))
+
+
+@torch.no_grad()
+def weight_error(model: nn.Module) -> float:
+    """Relative L2 error of all expert weights."""
+    original = dict(find_experts(Logits(load_model(resolve("tiny"), torch.float32))))
+    change = size = 0.0
+    for name, experts in original.items():
+        stored = unpack_experts(model.get_submodule(name).packed())
+        for weight, value in zip((experts.gate_up_proj, experts.down_proj), stored, strict=True):
+            change += float((value - weight).square().sum())
+            size += float(weight.square().sum())
+    return math.sqrt(change / size)
+
+
+@torch.no_grad()
+def exported(model: nn.Module, folder: Path, tokens: int) -> Callable[[Tensor], Tensor]:
+    """The model as a program in ExecuTorch's CPU runtime, for inputs [1, tokens]."""
+    program = torch.export.export(model, (torch.zeros(1, tokens, dtype=torch.int64),), strict=False)
+    loaded = load(save(lower({"forward": program}, "cpu"), folder / "model.pte").pte)
+    return lambda ids: loaded.run("forward", ids)[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Perplexity of the tiny model by rounding of its experts.")
+    parser.add_argument("--windows", type=int, default=WINDOWS, help=f"windows of {WINDOW} bytes; default {WINDOWS}")
+    quiet()
+    data = windows(parser.parse_args().windows)
+    console = Console()
+    baseline = perplexity(Logits(load_model(resolve("tiny"), torch.bfloat16)), data)
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    title = f"perplexity a byte; {data.shape[0]} windows of {WINDOW} bytes, {versions}"
+    columns = ("experts", "algorithm", "group", "weights' error", "PyTorch", "ExecuTorch", "apart", "to bf16")
+    table = Table(*columns, title=title)
+    table.add_row("eager, all in bf16", "", "", "", f"{baseline:.4f}", "", "", "")
+    for recipe in RECIPES:
+        with tempfile.TemporaryDirectory() as folder, console.status(str(recipe)):
+            model = quantised(recipe)
+            eager = perplexity(model, data)
+            run = perplexity(exported(model, Path(folder), WINDOW), data)
+        how = (recipe.algorithm, str(recipe.group_size)) if recipe.group_size else ("", "")
+        apart, worse = run / eager - 1, run / baseline - 1
+        error = f"{weight_error(model):.2%}"
+        table.add_row(recipe.scheme, *how, error, f"{eager:.4f}", f"{run:.4f}", f"{apart:+.4%}", f"{worse:+.2%}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
