@@ -1,10 +1,10 @@
-"""Model folder -> `.pte` + `.ptd` + tokenizer: load, quantise, trace, lower, write."""
+"""Model folder -> `.pte` + `.ptd` + tokenizer: check, pack, trace, lower, write."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import nn
 
@@ -19,9 +20,10 @@ from executorch_moe.backends.fusion import ExpertFuser, FusedLayer, FusionOption
 from executorch_moe.kernels import SCHEMES
 from executorch_moe.kernels.gpus import target_names
 
-from .causal_lm import CausalLM, export_methods
+from .causal_lm import CausalLM, check_context, export_methods
 from .pretrained import check_supported, load_model, require_transformers, resolve, tokenizer_json
-from .quantize import can_swap, find_experts, quantize_experts_
+from .streaming import PackingOptions, StreamedModel
+from .work_folder import WorkFolder, work_folder_path
 
 TARGETS = ("cuda", "cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -89,12 +91,29 @@ class ExportOptions:
         """True for a GPU by name, which need not be here."""
         return self.target in target_names()
 
-    def load(self, folder: Path) -> nn.Module:
-        """The model as this export computes it: its dtype, and an attention that the target has in that dtype."""
+    def dense(self) -> tuple[torch.dtype, str]:
+        """Type of everything but the experts, and an attention (transformers' name) that the target has in it."""
         target = "cpu" if self.resolved_target() == "cpu" else "cuda"
         dtype = ("bf16" if target == "cuda" else "fp32") if self.dtype == "auto" else self.dtype
         # ExecuTorch's Triton attention for CUDA writes bf16 whatever it is given.
-        return load_model(folder, DTYPES[dtype], "eager" if (target, dtype) == ("cuda", "fp32") else "sdpa")
+        return DTYPES[dtype], "eager" if (target, dtype) == ("cuda", "fp32") else "sdpa"
+
+    def load(self, folder: Path) -> nn.Module:
+        """The model as this export computes it, with its experts unpacked."""
+        return load_model(folder, *self.dense())
+
+    def stream(self, folder: Path) -> StreamedModel:
+        """The model as this export computes it, to be loaded with packed experts; reads headers only."""
+        dtype, attention = self.dense()
+        return StreamedModel(folder, dtype, attention, PackingOptions(self.scheme, self.group_size))
+
+    def context(self, config: Any) -> int:
+        """Positions in the cache, checked against the model's configuration."""
+        size = self.max_context
+        if size is None:
+            size = min(DEFAULT_MAX_CONTEXT, config.max_position_embeddings)
+        check_context(config, size)
+        return size
 
 
 @dataclass
@@ -187,9 +206,9 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
     seconds: dict[str, float] = {}
 
     @contextmanager
-    def step(name: str, doing: str) -> Iterator[None]:
+    def step(name: str, doing: str, bar: bool = False) -> Iterator[None]:
         start = time.perf_counter()
-        if console is None:
+        if console is None or bar:
             yield
         else:
             with console.status(doing):
@@ -204,35 +223,33 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
     target = options.resolved_target()
     tokenizer = tokenizer_json(folder)
 
-    with step("load", f"loading {folder.name if options.model != 'tiny' else 'the tiny model'}"):
-        model = options.load(folder)
+    with step("check", f"checking {folder.name if options.model != 'tiny' else 'the tiny model'}"):
+        streamed = options.stream(folder)
+        max_context = options.context(streamed.model.config)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    work = WorkFolder(work_folder_path(options.out), streamed.manifest())
+    model, fuser = streamed.model, ExpertFuser(FusionOptions(options.scheme, options.group_size))
+    with step("pack", f"packing the experts as {options.scheme}", bar=True), layers_bar(console, streamed) as advance:
+        for record in streamed.load(work, advance):
+            fuser.report.add(record)
     config: Any = model.config
-    max_context = options.max_context
-    if max_context is None:
-        max_context = min(DEFAULT_MAX_CONTEXT, config.max_position_embeddings)
-    fuser = ExpertFuser(FusionOptions(options.scheme, options.group_size))
     module = CausalLM(model, max_context)
-    if can_swap(model):
-        # Packed before it is traced, a model takes less memory; the other families are fused while they are lowered.
-        with step("quantise", f"packing the experts as {options.scheme}"):
-            swap_experts(model, options, fuser.report)
     with step("trace", "tracing prefill and decode"):
         programs = export_methods(module)
     reports: list[Any] = []
     with step("lower", f"lowering to {target}" + (" (compiles kernels: minutes)" if target != "cpu" else "")):
         manager = lower(programs, target, constant_methods(config, max_context), fuser, on_report=reports.append)
     with step("write", f"writing {options.out}"):
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         artifact = save(manager, options.out)
         write_aside(tokenizer_path(options.out), tokenizer)
+        work.remove()
 
-    fused_bytes = sum(parameter.nbytes for name, parameter in model.named_parameters() if in_layers(name, fuser.report))
     summary = ExportSummary(
         options=options,
         target=target,
         report=fuser.report,
         max_context=max_context,
-        dense_bytes=sum(parameter.nbytes for parameter in model.parameters()) - fused_bytes,
+        dense_bytes=sum(parameter.nbytes for parameter in model.parameters()),
         files=[path for path in (artifact.pte, artifact.ptd, tokenizer_path(options.out)) if path.is_file()],
         seconds=seconds,
         compiled_for="".join(str(report) for report in reports),
@@ -240,37 +257,16 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
     return summary
 
 
-def swap_experts(model: nn.Module, options: ExportOptions, report: FusionReport) -> None:
-    """`quantize_experts_`, with a record of each layer in `report`."""
-    before = {
-        name: (type(module).__name__, sum(p.nbytes for p in module.parameters()))
-        for name, module in find_experts(model)
-    }
-    config: Any = model.config
-    quantize_experts_(model, options.scheme, options.group_size)
-    for name, (family, num_bytes) in before.items():
-        experts: Any = model.get_submodule(name)
-        report.add(
-            FusedLayer(
-                module=f"model.{name}",  # as it is named in the exported program
-                family=family,
-                num_experts=experts.num_experts,
-                top_k=config.num_experts_per_tok,
-                hidden_size=experts.hidden_size,
-                intermediate_size=experts.intermediate_size,
-                activation=experts.activation,
-                biases=experts.w2_bias is not None,
-                scheme=experts.scheme,
-                group_size=experts.group_size,
-                bytes_before=num_bytes,
-                bytes_after=experts.packed().nbytes(),
-            )
-        )
-
-
-def in_layers(parameter: str, report: FusionReport) -> bool:
-    """True for a parameter of a fused layer, named as in the model."""
-    return any(f"model.{parameter}".startswith(f"{layer.module}.") for layer in report.layers)
+@contextmanager
+def layers_bar(console: Console | None, streamed: StreamedModel) -> Iterator[Callable[[FusedLayer], None]]:
+    """A progress bar over the expert layers; yields what to call after each."""
+    if console is None:
+        yield lambda record: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("packing expert layers", total=len(streamed.layers))
+        yield lambda record: progress.advance(task)
 
 
 def constant_methods(config: Any, max_context: int) -> dict[str, Any]:

@@ -1,14 +1,20 @@
 """Fuses the experts of exported programs: finds expert regions, recognises what they compute, packs and replaces."""
 
 from .fuser import ExpertFuser, FusionOptions
+from .module import layout_of
 from .partitioner import FusingPartitioner
+from .recognise import ExpertLayout
+from .regions import NotFusable
 from .report import FusedLayer, FusionReport, UnfusedRegion
 
 __all__ = [
     "ExpertFuser",
+    "ExpertLayout",
     "FusedLayer",
     "FusingPartitioner",
     "FusionOptions",
     "FusionReport",
+    "NotFusable",
     "UnfusedRegion",
+    "layout_of",
 ]
