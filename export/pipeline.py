@@ -21,6 +21,7 @@ from executorch_moe.kernels import SCHEMES
 from executorch_moe.kernels.gpus import target_names
 
 from .causal_lm import CausalLM, check_context, export_methods
+from .memory import peak_rss, restart_peak
 from .pretrained import check_supported, load_model, require_transformers, resolve, tokenizer_json
 from .streaming import PackingOptions, StreamedModel
 from .work_folder import WorkFolder, work_folder_path
@@ -44,6 +45,7 @@ class ExportOptions:
         max_context: positions in the KV cache; None takes 2048 or what the model was made for, if that is less.
         dtype: of everything but the experts: "bf16", "fp32" or "auto" (bf16 on cuda, fp32 on the CPU, whose dense
             kernels are made for it). The experts' activations are bf16 in all.
+        check: nothing is exported, only checked (`preflight`): "cuda" needs no GPU, and "auto" is "cuda".
     """
 
     model: str
@@ -53,6 +55,7 @@ class ExportOptions:
     group_size: int = 32
     max_context: int | None = None
     dtype: str = "auto"
+    check: bool = False
 
     def __post_init__(self) -> None:
         if self.target not in (*TARGETS, "auto", *target_names()):
@@ -69,11 +72,11 @@ class ExportOptions:
             raise ValueError(f"out={str(self.out)!r} is a folder: give a file name that ends in .pte")
         # The folder is made at the end; that it can be made is checked before minutes are spent.
         folder = next(parent for parent in self.out.absolute().parents if parent.exists())
-        if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        if not (self.check or (folder.is_dir() and os.access(folder, os.W_OK))):
             raise ValueError(f"out={str(self.out)!r} cannot be written, {folder} is no writable folder: choose another")
         if self.crosses:
             check_cross(self.target)
-        if self.target == "cuda" and not torch.cuda.is_available():
+        if self.target == "cuda" and not self.check and not torch.cuda.is_available():
             raise ValueError(
                 f"target='cuda' needs a GPU that torch {torch.__version__} can use, and there is none: "
                 "name the GPU to export for (target='sm_90', target='h200'), export on a GPU machine with a CUDA build "
@@ -84,7 +87,7 @@ class ExportOptions:
         """The target with "auto" decided."""
         if self.target != "auto":
             return self.target
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if self.check or torch.cuda.is_available() else "cpu"
 
     @property
     def crosses(self) -> bool:
@@ -105,7 +108,11 @@ class ExportOptions:
     def stream(self, folder: Path) -> StreamedModel:
         """The model as this export computes it, to be loaded with packed experts; reads headers only."""
         dtype, attention = self.dense()
-        return StreamedModel(folder, dtype, attention, PackingOptions(self.scheme, self.group_size))
+        return StreamedModel(folder, dtype, attention, self.packing())
+
+    def packing(self) -> PackingOptions:
+        """How the experts are packed."""
+        return PackingOptions(self.scheme, self.group_size)
 
     def context(self, config: Any) -> int:
         """Positions in the cache, checked against the model's configuration."""
@@ -118,7 +125,7 @@ class ExportOptions:
 
 @dataclass
 class ExportSummary:
-    """What was exported and what it cost."""
+    """What was exported and what it cost: seconds of each step, and the most bytes that were resident during it."""
 
     options: ExportOptions
     target: str
@@ -127,6 +134,7 @@ class ExportSummary:
     dense_bytes: int
     files: list[Path] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
     compiled_for: str = ""
 
     def table(self) -> Table:
@@ -153,6 +161,7 @@ class ExportSummary:
             table.add_row("compiled for", self.compiled_for)
         times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
         table.add_row("time", times)
+        table.add_row("peak memory", ", ".join(f"{name} {size(peak)}" for name, peak in self.peaks.items()))
         return table
 
     def layers_table(self) -> Table:
@@ -167,6 +176,19 @@ class ExportSummary:
                 size(layer.bytes_after),
             )  # fmt: skip
         return table
+
+
+def check_folder(options: ExportOptions) -> Path:
+    """The model's folder, if its kind of model is supported.
+
+    Raises:
+        ValueError, NotImplementedError, FileNotFoundError: see `resolve` and `check_supported`.
+        ModuleNotFoundError, RuntimeError: no transformers, or another version.
+    """
+    folder = resolve(options.model)
+    check_supported(folder)
+    require_transformers()
+    return folder
 
 
 def check_cross(target: str) -> None:
@@ -204,22 +226,22 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
     from executorch_moe.backends.targets import lower
 
     seconds: dict[str, float] = {}
+    peaks: dict[str, int] = {}
 
     @contextmanager
     def step(name: str, doing: str, bar: bool = False) -> Iterator[None]:
         start = time.perf_counter()
+        restart_peak()
         if console is None or bar:
             yield
         else:
             with console.status(doing):
                 yield
-        seconds[name] = time.perf_counter() - start
+        seconds[name], peaks[name] = time.perf_counter() - start, peak_rss()
         if console is not None:
             console.print(f"[green]done[/green] {doing} ({seconds[name]:.1f} s)", highlight=False)
 
-    folder = resolve(options.model)
-    check_supported(folder)
-    require_transformers()
+    folder = check_folder(options)
     target = options.resolved_target()
     tokenizer = tokenizer_json(folder)
 
@@ -252,6 +274,7 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
         dense_bytes=sum(parameter.nbytes for parameter in model.parameters()),
         files=[path for path in (artifact.pte, artifact.ptd, tokenizer_path(options.out)) if path.is_file()],
         seconds=seconds,
+        peaks=peaks,
         compiled_for="".join(str(report) for report in reports),
     )
     return summary
@@ -264,7 +287,7 @@ def layers_bar(console: Console | None, streamed: StreamedModel) -> Iterator[Cal
         yield lambda record: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("packing expert layers", total=len(streamed.layers))
         yield lambda record: progress.advance(task)
 

@@ -17,7 +17,7 @@ from executorch_moe.backends.fusion import ExpertLayout, FusedLayer, NotFusable,
 from executorch_moe.kernels import SCHEMES, FusedExperts, PackedExperts, pack_experts
 from executorch_moe.kernels.schemes import check_group_size
 
-from .checkpoint import CheckpointPlan, empty_model
+from .checkpoint import CheckpointPlan, below, empty_model, set_weight
 from .quantize import find_experts
 from .shards import ShardReader, Shards
 from .work_folder import WorkFolder, manifest_of
@@ -140,19 +140,25 @@ class StreamedModel:
         return ExpertLayer(name, layout, record)
 
     def load(
-        self, work: WorkFolder | None = None, on_layer: Callable[[FusedLayer], None] | None = None
+        self,
+        work: WorkFolder | None = None,
+        on_layer: Callable[[FusedLayer], None] | None = None,
+        skip: tuple[str, ...] = (),
     ) -> list[FusedLayer]:
         """Packs the experts and loads everything else into `model`.
 
         Args:
             work: keeps packed layers and supplies those that it has; without it they stay in memory.
             on_layer: called after each layer.
+            skip: modules that are left on the meta device.
 
         Returns:
             One record a layer.
         """
         records = []
         for layer in self.layers:
+            if any(below(layer.name, module) for module in skip):
+                continue
             known = None if work is None else work.load(layer.record.module)
             if known is None:
                 known = self._pack(layer)
@@ -165,8 +171,29 @@ class StreamedModel:
             records.append(record)
             if on_layer is not None:
                 on_layer(record)
-        self.plan.load(except_below=tuple(layer.name for layer in self.layers))
+        self.plan.load(except_below=(*skip, *(layer.name for layer in self.layers)))
         return records
+
+    def load_empty(self) -> None:
+        """Puts weights of the right shapes and types into `model`, but no values: enough to trace it.
+
+        Nothing is read, and memory that nothing writes to is never taken, so this works for a model of any size.
+        """
+        for layer in self.layers:
+            record = layer.record
+            one = self.packing.pack(*layer.layout.canonical(self._zeros(layer)))
+            empty = _for_all(one, lambda t: torch.empty(record.num_experts, *t.shape[1:], dtype=t.dtype))  # noqa: B023
+            parent, _, attribute = layer.name.rpartition(".")
+            experts = FusedExperts(replace(one, **empty), layer.layout.activation)
+            setattr(self.model.get_submodule(parent), attribute, experts)
+        for name, parameter in self.model.named_parameters():
+            if parameter.is_meta:
+                set_weight(self.model, name, torch.empty_like(parameter, device="cpu"))
+
+    def _zeros(self, layer: ExpertLayer) -> dict[str, Tensor]:
+        """Parameters of the first expert of a layer, all zero."""
+        experts = self.model.get_submodule(layer.name)
+        return {name: torch.zeros(1, *p.shape[1:], dtype=p.dtype) for name, p in experts.named_parameters()}
 
     def manifest(self) -> dict[str, Any]:
         """What the packed layers depend on, for `WorkFolder`."""
