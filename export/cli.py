@@ -51,7 +51,8 @@ def is_users(error: Exception) -> bool:
     if not isinstance(error, (ValueError, NotImplementedError, ModuleNotFoundError, RuntimeError)):
         return False
     frames = list(traceback.walk_tb(error.__traceback__))
-    return bool(frames) and str(frames[-1][0].f_globals.get("__name__", "")).startswith("executorch_moe.")
+    raised_in = str(frames[-1][0].f_globals.get("__name__", "")) if frames else ""
+    return raised_in == __name__ or raised_in.startswith("executorch_moe.")
 
 
 def one_line_errors(command: Command) -> Command:

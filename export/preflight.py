@@ -60,7 +60,7 @@ class Preflight:
 
     def table(self) -> Table:
         """The result for the terminal."""
-        verdict = "can be exported" if self.passed else "cannot be exported as it is"
+        verdict = "no problem found" if self.passed else "cannot be exported as it is"
         title = f"{self.options.model} for {self.options.resolved_target()}: {verdict}"
         table = Table(title=escape(title), show_header=False, title_justify="left")
         for _ in range(3):

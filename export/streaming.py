@@ -23,7 +23,8 @@ from .shards import ShardReader, Shards
 from .work_folder import WorkFolder, manifest_of
 
 RUN_BYTES = 32 << 20
-"""Experts are packed in runs of about this size in bf16. Packing takes about ten times as much for a moment."""
+"""Experts are packed in runs of about this size in bf16, and of a 16th of a layer at most. Packing takes about ten times as
+much for a moment."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,8 @@ class StreamedModel:
         record = layer.record
         if not all(self.plan.can_read_runs(target) for target in self.plan.targets_below(layer.name)):
             return record.num_experts
-        return max(1, RUN_BYTES // (2 * 3 * record.hidden_size * record.intermediate_size))
+        expert_bytes = 2 * 3 * record.hidden_size * record.intermediate_size
+        return max(1, min(RUN_BYTES // expert_bytes, record.num_experts // 16))
 
     def _read(self, reader: ShardReader, module: str, run: slice) -> dict[str, Tensor]:
         """Parameters of an experts module by their name in it, for some of the experts."""
