@@ -64,7 +64,7 @@ def write_checkpoint(shape: Shape, folder: Path) -> None:
     shutil.copy(resolve("tiny") / "tokenizer.json", folder)
     files = list(_files(shape))
     generator = torch.Generator().manual_seed(0)
-    index = {}
+    index: dict[str, str] = {}
     for number, sizes in enumerate(files, 1):
         name = f"model-{number:05}-of-{len(files):05}.safetensors"
         save_file({key: _values(size, generator) for key, size in sizes.items()}, folder / name, {"format": "pt"})

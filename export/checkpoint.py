@@ -41,9 +41,7 @@ def empty_model(folder: Path, dtype: torch.dtype, attention: str) -> nn.Module:
             )
     except Exception as error:  # transformers, its dataclasses and torch each raise their own kinds here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"{folder / 'config.json'} makes no model ({reason}): download the model again"
-        ) from error
+        raise ValueError(f"{folder / 'config.json'} makes no model ({reason}): download the model again") from error
     return model.eval()
 
 
@@ -76,8 +74,8 @@ class Source:
     names: dict[str, list[str]] = field(default_factory=dict)
 
     def stacks_experts(self) -> bool:
-        """True if stored tensor i of each pattern is expert i, so that a run of experts can be made of a run of them."""
-        first = self.converter.operations[0] if self.converter is not None else None
+        """True if stored tensor i of each pattern is expert i: a run of experts is made of a run of tensors."""
+        first: Any = self.converter.operations[0] if self.converter is not None else None
         return type(first).__name__ == "MergeModulelist" and first.dim == 0
 
     def all_names(self) -> list[str]:

@@ -1,7 +1,8 @@
 """`export --check`: everything that can be known about an export without a GPU and without exporting.
 
-Checkpoint and experts are checked, both methods are traced at full size without weights, operators that the CUDA backend
-lacks are predicted, and the first layers are run with their weights against the unmodified model. Nothing is written.
+Checkpoint and experts are checked, both methods are traced at full size without weights, operators that the CUDA
+backend lacks are predicted, and the first layers are run with their weights against the unmodified model. Nothing is
+written.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def preflight(options: ExportOptions, console: Console | None = None) -> Preflig
     """Checks an export without making it.
 
     Raises:
-        ValueError, NotImplementedError, FileNotFoundError: input that cannot be exported, as `export_model` raises them.
+        ValueError, NotImplementedError, FileNotFoundError: input that cannot be exported, as from `export_model`.
     """
     result = Preflight(options)
     folder = check_folder(options)
@@ -106,7 +107,7 @@ def check_checkpoint(result: Preflight, streamed: StreamedModel) -> None:
     tensors, layers = streamed.shards.tensors, streamed.layers
     stored = sum(tensor.nbytes for tensor in tensors.values())
     result.add("checkpoint", True, f"{len(tensors)} tensors in {len(streamed.shards.files)} files, {size(stored)}")
-    for record in dict.fromkeys((_kind(layer.record) for layer in layers)):
+    for record in dict.fromkeys(_kind(layer.record) for layer in layers):
         count = sum(_kind(layer.record) == record for layer in layers)
         family, experts, top_k, hidden, intermediate, activation = record
         found = f"{count} layers of {family}: E={experts}, top-{top_k}, H={hidden}, I={intermediate}, {activation}"

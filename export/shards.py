@@ -71,9 +71,7 @@ class Shards:
         where = self.folder / INDEX_FILE
         absent = sorted(name for name, file in index.items() if self._file_of(name) != file)
         if absent:
-            raise ValueError(
-                f"{where} says that {index[absent[0]]} holds {listed(absent)}, but it does not: {_AGAIN}"
-            )
+            raise ValueError(f"{where} says that {index[absent[0]]} holds {listed(absent)}, but it does not: {_AGAIN}")
         if extra := sorted(self.tensors.keys() - index.keys()):
             raise ValueError(
                 f"{self.tensors[extra[0]].file} holds {listed(extra)}, of which {where} says nothing: {_AGAIN}"
@@ -148,9 +146,7 @@ def _check_files(folder: Path, files: list[str]) -> None:
         raise FileNotFoundError(f"{folder} lacks {listed(absent)} of {len(files)} files that its index names: {_AGAIN}")
     found = (path.name for path in folder.glob("*.safetensors"))
     if extra := sorted(name for name in found if name not in files and _SHARD_NAME.search(name)):
-        raise ValueError(
-            f"{folder} has {listed(extra)}, which its weights do not name: remove them, or {_AGAIN} if they belong to it"
-        )
+        raise ValueError(f"{folder} has {listed(extra)}, which its weights do not name: remove them, or {_AGAIN}")
 
 
 def _read_header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
@@ -163,4 +159,3 @@ def _read_header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
                 yield name, StoredTensor(path.name, tuple(part.get_shape()), part.get_dtype())
     except SafetensorError as error:
         raise ValueError(f"{path} is cut short or damaged ({error}): {_AGAIN}") from None
-

@@ -23,8 +23,8 @@ from .shards import ShardReader, Shards
 from .work_folder import WorkFolder, manifest_of
 
 RUN_BYTES = 32 << 20
-"""Experts are packed in runs of about this size in bf16, and of a 16th of a layer at most. Packing takes about ten times as
-much for a moment."""
+"""Experts are packed in runs of about this size in bf16, and of a 16th of a layer at most. Packing takes about ten
+times as much for a moment."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,7 @@ class StreamedModel:
 
     def _layer(self, name: str, experts: nn.Module, layout: ExpertLayout) -> ExpertLayer:
         config: Any = self.model.config
-        shapes = {key: parameter for key, parameter in experts.named_parameters()}
-        gate_up, down, _, down_bias = layout.canonical(shapes)
+        _, down, _, down_bias = layout.canonical(dict(experts.named_parameters()))
         num_experts, hidden, intermediate = down.shape
         self.packing.check(hidden, intermediate)
         stored = [self.shards.tensors[source] for source in self.plan.names_below(name)]

@@ -57,7 +57,9 @@ class WorkFolder:
         self.path = path
         known = self._read_manifest()
         if known is None and path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ValueError(f"{path} is in the way, it is no work folder of an export: remove it, or choose another -o")
+            raise ValueError(
+                f"{path} is in the way, it is no work folder of an export: remove it, or choose another -o"
+            )
         if known is not None and known != manifest:
             self.remove()
         path.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """Predicts, without compiling, which operators of a program would end its export for ExecuTorch's CUDA backend.
 
-An operator passes two gates. ExecuTorch's edge dialect takes Core ATen and what it can decompose. Then AOTInductor makes a
-kernel for each operator that it can lower and calls a library for the rest, of which ExecuTorch has a few functions; any
-other ends the export after minutes of compiling, one method at a time.
+An operator passes two gates. ExecuTorch's edge dialect takes Core ATen and what it can decompose. Then AOTInductor
+makes a kernel for each operator that it can lower and calls a library for the rest, of which ExecuTorch has a few
+functions; any other ends the export after minutes of compiling, one method at a time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TOPK_MAX_N = 4096  # executorch.backends.cuda.triton.replacement_pass: longer r
 
 @dataclass(frozen=True)
 class MissingKernel:
-    """An operator that would be refused, the module that calls it (qualified name, class), and which gate refuses it."""
+    """An operator that would be refused, the module that calls it (name and class), and which gate refuses it."""
 
     operator: str
     module: str

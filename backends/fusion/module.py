@@ -29,8 +29,8 @@ def layout_of(experts: nn.Module, hidden_size: int, top_k: int) -> ExpertLayout:
     """How an experts module stores its weights and what it computes, measured as for a region of a program.
 
     Args:
-        experts: called with hidden [T, H], ids [T, top_k], weights [T, top_k]. Its parameters may be on the meta device:
-            their values are not looked at.
+        experts: called with hidden [T, H], ids [T, top_k], weights [T, top_k]. Its parameters may be on the meta
+            device: their values are not looked at.
         hidden_size: H.
         top_k: experts a token.
 

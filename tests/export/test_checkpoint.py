@@ -20,7 +20,7 @@ from executorch_moe.kernels import pack_experts
 from .families import FAMILIES, Logits, by_name, tokens
 
 pytest.importorskip("transformers")
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import load_file, save_file
 
 
 def save_hub(name: str, folder: Path) -> torch.nn.Module:
@@ -146,7 +146,11 @@ def as_fp8(weights: dict[str, torch.Tensor]) -> None:
 
 DAMAGES: tuple[tuple[str, Callable[[Path], object], str], ...] = (
     ("missing shard", lambda f: shard_of(f, GATE).unlink(), r"lacks model-\d+-of-\d+.safetensors of \d+ files"),
-    ("extra shard", lambda f: shutil.copy(shard_of(f, GATE), f / "model-00099-of-00099.safetensors"), "has model-00099"),
+    (
+        "extra shard",
+        lambda f: shutil.copy(shard_of(f, GATE), f / "model-00099-of-00099.safetensors"),
+        "has model-00099",
+    ),
     ("no index", lambda f: (f / INDEX_FILE).unlink(), f"neither {INDEX_FILE} nor model.safetensors"),
     ("bad index", lambda f: (f / INDEX_FILE).write_text("{}"), r"is no index of weights \(KeyError"),
     ("cut shard", lambda f: cut(shard_of(f, GATE)), "is cut short or damaged"),
@@ -170,7 +174,11 @@ DAMAGES: tuple[tuple[str, Callable[[Path], object], str], ...] = (
         lambda f: edit_config(f, moe_intermediate_size=64),
         r"makes model.layers.0.mlp.experts.down_proj \[4, 64, 32\], but config.json asks for \[4, 64, 64\]",
     ),
-    ("shape of another weight", lambda f: edit_config(f, vocab_size=97), r"\[96, 64\], but config.json asks for \[97, 64\]"),
+    (
+        "shape of another weight",
+        lambda f: edit_config(f, vocab_size=97),
+        r"\[96, 64\], but config.json asks for \[97, 64\]",
+    ),
     ("type", lambda f: edit_shard(f, GATE, as_fp8), f"{GATE} of .* is stored as F8_E4M3, expected BF16"),
     (
         "activation",

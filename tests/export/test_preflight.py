@@ -60,7 +60,10 @@ def test_operators_and_numerics_that_fail(monkeypatch: pytest.MonkeyPatch) -> No
         **dict.fromkeys(["operators, prefill", "operators, decode", "numerics"], "fail"),
     }
     for layer in range(2):
-        assert f"aten.histc.default in model.model.layers.{layer}.mlp.gate (Qwen3MoeTopKRouter): {NOT_CORE}" in result.stderr
+        assert (
+            f"aten.histc.default in model.model.layers.{layer}.mlp.gate (Qwen3MoeTopKRouter): {NOT_CORE}"
+            in result.stderr
+        )
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
@@ -118,7 +121,9 @@ def big_topk(x: Tensor) -> Tensor:
     ],
 )
 def test_predicted_operators(operator: Any, missing: tuple[str, str] | None) -> None:
-    found = [(entry.operator, entry.gate, entry.module, entry.family) for entry in predict_missing(program_of(operator))]
+    found = [
+        (entry.operator, entry.gate, entry.module, entry.family) for entry in predict_missing(program_of(operator))
+    ]
     assert found == ([] if missing is None else [(*missing, "inner", "Inner")])
 
 
