@@ -21,6 +21,7 @@ from executorch_moe.kernels import SCHEMES
 from executorch_moe.kernels.gpus import target_names
 
 from .causal_lm import CausalLM, check_context, export_methods
+from .files import write_aside
 from .memory import peak_rss, restart_peak
 from .pretrained import check_supported, load_model, require_transformers, resolve, tokenizer_json
 from .streaming import PackingOptions, StreamedModel
@@ -305,16 +306,3 @@ def constant_methods(config: Any, max_context: int) -> dict[str, Any]:
         "use_kv_cache": True,
         "enable_dynamic_shape": True,
     }
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ written.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from executorch_moe.backends.cuda.fallbacks import MissingKernel, predict_missing
-from executorch_moe.backends.fusion import ExpertFuser, FusionOptions
-from executorch_moe.kernels.packing import unpack_experts
+from executorch_moe.backends.fusion import ExpertFuser, ExpertLayout, FusionOptions
+from executorch_moe.kernels import PackedExperts
+from executorch_moe.kernels.packing import deinterleave_gate_up, unpack_experts
 
 from .causal_lm import CausalLM, export_methods
 from .checkpoint import empty_model, set_weight
@@ -186,13 +187,32 @@ def probe_models(options: ExportOptions, folder: Path) -> tuple[nn.Module, nn.Mo
     for layer in streamed.layers:
         experts: Any = streamed.model.get_submodule(layer.name)
         if hasattr(experts, "packed"):
-            packed = experts.packed()
-            biases = (packed.w13_bias, packed.w2_bias) if layer.record.biases else (None, None)
-            for name, value in layer.layout.stored(*unpack_experts(packed), *biases).items():
+            for name, value in dequantised(layer.layout, experts.packed()).items():
                 set_weight(reference, f"{layer.name}.{name}", value)
     for model in (streamed.model, reference):
         model.config.num_hidden_layers = layers  # type: ignore[union-attr]
     return streamed.model, reference, layers
+
+
+def dequantised(layout: ExpertLayout, packed: PackedExperts) -> dict[str, Tensor]:
+    """Parameters of an experts module, by name and stored as it stores them, from packed weights."""
+    whole: dict[str, Tensor] = {}
+    count = packed.num_experts
+    # In runs: unpacking takes several times the memory of its result.
+    for start in range(0, count, step := max(1, count // 16)):
+        run = slice(start, start + step)
+        part = replace(packed, **{name: None if t is None else t[run] for name, t in packed.tensors().items()})
+        for name, value in layout.stored(*unpack_experts(part), *_unpack_biases(part)).items():
+            whole.setdefault(name, value.new_empty(count, *value.shape[1:]))[run] = value
+    return whole
+
+
+def _unpack_biases(packed: PackedExperts) -> tuple[Tensor | None, Tensor | None]:
+    """Biases in the layout of `pack_experts`, [E, 2I] and [E, H]."""
+    if packed.w13_bias is None or packed.w2_bias is None:
+        return None, None
+    halves = deinterleave_gate_up(packed.w13_bias).unflatten(1, (2, -1))[:, :, : packed.intermediate_size]
+    return halves.flatten(1), packed.w2_bias[:, : packed.hidden_size]
 
 
 def _layers_name(model: Any) -> str:

@@ -17,6 +17,7 @@ from executorch_moe.backends.fusion import FusedLayer
 from executorch_moe.kernels import PackedExperts
 from executorch_moe.kernels.schemes import LAYOUT_VERSION
 
+from .files import write_aside
 from .shards import Shards
 
 MANIFEST = "manifest.json"
@@ -56,14 +57,14 @@ class WorkFolder:
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
         known = self._read_manifest()
-        if known is None and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if known is None and path.exists() and not _is_empty(path):
             raise ValueError(
                 f"{path} is in the way, it is no work folder of an export: remove it, or choose another -o"
             )
         if known is not None and known != manifest:
             self.remove()
         path.mkdir(parents=True, exist_ok=True)
-        _write_aside(path / MANIFEST, json.dumps(manifest, indent=2).encode())
+        write_aside(path / MANIFEST, json.dumps(manifest, indent=2))
 
     def _read_manifest(self) -> Any:
         try:
@@ -111,11 +112,9 @@ class WorkFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
-def _write_aside(path: Path, content: bytes) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_bytes(content)
-    _sync(aside)
-    aside.replace(path)
+def _is_empty(path: Path) -> bool:
+    """True for a folder without files, but for one that was not finished."""
+    return path.is_dir() and all(file.suffix == ".tmp" for file in path.iterdir())
 
 
 def _sync(path: Path) -> None:

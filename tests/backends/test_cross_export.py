@@ -235,3 +235,17 @@ def test_own_storage_keeps_values_and_strides() -> None:
         own = own_storage(tensor)
         assert torch.equal(own, tensor) and own.stride() == tensor.stride() and own.storage_offset() == 0
     assert own_storage(whole) is whole
+
+
+def test_weights_are_not_copied_for_each_method() -> None:
+    from executorch.backends.cuda.cuda_backend import CudaBackend
+
+    from executorch_moe.backends.cuda.shared_weights import shared_weights
+
+    program = torch.export.export(torch.nn.Linear(4, 4), (torch.zeros(1, 4),))
+    with shared_weights():
+        copied = CudaBackend.copy_exported_program_for_preprocess(program, [])
+    assert copied.state_dict["weight"] is program.state_dict["weight"]
+    assert copied.graph is not program.graph and copied.state_dict is not program.state_dict
+    stock = CudaBackend.copy_exported_program_for_preprocess(program, [])
+    assert stock.state_dict["weight"] is not program.state_dict["weight"]

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from executorch_moe.backends.fusion import FusedLayer
+from executorch_moe.export.preflight import dequantised
 from executorch_moe.export.shards import INDEX_FILE
 from executorch_moe.export.streaming import PackingOptions, StreamedModel
 from executorch_moe.export.work_folder import MANIFEST, WorkFolder
@@ -63,6 +64,8 @@ def test_streamed_equals_loaded_whole(name: str, save: Callable[..., Any], tmp_p
             found = getattr(streamed_experts, key)
             assert (found is None) == (tensor is None)
             assert tensor is None or torch.equal(found, tensor), key
+        for key, value in dequantised(layer.layout, streamed_experts.packed()).items():
+            assert torch.equal(value, parameters[key]), key
         assert record.bytes_after == whole.nbytes()
         assert record.bytes_before == sum(p.nbytes for p in parameters.values())
     dense = {k: v for k, v in model.state_dict().items() if ".experts." not in k}
