@@ -253,8 +253,13 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
     work = WorkFolder(work_folder_path(options.out), streamed.manifest())
     model, fuser = streamed.model, ExpertFuser(FusionOptions(options.scheme, options.group_size))
     with step("pack", f"packing the experts as {options.scheme}", bar=True), layers_bar(console, streamed) as advance:
-        for record in streamed.load(work, advance):
-            fuser.report.add(record)
+        try:
+            for record in streamed.load(work, advance):
+                fuser.report.add(record)
+        except KeyboardInterrupt:
+            if console is not None:
+                console.print(f"packed layers are kept in {work.path}: the same command goes on from there")
+            raise
     config: Any = model.config
     module = CausalLM(model, max_context)
     with step("trace", "tracing prefill and decode"):

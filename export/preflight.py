@@ -180,8 +180,9 @@ def probe_models(options: ExportOptions, folder: Path) -> tuple[nn.Module, nn.Mo
     later = tuple(f"{_layers_name(streamed.model)}.{i}" for i in range(layers, _num_layers(streamed.model)))
     streamed.load(skip=later)
     reference = empty_model(folder, torch.float32, "sdpa")
+    names = reference.state_dict().keys()
     for name, tensor in streamed.model.state_dict(keep_vars=True).items():
-        if name in reference.state_dict() and not tensor.is_meta:
+        if name in names and not tensor.is_meta:
             set_weight(reference, name, tensor)
     reference.tie_weights()  # type: ignore[operator]
     for layer in streamed.layers:
@@ -201,7 +202,8 @@ def dequantised(layout: ExpertLayout, packed: PackedExperts) -> dict[str, Tensor
     # In runs: unpacking takes several times the memory of its result.
     for start in range(0, count, step := max(1, count // 16)):
         run = slice(start, start + step)
-        part = replace(packed, **{name: None if t is None else t[run] for name, t in packed.tensors().items()})
+        tensors: dict[str, Any] = {name: None if t is None else t[run] for name, t in packed.tensors().items()}
+        part = replace(packed, **tensors)
         for name, value in layout.stored(*unpack_experts(part), *_unpack_biases(part)).items():
             whole.setdefault(name, value.new_empty(count, *value.shape[1:]))[run] = value
     return whole
