@@ -79,9 +79,7 @@ def _decomposed(program: ExportedProgram) -> ExportedProgram:
     """The program in the operators that AOTInductor lowers."""
     from torch._inductor.decomposition import select_decomp_table
 
-    table: Any = torch.export.default_decompositions()
-    table.update(select_decomp_table())
-    table.update(CudaBackend.get_decomposition_table())
+    table = {**select_decomp_table(), **CudaBackend.get_decomposition_table()}
     for operator in _REPLACED:
         table.pop(operator, None)
     with torch.no_grad():
