@@ -14,16 +14,17 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def shared_weights() -> Iterator[None]:
-    """Within it, the copy of a program that CudaBackend works on has a graph of its own, but the program's own tensors.
+    """Within it, the copy of a program that CudaBackend works on has a graph of its own, but the program's tensors.
 
-    CudaBackend replaces weights in the copy's tables when it moves them to a device, and never writes to a tensor.
+    CudaBackend replaces weights in the copy's tables when it moves them to the GPU, and never writes to them. Weights
+    that are on the GPU already are copied all the same: CudaBackend frees what it finds there in the end.
     ExecuTorch 1.5 does the same in its low-memory mode, which changes other things as well.
     """
 
     def copy_program(cls: type, edge_program: Any, compile_specs: Any) -> Any:
         tables = (edge_program.state_dict, edge_program.constants)
-        memo = {id(tensor): tensor for table in tables for tensor in table.values() if isinstance(tensor, Tensor)}
-        return copy.deepcopy(edge_program, memo)
+        tensors = (value for table in tables for value in table.values() if isinstance(value, Tensor))
+        return copy.deepcopy(edge_program, {id(tensor): tensor for tensor in tensors if tensor.device.type == "cpu"})
 
     with mock.patch.object(CudaBackend, "copy_exported_program_for_preprocess", classmethod(copy_program)):
         yield
