@@ -32,6 +32,7 @@ def findings(output: str) -> dict[str, str]:
 NAMES = ["checkpoint", "experts", "trace", "fuse", "weights"]
 
 
+@pytest.mark.slow
 def test_a_good_model_passes_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = check("--max-context", "64")
@@ -41,6 +42,7 @@ def test_a_good_model_passes_and_nothing_is_written(tmp_path: Path, monkeypatch:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_operators_and_numerics_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
