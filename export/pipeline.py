@@ -24,7 +24,7 @@ from .causal_lm import CausalLM, check_context, export_methods
 from .files import write_aside
 from .memory import peak_rss, restart_peak
 from .pretrained import check_supported, load_model, require_transformers, resolve, tokenizer_json
-from .streaming import PackingOptions, StreamedModel
+from .streaming import StreamedModel
 from .work_folder import WorkFolder, work_folder_path
 
 TARGETS = ("cuda", "cpu")
@@ -109,11 +109,11 @@ class ExportOptions:
     def stream(self, folder: Path) -> StreamedModel:
         """The model as this export computes it, to be loaded with packed experts; reads headers only."""
         dtype, attention = self.dense()
-        return StreamedModel(folder, dtype, attention, self.packing())
+        return StreamedModel(folder, dtype, attention, self.fusion())
 
-    def packing(self) -> PackingOptions:
+    def fusion(self) -> FusionOptions:
         """How the experts are packed."""
-        return PackingOptions(self.scheme, self.group_size)
+        return FusionOptions(self.scheme, self.group_size)
 
     def context(self, config: Any) -> int:
         """Positions in the cache, checked against the model's configuration."""
@@ -251,7 +251,7 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
         max_context = options.context(streamed.model.config)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     work = WorkFolder(work_folder_path(options.out), streamed.manifest())
-    model, fuser = streamed.model, ExpertFuser(FusionOptions(options.scheme, options.group_size))
+    model, fuser = streamed.model, ExpertFuser(options.fusion())
     with step("pack", f"packing the experts as {options.scheme}", bar=True), layers_bar(console, streamed) as advance:
         try:
             for record in streamed.load(work, advance):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from executorch_moe.backends.cuda.fallbacks import MissingKernel, predict_missing
-from executorch_moe.backends.fusion import ExpertFuser, ExpertLayout, FusionOptions
+from executorch_moe.backends.fusion import ExpertFuser, ExpertLayout
 from executorch_moe.kernels import PackedExperts
 from executorch_moe.kernels.packing import deinterleave_gate_up, unpack_experts
 
@@ -127,7 +127,7 @@ def trace(
     module = CausalLM(streamed.model, context)
     dense = sum(parameter.nbytes for parameter in streamed.model.parameters())
     packed = sum(p.nbytes for name, p in streamed.model.named_buffers() if ".experts." in name)
-    fuser = ExpertFuser(FusionOptions(options.scheme, options.group_size))
+    fuser = ExpertFuser(options.fusion())
     programs = {name: fuser.fuse(program) for name, program in export_methods(module).items()}
     fused = torch.ops.executorch_moe.fused_experts.default
     counts = {name: sum(node.target is fused for node in program.graph.nodes) for name, program in programs.items()}
@@ -175,7 +175,7 @@ def probe_models(options: ExportOptions, folder: Path) -> tuple[nn.Module, nn.Mo
 
     As many layers as it takes to have one of each kind of expert layer.
     """
-    streamed = StreamedModel(folder, torch.float32, "sdpa", options.packing())
+    streamed = StreamedModel(folder, torch.float32, "sdpa", options.fusion())
     layers = _layers_for_all_kinds(streamed)
     later = tuple(f"{_layers_name(streamed.model)}.{i}" for i in range(layers, _num_layers(streamed.model)))
     streamed.load(skip=later)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from executorch_moe.backends.fusion import ExpertLayout, FusedLayer, NotFusable, layout_of
+from executorch_moe.backends.fusion import ExpertLayout, FusedLayer, FusionOptions, NotFusable, layout_of
 from executorch_moe.kernels import SCHEMES, FusedExperts, PackedExperts, pack_experts
 from executorch_moe.kernels.schemes import check_group_size
 
@@ -25,42 +25,6 @@ from .work_folder import WorkFolder, manifest_of
 RUN_BYTES = 32 << 20
 """Experts are packed in runs of about this size in bf16, and of a 16th of a layer at most. Packing takes about ten
 times as much for a moment."""
-
-
-@dataclass(frozen=True)
-class PackingOptions:
-    """How experts are packed; part of what a work folder is bound to.
-
-    Attributes:
-        scheme: "w4a16", "w4a8" or "bf16".
-        group_size: weights that share one scale.
-    """
-
-    scheme: str
-    group_size: int
-
-    def pack(
-        self, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None, down_bias: Tensor | None
-    ) -> PackedExperts:
-        """Some experts of a layer, in the layout of `pack_experts`."""
-        return pack_experts(
-            gate_up,
-            down,
-            scheme=self.scheme,
-            group_size=self.group_size,
-            gate_up_bias=gate_up_bias,
-            down_bias=down_bias,
-        )
-
-    def check(self, hidden_size: int, intermediate_size: int) -> None:
-        """Check that a layer of this size can be packed.
-
-        Raises:
-            ValueError: a group size that is unsupported or does not divide.
-        """
-        if SCHEMES[self.scheme].packed:
-            check_group_size(self.group_size, hidden_size, "hidden size H")
-            check_group_size(self.group_size, intermediate_size, "intermediate size I")
 
 
 @dataclass(frozen=True)
@@ -79,7 +43,7 @@ class StreamedModel:
         folder: model folder.
         dtype: of everything but the experts.
         attention: transformers' `attn_implementation`.
-        packing: how to pack the experts.
+        fusion: scheme and group size of the experts.
 
     Attributes:
         model: the model, its weights on the meta device until `load`.
@@ -91,8 +55,8 @@ class StreamedModel:
         NotImplementedError: experts that are not supported; names module and reason.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype, attention: str, packing: PackingOptions) -> None:
-        self.packing = packing
+    def __init__(self, folder: Path, dtype: torch.dtype, attention: str, fusion: FusionOptions) -> None:
+        self.fusion = fusion
         self.shards = Shards(folder)
         self.model = empty_model(folder, dtype, attention)
         self.plan = CheckpointPlan(self.model, self.shards)
@@ -121,7 +85,7 @@ class StreamedModel:
         config: Any = self.model.config
         _, down, _, down_bias = layout.canonical(dict(experts.named_parameters()))
         num_experts, hidden, intermediate = down.shape
-        self.packing.check(hidden, intermediate)
+        _check_group_size(self.fusion, hidden, intermediate)
         stored = [self.shards.tensors[source] for source in self.plan.names_below(name)]
         record = FusedLayer(
             module=f"model.{name}",  # as it is named in the exported program
@@ -132,8 +96,8 @@ class StreamedModel:
             intermediate_size=intermediate,
             activation=layout.activation,
             biases=down_bias is not None,
-            scheme=self.packing.scheme,
-            group_size=self.packing.group_size if SCHEMES[self.packing.scheme].packed else 0,
+            scheme=self.fusion.scheme,
+            group_size=self.fusion.group_size if SCHEMES[self.fusion.scheme].packed else 0,
             bytes_before=sum(tensor.nbytes for tensor in stored),
             bytes_after=0,
         )
@@ -181,7 +145,7 @@ class StreamedModel:
         """
         for layer in self.layers:
             record = layer.record
-            one = self.packing.pack(*layer.layout.canonical(self._zeros(layer)))
+            one = _pack_run(self.fusion, *layer.layout.canonical(self._zeros(layer)))
             empty = _for_all(one, lambda t: torch.empty(record.num_experts, *t.shape[1:], dtype=t.dtype))  # noqa: B023
             parent, _, attribute = layer.name.rpartition(".")
             experts = FusedExperts(replace(one, **empty), layer.layout.activation)
@@ -189,6 +153,7 @@ class StreamedModel:
         for name, parameter in self.model.named_parameters():
             if parameter.is_meta:
                 set_weight(self.model, name, torch.empty_like(parameter, device="cpu"))
+        self.model.tie_weights()  # type: ignore[operator]
 
     def _zeros(self, layer: ExpertLayer) -> dict[str, Tensor]:
         """Parameters of the first expert of a layer, all zero."""
@@ -197,7 +162,7 @@ class StreamedModel:
 
     def manifest(self) -> dict[str, Any]:
         """What the packed layers depend on, for `WorkFolder`."""
-        return manifest_of(self.shards, asdict(self.packing))
+        return manifest_of(self.shards, asdict(self.fusion))
 
     def _pack(self, layer: ExpertLayer) -> tuple[FusedLayer, PackedExperts]:
         """Packs one layer, a run of experts at a time."""
@@ -208,7 +173,7 @@ class StreamedModel:
             run = slice(start, min(start + step, count))
             # A reader of its own: the files' pages are given back before the next run is read.
             with self.shards.reader() as reader:
-                part = self.packing.pack(*layer.layout.canonical(self._read(reader, layer.name, run)))
+                part = _pack_run(self.fusion, *layer.layout.canonical(self._read(reader, layer.name, run)))
             if whole is None:
                 whole = replace(part, **_for_all(part, lambda t: t.new_empty(count, *t.shape[1:])))
             for into, of in zip(whole.tensors().values(), part.tensors().values(), strict=True):
@@ -231,6 +196,26 @@ class StreamedModel:
             target.removeprefix(f"{module}."): self.plan.read_experts(reader, target, run)
             for target in self.plan.targets_below(module)
         }
+
+
+def _check_group_size(fusion: FusionOptions, hidden_size: int, intermediate_size: int) -> None:
+    if SCHEMES[fusion.scheme].packed:
+        check_group_size(fusion.group_size, hidden_size, "hidden size H")
+        check_group_size(fusion.group_size, intermediate_size, "intermediate size I")
+
+
+def _pack_run(
+    fusion: FusionOptions, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None, down_bias: Tensor | None
+) -> PackedExperts:
+    """Some experts of a layer."""
+    return pack_experts(
+        gate_up,
+        down,
+        scheme=fusion.scheme,
+        group_size=fusion.group_size,
+        gate_up_bias=gate_up_bias,
+        down_bias=down_bias,
+    )
 
 
 def _for_all(packed: PackedExperts, make: Callable[[Tensor], Tensor]) -> dict[str, Any]:

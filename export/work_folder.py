@@ -29,13 +29,13 @@ def work_folder_path(pte: Path) -> Path:
     return pte.with_suffix(".work")
 
 
-def manifest_of(shards: Shards, packing: Mapping[str, Any]) -> dict[str, Any]:
+def manifest_of(shards: Shards, fusion: Mapping[str, Any]) -> dict[str, Any]:
     """What packed layers depend on: configuration, source files by size and time, packing options, layout version."""
     stats = {file: (shards.folder / file).stat() for file in shards.files}
     return {
         "format": _FORMAT,
         "layout_version": LAYOUT_VERSION,
-        "packing": dict(packing),
+        "fusion": dict(fusion),
         "config_sha256": hashlib.sha256((shards.folder / "config.json").read_bytes()).hexdigest(),
         "files": {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
     }

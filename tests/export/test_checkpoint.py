@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from executorch_moe.backends.fusion import FusedLayer
+from executorch_moe.backends.fusion import FusedLayer, FusionOptions
 from executorch_moe.export.preflight import dequantised
 from executorch_moe.export.shards import INDEX_FILE
-from executorch_moe.export.streaming import PackingOptions, StreamedModel
+from executorch_moe.export.streaming import StreamedModel
 from executorch_moe.export.work_folder import MANIFEST, WorkFolder
 from executorch_moe.kernels import pack_experts
 
@@ -42,7 +43,7 @@ def save_stacked(name: str, folder: Path) -> torch.nn.Module:
 
 def stream(folder: Path, scheme: str = "w4a16", group_size: int = 32) -> StreamedModel:
     # GPT-OSS has no other attention.
-    return StreamedModel(folder, torch.float32, "eager", PackingOptions(scheme, group_size))
+    return StreamedModel(folder, torch.float32, "eager", FusionOptions(scheme, group_size))
 
 
 @pytest.mark.parametrize("save", [save_hub, save_stacked])
@@ -76,6 +77,24 @@ def test_streamed_equals_loaded_whole(name: str, save: Callable[..., Any], tmp_p
         expected, actual = Logits(model)(tokens(9)), Logits(streamed.model)(tokens(9))
     # The experts' weights are such that 4 bits hold them.
     assert (actual - expected).norm() / expected.norm() < 1.5e-2
+
+
+def test_tied_embeddings(tmp_path: Path) -> None:
+    family = by_name("qwen3_moe")
+    tied = replace(family, options={**family.options, "tie_word_embeddings": True})
+    model: Any = tied.model()
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert "lm_head.weight" not in json.loads((tmp_path / INDEX_FILE).read_text())["weight_map"]
+    streamed = stream(tmp_path)
+    streamed.load()
+    with torch.no_grad():
+        expected, actual = Logits(model)(tokens(9)), Logits(streamed.model)(tokens(9))
+    assert (actual - expected).norm() / expected.norm() < 1.5e-2
+    empty = stream(tmp_path)
+    empty.load_empty()
+    for found in (streamed.model, empty.model):
+        assert found.lm_head.weight is found.model.embed_tokens.weight  # type: ignore[union-attr]
+        assert not any(tensor.is_meta for tensor in found.state_dict().values())
 
 
 @pytest.fixture(scope="module")
