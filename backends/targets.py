@@ -22,6 +22,7 @@ from executorch_moe.backends.cpu import MoECpuPartitioner
 from executorch_moe.backends.cuda import MoECudaPartitioner
 from executorch_moe.backends.cuda.cross_compile import CrossCompileReport, target_cuda
 from executorch_moe.backends.cuda.partitioner import check_state
+from executorch_moe.backends.cuda.shared_weights import shared_weights
 from executorch_moe.backends.fusion import ExpertFuser, FusionOptions
 from executorch_moe.kernels.gpus import target_names
 
@@ -99,14 +100,15 @@ def _lower_cuda(
     for program in programs.values():
         check_state(program, mutated)
     try:
-        edge = to_edge_transform_and_lower(
-            dict(programs),
-            partitioner={
-                name: [MoECudaPartitioner([CudaBackend.generate_method_name_compile_spec(name)], fuser)]
-                for name in programs
-            },
-            constant_methods=constants,
-        )
+        with shared_weights():
+            edge = to_edge_transform_and_lower(
+                dict(programs),
+                partitioner={
+                    name: [MoECudaPartitioner([CudaBackend.generate_method_name_compile_spec(name)], fuser)]
+                    for name in programs
+                },
+                constant_methods=constants,
+            )
     except RuntimeError as error:
         if found := re.search(r"Method (\S+) missing fallback kernels.*?:\n((?:\s+- .*\n?)+)", str(error)):
             missing = ", ".join(line.strip(" -") for line in found[2].splitlines())

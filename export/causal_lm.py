@@ -67,22 +67,11 @@ class CausalLM(nn.Module):
         """Wraps `model` (a transformers `*ForCausalLM`), keeping its device and dtype.
 
         Raises:
-            ValueError: `max_context` below 8 or beyond the positions that the model was made for.
-            NotImplementedError: a model with sliding-window layers.
+            ValueError, NotImplementedError: see `check_context`.
         """
         super().__init__()
         config: Any = model.config
-        limit = config.max_position_embeddings
-        if not MIN_CONTEXT <= max_context <= limit:
-            raise ValueError(
-                f"max_context={max_context} must be between {MIN_CONTEXT} and the model's "
-                f"max_position_embeddings={limit}: choose a value in that range"
-            )
-        if _has_sliding_window(config):
-            raise NotImplementedError(
-                f"sliding_window={config.sliding_window} is not supported yet: "
-                "use a model with full attention in every layer"
-            )
+        check_context(config, max_context)
         self.model = model
         self.max_context = max_context
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -121,6 +110,26 @@ class CausalLM(nn.Module):
     def reset(self) -> None:
         """Forgets the text: the cache back to its initial values."""
         self.kv_cache.reset()
+
+
+def check_context(config: Any, max_context: int) -> None:
+    """Check that `CausalLM` can hold a model with a cache of this size.
+
+    Raises:
+        ValueError: `max_context` below 8 or beyond the positions that the model was made for.
+        NotImplementedError: a model with sliding-window layers.
+    """
+    limit = config.max_position_embeddings
+    if not MIN_CONTEXT <= max_context <= limit:
+        raise ValueError(
+            f"max_context={max_context} must be between {MIN_CONTEXT} and the model's "
+            f"max_position_embeddings={limit}: choose a value in that range"
+        )
+    if _has_sliding_window(config):
+        raise NotImplementedError(
+            f"sliding_window={config.sliding_window} is not supported yet: "
+            "use a model with full attention in every layer"
+        )
 
 
 def _has_sliding_window(config: Any) -> bool:

@@ -51,7 +51,8 @@ def is_users(error: Exception) -> bool:
     if not isinstance(error, (ValueError, NotImplementedError, ModuleNotFoundError, RuntimeError)):
         return False
     frames = list(traceback.walk_tb(error.__traceback__))
-    return bool(frames) and str(frames[-1][0].f_globals.get("__name__", "")).startswith("executorch_moe.")
+    raised_in = str(frames[-1][0].f_globals.get("__name__", "")) if frames else ""
+    return raised_in == __name__ or raised_in.startswith("executorch_moe.")
 
 
 def one_line_errors(command: Command) -> Command:
@@ -84,7 +85,9 @@ def quiet_unless(verbose: bool) -> None:
 @one_line_errors
 def export(
     model: Annotated[str, typer.Argument(help="Folder of a Hugging Face model, or 'tiny': the one that comes along.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The .pte to write; weights and tokenizer go beside it.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The .pte to write; weights and tokenizer go beside it.")
+    ] = None,
     target: Annotated[
         str,
         typer.Option(
@@ -111,16 +114,39 @@ def export(
     report: Annotated[
         Path | None, typer.Option(help="Write what was fused, layer by layer, to this file as JSON.")
     ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Write nothing: check files, trace, fuse, compare with the unmodified model on the CPU, and predict "
+            "operators that the target lacks (auto is cuda here; no GPU is needed). Exit status 2 if something fails.",
+        ),
+    ] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show each fused layer, and other packages' warnings.")
     ] = False,
     own_process: Annotated[bool, typer.Option("--own-process", hidden=True)] = False,
 ) -> None:
-    """Export a model: quantise and fuse its experts, lower it, write .pte + .ptd + tokenizer."""
+    """Export a model: quantise and fuse its experts, lower it, write .pte + .ptd + tokenizer.
+
+    Weights are read and packed layer by layer, so memory need not hold the model. Packed layers are kept in NAME.work
+    beside the output until it is written: the same command goes on from there after an interruption.
+    """
     quiet_unless(verbose)
     from .pipeline import ExportOptions, export_model
 
-    options = ExportOptions(model, out, target, scheme, group_size, max_context, dtype, algorithm, dense)
+    if out is None and not check:
+        raise ValueError("--out is missing: give the .pte to write, as in -o model.pte, or --check to write nothing")
+    out = Path("unused.pte") if out is None else out
+    options = ExportOptions(model, out, target, scheme, group_size, max_context, dtype, algorithm, dense, check)
+    if check:
+        from .preflight import preflight
+
+        result = preflight(options, console)
+        console.print(result.table())
+        if verbose:
+            console.print("\n".join(str(missing) for missing in result.missing), soft_wrap=True, highlight=False)
+        raise typer.Exit(0 if result.passed else 2)
     if options.crosses and not own_process:
         # Compiling for a GPU that is not here replaces functions of torch and Triton for a whole process.
         raise typer.Exit(export_in_own_process(options, report, verbose))

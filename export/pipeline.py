@@ -1,10 +1,10 @@
-"""Model folder -> `.pte` + `.ptd` + tokenizer: load, quantise, trace, lower, write."""
+"""Model folder -> `.pte` + `.ptd` + tokenizer: check, pack, trace, lower, write."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,18 +12,21 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import nn
 
 from executorch_moe.backends.fusion import ExpertFuser, FusedLayer, FusionOptions, FusionReport
-from executorch_moe.backends.fusion.modules import find_experts
 from executorch_moe.kernels import SCHEMES
 from executorch_moe.kernels.gpus import target_names
 
-from .causal_lm import CausalLM, export_methods
+from .causal_lm import CausalLM, check_context, export_methods
 from .dense_torchao import check_dense, quantize_dense_, stored_bytes
+from .files import write_aside
+from .memory import peak_rss, restart_peak
 from .pretrained import check_supported, load_model, require_transformers, resolve, tokenizer_json
-from .quantize import can_swap, quantize_experts_
+from .streaming import StreamedModel
+from .work_folder import WorkFolder, work_folder_path
 
 TARGETS = ("cuda", "cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -46,6 +49,7 @@ class ExportOptions:
             kernels are made for it). The experts' activations are bf16 in all.
         algorithm: how experts are rounded to 4 bits, "minmax" or "hqq"; see `kernels.rounding`.
         dense: linear layers and embeddings: "none", "int8" or "int4" (for target "cpu"); see `dense_torchao`.
+        check: nothing is exported, only checked (`preflight`): "cuda" needs no GPU, and "auto" is "cuda".
     """
 
     model: str
@@ -57,6 +61,7 @@ class ExportOptions:
     dtype: str = "auto"
     algorithm: str = "minmax"
     dense: str = "none"
+    check: bool = False
 
     def __post_init__(self) -> None:
         if self.target not in (*TARGETS, "auto", *target_names()):
@@ -78,11 +83,11 @@ class ExportOptions:
             raise ValueError(f"out={str(self.out)!r} is a folder: give a file name that ends in .pte")
         # The folder is made at the end; that it can be made is checked before minutes are spent.
         folder = next(parent for parent in self.out.absolute().parents if parent.exists())
-        if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        if not (self.check or (folder.is_dir() and os.access(folder, os.W_OK))):
             raise ValueError(f"out={str(self.out)!r} cannot be written, {folder} is no writable folder: choose another")
         if self.crosses:
             check_cross(self.target)
-        if self.target == "cuda" and not torch.cuda.is_available():
+        if self.target == "cuda" and not self.check and not torch.cuda.is_available():
             raise ValueError(
                 f"target='cuda' needs a GPU that torch {torch.__version__} can use, and there is none: "
                 "name the GPU to export for (target='sm_90', target='h200'), export on a GPU machine with a CUDA build "
@@ -97,24 +102,41 @@ class ExportOptions:
         """The target with "auto" decided."""
         if self.target != "auto":
             return self.target
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if self.check or torch.cuda.is_available() else "cpu"
 
     @property
     def crosses(self) -> bool:
         """True for a GPU by name, which need not be here."""
         return self.target in target_names()
 
-    def load(self, folder: Path) -> nn.Module:
-        """The model as this export computes it: its dtype, and an attention that the target has in that dtype."""
+    def precision(self) -> tuple[torch.dtype, str]:
+        """Type of everything but the experts, and an attention (transformers' name) that the target has in it."""
         target = "cpu" if self.resolved_target() == "cpu" else "cuda"
         dtype = ("bf16" if target == "cuda" else "fp32") if self.dtype == "auto" else self.dtype
         # ExecuTorch's Triton attention for CUDA writes bf16 whatever it is given.
-        return load_model(folder, DTYPES[dtype], "eager" if (target, dtype) == ("cuda", "fp32") else "sdpa")
+        return DTYPES[dtype], "eager" if (target, dtype) == ("cuda", "fp32") else "sdpa"
+
+    def load(self, folder: Path) -> nn.Module:
+        """The model as this export computes it, with its experts unpacked."""
+        return load_model(folder, *self.precision())
+
+    def stream(self, folder: Path) -> StreamedModel:
+        """The model as this export computes it, to be loaded with packed experts; reads headers only."""
+        dtype, attention = self.precision()
+        return StreamedModel(folder, dtype, attention, self.fusion())
+
+    def context(self, config: Any) -> int:
+        """Positions in the cache, checked against the model's configuration."""
+        size = self.max_context
+        if size is None:
+            size = min(DEFAULT_MAX_CONTEXT, config.max_position_embeddings)
+        check_context(config, size)
+        return size
 
 
 @dataclass
 class ExportSummary:
-    """What was exported and what it cost."""
+    """What was exported and what it cost: seconds of each step, and the most bytes that were resident during it."""
 
     options: ExportOptions
     target: str
@@ -123,6 +145,7 @@ class ExportSummary:
     dense_bytes: int
     files: list[Path] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
     compiled_for: str = ""
 
     def table(self) -> Table:
@@ -150,6 +173,7 @@ class ExportSummary:
             table.add_row("compiled for", self.compiled_for)
         times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
         table.add_row("time", times)
+        table.add_row("peak memory", ", ".join(f"{name} {size(peak)}" for name, peak in self.peaks.items()))
         return table
 
     def layers_table(self) -> Table:
@@ -164,6 +188,19 @@ class ExportSummary:
                 size(layer.bytes_after),
             )  # fmt: skip
         return table
+
+
+def check_folder(options: ExportOptions) -> Path:
+    """The model's folder, if its kind of model is supported.
+
+    Raises:
+        ValueError, NotImplementedError, FileNotFoundError: see `resolve` and `check_supported`.
+        ModuleNotFoundError, RuntimeError: no transformers, or another version.
+    """
+    folder = resolve(options.model)
+    check_supported(folder)
+    require_transformers()
+    return folder
 
 
 def check_cross(target: str) -> None:
@@ -201,96 +238,78 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
     from executorch_moe.backends.targets import lower
 
     seconds: dict[str, float] = {}
+    peaks: dict[str, int] = {}
 
     @contextmanager
-    def step(name: str, doing: str) -> Iterator[None]:
+    def step(name: str, doing: str, bar: bool = False) -> Iterator[None]:
         start = time.perf_counter()
-        if console is None:
+        restart_peak()
+        if console is None or bar:
             yield
         else:
             with console.status(doing):
                 yield
-        seconds[name] = time.perf_counter() - start
+        seconds[name], peaks[name] = time.perf_counter() - start, peak_rss()
         if console is not None:
             console.print(f"[green]done[/green] {doing} ({seconds[name]:.1f} s)", highlight=False)
 
-    folder = resolve(options.model)
-    check_supported(folder)
-    require_transformers()
+    folder = check_folder(options)
     target = options.resolved_target()
     tokenizer = tokenizer_json(folder)
 
-    with step("load", f"loading {folder.name if options.model != 'tiny' else 'the tiny model'}"):
-        model = options.load(folder)
+    with step("check", f"checking {folder.name if options.model != 'tiny' else 'the tiny model'}"):
+        streamed = options.stream(folder)
+        max_context = options.context(streamed.model.config)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    work = WorkFolder(work_folder_path(options.out), streamed.manifest())
+    model, fuser = streamed.model, ExpertFuser(options.fusion())
+    with step("pack", f"packing the experts as {options.scheme}", bar=True), layers_bar(console, streamed) as advance:
+        try:
+            for record in streamed.load(work, advance):
+                fuser.report.add(record)
+        except KeyboardInterrupt:
+            if console is not None:
+                console.print(f"packed layers are kept in {work.path}: the same command goes on from there")
+            raise
     config: Any = model.config
-    max_context = options.max_context
-    if max_context is None:
-        max_context = min(DEFAULT_MAX_CONTEXT, config.max_position_embeddings)
-    fuser = ExpertFuser(options.fusion())
     if options.dense != "none":
         with step("dense", f"quantising linear layers and embeddings to {options.dense}"):
             quantize_dense_(model, options.dense)
     module = CausalLM(model, max_context)
-    if can_swap(model):
-        # Packed before it is traced, a model takes less memory; the other families are fused while they are lowered.
-        with step("quantise", f"packing the experts as {options.scheme}"):
-            swap_experts(model, options, fuser.report)
     with step("trace", "tracing prefill and decode"):
         programs = export_methods(module)
     reports: list[Any] = []
     with step("lower", f"lowering to {target}" + (" (compiles kernels: minutes)" if target != "cpu" else "")):
         manager = lower(programs, target, constant_methods(config, max_context), fuser, on_report=reports.append)
     with step("write", f"writing {options.out}"):
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         artifact = save(manager, options.out)
         write_aside(tokenizer_path(options.out), tokenizer)
+        work.remove()
 
-    dense = [weight for name, weight in model.named_parameters() if not in_layers(name, fuser.report)]
     summary = ExportSummary(
         options=options,
         target=target,
         report=fuser.report,
         max_context=max_context,
-        dense_bytes=sum(map(stored_bytes, dense)),
+        dense_bytes=sum(map(stored_bytes, model.parameters())),
         files=[path for path in (artifact.pte, artifact.ptd, tokenizer_path(options.out)) if path.is_file()],
         seconds=seconds,
+        peaks=peaks,
         compiled_for="".join(str(report) for report in reports),
     )
     return summary
 
 
-def swap_experts(model: nn.Module, options: ExportOptions, report: FusionReport) -> None:
-    """`quantize_experts_`, with a record of each layer in `report`."""
-    before = {
-        name: (type(module).__name__, sum(p.nbytes for p in module.parameters()))
-        for name, module in find_experts(model)
-    }
-    config: Any = model.config
-    quantize_experts_(model, options.scheme, options.group_size, options.algorithm)
-    for name, (family, num_bytes) in before.items():
-        experts: Any = model.get_submodule(name)
-        report.add(
-            FusedLayer(
-                module=f"model.{name}",  # as it is named in the exported program
-                family=family,
-                num_experts=experts.num_experts,
-                top_k=config.num_experts_per_tok,
-                hidden_size=experts.hidden_size,
-                intermediate_size=experts.intermediate_size,
-                activation=experts.activation,
-                biases=experts.w2_bias is not None,
-                scheme=experts.scheme,
-                group_size=experts.group_size,
-                algorithm=options.algorithm if experts.group_size else "",
-                bytes_before=num_bytes,
-                bytes_after=experts.packed().nbytes(),
-            )
-        )
-
-
-def in_layers(parameter: str, report: FusionReport) -> bool:
-    """True for a parameter of a fused layer, named as in the model."""
-    return any(f"model.{parameter}".startswith(f"{layer.module}.") for layer in report.layers)
+@contextmanager
+def layers_bar(console: Console | None, streamed: StreamedModel) -> Iterator[Callable[[FusedLayer], None]]:
+    """A progress bar over the expert layers; yields what to call after each."""
+    if console is None:
+        yield lambda record: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("packing expert layers", total=len(streamed.layers))
+        yield lambda record: progress.advance(task)
 
 
 def constant_methods(config: Any, max_context: int) -> dict[str, Any]:
@@ -306,16 +325,3 @@ def constant_methods(config: Any, max_context: int) -> dict[str, Any]:
         "use_kv_cache": True,
         "enable_dynamic_shape": True,
     }
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ def require_transformers() -> Any:
 
     Raises:
         ModuleNotFoundError: it is not installed.
+        RuntimeError: a version outside the range that this package requires.
     """
+    check_version("transformers")
     try:
         import transformers
     except ModuleNotFoundError as error:
@@ -34,6 +37,27 @@ def require_transformers() -> Any:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
+
+
+def check_version(package: str) -> None:
+    """Check an installed package against this package's own requirements, the one place where ranges are stated.
+
+    Raises:
+        RuntimeError: a version outside the range. A package that is not installed is no error here.
+    """
+    from packaging.requirements import Requirement
+
+    try:
+        lines = metadata.requires("executorch-moe") or []
+        version = metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return
+    for requirement in map(Requirement, lines):
+        if requirement.name == package and not requirement.specifier.contains(version, prereleases=True):
+            raise RuntimeError(
+                f"{package} {version} is installed, but {requirement.specifier} is needed: "
+                f"pip install '{package}{requirement.specifier}'"
+            )
 
 
 def resolve(model: str | Path) -> Path:
@@ -59,8 +83,8 @@ def check_supported(folder: Path) -> dict[str, Any]:
     """The parsed config.json of a supported model.
 
     Raises:
-        ValueError: config.json is unreadable.
-        NotImplementedError: another architecture.
+        ValueError: config.json is unreadable, or of a model without experts.
+        NotImplementedError: another architecture, or weights that are quantised already.
     """
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text())
@@ -69,12 +93,27 @@ def check_supported(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder / 'config.json'} is no model configuration ({type(error).__name__}: {error}): download it again"
         ) from None
+    if not any("expert" in key for key in _all_keys(config)):
+        raise ValueError(
+            f"model_type={kind!r} in {folder / 'config.json'} is no Mixture-of-Experts model (no experts in its "
+            f"configuration): use a model of type {', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
     if kind not in SUPPORTED_MODEL_TYPES:
         raise NotImplementedError(
             f"model_type={kind!r} in {folder / 'config.json'} is not supported yet: "
             f"use a model of type {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
+    if method := (config.get("quantization_config") or {}).get("quant_method"):
+        raise NotImplementedError(
+            f"the weights in {folder} are quantised ({method}), which is not supported yet: use the model in bf16"
+        )
     return config
+
+
+def _all_keys(config: dict[str, Any]) -> set[str]:
+    """Keys of a configuration and of the configurations in it."""
+    inner = [_all_keys(value) for value in config.values() if isinstance(value, dict)]
+    return {*config, *(key for keys in inner for key in keys)}
 
 
 def load_model(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:

@@ -25,17 +25,6 @@ class ExecutorchExperts(FusedExperts):
         return super().forward(hidden_states, topk_ids, topk_weights)
 
 
-def can_swap(model: nn.Module) -> bool:
-    """True if `quantize_experts_` takes the experts of `model`; others may still be fused while they are lowered."""
-    try:
-        for _, module in find_experts(model):
-            if not _is_executorch(module):
-                recognise_module(module)
-    except NotFusable:
-        return False
-    return True
-
-
 def quantize_experts_(
     model: nn.Module, scheme: str = "w4a16", group_size: int = 32, algorithm: str = "minmax"
 ) -> nn.Module:

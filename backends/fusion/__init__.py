@@ -2,13 +2,17 @@
 
 from .fuser import ExpertFuser, FusionOptions
 from .partitioner import FusingPartitioner
+from .recognise import ExpertLayout
+from .regions import NotFusable
 from .report import FusedLayer, FusionReport, UnfusedRegion
 
 __all__ = [
     "ExpertFuser",
+    "ExpertLayout",
     "FusedLayer",
     "FusingPartitioner",
     "FusionOptions",
     "FusionReport",
+    "NotFusable",
     "UnfusedRegion",
 ]

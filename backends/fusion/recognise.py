@@ -75,6 +75,29 @@ class ExpertLayout:
         bias = None if self.gate_up_bias is None else self._gate_first(parameters[self.gate_up_bias])
         return gate_up, rows(self.down), bias, None if self.down_bias is None else parameters[self.down_bias]
 
+    def stored(
+        self, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Parameters by name as the module stores them: the inverse of `canonical`."""
+
+        def columns(rows: Tensor) -> Tensor:
+            return rows.transpose(1, 2).contiguous() if self.transposed else rows
+
+        matrices = gate_up.chunk(2, 1) if len(self.gate_up) == 2 else [self._as_ordered(gate_up)]
+        parameters = {name: columns(rows) for name, rows in zip(self.gate_up, matrices, strict=True)}
+        parameters[self.down] = columns(down)
+        if self.gate_up_bias is not None and gate_up_bias is not None:
+            parameters[self.gate_up_bias] = self._as_ordered(gate_up_bias)
+        if self.down_bias is not None and down_bias is not None:
+            parameters[self.down_bias] = down_bias
+        return parameters
+
+    def _as_ordered(self, gate_first: Tensor) -> Tensor:
+        gate, up = gate_first.chunk(2, 1)
+        if self.order == "interleaved":
+            return torch.stack([gate, up], 2).flatten(1, 2)
+        return gate_first if self.order == "gate, up" else torch.cat([up, gate], 1)
+
     def _gate_first(self, rows: Tensor) -> Tensor:
         if self.order == "interleaved":
             return torch.cat([rows[:, 0::2], rows[:, 1::2]], 1)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -235,3 +236,21 @@ def test_own_storage_keeps_values_and_strides() -> None:
         own = own_storage(tensor)
         assert torch.equal(own, tensor) and own.stride() == tensor.stride() and own.storage_offset() == 0
     assert own_storage(whole) is whole
+
+
+def test_weights_are_not_copied_for_each_method() -> None:
+    from executorch.backends.cuda.cuda_backend import CudaBackend
+
+    from executorch_moe.backends.cuda.shared_weights import shared_weights
+
+    program = torch.export.export(torch.nn.Linear(4, 4), (torch.zeros(1, 4),))
+    with shared_weights():
+        copied = CudaBackend.copy_exported_program_for_preprocess(program, [])
+        # CudaBackend frees tensors that are not on the CPU: those must be its own.
+        elsewhere = SimpleNamespace(state_dict={"weight": torch.empty(1, device="meta")}, constants={})
+        other = CudaBackend.copy_exported_program_for_preprocess(elsewhere, [])
+    assert other.state_dict["weight"] is not elsewhere.state_dict["weight"]
+    assert copied.state_dict["weight"] is program.state_dict["weight"]
+    assert copied.graph is not program.graph and copied.state_dict is not program.state_dict
+    stock = CudaBackend.copy_exported_program_for_preprocess(program, [])
+    assert stock.state_dict["weight"] is not program.state_dict["weight"]

@@ -130,19 +130,41 @@ def test_export_spoiled_models(model_folder: Path, tmp_path: Path) -> None:
     config = (model_folder / "config.json").read_text()
     (model_folder / "config.json").write_text(config[: len(config) // 2])
     assert "is no model configuration (JSONDecodeError" in refused("export", model_folder, "-o", out)
-    (model_folder / "config.json").write_text(json.dumps(json.loads(config) | {"model_type": "llama"}))
-    assert "model_type='llama'" in refused("export", model_folder, "-o", out)
+    (model_folder / "config.json").write_text(json.dumps(json.loads(config) | {"model_type": "jamba"}))
+    assert "model_type='jamba' in" in refused("export", model_folder, "-o", out)
+    (model_folder / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 64}))
+    assert "model_type='llama'" in (line := refused("export", model_folder, "-o", out))
+    assert "is no Mixture-of-Experts model (no experts in its configuration): use a model of type qwen3_moe" in line
+    quantised = json.loads(config) | {"quantization_config": {"quant_method": "fp8"}}
+    (model_folder / "config.json").write_text(json.dumps(quantised))
+    assert "are quantised (fp8), which is not supported yet" in refused("export", model_folder, "-o", out)
     (model_folder / "config.json").write_text(config)
     weights = model_folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100_000])
-    assert "cannot be loaded" in refused("export", model_folder, "-o", out, "--target", "cpu")
-    assert not out.exists()
+    line = refused("export", model_folder, "-o", out, "--target", "cpu")
+    assert "model.safetensors is cut short or damaged" in line and line.endswith("download the model again")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_export_weights_that_do_not_fit_the_configuration(model_folder: Path, tmp_path: Path) -> None:
     config = json.loads((model_folder / "config.json").read_text())
     (model_folder / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
-    assert "cannot be loaded" in refused("export", model_folder, "-o", tmp_path / "x.pte", "--target", "cpu")
+    line = refused("export", model_folder, "-o", tmp_path / "x.pte", "--target", "cpu")
+    assert "but config.json asks for" in line and "check that config.json and weights are of the same model" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_export_with_another_version_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import metadata
+
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "4.57.1" if name == "transformers" else real(name))
+    line = refused("export", "tiny", "-o", tmp_path / "x.pte", "--target", "cpu")
+    assert "transformers 4.57.1 is installed, but <6,>=5.17 is needed: pip install" in line
+
+
+def test_export_without_an_output() -> None:
+    assert "--out is missing: give the .pte to write, as in -o model.pte" in refused("export", "tiny")
 
 
 def test_export_without_a_tokenizer(model_folder: Path, tmp_path: Path) -> None:

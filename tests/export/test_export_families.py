@@ -40,6 +40,8 @@ def test_prefill_and_decode_equal_the_unmodified_model(name: str, tmp_path: Path
     result = CliRunner().invoke(app, [str(argument) for argument in [*arguments, "--verbose"]])
     assert result.exit_code == 0, result.output
     assert "fused layers" in result.stderr
+    # The work folder is gone, and nothing else was left.
+    assert {path.suffix for path in pte.parent.iterdir()} == {".pte", ".ptd", ".json"}
 
     layers = json.loads(report.read_text())["layers"]
     assert len(layers) == by_name(name).moe_layers and layers[0]["scheme"] == "w4a16"
@@ -69,4 +71,4 @@ def test_a_refusal_is_one_line_and_writes_nothing(
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert message in result.stderr.strip().splitlines()[-1], result.stderr
-    assert not pte.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

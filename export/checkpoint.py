@@ -1,0 +1,289 @@
+"""A model folder as a plan: which stored tensors make which weight of the model, checked before any is read.
+
+The renames and merges are transformers' own (`conversion_mapping`), so every layout that it loads is understood here:
+one matrix an expert, as checkpoints on the Hub have them, and the stacked ones that transformers 5 writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from .pretrained import require_transformers
+from .shards import ShardReader, Shards, listed
+
+_FLOATS = ("BF16", "F16", "F32", "F64")
+# Buffers that older transformers versions wrote and newer ones compute.
+_IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+
+
+def empty_model(folder: Path, dtype: torch.dtype, attention: str) -> nn.Module:
+    """The model of config.json in eval mode, its parameters on the meta device, its buffers as made.
+
+    Raises:
+        ValueError: a configuration that transformers refuses.
+    """
+    transformers = require_transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        with _parameters_on_meta():
+            model: nn.Module = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention
+            )
+    except Exception as error:  # transformers, its dataclasses and torch each raise their own kinds here
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{folder / 'config.json'} makes no model ({reason}): download the model again") from error
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Within it, modules are made without memory for parameters; buffers (rotary frequencies) get their values."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(self, name, parameter)
+        if parameter is not None:
+            self._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    with mock.patch.object(nn.Module, "register_parameter", register_on_meta):
+        yield
+
+
+@dataclass
+class Source:
+    """What one weight of the model is made of.
+
+    Attributes:
+        target: name in the model. Converters that make several weights of one tensor go by the first.
+        converter: transformers' WeightConverter, None for a tensor that is only renamed.
+        names: the converter's source pattern -> stored tensors, in order (experts by number).
+    """
+
+    target: str
+    converter: Any = None
+    names: dict[str, list[str]] = field(default_factory=dict)
+
+    def stacks_experts(self) -> bool:
+        """True if stored tensor i of each pattern is expert i: a run of experts is made of a run of tensors."""
+        first: Any = self.converter.operations[0] if self.converter is not None else None
+        return type(first).__name__ == "MergeModulelist" and first.dim == 0
+
+    def all_names(self) -> list[str]:
+        return [name for names in self.names.values() for name in names]
+
+
+class CheckpointPlan:
+    """Which stored tensors make which weight of `model`. Making it reads no weights.
+
+    Raises:
+        ValueError: tensors that are missing, that the model has no use for, of another shape or of a type that is no
+            plain float. Each message names the first ones.
+    """
+
+    def __init__(self, model: nn.Module, shards: Shards) -> None:
+        self.model, self.shards = model, shards
+        self.state: dict[str, Tensor] = model.state_dict(keep_vars=True)
+        self.sources = self._match()
+        made = self._check_shapes()
+        self._check_missing(made)
+
+    # ------------------------------------------------------------------ matching, before anything is read
+
+    def _match(self) -> dict[str, Source]:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            dot_natural_key,
+            rename_source_key,
+        )
+
+        model: Any = self.model
+        mapping = get_model_conversion_mapping(model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+        sources: dict[str, Source] = {}
+        unexpected = []
+        for name in sorted(self.shards.tensors, key=dot_natural_key):
+            target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, self.state)
+            if target not in self.state and name in self.state:
+                target, pattern = name, None
+            if target not in self.state:
+                unexpected.append(name)
+                continue
+            converter = by_pattern[pattern] if pattern is not None else None
+            source = sources.setdefault(target, Source(target, converter))
+            source.names.setdefault(pattern or "", []).append(name)
+        if unexpected := [name for name in unexpected if not self._is_ignored(name, "unexpected")]:
+            raise ValueError(
+                f"{self.shards.folder} has {_tensors(unexpected)} that {type(model).__name__} has no use for: "
+                "check that config.json and weights are of the same model"
+            )
+        return sources
+
+    def _is_ignored(self, name: str, kind: str) -> bool:
+        """True for names that the model class declares it can do without ("missing"), or ignores ("unexpected")."""
+        attribute = f"_keys_to_ignore_on_load_{kind}"
+        patterns = {p for module in self.model.modules() for p in getattr(module, attribute, None) or ()}
+        return bool(_IGNORED.search(name)) or any(re.search(pattern, name) for pattern in patterns)
+
+    def _check_shapes(self) -> set[str]:
+        """Makes every weight of tensors without data; returns the names of the weights."""
+        made: set[str] = set()
+        for source in self.sources.values():
+            self._check_experts(source)
+            tensors = {
+                pattern: [torch.empty(self._shape(name), device="meta") for name in names]
+                for pattern, names in source.names.items()
+            }
+            for target, tensor in self._convert(source, tensors).items():
+                made.add(target)
+                expected = tuple(self.state[target].shape) if target in self.state else None
+                if tuple(tensor.shape) != expected:
+                    raise ValueError(
+                        f"{listed(source.all_names(), 1)} of {self.shards.folder} makes {target} "
+                        f"{list(tensor.shape)}, but config.json asks for {list(expected or ())}: "
+                        "check that config.json and weights are of the same model"
+                    )
+        return made
+
+    def _check_experts(self, source: Source) -> None:
+        """The stored tensors of a weight: plain floats, of one shape, and none missing between the first and last."""
+        for name in source.all_names():
+            dtype = self.shards.tensors[name].dtype
+            if dtype not in _FLOATS and self.state[source.target].is_floating_point():
+                raise ValueError(
+                    f"{name} of {self.shards.folder} is stored as {dtype}, expected {', '.join(_FLOATS)}: "
+                    "use the checkpoint in bf16"
+                )
+        if not source.stacks_experts():
+            return
+        for pattern in source.converter.source_patterns:
+            names = source.names.get(pattern, [])
+            prefix, _, suffix = pattern.partition("*")
+            if not names:
+                raise ValueError(
+                    f"{self.shards.folder} has no tensor {prefix.strip('.')}.*{suffix} for {source.target}: "
+                    "download the model again"
+                )
+            count = self.state[source.target].shape[0]
+            numbers = [int(_expert_number(name, suffix)) for name in names]
+            if absent := sorted(set(range(count)) - set(numbers)):
+                like = names[0]
+                number = _expert_number(like, suffix)
+                lacking = [like.replace(f".{number}{suffix}", f".{i}{suffix}") for i in absent]
+                raise ValueError(f"{self.shards.folder} lacks {_tensors(lacking)}: download the model again")
+            if beyond := [name for name, number in zip(names, numbers, strict=True) if number >= count]:
+                raise ValueError(
+                    f"{self.shards.folder} has {_tensors(beyond)} beyond the {count} experts of config.json: "
+                    "check that config.json and weights are of the same model"
+                )
+            shapes = {name: self._shape(name) for name in names}
+            for name, shape in shapes.items():
+                if shape != shapes[names[0]]:
+                    raise ValueError(
+                        f"{name} has shape {list(shape)}, but {names[0]} has {list(shapes[names[0]])}: "
+                        "the experts of a layer must have one shape"
+                    )
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return self.shards.tensors[name].shape
+
+    def _check_missing(self, made: set[str]) -> None:
+        model: Any = self.model
+        tied: dict[str, str] = dict(model.all_tied_weights_keys)
+        missing = [
+            name
+            for name in self.state
+            if name not in made and tied.get(name) not in made and not self._is_ignored(name, "missing")
+        ]
+        if missing:
+            raise ValueError(f"{self.shards.folder} lacks {_tensors(missing)}: download the model again")
+
+    # ------------------------------------------------------------------ reading
+
+    def targets_below(self, module: str) -> list[str]:
+        """Weights below a module, by the names of their sources."""
+        return [target for target in self.sources if below(target, module)]
+
+    def names_below(self, module: str) -> list[str]:
+        """Stored tensors of which the weights below a module are made."""
+        return [name for target in self.targets_below(module) for name in self.sources[target].all_names()]
+
+    def can_read_runs(self, target: str) -> bool:
+        """True if `read_experts` reads no more of `target` than it returns."""
+        source = self.sources[target]
+        return source.converter is None or source.stacks_experts()
+
+    def read(self, reader: ShardReader, target: str) -> dict[str, Tensor]:
+        """The weight `target`, and what else is made of the same tensors, as stored (not yet converted in type)."""
+        source = self.sources[target]
+        tensors = {pattern: [reader.read(name) for name in names] for pattern, names in source.names.items()}
+        return self._convert(source, tensors)
+
+    def read_experts(self, reader: ShardReader, target: str, run: slice) -> Tensor:
+        """Experts `run` of the stacked weight `target`."""
+        source = self.sources[target]
+        if not self.can_read_runs(target):
+            return self.read(reader, target)[target][run]
+        if source.converter is None:
+            return reader.read(source.all_names()[0], run)
+        tensors = {pattern: [reader.read(name) for name in names[run]] for pattern, names in source.names.items()}
+        return self._convert(source, tensors)[target]
+
+    def _convert(self, source: Source, tensors: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+        if source.converter is None:
+            return {source.target: tensors[""][0]}
+        converter = copy.deepcopy(source.converter)
+        for pattern, parts in tensors.items():
+            for tensor in parts:
+                converter.add_tensor(source.target, source.target, pattern, tensor)
+        made = converter.convert(source.target, model=self.model, config=self.model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def load(self, except_below: tuple[str, ...] = ()) -> None:
+        """Reads every weight into the model, in the model's types, but those below some modules."""
+        model: Any = self.model
+        for target in self.sources:
+            if any(below(target, module) for module in except_below):
+                continue
+            # A reader of its own: the file's pages are given back before the next weight is read.
+            with self.shards.reader() as reader:
+                for name, tensor in self.read(reader, target).items():
+                    set_weight(model, name, tensor.to(self.state[name].dtype, copy=True))
+        model.tie_weights()
+
+
+def below(name: str, module: str) -> bool:
+    """True for the name of a weight below a module."""
+    return name.startswith(f"{module}.")
+
+
+def set_weight(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor in place of a parameter or buffer."""
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    if attribute in module._parameters:
+        module._parameters[attribute] = nn.Parameter(tensor.contiguous(), requires_grad=False)
+    else:
+        module._buffers[attribute] = tensor.contiguous()
+
+
+def _expert_number(name: str, suffix: str) -> str:
+    match = re.search(r"\.(\d+)" + re.escape(suffix) + "$", name)
+    return match[1] if match else "-1"
+
+
+def _tensors(names: list[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({listed(names)})"

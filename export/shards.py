@@ -1,0 +1,161 @@
+"""Safetensors files of a model folder: what is in which file, checked against the index, read tensor by tensor."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+# A file of this name belongs to a set of shards. Others (Mistral's "consolidated.safetensors") are not ours to read.
+_SHARD_NAME = re.compile(r"-\d+-of-\d+\.safetensors$")
+_AGAIN = "download the model again"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is stored and what its file's header says of it; `dtype` as safetensors writes it ("BF16")."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values; the first number in a type's name is its bits, as in "BF16" and "F8_E4M3"."""
+        bits = re.search(r"\d+", self.dtype)
+        return math.prod(self.shape) * (int(bits[0]) // 8 if bits else 1)
+
+
+class Shards:
+    """The safetensors files of a folder. Making it reads headers only.
+
+    Attributes:
+        folder: the folder.
+        tensors: by name, all tensors of all files.
+
+    Raises:
+        ValueError: no index for several files, an index that cannot be read, a damaged file, or an index and files that
+            disagree about a tensor.
+        FileNotFoundError: no weights, or a file that the index names is not there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = _read_index(folder)
+        files = sorted(set(index.values())) if index is not None else [_single_file(folder)]
+        _check_files(folder, files)
+        self.tensors: dict[str, StoredTensor] = {}
+        for file in files:
+            for name, stored in _read_header(folder / file):
+                if name in self.tensors:
+                    raise ValueError(f"{name} is in {self.tensors[name].file} and in {file} of {folder}: {_AGAIN}")
+                self.tensors[name] = stored
+        if index is not None:
+            self._check_index(index)
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files, sorted."""
+        return sorted({stored.file for stored in self.tensors.values()})
+
+    def _check_index(self, index: dict[str, str]) -> None:
+        where = self.folder / INDEX_FILE
+        absent = sorted(name for name, file in index.items() if self._file_of(name) != file)
+        if absent:
+            raise ValueError(f"{where} says that {index[absent[0]]} holds {listed(absent)}, but it does not: {_AGAIN}")
+        if extra := sorted(self.tensors.keys() - index.keys()):
+            raise ValueError(
+                f"{self.tensors[extra[0]].file} holds {listed(extra)}, of which {where} says nothing: {_AGAIN}"
+            )
+
+    def _file_of(self, name: str) -> str | None:
+        stored = self.tensors.get(name)
+        return None if stored is None else stored.file
+
+    @contextlib.contextmanager
+    def reader(self) -> Iterator[ShardReader]:
+        """Open files lazily; at the end they are closed, and the memory that their tensors took is given back once the
+        tensors are gone."""
+        with contextlib.ExitStack() as stack:
+            yield ShardReader(self, stack)
+
+
+class ShardReader:
+    """Reads tensors of `Shards`. What it returns lies in the mapped file: copy what is to stay."""
+
+    def __init__(self, shards: Shards, stack: contextlib.ExitStack) -> None:
+        self._shards, self._stack = shards, stack
+        self._open: dict[str, Any] = {}
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor, or those rows of its first dimension."""
+        from safetensors import safe_open
+
+        file = self._shards.tensors[name].file
+        if file not in self._open:
+            handle = safe_open(self._shards.folder / file, framework="pt", device="cpu")
+            self._open[file] = self._stack.enter_context(handle)
+        handle = self._open[file]
+        tensor: Tensor = handle.get_tensor(name) if rows is None else handle.get_slice(name)[rows]
+        return tensor
+
+
+def listed(names: Iterable[str], shown: int = 3) -> str:
+    """A list for a message: the first few names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def _read_index(folder: Path) -> dict[str, str] | None:
+    """Tensor name -> file, None without an index."""
+    path = folder / INDEX_FILE
+    if not path.is_file():
+        return None
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not (isinstance(index, dict) and index and all(isinstance(file, str) for file in index.values())):
+            raise TypeError("weight_map is no table of file names")
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no index of weights ({type(error).__name__}: {error}): {_AGAIN}") from None
+    return dict(index)
+
+
+def _single_file(folder: Path) -> str:
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    if SINGLE_FILE in found:
+        return SINGLE_FILE
+    if not found:
+        raise FileNotFoundError(f"{folder} has no *.safetensors: {_AGAIN}")
+    raise ValueError(
+        f"{folder} has {listed(found)}, but neither {INDEX_FILE} nor {SINGLE_FILE}: put the model's index there"
+    )
+
+
+def _check_files(folder: Path, files: list[str]) -> None:
+    if absent := [file for file in files if not (folder / file).is_file()]:
+        raise FileNotFoundError(f"{folder} lacks {listed(absent)} of {len(files)} files that its index names: {_AGAIN}")
+    found = (path.name for path in folder.glob("*.safetensors"))
+    if extra := sorted(name for name in found if name not in files and _SHARD_NAME.search(name)):
+        raise ValueError(f"{folder} has {listed(extra)}, which its weights do not name: remove them, or {_AGAIN}")
+
+
+def _read_header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            for name in file.keys():  # noqa: SIM118  safe_open is no mapping
+                part = file.get_slice(name)
+                yield name, StoredTensor(path.name, tuple(part.get_shape()), part.get_dtype())
+    except SafetensorError as error:
+        raise ValueError(f"{path} is cut short or damaged ({error}): {_AGAIN}") from None

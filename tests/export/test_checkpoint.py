@@ -1,0 +1,277 @@
+"""Streaming of checkpoints: the same model as loaded whole, every damage named, and resumed where it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from executorch_moe.backends.fusion import FusedLayer, FusionOptions
+from executorch_moe.export.preflight import dequantised
+from executorch_moe.export.shards import INDEX_FILE
+from executorch_moe.export.streaming import StreamedModel
+from executorch_moe.export.work_folder import MANIFEST, WorkFolder
+from executorch_moe.kernels import pack_experts
+
+from .families import FAMILIES, Logits, by_name, tokens
+
+pytest.importorskip("transformers")
+from safetensors.torch import load_file, save_file
+
+
+def save_hub(name: str, folder: Path) -> torch.nn.Module:
+    """As checkpoints on the Hub: one matrix an expert, in several files."""
+    model: Any = by_name(name).model()
+    model.save_pretrained(folder, max_shard_size="40KB")
+    return model
+
+
+def save_stacked(name: str, folder: Path) -> torch.nn.Module:
+    """As transformers holds it: stacked experts, in one file."""
+    model: Any = by_name(name).model()
+    model.config.save_pretrained(folder)
+    weights = {key: value.contiguous() for key, value in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return model
+
+
+def stream(folder: Path, scheme: str = "w4a16", group_size: int = 32) -> StreamedModel:
+    # GPT-OSS has no other attention.
+    return StreamedModel(folder, torch.float32, "eager", FusionOptions(scheme, group_size))
+
+
+@pytest.mark.parametrize("save", [save_hub, save_stacked])
+@pytest.mark.parametrize("name", [family.name for family in FAMILIES])
+def test_streamed_equals_loaded_whole(name: str, save: Callable[..., Any], tmp_path: Path) -> None:
+    if name == "gpt_oss" and save is save_hub:
+        pytest.skip("on the Hub its experts are stacked too")
+    model: Any = save(name, tmp_path)
+    streamed = stream(tmp_path)
+    records = streamed.load()
+    assert [record.module for record in records] == [f"model.{layer.name}" for layer in streamed.layers]
+    assert len(records) == by_name(name).moe_layers
+    for layer, record in zip(streamed.layers, records, strict=True):
+        parameters = dict(model.get_submodule(layer.name).named_parameters())
+        gate_up, down, *biases = layer.layout.canonical({key: p.detach() for key, p in parameters.items()})
+        whole = pack_experts(gate_up, down, group_size=32, gate_up_bias=biases[0], down_bias=biases[1])
+        streamed_experts: Any = streamed.model.get_submodule(layer.name)
+        for key, tensor in whole.tensors().items():
+            found = getattr(streamed_experts, key)
+            assert (found is None) == (tensor is None)
+            assert tensor is None or torch.equal(found, tensor), key
+        for key, value in dequantised(layer.layout, streamed_experts.packed()).items():
+            assert torch.equal(value, parameters[key]), key
+        assert record.bytes_after == whole.nbytes()
+        assert record.bytes_before == sum(p.nbytes for p in parameters.values())
+    dense = {k: v for k, v in model.state_dict().items() if ".experts." not in k}
+    for key, value in streamed.model.state_dict().items():
+        assert ".experts." in key or torch.equal(value, dense.pop(key)), key
+    assert not dense
+    with torch.no_grad():
+        expected, actual = Logits(model)(tokens(9)), Logits(streamed.model)(tokens(9))
+    # The experts' weights are such that 4 bits hold them.
+    assert (actual - expected).norm() / expected.norm() < 1.5e-2
+
+
+def test_tied_embeddings(tmp_path: Path) -> None:
+    family = by_name("qwen3_moe")
+    tied = replace(family, options={**family.options, "tie_word_embeddings": True})
+    model: Any = tied.model()
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert "lm_head.weight" not in json.loads((tmp_path / INDEX_FILE).read_text())["weight_map"]
+    streamed = stream(tmp_path)
+    streamed.load()
+    with torch.no_grad():
+        expected, actual = Logits(model)(tokens(9)), Logits(streamed.model)(tokens(9))
+    assert (actual - expected).norm() / expected.norm() < 1.5e-2
+    empty = stream(tmp_path)
+    empty.load_empty()
+    for found in (streamed.model, empty.model):
+        assert found.lm_head.weight is found.model.embed_tokens.weight  # type: ignore[union-attr]
+        assert not any(tensor.is_meta for tensor in found.state_dict().values())
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded")
+    save_hub("qwen3_moe", folder)
+    return folder
+
+
+@pytest.fixture
+def spoiled(sharded: Path, tmp_path: Path) -> Path:
+    """A copy of a sharded checkpoint, to be spoiled."""
+    return Path(shutil.copytree(sharded, tmp_path / "model"))
+
+
+def shard_of(folder: Path, name: str) -> Path:
+    index = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
+    return folder / str(index[name])
+
+
+def edit_index(folder: Path, change: Callable[[dict[str, str]], object]) -> None:
+    index = json.loads((folder / INDEX_FILE).read_text())
+    change(index["weight_map"])
+    (folder / INDEX_FILE).write_text(json.dumps(index))
+
+
+def edit_shard(folder: Path, name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    path = shard_of(folder, name)
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, {"format": "pt"})
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+GATE = "model.layers.1.mlp.experts.2.gate_proj.weight"
+NORM = "model.norm.weight"
+
+
+def remove_expert(folder: Path) -> None:
+    edit_shard(folder, GATE, lambda weights: weights.pop(GATE))
+    edit_index(folder, lambda index: index.pop(GATE))
+
+
+def add_expert(folder: Path) -> None:
+    name = GATE.replace("experts.2", "experts.4")
+    edit_shard(folder, GATE, lambda weights: weights.update({name: weights[GATE].clone()}))
+    edit_index(folder, lambda index: index.update({name: index[GATE]}))
+
+
+def remove_norm(folder: Path) -> None:
+    edit_shard(folder, NORM, lambda weights: weights.pop(NORM))
+    edit_index(folder, lambda index: index.pop(NORM))
+
+
+def add_tensor(folder: Path) -> None:
+    edit_shard(folder, NORM, lambda weights: weights.update({"model.extra.weight": weights[NORM].clone()}))
+    edit_index(folder, lambda index: index.update({"model.extra.weight": index[NORM]}))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def as_fp8(weights: dict[str, torch.Tensor]) -> None:
+    weights[GATE] = weights[GATE].to(torch.float8_e4m3fn)
+
+
+DAMAGES: tuple[tuple[str, Callable[[Path], object], str], ...] = (
+    ("missing shard", lambda f: shard_of(f, GATE).unlink(), r"lacks model-\d+-of-\d+.safetensors of \d+ files"),
+    (
+        "extra shard",
+        lambda f: shutil.copy(shard_of(f, GATE), f / "model-00099-of-00099.safetensors"),
+        "has model-00099",
+    ),
+    ("no index", lambda f: (f / INDEX_FILE).unlink(), f"neither {INDEX_FILE} nor model.safetensors"),
+    ("bad index", lambda f: (f / INDEX_FILE).write_text("{}"), r"is no index of weights \(KeyError"),
+    ("cut shard", lambda f: cut(shard_of(f, GATE)), "is cut short or damaged"),
+    (
+        "index names another file",
+        lambda f: edit_index(f, lambda index: index.update({GATE: index[NORM]})),
+        f"holds {GATE}, but it does not",
+    ),
+    ("index lacks a tensor", lambda f: edit_index(f, lambda index: index.pop(GATE)), f"holds {GATE}, of which"),
+    ("missing expert", remove_expert, rf"lacks 1 tensor \({GATE}\)"),
+    ("extra expert", add_expert, r"experts.4.gate_proj.weight\) beyond the 4 experts"),
+    ("missing tensor", remove_norm, r"lacks 1 tensor \(model.norm.weight\)"),
+    ("extra tensor", add_tensor, r"1 tensor \(model.extra.weight\) that Qwen3MoeForCausalLM has no use for"),
+    (
+        "shape of an expert",
+        lambda f: edit_shard(f, GATE, lambda w: w.update({GATE: w[GATE][:16].clone()})),
+        rf"{GATE} has shape \[16, 64\], but model.layers.1.mlp.experts.0.gate_proj.weight has \[32, 64\]",
+    ),
+    (
+        "shape of all experts",
+        lambda f: edit_config(f, moe_intermediate_size=64),
+        r"makes model.layers.0.mlp.experts.down_proj \[4, 64, 32\], but config.json asks for \[4, 64, 64\]",
+    ),
+    (
+        "shape of another weight",
+        lambda f: edit_config(f, vocab_size=97),
+        r"\[96, 64\], but config.json asks for \[97, 64\]",
+    ),
+    ("type", lambda f: edit_shard(f, GATE, as_fp8), f"{GATE} of .* is stored as F8_E4M3, expected BF16"),
+    (
+        "activation",
+        lambda f: edit_config(f, hidden_act="gelu"),
+        r"experts model.model.layers.0.mlp.experts \(Qwen3MoeExperts\) not fused: computes something else than",
+    ),
+)
+
+
+@pytest.mark.parametrize(("damage", "message"), [pytest.param(d, m, id=name) for name, d, m in DAMAGES])
+def test_a_damaged_checkpoint_is_named(spoiled: Path, damage: Callable[[Path], object], message: str) -> None:
+    damage(spoiled)
+    with pytest.raises((ValueError, NotImplementedError, FileNotFoundError), match=message):
+        stream(spoiled)
+
+
+def test_group_size_is_checked_before_anything_is_read(sharded: Path) -> None:
+    with pytest.raises(ValueError, match="not fused: hidden size H=64 must be a multiple of group_size=128"):
+        stream(sharded, group_size=128)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(record: FusedLayer) -> None:
+    raise Interrupted
+
+
+def packed_layers(streamed: StreamedModel, work: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Loads, and says which layers were packed rather than found in the work folder."""
+    packed = []
+    real = StreamedModel._pack
+
+    def pack(self: StreamedModel, layer: Any) -> Any:
+        packed.append(layer.name)
+        return real(self, layer)
+
+    monkeypatch.setattr(StreamedModel, "_pack", pack)
+    streamed.load(WorkFolder(work, streamed.manifest()))
+    monkeypatch.setattr(StreamedModel, "_pack", real)
+    return packed
+
+
+def test_an_interrupted_run_goes_on(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = tmp_path / "x.work"
+    first = stream(sharded)
+    with pytest.raises(Interrupted):
+        first.load(WorkFolder(work, first.manifest()), interrupt)
+    names = [layer.name for layer in first.layers]
+    assert {path.name for path in work.iterdir()} == {MANIFEST, f"model.{names[0]}.safetensors"}
+
+    second = stream(sharded)
+    assert packed_layers(second, work, monkeypatch) == names[1:]
+    whole = stream(sharded)
+    whole.load()
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(second.model.state_dict()[key], value), key
+
+    # A layer that was cut short, other options, another source: packed again.
+    cut(work / f"model.{names[1]}.safetensors")
+    assert packed_layers(stream(sharded), work, monkeypatch) == names[1:]
+    assert packed_layers(stream(sharded, scheme="w4a8"), work, monkeypatch) == names
+    other = Path(shutil.copytree(sharded, tmp_path / "other"))
+    edit_shard(other, GATE, lambda weights: weights[GATE].add_(1))
+    assert packed_layers(stream(other, scheme="w4a8"), work, monkeypatch) == names
+
+
+def test_a_folder_of_someone_else_is_left_alone(sharded: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.work").mkdir()
+    (tmp_path / "x.work" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"x.work is in the way, it is no work folder"):
+        WorkFolder(tmp_path / "x.work", stream(sharded).manifest())
+    assert (tmp_path / "x.work" / "notes.txt").read_text() == "mine"
