@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from executorch.backends.cuda.cuda_backend import CudaBackend
 from executorch.exir import (
+    EdgeCompileConfig,
     EdgeProgramManager,
     ExecutorchBackendConfig,
     ExecutorchProgramManager,
@@ -21,9 +22,13 @@ from torch.export.exported_program import ExportedProgram
 from executorch_moe.backends.cpu import MoECpuPartitioner
 from executorch_moe.backends.cuda import MoECudaPartitioner
 from executorch_moe.backends.cuda.cross_compile import CrossCompileReport, target_cuda
+from executorch_moe.backends.cuda.missing_operators import MissingOperatorsError, check_operators, find_operators
 from executorch_moe.backends.cuda.partitioner import check_state
 from executorch_moe.backends.fusion import ExpertFuser, FusionOptions
 from executorch_moe.kernels.gpus import target_names
+
+# Core ATen is what ExecuTorch's own kernels understand; AOTInductor takes more, and what it lacks is checked for.
+_ANY_OPERATOR = EdgeCompileConfig(_check_ir_validity=False)
 
 TARGETS = ("cuda", "cpu", *target_names())
 
@@ -53,7 +58,7 @@ def lower(
         RuntimeError: target "cuda" on a machine without a GPU.
             A GPU that is not here: no compiler, or versions that are not known to work.
         NotImplementedError: a CUDA target and a mutated buffer that AOTInductor would take for a constant, or
-            operators that the CUDA runtime lacks; experts that cannot be fused.
+            operators that the CUDA runtime lacks, all of them and where they come from; experts that cannot be fused.
     """
     constants = dict(constant_methods or {})
     if target not in TARGETS:
@@ -98,22 +103,20 @@ def _lower_cuda(
     mutated = {fqn for program in programs.values() for fqn in program.graph_signature.buffers_to_mutate.values()}
     for program in programs.values():
         check_state(program, mutated)
+    partitioners = {
+        name: [MoECudaPartitioner([CudaBackend.generate_method_name_compile_spec(name)], fuser)] for name in programs
+    }
     try:
         edge = to_edge_transform_and_lower(
-            dict(programs),
-            partitioner={
-                name: [MoECudaPartitioner([CudaBackend.generate_method_name_compile_spec(name)], fuser)]
-                for name in programs
-            },
-            constant_methods=constants,
+            dict(programs), partitioner=partitioners, constant_methods=constants, compile_config=_ANY_OPERATOR
         )
+    except MissingOperatorsError:
+        check_operators(*map(fuser.fuse, programs.values()))  # the partitioner knows one method only
+        raise
     except RuntimeError as error:
         if found := re.search(r"Method (\S+) missing fallback kernels.*?:\n((?:\s+- .*\n?)+)", str(error)):
-            missing = ", ".join(line.strip(" -") for line in found[2].splitlines())
-            raise NotImplementedError(
-                f"method {found[1]}: ExecuTorch's CUDA runtime has no kernel for {missing}: "
-                "write these operations of the model in others"
-            ) from error
+            kernels = [line.strip(" -") for line in found[2].splitlines()]
+            raise MissingOperatorsError(find_operators(fuser.fuse(programs[found[1]]), kernels)) from error
         raise
     return edge.to_executorch(ExecutorchBackendConfig(external_constants=True))
 

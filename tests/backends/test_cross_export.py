@@ -6,6 +6,8 @@ import contextlib
 import os
 import subprocess
 import sys
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from torch.export import export
 from executorch_moe.backends.artifact import check, save
 from executorch_moe.backends.cuda import cross_compile, host_toolchain
 from executorch_moe.backends.cuda.cross_compile import _SIGNATURES, check_versions, own_storage, target_cuda
+from executorch_moe.backends.cuda.missing_operators import MissingOperatorsError
 from executorch_moe.backends.cuda.weight_metadata import parse_delegate
 from executorch_moe.backends.inspect import check_cuda_artifact, inspect_artifact
 from executorch_moe.backends.ptd import PtdFile
@@ -164,16 +167,30 @@ def test_views_and_tied_weights(tmp_path: Path) -> None:
     assert seen >= {"middle", "turned", "wide"} and seen & {"a", "b"}
 
 
-@needs_cross_export
-@pytest.mark.slow
-def test_operators_that_the_runtime_lacks_are_listed(tmp_path: Path) -> None:
-    class Lacking(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.cdist(x, x) + torch.pdist(x).sum()
+class Inner(torch.nn.Module):
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
 
-    program = export(Lacking(), (torch.eye(4),))
-    with pytest.raises(NotImplementedError, match=r"method forward: ExecuTorch's .* has no kernel for .*cdist.*pdist"):
-        lower({"forward": program}, "sm_90")
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
+
+
+def calling(name: str, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.export.ExportedProgram:
+    """A program whose submodule `name` calls a function."""
+    return export(torch.nn.Sequential(OrderedDict({name: Inner(function)})), (torch.eye(4),))
+
+
+@needs_cross_export
+def test_operators_that_the_runtime_lacks_are_listed_for_all_methods() -> None:
+    programs = {
+        "forward": calling("edges", lambda x: torch.histc(x, 4)),
+        "other": calling("near", lambda x: torch.cdist(x, x)),
+    }
+    with pytest.raises(
+        MissingOperatorsError, match=r"_cdist_forward in near \(Inner\); aten.histc in edges \(Inner\): "
+    ):
+        lower(programs, "sm_90")
 
 
 def replaced() -> list[object]:
