@@ -9,15 +9,10 @@ from executorch.exir.schema import KernelCall
 
 from executorch_moe.backends.artifact import open_artifact
 from executorch_moe.backends.cuda.cubin import GpuCode, find_gpu_code
+from executorch_moe.backends.cuda.runtime_symbols import foreign_symbols
 from executorch_moe.backends.cuda.weight_metadata import CUDA_BACKEND, MUTATED_BUFFERS_KEY, parse_delegate
 from executorch_moe.backends.elf import ElfImage, UndefinedSymbol
 from executorch_moe.backends.pte import PteFile
-
-# Version names that libc, libm, libstdc++ and libgcc give their symbols.
-_SYSTEM_VERSIONS = ("GLIBC_", "GLIBCXX_", "CXXABI_", "GCC_")
-# Optional hooks of the C start-up files; the loader leaves them null.
-_LANGUAGE_RUNTIME = ("_ITM_", "_ZGTt", "__cxa_", "__gmon_start__")
-"""Names that libgcc and libstdc++ leave weak where parts of them are linked in: start-up, transactions, C++ ABI."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,7 @@ class DelegateReport:
     @property
     def foreign_symbols(self) -> tuple[str, ...]:
         """Undefined symbols that no runtime of the delegate promises, sorted."""
-        return tuple(sorted(symbol.name for symbol in self.undefined if not _is_promised(symbol)))
+        return foreign_symbols(self.undefined)
 
 
 @dataclass(frozen=True)
@@ -118,17 +113,6 @@ def check_cuda_artifact(report: ArtifactReport, kernel_prefix: str = "moe_") -> 
                 wrong.append(f"{name}: undefined symbols that no runtime has: {', '.join(delegate.foreign_symbols)}")
     if wrong:
         raise ValueError(f"{report.pte}: " + "; ".join(wrong))
-
-
-def _is_promised(symbol: UndefinedSymbol) -> bool:
-    """True for shims of the AOTInductor runtime, the CUDA driver and runtime, and the system libraries."""
-    if symbol.version:
-        return symbol.version.startswith(_SYSTEM_VERSIONS)
-    if symbol.name.startswith(("aoti_torch_", "cuda")):
-        return True
-    if symbol.name.startswith("cu") and symbol.name[2:3].isupper():
-        return True
-    return symbol.weak and symbol.name.startswith(_LANGUAGE_RUNTIME)
 
 
 def _method(program: PteFile, name: str) -> MethodReport:

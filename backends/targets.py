@@ -21,9 +21,11 @@ from torch.export.exported_program import ExportedProgram
 
 from executorch_moe.backends.cpu import MoECpuPartitioner
 from executorch_moe.backends.cuda import MoECudaPartitioner
-from executorch_moe.backends.cuda.cross_compile import CrossCompileReport, target_cuda
+from executorch_moe.backends.cuda.cross_compile import target_cuda
+from executorch_moe.backends.cuda.cross_report import CrossCompileReport
 from executorch_moe.backends.cuda.missing_operators import MissingOperatorsError, check_operators, find_operators
 from executorch_moe.backends.cuda.partitioner import check_state
+from executorch_moe.backends.cuda.runtime_symbols import missing_functions
 from executorch_moe.backends.fusion import ExpertFuser, FusionOptions
 from executorch_moe.kernels.gpus import target_names
 
@@ -118,6 +120,9 @@ def _lower_cuda(
             kernels = [line.strip(" -") for line in found[2].splitlines()]
             raise MissingOperatorsError(find_operators(fuser.fuse(programs[found[1]]), kernels)) from error
         raise
+    for name in programs:
+        if functions := missing_functions(edge.exported_program(name)):
+            raise MissingOperatorsError(find_operators(fuser.fuse(programs[name]), functions))
     return edge.to_executorch(ExecutorchBackendConfig(external_constants=True))
 
 

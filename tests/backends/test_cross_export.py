@@ -17,10 +17,12 @@ from filelock import FileLock
 from torch.export import export
 
 from executorch_moe.backends.artifact import check, save
-from executorch_moe.backends.cuda import cross_compile, host_toolchain
-from executorch_moe.backends.cuda.cross_compile import _SIGNATURES, check_versions, own_storage, target_cuda
+from executorch_moe.backends.cuda import host_toolchain, patches
+from executorch_moe.backends.cuda.cross_compile import target_cuda
 from executorch_moe.backends.cuda.missing_operators import MissingOperatorsError
+from executorch_moe.backends.cuda.patches import check_versions
 from executorch_moe.backends.cuda.weight_metadata import parse_delegate
+from executorch_moe.backends.cuda.weight_stand_ins import own_storage
 from executorch_moe.backends.inspect import check_cuda_artifact, inspect_artifact
 from executorch_moe.backends.ptd import PtdFile
 from executorch_moe.backends.pte import PteFile
@@ -193,22 +195,29 @@ def test_operators_that_the_runtime_lacks_are_listed_for_all_methods() -> None:
         lower(programs, "sm_90")
 
 
+@needs_cross_export
+@pytest.mark.slow
+def test_operators_that_only_the_compiler_finds_are_named_with_their_module() -> None:
+    def scatter(x: torch.Tensor) -> torch.Tensor:
+        return x.scatter_reduce(0, x.long(), x, "prod")
+
+    with pytest.raises(
+        MissingOperatorsError, match=r"no kernel for aten\.scatter_reduce\.two in rows \(Inner\): write"
+    ):
+        lower({"forward": calling("rows", scatter)}, "sm_90")
+
+
 def replaced() -> list[object]:
     """Everything that `target_cuda` may replace."""
-    import importlib
-    import os
-
     import triton
     from torch._dynamo.device_interface import device_interfaces, init_device_reg
     from torch._inductor import config, select_algorithm
 
     init_device_reg()
     found: list[object] = []
-    for module, name, _ in _SIGNATURES:
-        holder = importlib.import_module(module)
-        for part in name.split("."):
-            holder = getattr(holder, part)
-        found.append(getattr(holder, "__func__", holder))
+    for name in patches.REPLACED:
+        value = getattr(*patches._holder(name))
+        found.append(dict(value) if isinstance(value, dict) else getattr(value, "__func__", value))
     found += [dict(device_interfaces), dict(triton.backends.backends), triton.runtime.driver._active]
     found += [dict(os.environ), config.get_config_copy(), gpu_of, torch.version.cuda]
     found.append(list(select_algorithm.get_algorithm_selector_cache().preprocessing_fns))
@@ -234,7 +243,7 @@ def test_unknown_versions_and_signatures_are_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(metadata, "version", lambda name: "9.9" if name == "triton" else real(name))
     with pytest.raises(RuntimeError, match=r"with .*triton 9\.9 \(works with .*3\.7.*\): install a version that works"):
         check_versions()
-    monkeypatch.setattr(metadata, "version", lambda name: cross_compile.VERSIONS[name][0])
+    monkeypatch.setattr(metadata, "version", lambda name: patches.VERSIONS[name][0])
     monkeypatch.setattr("torch._inductor.graph.is_same_tensor", lambda left, right: True)
     with pytest.raises(RuntimeError, match=r"is_same_tensor\(left, right\), not \(data, value\)"), target_cuda("sm_90"):
         pass
