@@ -123,8 +123,8 @@ def find_models(targets: str) -> tuple[GpuModel, ...]:
         for other in models[:index]:
             if model.capability == other.capability:
                 raise ValueError(
-                    f"targets {other.name!r} and {model.name!r} are both {model.arch}, and an artifact holds code for an "
-                    "architecture once: name one of them, or export two files"
+                    f"targets {other.name!r} and {model.name!r} are both {model.arch}, which an artifact holds code for "
+                    "once: name one of them, or export two files"
                 )
     return models
 

@@ -1,4 +1,4 @@
-"""One artifact for several GPU architectures: of each method one for each, `decode@sm_90`, on the same weights and state.
+"""One artifact for several GPU architectures: each method is there for each, as `decode@sm_90`, on the same weights.
 
 ExecuTorch's CUDA runtime loads the one library that a delegate names, so what can be chosen at load is the method. The
 libraries are small beside the weights, which all methods share by name; only the methods of the GPU that is there are

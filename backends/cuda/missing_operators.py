@@ -128,7 +128,7 @@ def _is_compiled(node: Node, operator: Operator) -> bool:
         return not _is_long_topk(node)
     if lowering := lowerings.get(operator):
         # A lowering that is nothing but a call into a library.
-        return not lowering.__qualname__.startswith("fallback_handler.") and operator not in _SELECTIONS
+        return not getattr(lowering, "_is_fallback_handler", False) and operator not in _SELECTIONS
     return isinstance(operator, OpOverload) and operator.name() in triton_ops_to_kernels
 
 
@@ -188,4 +188,5 @@ def _module(node: Node, outer: Module) -> Module:
     if not stack:
         return outer
     path, kind = stack[-1]
+    path = path.removeprefix("L['self']").removeprefix(".").partition("@")[0]  # strict export; a module called twice
     return path, (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
