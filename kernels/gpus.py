@@ -122,9 +122,10 @@ def find_models(targets: str) -> tuple[GpuModel, ...]:
     for index, model in enumerate(models):
         for other in models[:index]:
             if model.capability == other.capability:
+                names = f"{other.name!r} and {model.name!r}"
                 raise ValueError(
-                    f"targets {other.name!r} and {model.name!r} are both {model.arch}, which an artifact holds code for "
-                    "once: name one of them, or export two files"
+                    f"targets {names} are both {model.arch}, and an artifact holds code for an architecture once: "
+                    "name one of them, or export two files"
                 )
     return models
 

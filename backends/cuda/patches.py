@@ -72,6 +72,7 @@ CALLED: dict[str, Parameters] = {
     "triton.backends.nvidia.driver:CudaDriver.get_current_target": ("self",),
     "triton.backends.nvidia.driver:CudaDriver.get_active_torch_device": ("self",),
     "triton.backends.nvidia.driver:CudaDriver.is_active": (),
+    "triton.compiler.compiler:max_shared_mem": None,
     "triton.runtime.driver:DriverConfig.set_active": ("self", "driver"),
     "executorch.backends.cuda.cuda_backend:AOTI_DEVICE_TYPE_CUDA": None,
     "executorch.backends.cuda.cuda_backend:CudaBackend.method_name_from_compile_specs": ("compile_specs",),
@@ -182,11 +183,12 @@ def _replace(stack: contextlib.ExitStack, name: str, new: Any) -> Any:
 def _forget_devices() -> None:
     """Empty the caches that hold an answer about the device."""
     import torch.utils._triton
+    import triton.compiler.compiler
     from torch._inductor import cpp_builder, cpu_vec_isa, utils
     from torch._inductor.codegen.cuda import cuda_env
     from torch._inductor.runtime.hints import DeviceProperties
 
-    for module in (torch.utils._triton, utils, cuda_env, cpp_builder, cpu_vec_isa):
+    for module in (torch.utils._triton, triton.compiler.compiler, utils, cuda_env, cpp_builder, cpu_vec_isa):
         for function in list(vars(module).values()):
             if callable(function) and hasattr(function, "cache_clear"):
                 function.cache_clear()
