@@ -22,8 +22,9 @@ def kernels_table(compiled: CrossCompileReport) -> Table:
         table.add_column(column, overflow="fold")
     for kernel in compiled.kernels:
         source = "our tables" if kernel.ours else "Inductor"
+        config = ", ".join(f"{name}={value}" for name, value in kernel.config.items())
         shared = f"{kernel.shared} of {model.max_shared}"
-        table.add_row(kernel.method, kernel.kernel, source, str(kernel.candidates), kernel.config, shared)
+        table.add_row(kernel.method, kernel.kernel, source, str(kernel.candidates), config, shared)
     for gemm in compiled.gemms:
         shape = "x".join(map(str, gemm.shape))
         table.add_row(gemm.method, f"GEMM {shape}", "Inductor", str(gemm.candidates), gemm.template, "")

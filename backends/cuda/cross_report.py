@@ -19,14 +19,15 @@ class KernelChoice:
     Attributes:
         method: of the program.
         kernel: its name in the artifact.
-        candidates: configurations that fit the GPU; config: the first of them, which was taken.
+        candidates: configurations that fit the GPU; config: the first of them, which was taken, and what the kernel
+            was specialised for.
         shared: dynamic shared memory that it is launched with, bytes.
     """
 
     method: str
     kernel: str
     candidates: int
-    config: str
+    config: dict[str, Any]
     shared: int
 
     @property

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from executorch_moe.backends.cuda.cross_report import CrossCompileReport, GemmChoice, KernelChoice
 from executorch_moe.kernels.gpus import GpuModel
 
-UNKNOWN_SIZE = 64
-"""What stands for a size that is known only at run time."""
+UNKNOWN_SIZE = 512
+"""What stands for a size that is known only at run time: the tokens of a prompt, not those of the traced example."""
 
 
 class StaticChoices:
@@ -43,8 +42,10 @@ class StaticChoices:
             raise RuntimeError(self._why_not(error)) from error
         for tuner in tuners:
             launcher = tuner.launchers[0]
-            name, shared = _kernel_name(tuner), launcher.bin.metadata.shared
-            choice = KernelChoice(self.method, name, len(tuner.launchers), str(launcher.config), shared)
+            values = {**(tuner.triton_meta.get("constants") or {}), **launcher.config.all_kwargs()}
+            config = {name: value for name, value in values.items() if value is not None}
+            shared = launcher.bin.metadata.shared
+            choice = KernelChoice(self.method, _kernel_name(tuner), len(tuner.launchers), config, shared)
             self.report.kernels.append(choice)
             tuner.save_gpu_kernel("stream0", launcher)
 
@@ -94,14 +95,14 @@ def score_gemm(choice: Any, model: GpuModel) -> tuple[float, ...]:
 
 
 def _static_shape(choice: Any) -> tuple[int, ...]:
-    from torch._inductor.virtualized import V
+    import sympy
 
-    hints: Callable[..., Any] = V.graph.sizevars.optimization_hints
-    return tuple(hints(choice.layout.size, fallback=UNKNOWN_SIZE))
+    sizes = (sympy.sympify(size) for size in choice.layout.size)
+    return tuple(int(size.subs(dict.fromkeys(size.free_symbols, UNKNOWN_SIZE))) for size in sizes)
 
 
 def _kernel_name(tuner: Any) -> str:
-    return str(tuner.inductor_meta.get("kernel_name"))
+    return str(tuner.fn.__name__)
 
 
 def _kernel_that_failed(error: Exception) -> str:

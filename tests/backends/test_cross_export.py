@@ -132,7 +132,12 @@ class TestArtifact:
         (report,) = json.loads((crossed.folder / "report.json").read_text())
         assert report["arch"] == crossed.target and "host code for x86-64-v3" in report["text"]
         kernels = {kernel["kernel"]: kernel for kernel in report["kernels"]}
-        assert kernels["moe_grouped_gemm"]["ours"] and kernels["moe_few_tokens_gemm"]["method"] == "decode"
+        inside = inspect_artifact(crossed.pte).methods
+        for name, method in inside.items():
+            chosen = {kernel["kernel"] for kernel in report["kernels"] if kernel["method"] == name}
+            assert chosen == set(method.delegates[0].kernels), name
+        assert kernels["moe_grouped_gemm"]["ours"] and kernels["moe_grouped_gemm"]["config"]["BLOCK_M"] >= 16
+        assert kernels["moe_few_tokens_gemm"]["method"] == "decode"
         assert {kernel["method"] for kernel in report["kernels"]} == {"prefill", "decode"}
         assert all("num_warps" in kernel["config"] for kernel in report["kernels"])
         assert report["gemms"] and all(gemm["shape"] and gemm["candidates"] > 1 for gemm in report["gemms"])
@@ -363,7 +368,7 @@ def test_a_kernel_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_shared_memory_budget_names_what_is_over() -> None:
     report = CrossCompileReport(find_model("l4"))
-    report.kernels += [KernelChoice("decode", "moe_a", 1, "", 101376), KernelChoice("prefill", "b", 1, "", 64)]
+    report.kernels += [KernelChoice("decode", "moe_a", 1, {}, 101376), KernelChoice("prefill", "b", 1, {}, 64)]
     report.check_shared()
     with pytest.raises(ValueError, match=r"sm_89: kernels need more than 65536 bytes .*: moe_a of decode \(101376\): "):
         report.check_shared(65536)
