@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -133,7 +134,10 @@ def _delegate_cuda(
     }
     try:
         edge = to_edge_transform_and_lower(
-            dict(programs), partitioner=partitioners, constant_methods=constants, compile_config=_any_operator()
+            {name: _with_own_tables(program) for name, program in programs.items()},
+            partitioner=partitioners,
+            constant_methods=constants,
+            compile_config=_any_operator(),
         )
     except MissingOperatorsError:
         check_operators(*map(fuser.fuse, programs.values()))  # the partitioner knows one method only
@@ -147,6 +151,13 @@ def _delegate_cuda(
         if functions := missing_functions(edge.exported_program(name)):
             raise MissingOperatorsError(find_operators(fuser.fuse(programs[name]), functions))
     return edge
+
+
+def _with_own_tables(program: ExportedProgram) -> ExportedProgram:
+    """The same program; what lowering drops from its tables of tensors stays in the caller's, for the next target."""
+    mine = copy.copy(program)
+    mine._state_dict, mine._constants = dict(program.state_dict), dict(program.constants)
+    return mine
 
 
 def _lower_cpu(
