@@ -1,6 +1,7 @@
 # make demo       install into .venv, export the tiny model, generate text (on the GPU if there is one)
 # make test       install into .venv, lint, type-check, run every test that needs no GPU
 # make test-gpu   in the active Python environment (CUDA build of torch): run the tests that need a GPU
+# make export-check  what CI can do of a GPU export: export the tiny model, inspect it; export for the CPU, run
 # make lint       ruff and mypy only
 # make clean      remove .venv and everything built
 
@@ -18,9 +19,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := demo
+# what `make export-check` exports for
+GPU_TARGETS ?= sm_80,sm_90
 PROMPT ?= The import statement
 
-.PHONY: demo test test-gpu lint clean install
+.PHONY: demo test test-gpu export-check lint clean install
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -38,6 +41,13 @@ $(STAMP): setup.py pyproject.toml | $(BIN)/python
 demo: $(STAMP)
 	$(BIN)/executorch-moe export tiny -o $(DEMO)/tiny.pte --target auto
 	$(BIN)/executorch-moe generate $(DEMO)/tiny.pte --prompt "$(PROMPT)" --max-new-tokens 200 --temperature 0.6
+
+# What CI can do for a GPU export without a GPU.
+export-check: $(STAMP)
+	$(BIN)/executorch-moe export tiny -o $(DEMO)/cuda.pte --target $(GPU_TARGETS) --report $(DEMO)/cuda.report.json
+	$(BIN)/executorch-moe inspect $(DEMO)/cuda.pte --target $(GPU_TARGETS)
+	$(BIN)/executorch-moe export tiny -o $(DEMO)/cpu.pte --target cpu
+	$(BIN)/executorch-moe generate $(DEMO)/cpu.pte --prompt "$(PROMPT)" --max-new-tokens 32
 
 # mypy does not read setup.py's mapping: links lay the folders out as the import package.
 lint: $(STAMP)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from executorch.exir.schema import KernelCall
 
 from executorch_moe.backends.artifact import open_artifact
 from executorch_moe.backends.cuda.cubin import GpuCode, find_gpu_code
+from executorch_moe.backends.cuda.runtime_symbols import foreign_symbols
 from executorch_moe.backends.cuda.weight_metadata import CUDA_BACKEND, MUTATED_BUFFERS_KEY, parse_delegate
 from executorch_moe.backends.elf import ElfImage, UndefinedSymbol
 from executorch_moe.backends.pte import PteFile
+from executorch_moe.kernels import PackedExperts
 
-# Version names that libc, libm, libstdc++ and libgcc give their symbols.
-_SYSTEM_VERSIONS = ("GLIBC_", "GLIBCXX_", "CXXABI_", "GCC_")
-# Optional hooks of the C start-up files; the loader leaves them null.
-_LANGUAGE_RUNTIME = ("_ITM_", "_ZGTt", "__cxa_", "__gmon_start__")
-"""Names that libgcc and libstdc++ leave weak where parts of them are linked in: start-up, transactions, C++ ABI."""
+_PACKED = {entry.name for entry in fields(PackedExperts)}
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,7 @@ class DelegateReport:
         undefined: symbols that the loader must find for its library, system libraries' included.
         weights: fully qualified name -> bytes of its storage.
         mutated: names of the weights that are state, or None where the export did not record them.
+        library_bytes: of its shared library, host and GPU code.
     """
 
     backend: str
@@ -37,6 +36,7 @@ class DelegateReport:
     undefined: tuple[UndefinedSymbol, ...] = ()
     weights: dict[str, int] = field(default_factory=dict)
     mutated: tuple[str, ...] | None = None
+    library_bytes: int = 0
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -51,7 +51,7 @@ class DelegateReport:
     @property
     def foreign_symbols(self) -> tuple[str, ...]:
         """Undefined symbols that no runtime of the delegate promises, sorted."""
-        return tuple(sorted(symbol.name for symbol in self.undefined if not _is_promised(symbol)))
+        return foreign_symbols(self.undefined)
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,32 @@ class ArtifactReport:
     methods: dict[str, MethodReport]
     constants: tuple[str, ...]
     weights: dict[str, int]
+
+    @property
+    def archs(self) -> tuple[str, ...]:
+        """Architectures of all embedded images, sorted."""
+        delegates = [delegate for method in self.methods.values() for delegate in method.delegates]
+        return tuple(sorted({arch for delegate in delegates for arch in delegate.archs}))
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes by part: `host code METHOD`, `GPU code METHOD`, `experts`, `state`, `other weights`, and both files."""
+        sizes: dict[str, int] = {}
+        storages: dict[str, int] = {}
+        mutated: set[str] = set()
+        for name, method in self.methods.items():
+            for delegate in method.delegates:
+                gpu = sum(code.size for code in delegate.gpu_code)
+                for part, size in {"host": delegate.library_bytes - gpu, "GPU": gpu}.items():
+                    sizes[f"{part} code {name}"] = sizes.get(f"{part} code {name}", 0) + size
+                storages.update(delegate.weights)
+                mutated.update(delegate.mutated or ())
+        experts = {name for name in storages if name.rpartition(".")[2].removeprefix("packed_") in _PACKED}
+        sizes["experts"] = sum(storages[name] for name in experts)
+        sizes["state"] = sum(storages[name] for name in mutated & storages.keys())
+        sizes["other weights"] = sum(self.weights.values()) - sizes["experts"] - sizes["state"]
+        sizes[".pte"] = self.pte.stat().st_size
+        sizes[".ptd"] = self.ptd.stat().st_size if self.ptd is not None else 0
+        return sizes
 
 
 def inspect_artifact(pte: str | Path, ptd: str | Path | None = None) -> ArtifactReport:
@@ -120,17 +146,6 @@ def check_cuda_artifact(report: ArtifactReport, kernel_prefix: str = "moe_") -> 
         raise ValueError(f"{report.pte}: " + "; ".join(wrong))
 
 
-def _is_promised(symbol: UndefinedSymbol) -> bool:
-    """True for shims of the AOTInductor runtime, the CUDA driver and runtime, and the system libraries."""
-    if symbol.version:
-        return symbol.version.startswith(_SYSTEM_VERSIONS)
-    if symbol.name.startswith(("aoti_torch_", "cuda")):
-        return True
-    if symbol.name.startswith("cu") and symbol.name[2:3].isupper():
-        return True
-    return symbol.weak and symbol.name.startswith(_LANGUAGE_RUNTIME)
-
-
 def _method(program: PteFile, name: str) -> MethodReport:
     plan = program.plan(name)
     used = {
@@ -159,5 +174,6 @@ def _delegate(program: PteFile, method: str, delegate) -> DelegateReport:  # typ
         gpu_code=tuple(find_gpu_code(library)),
         undefined=tuple(ElfImage(library).undefined_symbols()),
         weights={weight.fqn: weight.storage_nbytes for weight in parsed.weights},
+        library_bytes=len(library),
         mutated=None if mutated is None else tuple(name for name in mutated.decode().split("\n") if name),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from executorch_moe.backends.artifact import open_artifact
 from executorch_moe.backends.cuda.delegate_host import DelegateHost, why_not_delegate_host
-from executorch_moe.backends.cuda.weight_metadata import CUDA_BACKEND
+from executorch_moe.backends.cuda.method_targets import check_arch, gpu_capability, pick_methods
+from executorch_moe.backends.cuda.weight_metadata import CUDA_BACKEND, parse_delegate
 from executorch_moe.backends.pte import PteFile
 from executorch_moe.backends.pybindings import why_not_pybindings
 
@@ -38,14 +39,19 @@ class LoadedProgram:
         device: where inputs should live and outputs come.
     """
 
-    def __init__(self, program: PteFile, engine: Engine, runtime: str, device: torch.device) -> None:
-        self._program, self._engine = program, engine
+    def __init__(
+        self, program: PteFile, engine: Engine, runtime: str, device: torch.device, methods: Mapping[str, str]
+    ) -> None:
+        self._program, self._engine, self._methods = program, engine, methods
         self.runtime, self.device = runtime, device
 
     @property
     def method_names(self) -> list[str]:
-        """Methods that compute something, sorted; constant methods are read with `constant`."""
-        return self._program.method_names
+        """Methods that compute something, sorted; constant methods are read with `constant`.
+
+        In an artifact for several architectures each is there once, the one for this GPU.
+        """
+        return list(self._methods)
 
     @property
     def constant_names(self) -> list[str]:
@@ -75,7 +81,7 @@ class LoadedProgram:
         """
         if method not in self.method_names:
             raise ValueError(f"no method {method!r} in {self._program.path}: it has {', '.join(self.method_names)}")
-        return self._engine.run(method, tensors)
+        return self._engine.run(self._methods[method], tensors)
 
     def reset(self) -> None:
         """Put mutated buffers (the KV cache) back to their initial values, in all methods."""
@@ -94,7 +100,8 @@ def load(pte: str | Path, ptd: str | Path | None = None, runtime: str = "auto") 
     Raises:
         FileNotFoundError: a file is not there.
         ValueError: unknown runtime, a damaged file, a .ptd of another program, or a runtime not for this program.
-        RuntimeError: this machine cannot run the program; the message gives the reason for each runtime.
+        RuntimeError: this machine cannot run the program; the message gives the reason for each runtime. Its GPU is of
+            another architecture than those that the program was exported for.
         NotImplementedError: the delegate host meets something that it does not run.
     """
     if runtime not in RUNTIMES:
@@ -110,22 +117,51 @@ def load(pte: str | Path, ptd: str | Path | None = None, runtime: str = "auto") 
             )
         if why := why_not_executorch(backends):
             raise RuntimeError(f"cannot run {program.path} in ExecuTorch's runtime: {why}")
-        return LoadedProgram(program, ExecutorchEngine(program, ptd_path), EXECUTORCH_CPU, torch.device("cpu"))
+        methods = {name: name for name in program.method_names}
+        engine = ExecutorchEngine(program, ptd_path, program.method_names)
+        return LoadedProgram(program, engine, EXECUTORCH_CPU, torch.device("cpu"), methods)
 
     reasons = {}
     if runtime in ("auto", "executorch"):
         if not (why := why_not_executorch(backends)):
-            return LoadedProgram(program, ExecutorchEngine(program, ptd_path), EXECUTORCH_CUDA, torch.device("cpu"))
+            methods = methods_for_this_gpu(program)
+            engine = ExecutorchEngine(program, ptd_path, methods.values())
+            return LoadedProgram(program, engine, EXECUTORCH_CUDA, torch.device("cpu"), methods)
         reasons["ExecuTorch's runtime"] = why
     if runtime in ("auto", "delegate-host"):
         if not (why := why_not_delegate_host()):
             device = torch.device("cuda", torch.cuda.current_device())
-            return LoadedProgram(program, DelegateHost(program, data, device), DELEGATE_HOST, device)
+            methods = methods_for_this_gpu(program)
+            host = DelegateHost(program, data, device, methods=methods.values())
+            return LoadedProgram(program, host, DELEGATE_HOST, device, methods)
         reasons["the delegate host"] = why
     told = "; ".join(f"{name}: {why}" for name, why in reasons.items())
     raise RuntimeError(
         f"{program.path} has CUDA delegates and cannot run here. {told}. Without a GPU, export with target 'cpu'"
     )
+
+
+def methods_for_this_gpu(program: PteFile) -> dict[str, str]:
+    """Method -> its name in a program with CUDA delegates, each with code for the GPU that is here.
+
+    Raises:
+        RuntimeError: the program was exported for other architectures; names both.
+    """
+    capability = gpu_capability()
+    methods = pick_methods(program.method_names, capability)
+    if capability is not None:
+        for method, name in methods.items():
+            for library in _libraries(program, name):
+                check_arch(library, capability, f"method {method}")
+    return methods
+
+
+def _libraries(program: PteFile, method: str) -> Iterator[memoryview]:
+    named = program.named_data()
+    for delegate in program.plan(method).delegates:
+        if delegate.id == CUDA_BACKEND:
+            payload = program.delegate_data(delegate)
+            yield named[parse_delegate(payload, f"{program.path}, method {method}").library_key]
 
 
 def why_not_executorch(backends: set[str]) -> str:
@@ -150,10 +186,11 @@ class ExecutorchEngine:
     Args:
         program: the .pte.
         ptd: its weights.
+        methods: names of those to load.
     """
 
-    def __init__(self, program: PteFile, ptd: Path | None) -> None:
-        self._program, self._ptd = program, ptd
+    def __init__(self, program: PteFile, ptd: Path | None, methods: Iterable[str]) -> None:
+        self._program, self._ptd, self._names = program, ptd, sorted(methods)
         self._methods: dict[str, Any] = {}
         self.reset()
 
@@ -170,5 +207,5 @@ class ExecutorchEngine:
         self._methods = {}
         loaded = runtime.load_program(self._program.path, data_path=data_path)
         # All at once: loading a method writes the initial values of the buffers that it shares with the others.
-        self._methods = {name: loaded.load_method(name) for name in self._program.method_names}
+        self._methods = {name: loaded.load_method(name) for name in self._names}
         self._loaded = loaded

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from executorch.backends.cuda.cuda_backend import CudaBackend
 from executorch.exir import (
+    EdgeCompileConfig,
     EdgeProgramManager,
     ExecutorchBackendConfig,
     ExecutorchProgramManager,
@@ -20,11 +22,15 @@ from torch.export.exported_program import ExportedProgram
 
 from executorch_moe.backends.cpu import MoECpuPartitioner
 from executorch_moe.backends.cuda import MoECudaPartitioner
-from executorch_moe.backends.cuda.cross_compile import CrossCompileReport, target_cuda
+from executorch_moe.backends.cuda.cross_compile import target_cuda
+from executorch_moe.backends.cuda.cross_report import CrossCompileReport
+from executorch_moe.backends.cuda.method_targets import method_for
+from executorch_moe.backends.cuda.missing_operators import MissingOperatorsError, check_operators, find_operators
 from executorch_moe.backends.cuda.partitioner import check_state
+from executorch_moe.backends.cuda.runtime_symbols import missing_functions
 from executorch_moe.backends.cuda.shared_weights import shared_weights
 from executorch_moe.backends.fusion import ExpertFuser, FusionOptions
-from executorch_moe.kernels.gpus import target_names
+from executorch_moe.kernels.gpus import GpuModel, find_models, target_names
 
 TARGETS = ("cuda", "cpu", *target_names())
 
@@ -41,24 +47,26 @@ def lower(
     Args:
         programs: method name -> exported program.
         target: "cuda" compiles with AOTInductor for the GPU of this machine; "sm_90", "h200" and the like
-            (`kernels.gpus.target_names`) for that GPU, without one; "cpu" for ExecuTorch's CPU kernels.
+            (`kernels.gpus.target_names`) for that GPU, without one; "sm_80,sm_90" for several, with each method once
+            for each, as `decode@sm_90`; "cpu" for ExecuTorch's CPU kernels.
         constant_methods: method name -> bool, int, float, str, or lists of them.
         fusion: how experts that are not fused yet are fused; pass an `ExpertFuser` to read its report afterwards.
-        on_report: gets what was compiled for a GPU that is not here; other targets never call it.
+        on_report: gets what was compiled for each GPU that is not here; other targets never call it.
 
     Returns:
         The program, to be written with `artifact.save`: its weights are external.
 
     Raises:
-        ValueError: unknown target, no method, or a name used twice.
+        ValueError: unknown target, two targets of one architecture, no method, or a name used twice.
         RuntimeError: target "cuda" on a machine without a GPU.
             A GPU that is not here: no compiler, or versions that are not known to work.
         NotImplementedError: a CUDA target and a mutated buffer that AOTInductor would take for a constant, or
-            operators that the CUDA runtime lacks; experts that cannot be fused.
+            operators that the CUDA runtime lacks, all of them and where they come from; experts that cannot be fused.
     """
     constants = dict(constant_methods or {})
-    if target not in TARGETS:
+    if any(name not in TARGETS for name in target.split(",")):
         raise ValueError(f"target {target!r} is unknown: choose one of {', '.join(TARGETS)}")
+    models = () if target in ("cuda", "cpu") else find_models(target)
     if not programs:
         raise ValueError("programs is empty: pass at least one exported method")
     if both := sorted(constants.keys() & programs.keys()):
@@ -74,12 +82,10 @@ def lower(
                     f"cannot lower for target 'cuda': {why}. Name the GPU to export for ('sm_90', 'h200'), "
                     "export on a machine with an NVIDIA GPU, or use target 'cpu'"
                 )
-            return _lower_cuda(programs, constants, fuser)
-        with target_cuda(target) as report:
-            manager = _lower_cuda(programs, constants, fuser)
-        if on_report is not None:
-            on_report(report)
-        return manager
+            edge = _delegate_cuda(programs, fuser, constants)
+        else:
+            edge = _delegate_each(programs, fuser, models, constants, on_report)
+        return edge.to_executorch(ExecutorchBackendConfig(external_constants=True))
 
 
 def why_no_cuda_export() -> str:
@@ -93,31 +99,67 @@ def why_no_cuda_export() -> str:
     return "no CUDA device is visible"
 
 
-def _lower_cuda(
-    programs: Mapping[str, ExportedProgram], constants: dict[str, Any], fuser: ExpertFuser
-) -> ExecutorchProgramManager:
+def _any_operator() -> EdgeCompileConfig:
+    """Core ATen is what ExecuTorch's own kernels understand; AOTInductor takes more, what it lacks is checked for."""
+    return EdgeCompileConfig(_check_ir_validity=False)
+
+
+def _delegate_each(
+    programs: Mapping[str, ExportedProgram],
+    fuser: ExpertFuser,
+    models: Sequence[GpuModel],
+    constants: dict[str, Any],
+    on_report: Callable[[CrossCompileReport], None] | None,
+) -> EdgeProgramManager:
+    """Delegates for GPUs that are not here; of several, a method for each, on the same weights."""
+    lowered: dict[str, ExportedProgram] = {}
+    for model in models:
+        with target_cuda(model.name) as report:
+            edge = _delegate_cuda(programs, fuser)
+        for name in programs:
+            lowered[name if len(models) == 1 else method_for(name, model)] = edge.exported_program(name)
+        report.check_shared()
+        if on_report is not None:
+            on_report(report)
+    return EdgeProgramManager(lowered, constants, _any_operator())
+
+
+def _delegate_cuda(
+    programs: Mapping[str, ExportedProgram], fuser: ExpertFuser, constants: dict[str, Any] | None = None
+) -> EdgeProgramManager:
     mutated = {fqn for program in programs.values() for fqn in program.graph_signature.buffers_to_mutate.values()}
     for program in programs.values():
         check_state(program, mutated)
+    partitioners = {
+        name: [MoECudaPartitioner([CudaBackend.generate_method_name_compile_spec(name)], fuser)] for name in programs
+    }
     try:
         with shared_weights():
             edge = to_edge_transform_and_lower(
-                dict(programs),
-                partitioner={
-                    name: [MoECudaPartitioner([CudaBackend.generate_method_name_compile_spec(name)], fuser)]
-                    for name in programs
-                },
+                {name: _with_own_tables(program) for name, program in programs.items()},
+                partitioner=partitioners,
                 constant_methods=constants,
+                compile_config=_any_operator(),
             )
+    except MissingOperatorsError:
+        check_operators(*map(fuser.fuse, programs.values()))  # the partitioner knows one method only
+        raise
     except RuntimeError as error:
         if found := re.search(r"Method (\S+) missing fallback kernels.*?:\n((?:\s+- .*\n?)+)", str(error)):
-            missing = ", ".join(line.strip(" -") for line in found[2].splitlines())
-            raise NotImplementedError(
-                f"method {found[1]}: ExecuTorch's CUDA runtime has no kernel for {missing}: "
-                "write these operations of the model in others"
-            ) from error
+            kernels = [line.strip(" -") for line in found[2].splitlines()]
+            raise MissingOperatorsError(find_operators(fuser.fuse(programs[found[1]]), kernels)) from error
         raise
-    return edge.to_executorch(ExecutorchBackendConfig(external_constants=True))
+    for name in programs:
+        if functions := missing_functions(edge.exported_program(name)):
+            raise MissingOperatorsError(find_operators(fuser.fuse(programs[name]), functions))
+    return edge
+
+
+def _with_own_tables(program: ExportedProgram) -> ExportedProgram:
+    """The same program; what lowering drops from its tables of tensors stays in the caller's, for the next target."""
+    mine = copy.copy(program)
+    mine._state_dict, mine._constants = dict(program.state_dict), dict(program.constants)
+    return mine
 
 
 def _lower_cpu(

@@ -92,7 +92,8 @@ def export(
         str,
         typer.Option(
             help="cuda (the GPU of this machine), cpu, auto (cuda if there is a GPU, else cpu), or a GPU that need not "
-            "be here: sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, a100, l4, h100, h200, rtx4090 and the like."
+            "be here: sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, a100, l4, h100, h200, rtx4090 and the like; or "
+            "several in one artifact: sm_80,sm_90."
         ),
     ] = "auto",
     scheme: Annotated[
@@ -112,7 +113,7 @@ def export(
         str, typer.Option(help="All but the experts: bf16, fp32, or auto: bf16 on cuda, fp32 on the CPU.")
     ] = "auto",
     report: Annotated[
-        Path | None, typer.Option(help="Write what was fused, layer by layer, to this file as JSON.")
+        Path | None, typer.Option(help="Write what was fused, what was chosen and bytes by part to this file as JSON.")
     ] = None,
     check: Annotated[
         bool,
@@ -123,7 +124,8 @@ def export(
         ),
     ] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Show each fused layer, and other packages' warnings.")
+        bool,
+        typer.Option("--verbose", "-v", help="Show each fused layer, kernels, sizes, and other packages' warnings."),
     ] = False,
     own_process: Annotated[bool, typer.Option("--own-process", hidden=True)] = False,
 ) -> None:
@@ -133,6 +135,9 @@ def export(
     beside the output until it is written: the same command goes on from there after an interruption.
     """
     quiet_unless(verbose)
+    from executorch_moe.backends.inspect import inspect_artifact
+
+    from .inspection import kernels_table, report_json, sizes_table
     from .pipeline import ExportOptions, export_model
 
     if out is None and not check:
@@ -153,9 +158,12 @@ def export(
     summary = export_model(options, console)
     if verbose:
         console.print(summary.layers_table())
+        for compiled in summary.compiled:
+            console.print(kernels_table(compiled))
+        console.print(sizes_table(inspect_artifact(out)))
     console.print(summary.table())
     if report is not None:
-        report.write_text(summary.report.json() + "\n", encoding="utf-8")
+        report.write_text(report_json(summary.report.json(), summary.compiled, out) + "\n", encoding="utf-8")
 
 
 def export_in_own_process(options: Any, report: Path | None, verbose: bool) -> int:
@@ -322,6 +330,35 @@ def parse_lengths(text: str, what: str = "prompt_tokens") -> list[int]:
     except ValueError:
         pass
     raise ValueError(f"{what}={text!r} must be whole numbers separated by commas: give for example 32,128")
+
+
+@app.command("inspect")
+@one_line_errors
+def inspect_command(
+    artifact: Annotated[Path, typer.Argument(help="The .pte of an export.")],
+    target: Annotated[
+        str | None, typer.Option(help="Also check that every method has code for these GPUs and no others.")
+    ] = None,
+    output_format: Annotated[str, typer.Option("--format", help="table or json.")] = "table",
+) -> None:
+    """Show what is inside an artifact; of one with CUDA delegates, check that ExecuTorch's runtime can load it."""
+    quiet_unless(False)
+    from executorch_moe.backends.cuda.weight_metadata import CUDA_BACKEND
+    from executorch_moe.backends.inspect import check_cuda_artifact, inspect_artifact
+
+    from .inspection import check_archs, inspection_json, methods_table, sizes_table
+
+    if output_format not in ("table", "json"):
+        raise ValueError(f"format={output_format!r} is unknown: use one of table, json")
+    report = inspect_artifact(artifact)
+    if output_format == "json":
+        typer.echo(inspection_json(report))
+    else:
+        Console().print(methods_table(report), sizes_table(report))
+    if any(d.backend == CUDA_BACKEND for method in report.methods.values() for d in method.delegates):
+        check_cuda_artifact(report)
+    if target is not None:
+        check_archs(report, target)
 
 
 @app.command()

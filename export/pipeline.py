@@ -16,9 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import nn
 
+from executorch_moe.backends.cuda.cross_report import CrossCompileReport
 from executorch_moe.backends.fusion import ExpertFuser, FusedLayer, FusionOptions, FusionReport
 from executorch_moe.kernels import SCHEMES
-from executorch_moe.kernels.gpus import target_names
+from executorch_moe.kernels.gpus import find_models, target_names
 
 from .causal_lm import CausalLM, check_context, export_methods
 from .dense_torchao import check_dense, quantize_dense_, stored_bytes
@@ -41,7 +42,7 @@ class ExportOptions:
         model: folder of a Hugging Face model, or "tiny".
         out: the `.pte` to write; NAME.ptd and NAME.tokenizer.json are written beside it.
         target: "cuda" (the GPU of this machine), "sm_90", "h200" and the like (that GPU, on a machine without one),
-            "cpu", or "auto" (cuda if torch sees a GPU, else cpu).
+            "sm_80,sm_90" (one artifact for both), "cpu", or "auto" (cuda if torch sees a GPU, else cpu).
         scheme: "w4a16", "w4a8" or "bf16".
         group_size: weights that share one scale.
         max_context: positions in the KV cache; None takes 2048 or what the model was made for, if that is less.
@@ -64,7 +65,7 @@ class ExportOptions:
     check: bool = False
 
     def __post_init__(self) -> None:
-        if self.target not in (*TARGETS, "auto", *target_names()):
+        if self.crosses and not set(self.target.split(",")) <= set(target_names()):
             raise ValueError(
                 f"target={self.target!r} is unknown: use one of {', '.join((*TARGETS, 'auto', *target_names()))}"
             )
@@ -106,8 +107,8 @@ class ExportOptions:
 
     @property
     def crosses(self) -> bool:
-        """True for a GPU by name, which need not be here."""
-        return self.target in target_names()
+        """True for GPUs by name, which need not be here."""
+        return self.target not in (*TARGETS, "auto")
 
     def precision(self) -> tuple[torch.dtype, str]:
         """Type of everything but the experts, and an attention (transformers' name) that the target has in it."""
@@ -146,7 +147,7 @@ class ExportSummary:
     files: list[Path] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
-    compiled_for: str = ""
+    compiled: list[CrossCompileReport] = field(default_factory=list)
 
     def table(self) -> Table:
         """The summary as a table for the terminal."""
@@ -169,8 +170,8 @@ class ExportSummary:
         table.add_row("methods", f"prefill (2 to {self.max_context} tokens), decode (1 token)")
         for path in self.files:
             table.add_row("file", f"{path}  {size(path.stat().st_size)}")
-        if self.compiled_for:
-            table.add_row("compiled for", self.compiled_for)
+        for compiled in self.compiled:
+            table.add_row("compiled for", str(compiled))
         times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
         table.add_row("time", times)
         table.add_row("peak memory", ", ".join(f"{name} {size(peak)}" for name, peak in self.peaks.items()))
@@ -204,14 +205,16 @@ def check_folder(options: ExportOptions) -> Path:
 
 
 def check_cross(target: str) -> None:
-    """Check that a GPU that is not here can be exported for, before minutes are spent.
+    """Check that GPUs that are not here can be exported for, before minutes are spent.
 
     Raises:
+        ValueError: two of one architecture.
         RuntimeError: no compiler, or versions that are not known to work.
     """
     from executorch_moe.backends.cuda.cross_compile import check_target
 
-    check_target(target)
+    for model in find_models(target):
+        check_target(model.name)
 
 
 def size(num_bytes: float) -> str:
@@ -278,7 +281,7 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
     module = CausalLM(model, max_context)
     with step("trace", "tracing prefill and decode"):
         programs = export_methods(module)
-    reports: list[Any] = []
+    reports: list[CrossCompileReport] = []
     with step("lower", f"lowering to {target}" + (" (compiles kernels: minutes)" if target != "cpu" else "")):
         manager = lower(programs, target, constant_methods(config, max_context), fuser, on_report=reports.append)
     with step("write", f"writing {options.out}"):
@@ -295,7 +298,7 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
         files=[path for path in (artifact.pte, artifact.ptd, tokenizer_path(options.out)) if path.is_file()],
         seconds=seconds,
         peaks=peaks,
-        compiled_for="".join(str(report) for report in reports),
+        compiled=reports,
     )
     return summary
 

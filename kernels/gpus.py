@@ -112,6 +112,24 @@ def find_model(target: str) -> GpuModel:
     raise ValueError(f"target {target!r} is not a known GPU: use one of {', '.join(target_names())}")
 
 
+def find_models(targets: str) -> tuple[GpuModel, ...]:
+    """The parts that "sm_80,sm_90" names, in that order.
+
+    Raises:
+        ValueError: no such target is known, or two of one architecture: code for one is not told from the other's.
+    """
+    models = tuple(find_model(target.strip()) for target in targets.split(","))
+    for index, model in enumerate(models):
+        for other in models[:index]:
+            if model.capability == other.capability:
+                names = f"{other.name!r} and {model.name!r}"
+                raise ValueError(
+                    f"targets {names} are both {model.arch}, and an artifact holds code for an architecture once: "
+                    "name one of them, or export two files"
+                )
+    return models
+
+
 _TARGET: ContextVar[Gpu | None] = ContextVar("executorch_moe_target_gpu", default=None)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ import torch
 from executorch.exir.schema import DelegateCall, ExecutionPlan, FreeCall, KernelCall, MoveCall
 from torch import Tensor
 
-from executorch_moe.backends.cuda.cubin import find_gpu_code
+from executorch_moe.backends.cuda.method_targets import check_arch, split_method
 from executorch_moe.backends.cuda.weight_metadata import (
     CUDA_BACKEND,
     MUTATED_BUFFERS_KEY,
@@ -62,6 +62,7 @@ class DelegateHost:
         program: the .pte.
         data: its .ptd.
         device: where delegates run; "cpu" only with an `open_container` for it (tests).
+        methods: names of those to load; None loads all.
         open_container: makes the AOTInductor runner for a library and a device.
         wrap_delegate: called once for each delegate with (method, run) after its weights are bound; what it returns is
             called instead of `run`. The place for CUDA graph capture: weights never move, inputs and outputs may.
@@ -78,6 +79,7 @@ class DelegateHost:
         data: PtdFile | None,
         device: torch.device,
         *,
+        methods: Collection[str] | None = None,
         open_container: Callable[[Path, torch.device], Container] | None = None,
         wrap_delegate: Callable[[str, RunDelegate], RunDelegate] | None = None,
     ) -> None:
@@ -87,8 +89,9 @@ class DelegateHost:
         self._state_keys: set[str] = set()
         self._delegates: dict[str, list[RunDelegate]] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="executorch_moe_")
-        self._steps = {name: plan_steps(program.plan(name)) for name in program.method_names}
-        parsed = {name: self._parse(name) for name in program.method_names}
+        names = program.method_names if methods is None else sorted(methods)
+        self._steps = {name: plan_steps(program.plan(name)) for name in names}
+        parsed = {name: self._parse(name) for name in names}
         named = program.named_data()
         if device.type == "cuda":
             for name, delegates in parsed.items():
@@ -102,7 +105,7 @@ class DelegateHost:
                 container = (open_container or open_cuda_container)(library, device)
                 self._bind(name, container, delegate)
                 run: RunDelegate = container.run
-                self._delegates[name].append(wrap_delegate(name, run) if wrap_delegate else run)
+                self._delegates[name].append(wrap_delegate(split_method(name)[0], run) if wrap_delegate else run)
 
     def run(self, method: str, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         """Run a method; outputs stay on the device.
@@ -111,6 +114,8 @@ class DelegateHost:
             ValueError: unknown method, or inputs that it was not exported for.
         """
         plan = self._program.plan(method)
+        if method not in self._steps:
+            raise ValueError(f"method {method!r} is not loaded: choose one of {', '.join(self._steps)}")
         self._program.check_inputs(method, inputs)
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
             return self._run_steps(method, plan, inputs)
@@ -249,21 +254,6 @@ def why_not_delegate_host() -> str:
     if not hasattr(torch._C, "_aoti") or not hasattr(torch._C._aoti, "AOTIModelContainerRunnerCuda"):
         return f"torch {torch.__version__} has no AOTInductor runner for CUDA"
     return ""
-
-
-def check_arch(library: bytes | memoryview, capability: tuple[int, int], where: str) -> None:
-    """Check that a delegate's library has code for a device.
-
-    Raises:
-        RuntimeError: it has code for other architectures only.
-    """
-    codes = find_gpu_code(library)
-    if codes and not any(code.runs_on(capability) for code in codes):
-        archs = ", ".join(sorted({code.arch for code in codes}))
-        raise RuntimeError(
-            f"{where} was exported for {archs}, this GPU is sm_{capability[0]}{capability[1]}: "
-            "export it again on this GPU"
-        )
 
 
 def open_cuda_container(library: Path, device: torch.device) -> Container:

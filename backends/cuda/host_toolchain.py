@@ -110,16 +110,20 @@ def make_cuda_home(folder: Path) -> Path:
 def make_compiler(folder: Path) -> Path:
     """A compiler that builds for `CPU_BASELINE` whatever machine it is asked for, and leaves no path of this machine.
 
-    torch 2.11 has no setting for -march=native. Line tables (-g1), symbols of files and __FILE__ name temporary
-    folders and files, which would make every build of the same input different.
+    torch 2.11 has no setting for -march=native. Line tables (-g1), symbols of files and __FILE__ (in torch's
+    headers too) name folders and files of this machine, which would make every build of the same input different.
     """
+    import torch
+
     script = folder / "g++"
-    real, prefix = shlex.quote(shutil.which(compiler()) or compiler()), shlex.quote(str(folder))
+    real = shlex.quote(shutil.which(compiler()) or compiler())
+    places = {folder: ".", Path(torch.__file__).parent: "torch", triton_folder(): "triton"}
+    maps = " ".join(shlex.quote(f"-ffile-prefix-map={place}={name}") for place, name in places.items())
     script.write_text(
         "#!/bin/sh\n"
         "first=1\n"
         'for argument in "$@"; do\n'
-        f'  if [ "$first" ]; then set -- -s -ffile-prefix-map={prefix}=.; first=; fi\n'
+        f'  if [ "$first" ]; then set -- -s {maps}; first=; fi\n'
         '  case "$argument" in\n'
         f'    -march=native) set -- "$@" -march={CPU_BASELINE} ;;\n'
         "    -g1) ;;\n"

@@ -16,6 +16,7 @@ from torch.export.exported_program import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 import executorch_moe.kernels  # noqa: F401  registers torch.ops.executorch_moe
+from executorch_moe.backends.cuda.missing_operators import check_operators
 from executorch_moe.backends.cuda.weight_metadata import MUTATED_BUFFERS_KEY
 from executorch_moe.backends.fusion import ExpertFuser, FusingPartitioner, FusionOptions
 
@@ -49,12 +50,15 @@ class MoECudaPartitioner(FusingPartitioner, AotiPartitioner):
         self.set_fusion(fusion)
 
     def transform_for_pre_decomposition(self, exported_program: ExportedProgram) -> ExportedProgram:
-        """Fuse the experts.
+        """Fuse the experts, and check that ExecuTorch's CUDA runtime has what is left.
 
         Raises:
-            NotImplementedError: experts that cannot be fused, unless `require_fused` is off.
+            NotImplementedError: experts that cannot be fused, unless `require_fused` is off; operators that the
+                runtime lacks (`MissingOperatorsError`).
         """
-        return self.fuse_experts(exported_program)
+        fused = self.fuse_experts(exported_program)
+        check_operators(fused)
+        return fused
 
     def partition(self, exported_program: ExportedProgram) -> PartitionResult:
         """Tag the program for CudaBackend and record which buffers it mutates.

@@ -5,12 +5,14 @@ python cross_exports.py TARGET FOLDER
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import torch
 
 from executorch_moe.backends.artifact import save
+from executorch_moe.backends.cuda.cross_report import CrossCompileReport
 from executorch_moe.backends.targets import lower
 from executorch_moe.export.causal_lm import CausalLM, export_methods
 from executorch_moe.export.pretrained import load_model, resolve
@@ -23,11 +25,11 @@ def main(target: str, folder: Path) -> None:
     """Writes tiny.pte, tiny.ptd, the state dict that went in, and what was chosen."""
     model = CausalLM(quantize_experts_(load_model(resolve("tiny"), torch.bfloat16, "sdpa"), "w4a16", 32), MAX_CONTEXT)
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    reports: list[object] = []
+    reports: list[CrossCompileReport] = []
     manager = lower(export_methods(model), target, {"get_max_context_len": MAX_CONTEXT}, on_report=reports.append)
     save(manager, folder / "tiny")
     torch.save(state, folder / "state.pt")
-    (folder / "report.txt").write_text("\n".join([str(reports[0]), *map(repr, reports[0].kernels + reports[0].gemms)]))
+    (folder / "report.json").write_text(json.dumps([{**report.as_dict(), "text": str(report)} for report in reports]))
 
 
 if __name__ == "__main__":

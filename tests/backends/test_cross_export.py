@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 from filelock import FileLock
 from torch.export import export
+from triton.compiler.compiler import max_shared_mem
 
 from executorch_moe.backends.artifact import check, save
-from executorch_moe.backends.cuda import cross_compile, host_toolchain
-from executorch_moe.backends.cuda.cross_compile import _SIGNATURES, check_versions, own_storage, target_cuda
+from executorch_moe.backends.cuda import host_toolchain, patches
+from executorch_moe.backends.cuda.cross_compile import target_cuda
+from executorch_moe.backends.cuda.cross_report import CrossCompileReport, KernelChoice
+from executorch_moe.backends.cuda.missing_operators import MissingOperatorsError
+from executorch_moe.backends.cuda.patches import check_versions
 from executorch_moe.backends.cuda.weight_metadata import parse_delegate
+from executorch_moe.backends.cuda.weight_stand_ins import own_storage
 from executorch_moe.backends.inspect import check_cuda_artifact, inspect_artifact
 from executorch_moe.backends.ptd import PtdFile
 from executorch_moe.backends.pte import PteFile
 from executorch_moe.backends.targets import lower
-from executorch_moe.kernels.gpus import gpu_of
+from executorch_moe.kernels import gpus
+from executorch_moe.kernels.gpus import find_model, gpu_of
 
 SCRIPT = Path(__file__).with_name("cross_exports.py")
 
@@ -44,7 +55,7 @@ needs_cross_export = pytest.mark.skipif(bool(why_no_cross_export()), reason=why_
 
 @dataclass(frozen=True)
 class CrossExport:
-    """A finished export of the tiny model: its folder holds tiny.pte, tiny.ptd, state.pt and report.txt."""
+    """A finished export of the tiny model: its folder holds tiny.pte, tiny.ptd, state.pt and report.json."""
 
     target: str
     folder: Path
@@ -54,9 +65,12 @@ class CrossExport:
         return self.folder / "tiny.pte"
 
 
-def run_export(target: str, folder: Path) -> CrossExport:
+def run_export(target: str, folder: Path, **environment: str) -> CrossExport:
     folder.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run([sys.executable, str(SCRIPT), target, str(folder)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), target, str(folder)],
+        capture_output=True, text=True, env={**os.environ, **environment},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return CrossExport(target, folder)
 
@@ -67,7 +81,7 @@ def crossed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"cross-{request.param}"
     with FileLock(folder.with_suffix(".lock")):
-        if (folder / "report.txt").is_file():
+        if (folder / "report.json").is_file():
             return CrossExport(request.param, folder)
         return run_export(request.param, folder)
 
@@ -109,22 +123,80 @@ class TestArtifact:
         # All but what no method reads.
         assert len(compared) >= len(state) - 2, sorted(state.keys() - compared)
 
-    def test_no_temporary_path_is_inside(self, crossed: CrossExport) -> None:
-        program = PteFile(crossed.pte)
-        for key, blob in program.named_data().items():
-            if key.endswith("_so_blob"):
-                assert b"executorch_moe_" not in bytes(blob).replace(b"executorch_moe_cuda", b""), "a temporary path"
+    def test_no_path_of_this_machine_is_inside(self, crossed: CrossExport) -> None:
+        content = crossed.pte.read_bytes()
+        places = {Path(torch.__file__).parents[1], Path(triton.__file__).parents[1], SCRIPT.parents[2], Path.home()}
+        for place in (*places, tempfile.gettempdir()):
+            assert str(place).encode() + b"/" not in content, place
 
     def test_report_names_kernels_and_gemms(self, crossed: CrossExport) -> None:
-        text = (crossed.folder / "report.txt").read_text()
-        assert crossed.target in text.splitlines()[0] and "host code for x86-64-v3" in text
-        for part in ("moe_grouped_gemm", "moe_few_tokens_gemm", "GemmChoice(shape=("):
-            assert part in text
+        (report,) = json.loads((crossed.folder / "report.json").read_text())
+        assert report["arch"] == crossed.target and "host code for x86-64-v3" in report["text"]
+        kernels = {kernel["kernel"]: kernel for kernel in report["kernels"]}
+        inside = inspect_artifact(crossed.pte).methods
+        for name, method in inside.items():
+            chosen = {kernel["kernel"] for kernel in report["kernels"] if kernel["method"] == name}
+            assert chosen == set(method.delegates[0].kernels), name
+        assert kernels["moe_grouped_gemm"]["ours"] and kernels["moe_grouped_gemm"]["config"]["BLOCK_M"] >= 16
+        assert kernels["moe_few_tokens_gemm"]["method"] == "decode"
+        assert {kernel["method"] for kernel in report["kernels"]} == {"prefill", "decode"}
+        assert all("num_warps" in kernel["config"] for kernel in report["kernels"])
+        assert report["gemms"] and all(gemm["shape"] and gemm["candidates"] > 1 for gemm in report["gemms"])
 
-    def test_same_input_same_bytes(self, crossed: CrossExport, tmp_path: Path) -> None:
-        again = run_export(crossed.target, tmp_path / "again")
-        for name in ("tiny.pte", "tiny.ptd"):
-            assert (again.folder / name).read_bytes() == (crossed.folder / name).read_bytes(), name
+    def test_kernels_fit_the_shared_memory(self, crossed: CrossExport) -> None:
+        (report,) = json.loads((crossed.folder / "report.json").read_text())
+        assert report["max_shared"] == find_model(crossed.target).max_shared
+        assert 0 < max(kernel["shared"] for kernel in report["kernels"]) <= report["max_shared"]
+
+    def test_sizes_by_part_add_up(self, crossed: CrossExport) -> None:
+        report = inspect_artifact(crossed.pte)
+        sizes = report.sizes()
+        code = sum(size for part, size in sizes.items() if " code " in part)
+        assert 0.9 * sizes[".pte"] < code < sizes[".pte"]
+        assert sizes["experts"] == 2 * (131072 + 65536 + 16384 + 8192)  # w13, w2 and their scales, two layers
+        assert sizes["state"] == 4 * 64 * 64 * 2  # bf16 keys and values of two layers, 64 positions, 2 heads of 32
+        assert sizes["experts"] + sizes["state"] + sizes["other weights"] == sum(report.weights.values())
+
+
+def other_place(folder: Path) -> dict[str, str]:
+    """An environment in which this package and temporary files have other paths."""
+    package = folder / "checkout" / "executorch_moe"
+    package.mkdir(parents=True)
+    for layer in ("kernels", "backends", "export", "examples"):
+        (package / layer).symlink_to(SCRIPT.parents[2] / layer)
+    (folder / "temporary").mkdir()
+    path = os.pathsep.join(filter(None, (str(package.parent), os.environ.get("PYTHONPATH"))))
+    return {"PYTHONPATH": path, "TMPDIR": str(folder / "temporary")}
+
+
+@needs_cross_export
+@pytest.mark.slow
+@pytest.mark.parametrize("crossed", ["sm_90"], indirect=True)
+def test_same_bytes_from_another_checkout_and_temporary_folder(crossed: CrossExport, tmp_path: Path) -> None:
+    again = run_export(crossed.target, tmp_path / "again", **other_place(tmp_path))
+    for name in ("tiny.pte", "tiny.ptd"):
+        assert (again.folder / name).read_bytes() == (crossed.folder / name).read_bytes(), name
+
+
+@needs_cross_export
+@pytest.mark.slow
+@pytest.mark.parametrize("crossed", ["sm_80"], indirect=True)
+def test_several_targets_share_weights_and_have_the_code_of_each(crossed: CrossExport, tmp_path: Path) -> None:
+    both = run_export("sm_90,sm_80", tmp_path / "both", **other_place(tmp_path))
+    report = inspect_artifact(both.pte)
+    check_cuda_artifact(report)
+    archs = {name: method.delegates[0].archs for name, method in report.methods.items()}
+    assert archs == {
+        **{f"{method}@sm_80": ("sm_80",) for method in ("prefill", "decode")},
+        **{f"{method}@sm_90": ("sm_90a",) for method in ("prefill", "decode")},
+    }
+    assert (both.folder / "tiny.ptd").read_bytes() == (crossed.folder / "tiny.ptd").read_bytes()
+    alone, together = PteFile(crossed.pte), PteFile(both.pte)
+    # Named by digest: the libraries of an artifact for sm_80 alone are in here, byte for byte.
+    assert {key for key in alone.named_data() if key.endswith("_so_blob")} < together.named_data().keys()
+    for name in alone.method_names:
+        (delegate,), (other,) = alone.plan(name).delegates, together.plan(f"{name}@sm_80").delegates
+        assert alone.delegate_data(delegate) == together.delegate_data(other)
 
 
 class Views(torch.nn.Module):
@@ -143,9 +215,19 @@ class Views(torch.nn.Module):
         return torch.relu(x * self.a + self.middle) * self.turned + self.wide * self.b
 
 
+def no_question(*_: object, **__: object) -> None:
+    raise AssertionError("the GPU of this machine was asked")
+
+
 @needs_cross_export
 @pytest.mark.slow
-def test_views_and_tied_weights(tmp_path: Path) -> None:
+def test_views_and_tied_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if with a CUDA build and a GPU, which must not be asked for anything."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("get_device_properties", "get_device_capability", "get_device_name", "current_device", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda device=None: no_question())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: no_question())
     model = Views()
     with torch.no_grad():
         program = export(model, (torch.randn(16, 16),))
@@ -165,34 +247,55 @@ def test_views_and_tied_weights(tmp_path: Path) -> None:
     assert seen >= {"middle", "turned", "wide"} and seen & {"a", "b"}
 
 
+class Inner(torch.nn.Module):
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
+
+
+def calling(name: str, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.export.ExportedProgram:
+    """A program whose submodule `name` calls a function."""
+    return export(torch.nn.Sequential(OrderedDict({name: Inner(function)})), (torch.eye(4),))
+
+
+@needs_cross_export
+def test_operators_that_the_runtime_lacks_are_listed_for_all_methods() -> None:
+    programs = {
+        "forward": calling("edges", lambda x: torch.histc(x, 4)),
+        "other": calling("near", lambda x: torch.cdist(x, x)),
+    }
+    with pytest.raises(
+        MissingOperatorsError, match=r"_cdist_forward in near \(Inner\); aten.histc in edges \(Inner\): "
+    ):
+        lower(programs, "sm_90")
+
+
 @needs_cross_export
 @pytest.mark.slow
-def test_operators_that_the_runtime_lacks_are_listed(tmp_path: Path) -> None:
-    class Lacking(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.cdist(x, x) + torch.pdist(x).sum()
+def test_operators_that_only_the_compiler_finds_are_named_with_their_module() -> None:
+    def scatter(x: torch.Tensor) -> torch.Tensor:
+        return x.scatter_reduce(0, x.long(), x, "prod")
 
-    program = export(Lacking(), (torch.eye(4),))
-    with pytest.raises(NotImplementedError, match=r"method forward: ExecuTorch's .* has no kernel for .*cdist.*pdist"):
-        lower({"forward": program}, "sm_90")
+    with pytest.raises(
+        MissingOperatorsError, match=r"no kernel for aten\.scatter_reduce\.two in rows \(Inner\): write"
+    ):
+        lower({"forward": calling("rows", scatter)}, "sm_90")
 
 
 def replaced() -> list[object]:
     """Everything that `target_cuda` may replace."""
-    import importlib
-    import os
-
     import triton
     from torch._dynamo.device_interface import device_interfaces, init_device_reg
     from torch._inductor import config, select_algorithm
 
     init_device_reg()
     found: list[object] = []
-    for module, name, _ in _SIGNATURES:
-        holder = importlib.import_module(module)
-        for part in name.split("."):
-            holder = getattr(holder, part)
-        found.append(getattr(holder, "__func__", holder))
+    for name in patches.REPLACED:
+        value = getattr(*patches._holder(name))
+        found.append(dict(value) if isinstance(value, dict) else getattr(value, "__func__", value))
     found += [dict(device_interfaces), dict(triton.backends.backends), triton.runtime.driver._active]
     found += [dict(os.environ), config.get_config_copy(), gpu_of, torch.version.cuda]
     found.append(list(select_algorithm.get_algorithm_selector_cache().preprocessing_fns))
@@ -203,9 +306,12 @@ def replaced() -> list[object]:
 @needs_cross_export
 def test_everything_is_put_back() -> None:
     before = replaced()
-    for broken in (False, True):
-        with contextlib.suppress(KeyError), target_cuda("sm_89"):
-            assert torch.cuda.get_device_capability() == (8, 9) and gpu_of(0).capability == 89
+    for target, capability, shared, broken in (("sm_90", 90, 232448, False), ("sm_89", 89, 101376, True)):
+        with contextlib.suppress(KeyError), target_cuda(target):
+            assert torch.cuda.get_device_capability() == divmod(capability, 10) and gpu_of(0).capability == capability
+            assert not torch.cuda.is_available() and torch.version.cuda is None
+            # Triton keeps it for the process: a limit of the target before would let kernels through.
+            assert max_shared_mem(0) == shared
             if broken:
                 raise KeyError
         assert replaced() == before
@@ -218,10 +324,55 @@ def test_unknown_versions_and_signatures_are_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(metadata, "version", lambda name: "9.9" if name == "triton" else real(name))
     with pytest.raises(RuntimeError, match=r"with .*triton 9\.9 \(works with .*3\.7.*\): install a version that works"):
         check_versions()
-    monkeypatch.setattr(metadata, "version", lambda name: cross_compile.VERSIONS[name][0])
+    monkeypatch.setattr(metadata, "version", lambda name: patches.VERSIONS[name][0])
     monkeypatch.setattr("torch._inductor.graph.is_same_tensor", lambda left, right: True)
     with pytest.raises(RuntimeError, match=r"is_same_tensor\(left, right\), not \(data, value\)"), target_cuda("sm_90"):
         pass
+
+
+def test_unknown_settings_of_inductor_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(patches.INDUCTOR_CONFIG, "cpp.no_such_setting", 1)
+    with pytest.raises(RuntimeError, match=r"torch\._inductor\.config\.cpp\.no_such_setting: is not there: install"):
+        check_versions()
+
+
+def test_nothing_is_replaced_that_is_not_checked() -> None:
+    with contextlib.ExitStack() as stack, pytest.raises(AssertionError, match="torch:compile is not checked"):
+        patches._replace(stack, "torch:compile", None)
+
+
+def test_unknown_target_lists_the_known_ones() -> None:
+    unknown = r"target 'sm_75' is not a known GPU: use one of sm_80, .*rtx5090"
+    with pytest.raises(ValueError, match=unknown), target_cuda("sm_75"):
+        pass
+
+
+def test_two_targets_of_one_architecture_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"'l4' and 'rtx4090' are both sm_89, .*: name one of them, or export two"):
+        lower({"forward": calling("same", torch.relu)}, "l4,sm_90,rtx4090")
+
+
+@needs_cross_export
+def test_a_kernel_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gpus.MAX_DYNAMIC_SHARED, 80, 16)
+
+    def softmax(x: torch.Tensor) -> torch.Tensor:
+        return x.softmax(-1)
+
+    program = export(torch.nn.Sequential(OrderedDict(rows=Inner(softmax))), (torch.zeros(8, 4096),))
+    with pytest.raises(RuntimeError) as raised:
+        lower({"forward": program}, "a100")
+    line = str(raised.value)
+    assert "kernel triton_" in line and "of method forward does not compile for a100 (sm_80, 16 bytes of shared" in line
+    assert "choose another --target or scheme" in line and "\n" not in line
+
+
+def test_shared_memory_budget_names_what_is_over() -> None:
+    report = CrossCompileReport(find_model("l4"))
+    report.kernels += [KernelChoice("decode", "moe_a", 1, {}, 101376), KernelChoice("prefill", "b", 1, {}, 64)]
+    report.check_shared()
+    with pytest.raises(ValueError, match=r"sm_89: kernels need more than 65536 bytes .*: moe_a of decode \(101376\): "):
+        report.check_shared(65536)
 
 
 def test_missing_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

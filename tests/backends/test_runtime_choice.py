@@ -56,7 +56,7 @@ def test_registered_cuda_backend_comes_first(emulated: Artifact, monkeypatch: py
     monkeypatch.setattr(runtime, "why_not_pybindings", lambda: "")
     monkeypatch.setattr(runtime, "_bindings", lambda: _FakeBindings())
     monkeypatch.setattr(runtime, "why_not_delegate_host", lambda: "")
-    monkeypatch.setattr(runtime, "ExecutorchEngine", lambda program, ptd: engine)
+    monkeypatch.setattr(runtime, "ExecutorchEngine", lambda program, ptd, methods: engine)
     loaded = load(emulated.pte)
     assert loaded.runtime == runtime.EXECUTORCH_CUDA
     assert loaded._engine is engine

@@ -37,7 +37,9 @@ def model_folder(tmp_path: Path) -> Path:
     return Path(shutil.copytree(resolve("tiny"), tmp_path / "model"))
 
 
-@pytest.mark.parametrize("command", [[], ["export"], ["generate"], ["bench"], ["bench", "model"], ["doctor"]])
+@pytest.mark.parametrize(
+    "command", [[], ["export"], ["generate"], ["bench"], ["bench", "model"], ["inspect"], ["doctor"]]
+)
 def test_help(command: list[str]) -> None:
     result = runner.invoke(app, [*command, "--help"])
     assert result.exit_code == 0 and "Usage" in result.output
@@ -58,6 +60,9 @@ def test_help_does_not_import_torch() -> None:
         (("--scheme", "int4"), "scheme='int4' is unknown: use one of bf16, w4a16, w4a8"),
         (("--algorithm", "gptq"), "algorithm='gptq' is unknown: use one of minmax, hqq"),
         (("--target", "tpu"), "target='tpu' is unknown: use one of cuda, cpu, auto, sm_80, "),
+        (("--target", "sm_90,sm_70"), "target='sm_90,sm_70' is unknown: use one of cuda, cpu, auto, sm_80, "),
+        (("--target", "sm_90,cpu"), "target='sm_90,cpu' is unknown: use one of cuda, cpu, auto, sm_80, "),
+        (("--target", "h100,h200"), "targets 'h100' and 'h200' are both sm_90, and an artifact holds code for an "),
         (("--target", "sm_70"), "target='sm_70' is unknown: use one of cuda, cpu, auto, sm_80, "),
         (("--group-size", "48"), "group_size=48"),
         (("--group-size", "256"), "must be a multiple of group_size=256"),

@@ -2,6 +2,10 @@
 
 executorch-moe export tiny -o FOLDER/tiny-fp32.pte --target sm_90 --max-context 128 --dtype fp32
 executorch-moe export tiny -o FOLDER/tiny-bf16.pte --target sm_90 --max-context 128
+executorch-moe export tiny -o FOLDER/tiny-both.pte --target sm_80,sm_90 --max-context 128 --dtype fp32
+executorch-moe export tiny -o FOLDER/tiny-other.pte --target sm_80 --max-context 128 --dtype fp32
+
+On a GPU that is not sm_90, name its architecture in place of sm_90 (and another one in place of sm_80, if need be).
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from executorch_moe.backends.runtime import load
 from executorch_moe.export.benchmark import benchmark_model
 
 from .test_tokens import NEW_TOKENS, PROMPTS, TextGenerator, compare
@@ -20,14 +25,22 @@ pytestmark = pytest.mark.gpu
 FOLDER = os.environ.get("EXECUTORCH_MOE_CROSS", "")
 
 
-def cross(dtype: str) -> Path:
+def cross(name: str) -> Path:
     if not FOLDER:
         pytest.skip("EXECUTORCH_MOE_CROSS names no folder of artifacts that were exported without a GPU")
-    return Path(FOLDER) / f"tiny-{dtype}.pte"
+    return Path(FOLDER) / f"tiny-{name}.pte"
 
 
-def test_tokens_equal_eager() -> None:
-    compare(cross("fp32"), "w4a16", "cuda", "delegate-host", "fp32")
+@pytest.mark.parametrize("name", ["fp32", "both"])
+def test_tokens_equal_eager(name: str) -> None:
+    compare(cross(name), "w4a16", "cuda", "delegate-host", "fp32")
+
+
+def test_another_architecture_is_named() -> None:
+    with pytest.raises(
+        RuntimeError, match=r"method decode was exported for sm_\d+a?, this GPU is sm_\d+: export it again"
+    ):
+        load(cross("other"), runtime="delegate-host")
 
 
 def test_tokens_equal_those_of_the_export_made_here(exported: Callable[..., Path]) -> None:

@@ -11,9 +11,12 @@ from torch.export import Dim, export
 
 from executorch_moe.backends.cpu import MoECpuPartitioner
 from executorch_moe.backends.cuda import MoECudaPartitioner
+from executorch_moe.backends.cuda.missing_operators import missing_operators
 from executorch_moe.backends.fusion import ExpertFuser, FusionOptions
 from executorch_moe.export.causal_lm import CausalLM, export_methods
 from executorch_moe.export.pretrained import load_model, resolve
+
+from .families import by_name, export_logits
 
 E, H, WIDTH, K = 5, 64, 32, 2
 FUSED = torch.ops.executorch_moe.fused_experts.default
@@ -189,3 +192,11 @@ def test_methods_share_weights_that_are_packed_once() -> None:
         assert fused["prefill"].state_dict[name] is fused["decode"].state_dict[name]
     again = fuser.fuse(fused["decode"])
     assert again is fused["decode"]  # nothing is left to fuse
+
+
+def test_operators_that_the_cuda_runtime_lacks_are_gone_once_fused() -> None:
+    program = export_logits(by_name("qwen3_moe").model())
+    missing = missing_operators(program)
+    assert {operator.operator for operator in missing} == {"aten.histc", "transformers.grouped_mm_fallback"}
+    assert {operator.module_type for operator in missing} == {"Qwen3MoeExperts"}
+    assert missing_operators(ExpertFuser().fuse(program)) == []

@@ -1,0 +1,88 @@
+"""What an artifact holds and was compiled with, on the command line and as JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from executorch_moe.backends.cuda.cross_report import CrossCompileReport, GemmChoice, KernelChoice
+from executorch_moe.backends.cuda.cubin import GpuCode
+from executorch_moe.backends.fusion import FusionReport
+from executorch_moe.backends.inspect import ArtifactReport, DelegateReport, MethodReport
+from executorch_moe.export.cli import app
+from executorch_moe.export.inspection import check_archs, kernels_table, report_json
+from executorch_moe.kernels.gpus import find_model
+
+runner = CliRunner()
+
+
+def compiled() -> CrossCompileReport:
+    report = CrossCompileReport(find_model("l4"))
+    report.kernels.append(KernelChoice("decode", "moe_grouped_gemm", 1, {"BLOCK_M": 64, "num_warps": 8}, 73728))
+    report.kernels.append(KernelChoice("decode", "triton_tem_0", 3, {"num_warps": 4}, 12288))
+    report.gemms.append(GemmChoice("decode", (1, 128), 19, "triton_mm BLOCK_M=16"))
+    return report
+
+
+def of(**methods: tuple[int, ...]) -> ArtifactReport:
+    """A report of methods with code for these architectures."""
+
+    def method(archs: tuple[int, ...]) -> MethodReport:
+        codes = tuple(GpuCode("cubin", sm, sm == 90, ("moe_a",), 10) for sm in archs)
+        return MethodReport((DelegateReport("CudaBackend", codes),), (), (), ())
+
+    named = {name.replace("__", "@"): method(archs) for name, archs in methods.items()}
+    return ArtifactReport(Path("model.pte"), None, named, (), {})
+
+
+def test_choices_as_a_table() -> None:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(kernels_table(compiled()))
+    text = console.export_text()
+    assert "compiled for NVIDIA L4 (sm_89)" in text and "GEMM 1x128" in text and "triton_mm BLOCK_M=16" in text
+    lines = {line.split("│")[2].strip(): line for line in text.splitlines() if line.startswith("│")}
+    assert "our tables" in lines["moe_grouped_gemm"] and "73728 of 101376" in lines["moe_grouped_gemm"]
+    assert "BLOCK_M=64, num_warps=8" in lines["moe_grouped_gemm"] and "Inductor" in lines["triton_tem_0"]
+
+
+@pytest.mark.slow
+def test_inspect_and_report_of_an_export(exported: Callable[..., Path], tmp_path: Path) -> None:
+    pte = exported("w4a16", "cpu")
+    result = runner.invoke(app, ["inspect", str(pte)])
+    assert result.exit_code == 0, result.output
+    assert "prefill" in result.stdout and "decode" in result.stdout and ".ptd" in result.stdout
+    inside = json.loads(runner.invoke(app, ["inspect", str(pte), "--format", "json"]).stdout)
+    assert set(inside["methods"]) == {"prefill", "decode"} and inside["archs"] == []
+    assert inside["sizes"][".pte"] == pte.stat().st_size
+    report = json.loads(report_json(FusionReport().json(), [compiled()], pte))
+    assert report["sizes"] == inside["sizes"] and report["layers"] == []
+    (target,) = report["compiled"]
+    assert target["target"] == "l4" and target["shared"] == 73728 and target["max_shared"] == 101376
+    assert [kernel["ours"] for kernel in target["kernels"]] == [True, False]
+    result = runner.invoke(app, ["inspect", str(pte), "--target", "sm_90"])
+    assert result.exit_code == 2 and "decode has code for no GPU; prefill has code for no GPU: export" in result.stderr
+
+
+def test_inspect_refuses() -> None:
+    result = runner.invoke(app, ["inspect", "no-such.pte"])
+    assert result.exit_code == 2 and "program no-such.pte does not exist" in result.stderr
+    result = runner.invoke(app, ["inspect", "no-such.pte", "--format", "xml"])
+    assert result.exit_code == 2 and "format='xml' is unknown: use one of table, json" in result.stderr
+
+
+def test_code_for_other_gpus_than_asked_for() -> None:
+    check_archs(of(prefill=(90,), decode=(90,)), "h200")
+    both = of(decode__sm_80=(80,), decode__sm_90=(90,), prefill__sm_80=(80,), prefill__sm_90=(90,))
+    check_archs(both, "sm_90,a100")
+    with pytest.raises(ValueError, match=r"model\.pte: decode has code for sm_80, sm_90; prefill .* --target sm_90"):
+        check_archs(both, "sm_90")
+    with pytest.raises(
+        ValueError, match=r"model\.pte: prefill has code for sm_86: export it again with --target sm_90"
+    ):
+        check_archs(of(prefill=(86,), decode=(90,)), "sm_90")
