@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from executorch.backends.cuda.cuda_backend import CudaBackend
 from executorch.exir import (
+    EdgeCompileConfig,
     EdgeProgramManager,
     ExecutorchBackendConfig,
     ExecutorchProgramManager,
@@ -25,6 +26,8 @@ from executorch_moe.backends.cuda.partitioner import check_state
 from executorch_moe.backends.fusion import ExpertFuser, FusionOptions
 from executorch_moe.kernels.gpus import target_names
 
+# Not Core ATen, but Inductor has them.
+_SHIFTS: list[Any] = [torch.ops.aten.__rshift__.Scalar, torch.ops.aten.bitwise_right_shift.Tensor_Scalar]
 TARGETS = ("cuda", "cpu", *target_names())
 
 
@@ -106,6 +109,7 @@ def _lower_cuda(
                 for name in programs
             },
             constant_methods=constants,
+            compile_config=EdgeCompileConfig(_core_aten_ops_exception_list=_SHIFTS),
         )
     except RuntimeError as error:
         if found := re.search(r"Method (\S+) missing fallback kernels.*?:\n((?:\s+- .*\n?)+)", str(error)):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .pipeline import tokenizer_path
+from .sampling import Sampler
 
 if TYPE_CHECKING:
     from executorch_moe.backends.runtime import LoadedProgram
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 METHODS = ("prefill", "decode")
 WARMUP_DECODE_STEPS = 4
 """ExecuTorch captures a CUDA graph on the fourth call of a method; what comes before is slower and is not counted."""
+
+
+Pick = Callable[[Tensor, int], Tensor]
 
 
 @dataclass
@@ -43,31 +47,20 @@ class Generation:
         return steps / self.decode_seconds if steps > 0 and self.decode_seconds else float("nan")
 
 
-class Sampler:
-    """Picks a token from logits fp32 [1, V]: the likeliest at temperature 0, else at random with a seed of its own."""
-
-    def __init__(self, temperature: float = 0.0, seed: int = 0) -> None:
-        if not 0.0 <= temperature < float("inf"):
-            raise ValueError(f"temperature={temperature} must be 0 (always the likeliest token) or above: try 0.8")
-        self.temperature = temperature
-        self.random = torch.Generator().manual_seed(seed)
-
-    def __call__(self, logits: Tensor) -> int:
-        if self.temperature == 0.0:
-            return int(logits[0].argmax())
-        probabilities = (logits[0].float().cpu() / self.temperature).softmax(-1)
-        return int(torch.multinomial(probabilities, 1, generator=self.random))
-
-
 class TextGenerator:
     """An exported causal language model with its tokenizer."""
 
-    def __init__(self, program: LoadedProgram, tokenizer: Any) -> None:
+    def __init__(self, program: LoadedProgram, tokenizer: Any, prefill_chunk: int | None = None) -> None:
         """Wraps a loaded program and a `tokenizers.Tokenizer`.
 
+        Args:
+            prefill_chunk: most tokens of a prompt that one call takes; None: the whole prompt.
+
         Raises:
-            ValueError: the program was not exported by `executorch-moe export`.
+            ValueError: the program was not exported by `executorch-moe export`, or a chunk of no tokens.
         """
+        if prefill_chunk is not None and prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk={prefill_chunk} must be at least 1: try 512")
         missing = [name for name in METHODS if name not in program.method_names]
         if missing:
             raise ValueError(
@@ -76,14 +69,25 @@ class TextGenerator:
             )
         self.program = program
         self.tokenizer = tokenizer
+        self.prefill_chunk = prefill_chunk
+        # Artifacts of before methods could pick tokens do not say what they return.
+        says = "get_method_output" in program.constant_names
+        self.picks_tokens = says and program.constant("get_method_output") == "token"
         self.max_context = int(program.constant("get_max_context_len"))
         self.vocabulary = int(program.constant("get_vocab_size"))
         eos = program.constant("get_eos_ids")
         self.eos_ids = frozenset(int(token) for token in (eos if isinstance(eos, (list, tuple)) else [eos]))
 
     @classmethod
-    def load(cls, pte: Path, runtime: str = "auto") -> TextGenerator:
+    def load(
+        cls, pte: Path, runtime: str = "auto", *, cuda_graph: bool = False, prefill_chunk: int | None = None
+    ) -> TextGenerator:
         """Opens NAME.pte with NAME.ptd and NAME.tokenizer.json beside it.
+
+        Args:
+            runtime: as for `executorch_moe.backends.runtime.load`.
+            cuda_graph: replay decode as a CUDA graph.
+            prefill_chunk: see `__init__`.
 
         Raises:
             FileNotFoundError: one of the three files is missing.
@@ -96,7 +100,8 @@ class TextGenerator:
                 f"artifact={str(pte)!r} is not a file: give the .pte that `executorch-moe export` made"
             )
         tokenizer = read_tokenizer(tokenizer_path(pte))
-        return cls(load(pte, runtime=runtime), tokenizer)
+        program = load(pte, runtime=runtime, cuda_graph=("decode",) if cuda_graph else ())
+        return cls(program, tokenizer, prefill_chunk)
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt.
@@ -147,7 +152,10 @@ class TextGenerator:
         on_token: Callable[[int], None] | None = None,
         ignore_eos: bool = False,
     ) -> Generation:
-        """Generates from an empty cache and times it; each pick of a token waits for the device, so the times are real.
+        """Generates from an empty cache and times it.
+
+        Prefill waits for its token. Decode waits for each token if somebody looks at it (end of text, `on_token`); else
+        tokens stay on the device, each the input of the next call, and the last one is waited for.
 
         Args:
             prompt_ids: token ids, at least one.
@@ -166,35 +174,62 @@ class TextGenerator:
         result = Generation(prompt_tokens=len(prompt_ids))
         self.program.reset()
 
+        pick = self._picker(sampler)
         start = time.perf_counter()
-        token = sampler(self._run(prompt_ids, 0))
+        token = self._prefill(prompt_ids, pick)
+        first = int(token)
         result.prefill_seconds = time.perf_counter() - start
+        if ignore_eos and on_token is None:
+            start = time.perf_counter()
+            kept = [token]
+            for position in range(len(prompt_ids), len(prompt_ids) + limit - 1):
+                kept.append(pick(kept[-1], position))
+            rest = torch.cat(kept[1:]).flatten().tolist() if limit > 1 else []
+            result.decode_seconds = time.perf_counter() - start
+            result.tokens, result.stopped_by = [first, *rest], "max_new_tokens"
+            return result
         while True:
-            result.tokens.append(token)
+            value = int(token)
+            result.decode_seconds += time.perf_counter() - start if result.tokens else 0.0
+            result.tokens.append(value)
             if on_token is not None:
-                on_token(token)
-            if token in self.eos_ids and not ignore_eos:
+                on_token(value)
+            if value in self.eos_ids and not ignore_eos:
                 result.stopped_by = "end of text"
                 return result
             if len(result.tokens) == limit:
                 result.stopped_by = "max_new_tokens" if max_new_tokens is not None else f"length {limit}"
                 return result
             start = time.perf_counter()
-            token = sampler(self._run([token], len(prompt_ids) + len(result.tokens) - 1))
-            result.decode_seconds += time.perf_counter() - start
+            token = pick(token, len(prompt_ids) + len(result.tokens) - 1)
 
     def warm_up(self, prompt_tokens: int) -> None:
         """Runs both methods at the size to come, so that one-time costs are not in the times."""
         steps = min(WARMUP_DECODE_STEPS + 1, self.max_context - prompt_tokens + 1)
         self.generate([0] * prompt_tokens, steps, ignore_eos=True)
 
-    def _run(self, ids: list[int], position: int) -> Tensor:
-        """Logits fp32 [1, V] after `ids`, the first of which stands at `position`."""
+    def _prefill(self, prompt_ids: list[int], pick: Pick) -> Tensor:
+        """The first new token; the prompt goes in by chunks."""
+        chunk = self.prefill_chunk or len(prompt_ids)
+        ids = torch.tensor([prompt_ids], dtype=torch.int64, device=self.program.device)
+        for start in range(0, len(prompt_ids), chunk):
+            token = pick(ids[:, start : start + chunk], start)
+        return token
+
+    def _picker(self, sampler: Sampler) -> Pick:
+        """(input_ids [1, T], position of the first) -> the next token, int64 [1, 1], both on the device."""
         device = self.program.device
-        input_ids = torch.tensor([ids], dtype=torch.int64, device=device)
-        cache_position = torch.arange(position, position + len(ids), dtype=torch.int64, device=device)
-        # prefill was exported for 2 tokens and more.
-        return self.program.run("prefill" if len(ids) > 1 else "decode", input_ids, cache_position)[0]
+        settings = sampler.inputs(device) if self.picks_tokens else ()
+
+        def pick(input_ids: Tensor, position: int) -> Tensor:
+            end = position + input_ids.shape[1]
+            cache_position = torch.arange(position, end, dtype=torch.int64, device=device)
+            # prefill was exported for 2 tokens and more.
+            method = "prefill" if input_ids.shape[1] > 1 else "decode"
+            (out,) = self.program.run(method, input_ids, cache_position, *settings)
+            return out if self.picks_tokens else torch.tensor([[sampler(out, end)]], device=device)
+
+        return pick
 
 
 def read_tokenizer(path: Path) -> Any:

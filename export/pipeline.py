@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,15 @@ from rich.table import Table
 from torch import nn
 
 from executorch_moe.backends.fusion import ExpertFuser, FusedLayer, FusionOptions, FusionReport
-from executorch_moe.kernels import SCHEMES
+from executorch_moe.kernels import SCHEMES, FusedExperts
 from executorch_moe.kernels.gpus import target_names
 
-from .causal_lm import CausalLM, export_methods
-from .pretrained import check_supported, load_model, require_transformers, resolve, tokenizer_json
+from .causal_lm import CausalLM, SamplingLM, export_methods
+from .choices import attention_of, build_synthetic, check_choices, forced_schedule, quantize_dense, use_upstream_
+from .pretrained import TINY, check_supported, load_model, require_transformers, resolve, tokenizer_json
 from .quantize import can_swap, find_experts, quantize_experts_
+from .synthetic import is_synthetic
+from .upstream_experts import UpstreamMoE
 
 TARGETS = ("cuda", "cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -42,6 +47,11 @@ class ExportOptions:
         max_context: positions in the KV cache; None takes 2048 or what the model was made for, if that is less.
         dtype: of everything but the experts: "bf16", "fp32" or "auto" (bf16 on cuda, fp32 on the CPU, whose dense
             kernels are made for it). The experts' activations are bf16 in all.
+        output: what the methods return: "token" (picked on the device) or "logits".
+        experts: "ours"; "ours-tile": the one-CTA-per-tile schedule; "upstream": ExecuTorch's own operators.
+        dense: linear layers: "none" (as they are), "int8" or "int4". lm_head: the same for the last one; None: as dense.
+        embedding: "none" or "int8".
+        layers, seed: of a synthetic model ("synthetic:qwen3-30b-a3b"); see `synthetic.parse`.
     """
 
     model: str
@@ -51,6 +61,13 @@ class ExportOptions:
     group_size: int = 32
     max_context: int | None = None
     dtype: str = "auto"
+    output: str = "token"
+    experts: str = "ours"
+    dense: str = "none"
+    lm_head: str | None = None
+    embedding: str = "none"
+    layers: int | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.target not in (*TARGETS, "auto", *target_names()):
@@ -69,6 +86,7 @@ class ExportOptions:
         folder = next(parent for parent in self.out.absolute().parents if parent.exists())
         if not (folder.is_dir() and os.access(folder, os.W_OK)):
             raise ValueError(f"out={str(self.out)!r} cannot be written, {folder} is no writable folder: choose another")
+        check_choices(self, self.resolved_target())
         if self.crosses:
             check_cross(self.target)
         if self.target == "cuda" and not torch.cuda.is_available():
@@ -91,10 +109,11 @@ class ExportOptions:
 
     def load(self, folder: Path) -> nn.Module:
         """The model as this export computes it: its dtype, and an attention that the target has in that dtype."""
-        target = "cpu" if self.resolved_target() == "cpu" else "cuda"
-        dtype = ("bf16" if target == "cuda" else "fp32") if self.dtype == "auto" else self.dtype
-        # ExecuTorch's Triton attention for CUDA writes bf16 whatever it is given.
-        return load_model(folder, DTYPES[dtype], "eager" if (target, dtype) == ("cuda", "fp32") else "sdpa")
+        target = self.resolved_target()
+        dtype = ("fp32" if target == "cpu" else "bf16") if self.dtype == "auto" else self.dtype
+        if is_synthetic(self.model):
+            return build_synthetic(self, DTYPES[dtype], attention_of(target, dtype))
+        return load_model(folder, DTYPES[dtype], attention_of(target, dtype))
 
 
 @dataclass
@@ -136,6 +155,22 @@ class ExportSummary:
         table.add_row("time", times)
         return table
 
+    def record(self) -> str:
+        """What an export cost, for `bench model`: JSON."""
+        choices = asdict(self.options) | {"out": self.options.out.name, "target": self.target}
+        peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        if torch.cuda.is_available():
+            peak["gpu"] = torch.cuda.max_memory_allocated()
+        record = {
+            "options": choices,
+            "max_context": self.max_context,
+            "seconds": self.seconds,
+            "peak_bytes": peak,
+            "expert_bytes": self.report.bytes_after,
+            "other_bytes": self.dense_bytes,
+        }
+        return json.dumps(record, indent=2) + "\n"
+
     def layers_table(self) -> Table:
         """Every fused layer, for --verbose."""
         table = Table(title="fused layers", title_justify="left")
@@ -175,6 +210,11 @@ def tokenizer_path(pte: Path) -> Path:
     return pte.with_suffix(".tokenizer.json")
 
 
+def record_path(pte: Path) -> Path:
+    """Where the record of an export lies: beside it, NAME.export.json."""
+    return pte.with_suffix(".export.json")
+
+
 def export_model(options: ExportOptions, console: Console | None = None) -> ExportSummary:
     """Exports a model folder; shows each step on `console` if one is given.
 
@@ -198,45 +238,54 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
         if console is not None:
             console.print(f"[green]done[/green] {doing} ({seconds[name]:.1f} s)", highlight=False)
 
-    folder = resolve(options.model)
+    synthetic = is_synthetic(options.model)
+    folder = resolve(TINY if synthetic else options.model)  # a synthetic model borrows the tiny one's tokenizer
     check_supported(folder)
     require_transformers()
     target = options.resolved_target()
     tokenizer = tokenizer_json(folder)
 
-    with step("load", f"loading {folder.name if options.model != 'tiny' else 'the tiny model'}"):
+    with step("load", f"loading {options.model}"):
         model = options.load(folder)
     config: Any = model.config
     max_context = options.max_context
     if max_context is None:
         max_context = min(DEFAULT_MAX_CONTEXT, config.max_position_embeddings)
     fuser = ExpertFuser(FusionOptions(options.scheme, options.group_size))
-    module = CausalLM(model, max_context)
-    if can_swap(model):
+    module = (SamplingLM if options.output == "token" else CausalLM)(model, max_context)
+    if synthetic:
+        record_experts(model, {}, fuser.report)
+    elif can_swap(model) or options.experts == "upstream":
         # Packed before it is traced, a model takes less memory; the other families are fused while they are lowered.
         with step("quantise", f"packing the experts as {options.scheme}"):
             swap_experts(model, options, fuser.report)
+    quantize_dense(model, options)
     with step("trace", "tracing prefill and decode"):
-        programs = export_methods(module)
+        programs = export_methods(module, one_row_linears=target != "cpu")
     reports: list[Any] = []
-    with step("lower", f"lowering to {target}" + (" (compiles kernels: minutes)" if target != "cpu" else "")):
-        manager = lower(programs, target, constant_methods(config, max_context), fuser, on_report=reports.append)
+    constants = {**constant_methods(config, max_context), "get_method_output": options.output}
+    doing = f"lowering to {target}" + (" (compiles kernels: minutes)" if target != "cpu" else "")
+    with step("lower", doing), forced_schedule(options.experts):
+        manager = lower(programs, target, constants, fuser, on_report=reports.append)
     with step("write", f"writing {options.out}"):
         options.out.parent.mkdir(parents=True, exist_ok=True)
         artifact = save(manager, options.out)
         write_aside(tokenizer_path(options.out), tokenizer)
 
-    fused_bytes = sum(parameter.nbytes for name, parameter in model.named_parameters() if in_layers(name, fuser.report))
+    other_bytes = sum(
+        tensor.nbytes for name, tensor in model.state_dict().items() if not in_layers(name, fuser.report)
+    )
     summary = ExportSummary(
         options=options,
         target=target,
         report=fuser.report,
         max_context=max_context,
-        dense_bytes=sum(parameter.nbytes for parameter in model.parameters()) - fused_bytes,
+        dense_bytes=other_bytes,
         files=[path for path in (artifact.pte, artifact.ptd, tokenizer_path(options.out)) if path.is_file()],
         seconds=seconds,
         compiled_for="".join(str(report) for report in reports),
     )
+    write_aside(record_path(options.out), summary.record())
     return summary
 
 
@@ -246,10 +295,22 @@ def swap_experts(model: nn.Module, options: ExportOptions, report: FusionReport)
         name: (type(module).__name__, sum(p.nbytes for p in module.parameters()))
         for name, module in find_experts(model)
     }
+    if options.experts == "upstream":
+        use_upstream_(model, options.scheme, options.group_size)
+    else:
+        quantize_experts_(model, options.scheme, options.group_size)
+    record_experts(model, before, report)
+
+
+def record_experts(model: nn.Module, before: dict[str, tuple[str, int]], report: FusionReport) -> None:
+    """Puts every packed experts module into `report`; `before`: name -> its class and bytes before packing."""
     config: Any = model.config
-    quantize_experts_(model, options.scheme, options.group_size)
-    for name, (family, num_bytes) in before.items():
-        experts: Any = model.get_submodule(name)
+    for name, module in model.named_modules():
+        if not isinstance(module, (FusedExperts, UpstreamMoE)):
+            continue
+        experts: Any = module
+        as_bf16 = 2 * 3 * experts.num_experts * experts.hidden_size * experts.intermediate_size
+        family, num_bytes = before.get(name, ("synthetic", as_bf16))
         report.add(
             FusedLayer(
                 module=f"model.{name}",  # as it is named in the exported program

@@ -19,6 +19,7 @@ from executorch.exir.schema import DelegateCall, ExecutionPlan, FreeCall, Kernel
 from torch import Tensor
 
 from executorch_moe.backends.cuda.cubin import find_gpu_code
+from executorch_moe.backends.cuda.memory import check_memory, say_out_of_memory
 from executorch_moe.backends.cuda.weight_metadata import (
     CUDA_BACKEND,
     MUTATED_BUFFERS_KEY,
@@ -68,7 +69,7 @@ class DelegateHost:
 
     Raises:
         NotImplementedError: a method that needs more than CudaBackend delegates and copies.
-        RuntimeError: the delegates hold no code for this GPU.
+        RuntimeError: the delegates hold no code for this GPU, or their weights do not fit into its memory.
         ValueError: damaged delegate, or weights that it names but the files lack.
     """
 
@@ -94,6 +95,7 @@ class DelegateHost:
             for name, delegates in parsed.items():
                 for delegate in delegates:
                     check_arch(named[delegate.library_key], torch.cuda.get_device_capability(device), f"method {name}")
+        check_memory(program.path, parsed, device)
         for name, delegates in parsed.items():
             self._delegates[name] = []
             for index, delegate in enumerate(delegates):
@@ -109,11 +111,13 @@ class DelegateHost:
 
         Raises:
             ValueError: unknown method, or inputs that it was not exported for.
+            RuntimeError: out of GPU memory.
         """
         plan = self._program.plan(method)
         self._program.check_inputs(method, inputs)
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
-            return self._run_steps(method, plan, inputs)
+            with say_out_of_memory(method, inputs, self.device):
+                return self._run_steps(method, plan, inputs)
 
     def _run_steps(self, method: str, plan: ExecutionPlan, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         values = {index: self._place(tensor) for index, tensor in zip(plan.inputs, inputs, strict=True)}

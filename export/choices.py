@@ -1,0 +1,110 @@
+"""Options of an export that change what is computed where: which experts, how dense layers are stored, what comes out."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from executorch_moe.kernels.benchmark import Shape
+from executorch_moe.kernels.op import forced
+from executorch_moe.kernels.plan import Options
+
+from . import attention, synthetic
+from .dense import KINDS, quantize_dense_
+from .quantize import can_swap, find_experts
+from .upstream_experts import PREFILL, UpstreamMoE, pack, random_weights
+
+EXPERTS = ("ours", "ours-tile", "upstream")
+OUTPUTS = ("token", "logits")
+
+
+def check_choices(options: Any, target: str) -> None:
+    """Check the choices of `pipeline.ExportOptions` against each other; `target` is the resolved one.
+
+    Raises:
+        ValueError: an unknown choice, or one that the target, the scheme or the model does not have.
+    """
+    for what, value, known in (
+        ("output", options.output, OUTPUTS),
+        ("experts", options.experts, EXPERTS),
+        ("dense", options.dense, KINDS),
+        ("lm_head", options.lm_head, (*KINDS, None)),
+        ("embedding", options.embedding, KINDS[:2]),
+    ):
+        if value not in known:
+            raise ValueError(f"{what}={value!r} is unknown: use one of {', '.join(filter(None, known))}")
+    if synthetic.is_synthetic(options.model):
+        synthetic.parse(options.model, options.layers)
+    elif options.layers is not None:
+        raise ValueError(
+            f"layers={options.layers} is for synthetic models, {options.model!r} has its own: leave it out, "
+            f"or use {synthetic.PREFIX}{next(iter(synthetic.PRESETS))}"
+        )
+    dense = [value for value in (options.dense, options.lm_head, options.embedding) if value not in ("none", None)]
+    if target == "cpu" and (options.experts != "ours" or dense):
+        what = f"experts={options.experts!r}" if options.experts != "ours" else f"dense={dense[0]!r}"
+        raise ValueError(f"{what} is for CUDA targets: name a GPU as target='sm_90', or leave it out")
+    if options.experts == "upstream" and options.scheme not in PREFILL:
+        raise ValueError(f"experts='upstream' has no scheme={options.scheme!r}: use one of {', '.join(PREFILL)}")
+
+
+def attention_of(target: str, dtype: str) -> str:
+    """transformers' `attn_implementation` for a target, "cpu" or any GPU."""
+    if target == "cpu":
+        return "sdpa"
+    # ExecuTorch's Triton attention for CUDA writes bf16 whatever it is given.
+    return "eager" if dtype == "fp32" else attention.register()
+
+
+def build_synthetic(options: Any, dtype: torch.dtype, implementation: str) -> nn.Module:
+    """The synthetic model that the options name, packed, its dense layers quantised one by one."""
+
+    def upstream(shape: Shape, scheme: str, generator: torch.Generator) -> nn.Module:
+        return UpstreamMoE(random_weights(shape, "cpu", generator), shape.top_k, scheme, shape.group_size)
+
+    return synthetic.build(
+        synthetic.parse(options.model, options.layers),
+        options.scheme,
+        options.group_size,
+        seed=options.seed,
+        dtype=dtype,
+        attention=implementation,
+        make_experts=upstream if options.experts == "upstream" else None,
+        prepare=lambda part: quantize_dense(part, options),
+    )
+
+
+def quantize_dense(module: nn.Module, options: Any) -> None:
+    """`quantize_dense_` as the options say."""
+    quantize_dense_(module, options.dense, options.group_size, lm_head=options.lm_head, embedding=options.embedding)
+
+
+@torch.no_grad()
+def use_upstream_(model: nn.Module, scheme: str, group_size: int) -> nn.Module:
+    """Replaces every experts module by `UpstreamMoE`, with the codes that our packing has.
+
+    Raises:
+        ValueError: experts of another layout than Qwen3-MoE's, or a group size that does not fit.
+    """
+    if not can_swap(model):
+        raise ValueError(f"experts='upstream' is not for {type(model).__name__}: use a Qwen3-MoE model")
+    config: Any = model.config
+    for name, module in list(find_experts(model)):
+        experts: Any = module
+        try:
+            weights = pack(experts.gate_up_proj, experts.down_proj, group_size)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        parent, _, attribute = name.rpartition(".")
+        replacement = UpstreamMoE(weights, config.num_experts_per_tok, scheme, group_size)
+        setattr(model.get_submodule(parent), attribute, replacement)
+    return model
+
+
+def forced_schedule(experts: str) -> AbstractContextManager[None]:
+    """Round lowering: the schedule that `experts` names."""
+    return forced(Options(persistent=False)) if experts == "ours-tile" else contextlib.nullcontext()
