@@ -6,6 +6,7 @@ import functools
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -32,6 +33,13 @@ debug = False
 Command = TypeVar("Command", bound=Callable[..., Any])
 RuntimeOption = Annotated[
     str, typer.Option(help="executorch, delegate-host, or auto: the first of them that can run the artifact here.")
+]
+
+CudaGraphOption = Annotated[
+    bool, typer.Option("--cuda-graph/--no-cuda-graph", help="Replay decode as a CUDA graph (delegate host).")
+]
+PrefillChunkOption = Annotated[
+    int | None, typer.Option(help="Most prompt tokens in one call; by default the whole prompt.")
 ]
 
 
@@ -83,7 +91,13 @@ def quiet_unless(verbose: bool) -> None:
 @app.command()
 @one_line_errors
 def export(
-    model: Annotated[str, typer.Argument(help="Folder of a Hugging Face model, or 'tiny': the one that comes along.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of a Hugging Face model, 'tiny': the one that comes along, or random weights: "
+            "synthetic:qwen3-30b-a3b."
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The .pte to write; weights and tokenizer go beside it.")],
     target: Annotated[
         str,
@@ -102,6 +116,18 @@ def export(
     dtype: Annotated[
         str, typer.Option(help="All but the experts: bf16, fp32, or auto: bf16 on cuda, fp32 on the CPU.")
     ] = "auto",
+    output: Annotated[
+        str, typer.Option(help="token: the next one is picked on the device; logits: for runners that pick themselves.")
+    ] = "token",
+    experts: Annotated[
+        str,
+        typer.Option(help="ours; to measure against: ours-tile (one CTA per tile), upstream (ExecuTorch's operators)."),
+    ] = "ours",
+    dense: Annotated[str, typer.Option(help="Linear layers, on CUDA targets: none, int8 or int4 weights.")] = "none",
+    lm_head: Annotated[str | None, typer.Option(help="The last linear layer; by default as --dense.")] = None,
+    embedding: Annotated[str, typer.Option(help="none or int8, on CUDA targets.")] = "none",
+    layers: Annotated[int | None, typer.Option(help="Layers of a synthetic model.")] = None,
+    seed: Annotated[int, typer.Option(help="Of a synthetic model's weights.")] = 0,
     report: Annotated[
         Path | None, typer.Option(help="Write what was fused, layer by layer, to this file as JSON.")
     ] = None,
@@ -114,7 +140,10 @@ def export(
     quiet_unless(verbose)
     from .pipeline import ExportOptions, export_model
 
-    options = ExportOptions(model, out, target, scheme, group_size, max_context, dtype)
+    options = ExportOptions(
+        model, out, target, scheme, group_size, max_context, dtype, output, experts, dense, lm_head, embedding, layers,
+        seed,
+    )  # fmt: skip
     if options.crosses and not own_process:
         # Compiling for a GPU that is not here replaces functions of torch and Triton for a whole process.
         raise typer.Exit(export_in_own_process(options, report, verbose))
@@ -131,9 +160,10 @@ def export_in_own_process(options: Any, report: Path | None, verbose: bool) -> i
     import subprocess
 
     command = [sys.executable, "-m", "executorch_moe.export.cli", *(["--debug"] if debug else [])]
-    command += ["export", options.model, "--own-process", "--out", str(options.out), "--target", options.target]
-    command += ["--scheme", options.scheme, "--group-size", str(options.group_size), "--dtype", options.dtype]
-    command += ["--max-context", str(options.max_context)] if options.max_context is not None else []
+    command += ["export", options.model, "--own-process"]
+    for name, value in asdict(options).items():
+        if name != "model" and value is not None:
+            command += [f"--{name.replace('_', '-')}", str(value)]
     command += ["--report", str(report)] if report is not None else []
     command += ["--verbose"] if verbose else []
     return subprocess.run(command).returncode
@@ -149,18 +179,24 @@ def generate(
     ] = None,
     runtime: RuntimeOption = "auto",
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that together reach this.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the random choice, for temperatures above 0.")] = 0,
+    cuda_graph: CudaGraphOption = False,
+    prefill_chunk: PrefillChunkOption = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show other packages' warnings.")] = False,
 ) -> None:
     """Generate text with an exported model; shows the runtime and its speed."""
     quiet_unless(verbose)
-    from .generation import Sampler, TextGenerator, TextStream
+    from .generation import TextGenerator, TextStream
     from .quiet import hold_native_notes
+    from .sampling import Sampler
 
-    sampler = Sampler(temperature, seed)
+    sampler = Sampler(temperature, seed, top_p)
     with hold_native_notes() as terminal:
         with terminal.status("loading"):
-            generator = TextGenerator.load(artifact, runtime=runtime)
+            generator = TextGenerator.load(
+                artifact, runtime=runtime, cuda_graph=cuda_graph, prefill_chunk=prefill_chunk
+            )
             ids = generator.encode(prompt)
             generator.check_length(len(ids), max_new_tokens)
         with terminal.status("warming up"):

@@ -74,7 +74,7 @@ def nucleus(logits: Tensor, probabilities: Tensor, top_p: Tensor) -> Tensor:
         short = (reached < top_p).sum(0, keepdim=True)
         # Rounding may leave the sum of all below top_p.
         end = end + short.clamp(max=_WAYS - 1) * width
-    return key <= end
+    return (key <= end) | (top_p >= 1.0)
 
 
 def sample(logits: Tensor, position: Tensor, temperature: Tensor, top_p: Tensor, seed: Tensor) -> Tensor:
