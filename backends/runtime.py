@@ -134,7 +134,9 @@ def load(
         if not (why := why_not_delegate_host()):
             device = torch.device("cuda", torch.cuda.current_device())
             wrap = graph_methods(cuda_graph) if cuda_graph else None
-            return LoadedProgram(program, DelegateHost(program, data, device, wrap_delegate=wrap), DELEGATE_HOST, device)
+            return LoadedProgram(
+                program, DelegateHost(program, data, device, wrap_delegate=wrap), DELEGATE_HOST, device
+            )
         reasons["the delegate host"] = why
     told = "; ".join(f"{name}: {why}" for name, why in reasons.items())
     raise RuntimeError(

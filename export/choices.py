@@ -1,4 +1,4 @@
-"""Options of an export that change what is computed where: which experts, how dense layers are stored, what comes out."""
+"""Options of an export that change what is computed: which experts, how dense layers are stored, what comes out."""
 
 from __future__ import annotations
 

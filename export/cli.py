@@ -224,29 +224,46 @@ def generate(
 @one_line_errors
 def bench_model(
     artifact: Annotated[Path, typer.Argument(help="The .pte of an export.")],
-    prompt_tokens: Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")] = "32,128",
-    new_tokens: Annotated[int, typer.Option(help="Tokens generated after each prompt.")] = 64,
-    repeats: Annotated[int, typer.Option(help="Runs of each length.")] = 5,
+    prompt_tokens: Annotated[
+        str, typer.Option("--prompt-tokens", "-p", help="Prompt lengths, separated by commas.")
+    ] = "32,128",
+    new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", help="Tokens generated after each prompt.")] = 64,
+    repeats: Annotated[int, typer.Option("--repeats", "-r", help="Runs of each length.")] = 5,
     runtime: RuntimeOption = "auto",
-    output_format: Annotated[str, typer.Option("--format", help="md or json.")] = "md",
+    cuda_graph: CudaGraphOption = False,
+    prefill_chunk: PrefillChunkOption = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also show where a decode token's time goes (needs a GPU).")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="With --profile: also write this picture (.png, .svg).")] = None,
+    output_format: Annotated[str, typer.Option("--output", "-o", "--format", help="md or json.")] = "md",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show other packages' warnings.")] = False,
 ) -> None:
-    """Prefill and decode speed of an exported model, mean and spread over repeats."""
+    """Prefill and decode speed of an exported model, mean and spread over repeats, in the manner of llama-bench."""
     quiet_unless(verbose)
     from rich.progress import Progress
 
     from .benchmark import FORMATS, benchmark_model
+    from .generation import TextGenerator
     from .quiet import hold_native_notes
 
     if output_format not in FORMATS:
         raise ValueError(f"format={output_format!r} is unknown: use one of {', '.join(FORMATS)}")
+    if plot is not None and not profile:
+        raise ValueError(f"plot={str(plot)!r} is of a profile: add --profile")
     lengths = parse_lengths(prompt_tokens)
     with hold_native_notes() as terminal, Progress(console=terminal, transient=True) as progress:
         task = progress.add_task("measuring", total=len(lengths) * repeats)
+        generator = TextGenerator.load(artifact, runtime, cuda_graph=cuda_graph, prefill_chunk=prefill_chunk)
         result = benchmark_model(
-            artifact, lengths, new_tokens, repeats, runtime, on_repeat=lambda _: progress.advance(task)
-        )
+            artifact, lengths, new_tokens, repeats, on_repeat=lambda _: progress.advance(task), generator=generator,
+            cuda_graph=cuda_graph,
+        )  # fmt: skip
+        if profile:
+            result.profile_decode(generator, lengths[-1], min(new_tokens, 64))
     typer.echo(result.markdown() if output_format == "md" else result.json())
+    if plot is not None and result.breakdown is not None:
+        result.breakdown.plot(plot, result.model_name())
 
 
 @bench_app.command("kernel")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -170,51 +171,53 @@ class TextGenerator:
         if not prompt_ids:
             raise ValueError("prompt_ids is empty: give at least one token")
         limit = self.check_length(len(prompt_ids), max_new_tokens)
-        sampler = sampler or Sampler()
         result = Generation(prompt_tokens=len(prompt_ids))
-        self.program.reset()
-
-        pick = self._picker(sampler)
+        tokens = self.stream(prompt_ids, sampler)
         start = time.perf_counter()
-        token = self._prefill(prompt_ids, pick)
-        first = int(token)
+        token = int(next(tokens))
         result.prefill_seconds = time.perf_counter() - start
         if ignore_eos and on_token is None:
             start = time.perf_counter()
-            kept = [token]
-            for position in range(len(prompt_ids), len(prompt_ids) + limit - 1):
-                kept.append(pick(kept[-1], position))
-            rest = torch.cat(kept[1:]).flatten().tolist() if limit > 1 else []
+            rest = [next(tokens) for _ in range(limit - 1)]
+            result.tokens = [token, *(torch.cat(rest).flatten().tolist() if rest else [])]
             result.decode_seconds = time.perf_counter() - start
-            result.tokens, result.stopped_by = [first, *rest], "max_new_tokens"
+            result.stopped_by = "max_new_tokens"
             return result
         while True:
-            value = int(token)
-            result.decode_seconds += time.perf_counter() - start if result.tokens else 0.0
-            result.tokens.append(value)
+            result.tokens.append(token)
             if on_token is not None:
-                on_token(value)
-            if value in self.eos_ids and not ignore_eos:
+                on_token(token)
+            if token in self.eos_ids and not ignore_eos:
                 result.stopped_by = "end of text"
                 return result
             if len(result.tokens) == limit:
                 result.stopped_by = "max_new_tokens" if max_new_tokens is not None else f"length {limit}"
                 return result
             start = time.perf_counter()
-            token = pick(token, len(prompt_ids) + len(result.tokens) - 1)
+            token = int(next(tokens))
+            result.decode_seconds += time.perf_counter() - start
+
+    def stream(self, prompt_ids: list[int], sampler: Sampler | None = None) -> Iterator[Tensor]:
+        """Tokens after a prompt, int64 [1, 1] on the device, from an empty cache; each `next` makes one.
+
+        The caller counts: nothing here knows where the cache ends (`check_length` does).
+        """
+        self.program.reset()
+        return self._tokens(prompt_ids, self._picker(sampler or Sampler()))
+
+    def _tokens(self, prompt_ids: list[int], pick: Pick) -> Iterator[Tensor]:
+        chunk = self.prefill_chunk or len(prompt_ids)
+        ids = torch.tensor([prompt_ids], dtype=torch.int64, device=self.program.device)
+        for start in range(0, len(prompt_ids), chunk):
+            token = pick(ids[:, start : start + chunk], start)
+        for position in itertools.count(len(prompt_ids)):
+            yield token
+            token = pick(token, position)
 
     def warm_up(self, prompt_tokens: int) -> None:
         """Runs both methods at the size to come, so that one-time costs are not in the times."""
         steps = min(WARMUP_DECODE_STEPS + 1, self.max_context - prompt_tokens + 1)
         self.generate([0] * prompt_tokens, steps, ignore_eos=True)
-
-    def _prefill(self, prompt_ids: list[int], pick: Pick) -> Tensor:
-        """The first new token; the prompt goes in by chunks."""
-        chunk = self.prefill_chunk or len(prompt_ids)
-        ids = torch.tensor([prompt_ids], dtype=torch.int64, device=self.program.device)
-        for start in range(0, len(prompt_ids), chunk):
-            token = pick(ids[:, start : start + chunk], start)
-        return token
 
     def _picker(self, sampler: Sampler) -> Pick:
         """(input_ids [1, T], position of the first) -> the next token, int64 [1, 1], both on the device."""

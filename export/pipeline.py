@@ -49,7 +49,7 @@ class ExportOptions:
             kernels are made for it). The experts' activations are bf16 in all.
         output: what the methods return: "token" (picked on the device) or "logits".
         experts: "ours"; "ours-tile": the one-CTA-per-tile schedule; "upstream": ExecuTorch's own operators.
-        dense: linear layers: "none" (as they are), "int8" or "int4". lm_head: the same for the last one; None: as dense.
+        dense: linear layers: "none" (as they are), "int8" or "int4". lm_head: the last one; None: as dense.
         embedding: "none" or "int8".
         layers, seed: of a synthetic model ("synthetic:qwen3-30b-a3b"); see `synthetic.parse`.
     """
@@ -128,6 +128,8 @@ class ExportSummary:
     files: list[Path] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     compiled_for: str = ""
+    embedding_bytes: int = 0
+    cache_bytes: int = 0
 
     def table(self) -> Table:
         """The summary as a table for the terminal."""
@@ -161,14 +163,19 @@ class ExportSummary:
         peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
         if torch.cuda.is_available():
             peak["gpu"] = torch.cuda.max_memory_allocated()
-        record = {
+        record: dict[str, Any] = {
             "options": choices,
             "max_context": self.max_context,
             "seconds": self.seconds,
             "peak_bytes": peak,
             "expert_bytes": self.report.bytes_after,
             "other_bytes": self.dense_bytes,
+            "embedding_bytes": self.embedding_bytes,
+            "cache_bytes": self.cache_bytes,
         }
+        if self.report.layers:
+            layer = self.report.layers[0]
+            record["active_experts"] = layer.top_k / layer.num_experts
         return json.dumps(record, indent=2) + "\n"
 
     def layers_table(self) -> Table:
@@ -272,9 +279,7 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
         artifact = save(manager, options.out)
         write_aside(tokenizer_path(options.out), tokenizer)
 
-    other_bytes = sum(
-        tensor.nbytes for name, tensor in model.state_dict().items() if not in_layers(name, fuser.report)
-    )
+    other_bytes = sum(tensor.nbytes for name, tensor in model.state_dict().items() if not in_layers(name, fuser.report))
     summary = ExportSummary(
         options=options,
         target=target,
@@ -284,6 +289,8 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
         files=[path for path in (artifact.pte, artifact.ptd, tokenizer_path(options.out)) if path.is_file()],
         seconds=seconds,
         compiled_for="".join(str(report) for report in reports),
+        embedding_bytes=sum(tensor.nbytes for tensor in model.get_input_embeddings().state_dict().values()),
+        cache_bytes=sum(tensor.nbytes for tensor in module.kv_cache.buffers()),
     )
     write_aside(record_path(options.out), summary.record())
     return summary

@@ -46,7 +46,7 @@ class SyntheticModel:
         for name in ("hidden", "intermediate"):
             if getattr(self, name) % K_BLOCK:
                 raise ValueError(
-                    f"{name}={getattr(self, name)} must be a multiple of {K_BLOCK}: random packed weights have no padding"
+                    f"{name}={getattr(self, name)} must be a multiple of {K_BLOCK}: random codes have no padding"
                 )
         if self.top_k > self.experts:
             raise ValueError(f"top_k={self.top_k} must be at most experts={self.experts}")

@@ -1,4 +1,4 @@
-"""The same experts on ExecuTorch's own `triton::fused_moe` operators, to measure ours against in one and the same model."""
+"""Experts on ExecuTorch's own `triton::fused_moe` operators, to measure ours against in one and the same model."""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ from .aten import fused_experts_aten, fused_experts_cpu
 from .plan import Options, run_fused_experts
 from .validate import check_fused_experts
 
-_OPTIONS: ContextVar[Options] = ContextVar("executorch_moe_options", default=Options())
+_DEFAULT = Options()
+_OPTIONS: ContextVar[Options] = ContextVar("executorch_moe_options", default=_DEFAULT)
 
 
 @contextlib.contextmanager

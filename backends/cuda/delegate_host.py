@@ -115,9 +115,9 @@ class DelegateHost:
         """
         plan = self._program.plan(method)
         self._program.check_inputs(method, inputs)
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
-            with say_out_of_memory(method, inputs, self.device):
-                return self._run_steps(method, plan, inputs)
+        here = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+        with here, say_out_of_memory(method, inputs, self.device):
+            return self._run_steps(method, plan, inputs)
 
     def _run_steps(self, method: str, plan: ExecutionPlan, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         values = {index: self._place(tensor) for index, tensor in zip(plan.inputs, inputs, strict=True)}

@@ -1,4 +1,4 @@
-"""CUDA graphs of delegates: the logic of capture and replay with a stand-in that keeps a graph's rules, and on a GPU."""
+"""CUDA graphs of delegates: capture and replay with a stand-in that keeps a graph's rules, and on a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 class RecordedGraph:
-    """Keeps a CUDA graph's rules on the CPU: a capture leaves all memory as it was, a replay writes to fixed addresses."""
+    """Keeps a CUDA graph's rules on the CPU: a capture leaves memory as it was, a replay writes to fixed addresses."""
 
     def __init__(self, call: Callable[[], list[Tensor]], state: Callable[[], list[Tensor]]) -> None:
         self.call, self.replays = call, 0
@@ -97,8 +97,8 @@ def test_state_of_a_program_is_right_through_capture_replay_and_reset(emulated: 
         x, position = torch.randn(6, WIDTH), torch.arange(6)
         torch.testing.assert_close(host.run("prefill", (x[:2], position[:2]))[0], module(x[:2], position[:2]))
         for at in range(2, 6):
-            got, expected = (f((x[at : at + 1], position[at : at + 1])) for f in (
-                lambda inputs: host.run("decode", inputs)[0], lambda inputs: module(*inputs)))  # fmt: skip
+            inputs = x[at : at + 1], position[at : at + 1]
+            got, expected = host.run("decode", inputs)[0], module(*inputs)
             torch.testing.assert_close(got, expected)
         torch.testing.assert_close(host.run("peek", (torch.ones(WIDTH),))[0], module.cache.sum(0))
         assert len(recorder.graphs) == 1, f"text {text}"
@@ -111,7 +111,9 @@ def test_methods_that_cannot_be_captured(emulated: Artifact) -> None:
     check_graph_methods(program, ("decode",))
     with pytest.raises(ValueError, match=r"method 'prefill' cannot be a CUDA graph: its input 0, .*changes its size"):
         check_graph_methods(program, ("prefill",))
-    with pytest.raises(ValueError, match=r"no method 'encode' .* to make a CUDA graph of: it has decode, peek, prefill"):
+    with pytest.raises(
+        ValueError, match=r"no method 'encode' .* to make a CUDA graph of: it has decode, peek, prefill"
+    ):
         check_graph_methods(program, ("encode",))
 
 
