@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .pipeline import tokenizer_path
+from .pipeline import TOKENIZER_DIGEST, tokenizer_digest, tokenizer_path
 from .sampling import Sampler
 
 if TYPE_CHECKING:
@@ -102,7 +102,9 @@ class TextGenerator:
             )
         tokenizer = read_tokenizer(tokenizer_path(pte))
         program = load(pte, runtime=runtime, cuda_graph=("decode",) if cuda_graph else ())
-        return cls(program, tokenizer, prefill_chunk)
+        generator = cls(program, tokenizer, prefill_chunk)
+        check_tokenizer(program, tokenizer_path(pte))
+        return generator
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt.
@@ -233,6 +235,21 @@ class TextGenerator:
             return out if self.picks_tokens else torch.tensor([[sampler(out, end)]], device=device)
 
         return pick
+
+
+def check_tokenizer(program: LoadedProgram, path: Path) -> None:
+    """Check that a tokenizer.json is the one of the export; artifacts of before it was recorded pass.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    if TOKENIZER_DIGEST not in program.constant_names:
+        return
+    if program.constant(TOKENIZER_DIGEST) != tokenizer_digest(path.read_text(encoding="utf-8")):
+        raise ValueError(
+            f"{path} does not belong to the .pte beside it: its text differs from the tokenizer of that export. "
+            "Copy the tokenizer.json of the same export"
+        )
 
 
 def read_tokenizer(path: Path) -> Any:

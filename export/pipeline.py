@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import resource
@@ -31,6 +32,7 @@ from .upstream_experts import UpstreamMoE
 TARGETS = ("cuda", "cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 DEFAULT_MAX_CONTEXT = 2048
+TOKENIZER_DIGEST = "get_tokenizer_digest"
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,11 @@ def tokenizer_path(pte: Path) -> Path:
     return pte.with_suffix(".tokenizer.json")
 
 
+def tokenizer_digest(text: str) -> str:
+    """What an artifact keeps of its tokenizer.json, to know it again."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def record_path(pte: Path) -> Path:
     """Where the record of an export lies: beside it, NAME.export.json."""
     return pte.with_suffix(".export.json")
@@ -270,7 +277,8 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
     with step("trace", "tracing prefill and decode"):
         programs = export_methods(module, one_row_linears=target != "cpu")
     reports: list[Any] = []
-    constants = {**constant_methods(config, max_context), "get_method_output": options.output}
+    constants = constant_methods(config, max_context)
+    constants |= {"get_method_output": options.output, TOKENIZER_DIGEST: tokenizer_digest(tokenizer)}
     doing = f"lowering to {target}" + (" (compiles kernels: minutes)" if target != "cpu" else "")
     with step("lower", doing), forced_schedule(options.experts):
         manager = lower(programs, target, constants, fuser, on_report=reports.append)

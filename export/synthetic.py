@@ -157,7 +157,8 @@ def fused_experts(shape: Shape, scheme: str, generator: torch.Generator) -> nn.M
 
 
 def _generator(seed: int, what: str) -> torch.Generator:
-    return torch.Generator().manual_seed((seed << 32) + zlib.crc32(what.encode()))
+    # 32 bits: the generator ignores higher ones.
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {what}".encode()))
 
 
 def _fill(module: nn.Module, seed: int, prefix: str) -> None:

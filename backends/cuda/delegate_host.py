@@ -94,7 +94,8 @@ class DelegateHost:
         if device.type == "cuda":
             for name, delegates in parsed.items():
                 for delegate in delegates:
-                    check_arch(named[delegate.library_key], torch.cuda.get_device_capability(device), f"method {name}")
+                    capability, gpu = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
+                    check_arch(named[delegate.library_key], capability, f"{program.path}, method {name},", gpu)
         check_memory(program.path, parsed, device)
         for name, delegates in parsed.items():
             self._delegates[name] = []
@@ -255,7 +256,7 @@ def why_not_delegate_host() -> str:
     return ""
 
 
-def check_arch(library: bytes | memoryview, capability: tuple[int, int], where: str) -> None:
+def check_arch(library: bytes | memoryview, capability: tuple[int, int], where: str, gpu: str = "") -> None:
     """Check that a delegate's library has code for a device.
 
     Raises:
@@ -263,10 +264,10 @@ def check_arch(library: bytes | memoryview, capability: tuple[int, int], where: 
     """
     codes = find_gpu_code(library)
     if codes and not any(code.runs_on(capability) for code in codes):
-        archs = ", ".join(sorted({code.arch for code in codes}))
+        archs, name = ", ".join(sorted({code.arch for code in codes})), f" ({gpu})" if gpu else ""
         raise RuntimeError(
-            f"{where} was exported for {archs}, this GPU is sm_{capability[0]}{capability[1]}: "
-            "export it again on this GPU"
+            f"{where} was exported for {archs}, this GPU{name} is sm_{capability[0]}{capability[1]}: "
+            f"export it again on this GPU, or with --target sm_{capability[0]}{capability[1]}"
         )
 
 
