@@ -25,7 +25,7 @@ RULES: tuple[tuple[str, str], ...] = (
     ("attention", r"sdpa"),
     ("routing", r"moe_|topk|fused__softmax__to_copy_prepare_softmax_online(?!.*(where|floor))"),
     ("sampling", _SAMPLING),
-    ("dense", r"triton_tem_|_mm_|gemm|gemv|matvec|bitwise_and|to_copy_(add_)?mul_(select_)?sum|mul_sum_view"),
+    ("dense", r"triton_tem_|_mm_|gemm|gemv|matvec|bitwise_and|to_copy_(add_)?mul_(select_)?sum|rsqrt_sum"),
 )
 _BOTH_GEMMS = re.compile(r"moe_\w*gemm(?![12])")
 
@@ -248,6 +248,16 @@ def _seconds(call: Any) -> float:
     return start.elapsed_time(end) / 1e3
 
 
+def check_profile(device: torch.device) -> None:
+    """Check that there is something to profile.
+
+    Raises:
+        ValueError: no GPU.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"a profile is of GPU kernels, and the artifact runs on {device.type}: leave --profile out")
+
+
 def profile_decode(generator: TextGenerator, prompt_ids: list[int], steps: int, record: Mapping[str, Any]) -> Breakdown:
     """Profiles `steps` decode tokens after a prompt, warm.
 
@@ -257,8 +267,7 @@ def profile_decode(generator: TextGenerator, prompt_ids: list[int], steps: int, 
     from torch.profiler import ProfilerActivity, profile
 
     device = generator.program.device
-    if device.type != "cuda":
-        raise ValueError(f"a profile is of GPU kernels, and the artifact runs on {device.type}: leave --profile out")
+    check_profile(device)
     warm = 6
     generator.check_length(len(prompt_ids), warm + steps)
     tokens = generator.stream(prompt_ids)

@@ -244,6 +244,7 @@ def bench_model(
     from rich.progress import Progress
 
     from .benchmark import FORMATS, benchmark_model
+    from .breakdown import check_profile
     from .generation import TextGenerator
     from .quiet import hold_native_notes
 
@@ -255,6 +256,8 @@ def bench_model(
     with hold_native_notes() as terminal, Progress(console=terminal, transient=True) as progress:
         task = progress.add_task("measuring", total=len(lengths) * repeats)
         generator = TextGenerator.load(artifact, runtime, cuda_graph=cuda_graph, prefill_chunk=prefill_chunk)
+        if profile:
+            check_profile(generator.program.device)
         result = benchmark_model(
             artifact, lengths, new_tokens, repeats, on_repeat=lambda _: progress.advance(task), generator=generator,
             cuda_graph=cuda_graph,

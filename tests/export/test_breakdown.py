@@ -35,6 +35,8 @@ NAMES = {
     "triton_tem_fused_mm_t_view_1": "dense",
     "triton_per_fused___rshift____to_copy_add_bitwise_and_mul_select_sub_sum_unsqueeze_copy_1": "dense",
     "triton_per_fused__to_copy_mul_sum_view_copy_8": "dense",
+    # A norm's second half, computed within the product that follows it.
+    "triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_sum_view_copy_14": "dense",
     "triton_per_fused_lt_sum_18": "sampling",
     "triton_per_fused__to_copy_arange_argmax_bitwise_and_bitwise_xor_clamp_log1p_23": "sampling",
     "triton_per_fused__to_copy_add_mean_mul_pow_rsqrt_view_copy_14": "norm, elementwise",
