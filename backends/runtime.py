@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from executorch_moe.backends.artifact import open_artifact
 from executorch_moe.backends.cuda.delegate_host import DelegateHost, why_not_delegate_host
 from executorch_moe.backends.cuda.graph import check_graph_methods, graph_methods
+from executorch_moe.backends.cuda.placeholders import MakeWeights
 from executorch_moe.backends.cuda.weight_metadata import CUDA_BACKEND
 from executorch_moe.backends.pte import PteFile
 from executorch_moe.backends.pybindings import why_not_pybindings
@@ -88,7 +89,11 @@ class LoadedProgram:
 
 
 def load(
-    pte: str | Path, ptd: str | Path | None = None, runtime: str = "auto", cuda_graph: Collection[str] = ()
+    pte: str | Path,
+    ptd: str | Path | None = None,
+    runtime: str = "auto",
+    cuda_graph: Collection[str] = (),
+    make_weights: Callable[[PteFile, torch.device], MakeWeights | None] | None = None,
 ) -> LoadedProgram:
     """Open an artifact.
 
@@ -98,6 +103,7 @@ def load(
         runtime: "executorch": ExecuTorch's own runtime; "delegate-host": PyTorch's AOTInductor runtime, for programs
             with CUDA delegates; "auto": the first of the two that can run the program here.
         cuda_graph: methods whose delegates are replayed as CUDA graphs, each of fixed sizes; see `backends.cuda.graph`.
+        make_weights: (program, device) -> what makes the weights of an artifact without them; delegate host only.
 
     Raises:
         FileNotFoundError: a file is not there.
@@ -134,9 +140,9 @@ def load(
         if not (why := why_not_delegate_host()):
             device = torch.device("cuda", torch.cuda.current_device())
             wrap = graph_methods(cuda_graph) if cuda_graph else None
-            return LoadedProgram(
-                program, DelegateHost(program, data, device, wrap_delegate=wrap), DELEGATE_HOST, device
-            )
+            weights = make_weights(program, device) if make_weights else None
+            host = DelegateHost(program, data, device, wrap_delegate=wrap, weights=weights)
+            return LoadedProgram(program, host, DELEGATE_HOST, device)
         reasons["the delegate host"] = why
     told = "; ".join(f"{name}: {why}" for name, why in reasons.items())
     raise RuntimeError(

@@ -213,7 +213,7 @@ def benchmark_model(
             speed.decode.append(run.decode_rate)
             if on_repeat is not None:
                 on_repeat(speed)
-    picked = "on the device" if generator.picks_tokens else "from the logits"
+    picked = "from the logits" if generator.output == "logits" else "on the device"
     files = {suffix: artifact.with_suffix(suffix) for suffix in (".pte", ".ptd")}
     sizes = {suffix: path.stat().st_size for suffix, path in files.items() if path.is_file()}
     record = read_record(artifact)

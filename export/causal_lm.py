@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from .dense import OneRowLinears
-from .sampling import Sampler, sample
+from .sampling import Sampler, greedy, sample
 
 MIN_CONTEXT = 8
 
@@ -145,6 +145,18 @@ class SamplingLM(CausalLM):
         """
         logits = super().forward(input_ids, cache_position)
         return sample(logits, cache_position[-1:] + 1, temperature, top_p, seed)
+
+
+class GreedyLM(CausalLM):
+    """`CausalLM` whose methods return the likeliest token, int64 [1, 1]: a choice of one kernel, without settings."""
+
+    def forward(self, input_ids: Tensor, cache_position: Tensor) -> Tensor:
+        """The likeliest next token; arguments as for `CausalLM`."""
+        return greedy(super().forward(input_ids, cache_position))
+
+
+BY_OUTPUT: dict[str, type[CausalLM]] = {"token": SamplingLM, "greedy": GreedyLM, "logits": CausalLM}
+"""What the methods return -> the module that is exported."""
 
 
 def _has_sliding_window(config: Any) -> bool:

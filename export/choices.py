@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from executorch_moe.backends.cuda.placeholders import MakeWeights
 from executorch_moe.kernels.benchmark import Shape
 from executorch_moe.kernels.op import forced
 from executorch_moe.kernels.plan import Options
@@ -19,7 +20,7 @@ from .quantize import can_swap, find_experts
 from .upstream_experts import PREFILL, UpstreamMoE, pack, random_weights
 
 EXPERTS = ("ours", "ours-tile", "upstream")
-OUTPUTS = ("token", "logits")
+OUTPUTS = ("token", "greedy", "logits")
 
 
 def check_choices(options: Any, target: str) -> None:
@@ -48,6 +49,10 @@ def check_choices(options: Any, target: str) -> None:
     if target == "cpu" and (options.experts != "ours" or dense):
         what = f"experts={options.experts!r}" if options.experts != "ours" else f"dense={dense[0]!r}"
         raise ValueError(f"{what} is for CUDA targets: name a GPU as target='sm_90', or leave it out")
+    if options.thin and (target == "cpu" or not synthetic.is_synthetic(options.model)):
+        raise ValueError(
+            f"thin=True is for synthetic models and CUDA targets, not for {options.model!r} on {target}: leave it out"
+        )
     if options.experts == "upstream" and options.scheme not in PREFILL:
         raise ValueError(f"experts='upstream' has no scheme={options.scheme!r}: use one of {', '.join(PREFILL)}")
 
@@ -60,11 +65,16 @@ def attention_of(target: str, dtype: str) -> str:
     return "eager" if dtype == "fp32" else attention.register()
 
 
-def build_synthetic(options: Any, dtype: torch.dtype, implementation: str) -> nn.Module:
-    """The synthetic model that the options name, packed, its dense layers quantised one by one."""
+def build_synthetic(
+    options: Any, dtype: torch.dtype, implementation: str, device: synthetic.Device | None = None
+) -> nn.Module:
+    """The synthetic model that the options name, packed, its dense layers quantised one by one.
 
-    def upstream(shape: Shape, scheme: str, generator: torch.Generator) -> nn.Module:
-        return UpstreamMoE(random_weights(shape, "cpu", generator), shape.top_k, scheme, shape.group_size)
+    `device`: where weights are made; None: on the CPU, or nowhere if the artifact is to have none.
+    """
+
+    def upstream(shape: Shape, scheme: str, device: synthetic.Device, generator: torch.Generator) -> nn.Module:
+        return UpstreamMoE(random_weights(shape, str(device), generator), shape.top_k, scheme, shape.group_size)
 
     return synthetic.build(
         synthetic.parse(options.model, options.layers),
@@ -73,6 +83,7 @@ def build_synthetic(options: Any, dtype: torch.dtype, implementation: str) -> nn
         seed=options.seed,
         dtype=dtype,
         attention=implementation,
+        device=device or ("meta" if options.thin else "cpu"),
         make_experts=upstream if options.experts == "upstream" else None,
         prepare=lambda part: quantize_dense(part, options),
     )
@@ -103,6 +114,26 @@ def use_upstream_(model: nn.Module, scheme: str, group_size: int) -> nn.Module:
         replacement = UpstreamMoE(weights, config.num_experts_per_tok, scheme, group_size)
         setattr(model.get_submodule(parent), attribute, replacement)
     return model
+
+
+def made_again(options: Any, dtype: torch.dtype, device: torch.device) -> MakeWeights:
+    """What makes the weights of an artifact that was exported with `thin`; the cache starts at zero.
+
+    All of them are made at once, on the first call.
+    """
+    made: dict[str, torch.Tensor] = {}
+
+    def make(name: str, nbytes: int) -> torch.Tensor:
+        if name.startswith("kv_cache."):
+            return torch.zeros(nbytes, dtype=torch.uint8, device=device)
+        if not made:
+            made.update(build_synthetic(options, dtype, "sdpa", device).state_dict())
+        key = name.removeprefix("model.")
+        if key not in made:
+            raise ValueError(f"weight {name!r} is none of {options.model!r}: export it again with this version")
+        return made[key].detach().contiguous().flatten().view(torch.uint8)
+
+    return make
 
 
 def forced_schedule(experts: str) -> AbstractContextManager[None]:

@@ -117,7 +117,11 @@ def export(
         str, typer.Option(help="All but the experts: bf16, fp32, or auto: bf16 on cuda, fp32 on the CPU.")
     ] = "auto",
     output: Annotated[
-        str, typer.Option(help="token: the next one is picked on the device; logits: for runners that pick themselves.")
+        str,
+        typer.Option(
+            help="token: the next one, picked on the device; greedy: the same, without settings; logits: for runners "
+            "that pick themselves."
+        ),
     ] = "token",
     experts: Annotated[
         str,
@@ -128,6 +132,9 @@ def export(
     embedding: Annotated[str, typer.Option(help="none or int8, on CUDA targets.")] = "none",
     layers: Annotated[int | None, typer.Option(help="Layers of a synthetic model.")] = None,
     seed: Annotated[int, typer.Option(help="Of a synthetic model's weights.")] = 0,
+    thin: Annotated[
+        bool, typer.Option("--thin", help="Write no large weights; a synthetic model's are made where it is loaded.")
+    ] = False,
     report: Annotated[
         Path | None, typer.Option(help="Write what was fused, layer by layer, to this file as JSON.")
     ] = None,
@@ -142,7 +149,7 @@ def export(
 
     options = ExportOptions(
         model, out, target, scheme, group_size, max_context, dtype, output, experts, dense, lm_head, embedding, layers,
-        seed,
+        seed, thin,
     )  # fmt: skip
     if options.crosses and not own_process:
         # Compiling for a GPU that is not here replaces functions of torch and Triton for a whole process.
@@ -162,8 +169,11 @@ def export_in_own_process(options: Any, report: Path | None, verbose: bool) -> i
     command = [sys.executable, "-m", "executorch_moe.export.cli", *(["--debug"] if debug else [])]
     command += ["export", options.model, "--own-process"]
     for name, value in asdict(options).items():
-        if name != "model" and value is not None:
-            command += [f"--{name.replace('_', '-')}", str(value)]
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            command += [option] if value else []
+        elif name != "model" and value is not None:
+            command += [option, str(value)]
     command += ["--report", str(report)] if report is not None else []
     command += ["--verbose"] if verbose else []
     return subprocess.run(command).returncode

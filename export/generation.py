@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .pipeline import TOKENIZER_DIGEST, tokenizer_digest, tokenizer_path
+from .choices import made_again
+from .pipeline import DTYPES, MADE_FROM, TOKENIZER_DIGEST, tokenizer_digest, tokenizer_path
 from .sampling import Sampler
 
 if TYPE_CHECKING:
+    from executorch_moe.backends.cuda.placeholders import MakeWeights
+    from executorch_moe.backends.pte import PteFile
     from executorch_moe.backends.runtime import LoadedProgram
 
 METHODS = ("prefill", "decode")
@@ -73,7 +78,7 @@ class TextGenerator:
         self.prefill_chunk = prefill_chunk
         # Artifacts of before methods could pick tokens do not say what they return.
         says = "get_method_output" in program.constant_names
-        self.picks_tokens = says and program.constant("get_method_output") == "token"
+        self.output = str(program.constant("get_method_output")) if says else "logits"
         self.max_context = int(program.constant("get_max_context_len"))
         self.vocabulary = int(program.constant("get_vocab_size"))
         eos = program.constant("get_eos_ids")
@@ -101,7 +106,8 @@ class TextGenerator:
                 f"artifact={str(pte)!r} is not a file: give the .pte that `executorch-moe export` made"
             )
         tokenizer = read_tokenizer(tokenizer_path(pte))
-        program = load(pte, runtime=runtime, cuda_graph=("decode",) if cuda_graph else ())
+        graphs = ("decode",) if cuda_graph else ()
+        program = load(pte, runtime=runtime, cuda_graph=graphs, make_weights=synthetic_weights)
         generator = cls(program, tokenizer, prefill_chunk)
         check_tokenizer(program, tokenizer_path(pte))
         return generator
@@ -224,7 +230,12 @@ class TextGenerator:
     def _picker(self, sampler: Sampler) -> Pick:
         """(input_ids [1, T], position of the first) -> the next token, int64 [1, 1], both on the device."""
         device = self.program.device
-        settings = sampler.inputs(device) if self.picks_tokens else ()
+        settings = sampler.inputs(device) if self.output == "token" else ()
+        if self.output == "greedy" and sampler.temperature > 0:
+            raise ValueError(
+                f"temperature={sampler.temperature} is not for this artifact, which always takes the likeliest token: "
+                "leave it out, or export with --output token"
+            )
 
         def pick(input_ids: Tensor, position: int) -> Tensor:
             end = position + input_ids.shape[1]
@@ -232,9 +243,17 @@ class TextGenerator:
             # prefill was exported for 2 tokens and more.
             method = "prefill" if input_ids.shape[1] > 1 else "decode"
             (out,) = self.program.run(method, input_ids, cache_position, *settings)
-            return out if self.picks_tokens else torch.tensor([[sampler(out, end)]], device=device)
+            return out if self.output != "logits" else torch.tensor([[sampler(out, end)]], device=device)
 
         return pick
+
+
+def synthetic_weights(program: PteFile, device: torch.device) -> MakeWeights | None:
+    """What makes the weights of a synthetic model that was exported without them; None for other artifacts."""
+    if MADE_FROM not in program.constant_names:
+        return None
+    choices = SimpleNamespace(**json.loads(program.constant(MADE_FROM)))
+    return made_again(choices, DTYPES[choices.dtype], device)
 
 
 def check_tokenizer(program: LoadedProgram, path: Path) -> None:

@@ -8,7 +8,7 @@ import os
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from executorch_moe.backends.cuda.placeholders import without_weights
 from executorch_moe.backends.fusion import ExpertFuser, FusedLayer, FusionOptions, FusionReport
 from executorch_moe.kernels import SCHEMES, FusedExperts
 from executorch_moe.kernels.gpus import target_names
 
-from .causal_lm import CausalLM, SamplingLM, export_methods
+from .causal_lm import BY_OUTPUT, export_methods
 from .choices import attention_of, build_synthetic, check_choices, forced_schedule, quantize_dense, use_upstream_
 from .pretrained import TINY, check_supported, load_model, require_transformers, resolve, tokenizer_json
 from .quantize import can_swap, find_experts, quantize_experts_
@@ -32,6 +33,7 @@ from .upstream_experts import UpstreamMoE
 TARGETS = ("cuda", "cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 DEFAULT_MAX_CONTEXT = 2048
+MADE_FROM = "get_synthetic_options"
 TOKENIZER_DIGEST = "get_tokenizer_digest"
 
 
@@ -49,10 +51,12 @@ class ExportOptions:
         max_context: positions in the KV cache; None takes 2048 or what the model was made for, if that is less.
         dtype: of everything but the experts: "bf16", "fp32" or "auto" (bf16 on cuda, fp32 on the CPU, whose dense
             kernels are made for it). The experts' activations are bf16 in all.
-        output: what the methods return: "token" (picked on the device) or "logits".
+        output: what the methods return: "token" (picked on the device as their inputs say), "greedy" (always the
+            likeliest token) or "logits".
         experts: "ours"; "ours-tile": the one-CTA-per-tile schedule; "upstream": ExecuTorch's own operators.
         dense: linear layers: "none" (as they are), "int8" or "int4". lm_head: the last one; None: as dense.
         embedding: "none" or "int8".
+        thin: write no large weights; of synthetic models, which are made again on the GPU that loads them.
         layers, seed: of a synthetic model ("synthetic:qwen3-30b-a3b"); see `synthetic.parse`.
     """
 
@@ -70,6 +74,7 @@ class ExportOptions:
     embedding: str = "none"
     layers: int | None = None
     seed: int = 0
+    thin: bool = False
 
     def __post_init__(self) -> None:
         if self.target not in (*TARGETS, "auto", *target_names()):
@@ -111,11 +116,14 @@ class ExportOptions:
 
     def load(self, folder: Path) -> nn.Module:
         """The model as this export computes it: its dtype, and an attention that the target has in that dtype."""
-        target = self.resolved_target()
-        dtype = ("fp32" if target == "cpu" else "bf16") if self.dtype == "auto" else self.dtype
+        target, dtype = self.resolved_target(), self.resolved_dtype()
         if is_synthetic(self.model):
             return build_synthetic(self, DTYPES[dtype], attention_of(target, dtype))
         return load_model(folder, DTYPES[dtype], attention_of(target, dtype))
+
+    def resolved_dtype(self) -> str:
+        """The dtype with "auto" decided."""
+        return self.dtype if self.dtype != "auto" else "fp32" if self.resolved_target() == "cpu" else "bf16"
 
 
 @dataclass
@@ -266,7 +274,7 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
     if max_context is None:
         max_context = min(DEFAULT_MAX_CONTEXT, config.max_position_embeddings)
     fuser = ExpertFuser(FusionOptions(options.scheme, options.group_size))
-    module = (SamplingLM if options.output == "token" else CausalLM)(model, max_context)
+    module = BY_OUTPUT[options.output](model, max_context)
     if synthetic:
         record_experts(model, {}, fuser.report)
     elif can_swap(model) or options.experts == "upstream":
@@ -279,8 +287,15 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
     reports: list[Any] = []
     constants = constant_methods(config, max_context)
     constants |= {"get_method_output": options.output, TOKENIZER_DIGEST: tokenizer_digest(tokenizer)}
+    if options.thin:
+        # What makes the weights again; of the options, only those that decide what they are.
+        choices = {
+            name: value for name, value in asdict(options).items() if name not in ("out", "target", "max_context")
+        }
+        constants[MADE_FROM] = json.dumps(choices | {"dtype": options.resolved_dtype()})
     doing = f"lowering to {target}" + (" (compiles kernels: minutes)" if target != "cpu" else "")
-    with step("lower", doing), forced_schedule(options.experts):
+    weights = without_weights() if options.thin else nullcontext()
+    with step("lower", doing), forced_schedule(options.experts), weights:
         manager = lower(programs, target, constants, fuser, on_report=reports.append)
     with step("write", f"writing {options.out}"):
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -51,30 +51,37 @@ def gumbel_noise(seed: Tensor, position: Tensor, vocabulary: int) -> Tensor:
     return -torch.log(-torch.log1p(-uniform))
 
 
-def nucleus(logits: Tensor, probabilities: Tensor, top_p: Tensor) -> Tensor:
+def nucleus(below: Tensor, weights: Tensor, top_p: Tensor) -> Tensor:
     """The most likely tokens whose probabilities first reach `top_p`, and those as likely as the last of them.
 
     No sort: a sort of a whole vocabulary takes longer than the rest of the choice. The logit where the nucleus ends is
-    found in four rounds, each of which sums the probabilities above 16 candidates.
+    found in four rounds, each of which sums the weights above 16 candidates.
 
     Args:
-        logits: fp32 [V]. probabilities: fp32 [V], which fall as the logits do, sum 1.
+        below: fp32 [V], how far each logit is below the largest.
+        weights: fp32 [V], in proportion to the probabilities, which fall as `below` rises.
         top_p: fp32 [1] in (0, 1]; 1 takes all.
 
     Returns:
         bool [V], true for at least the likeliest token.
     """
-    below = (logits.max() - logits) * STEPS_PER_UNIT
-    key = below.clamp(max=float(_WAYS**_ROUNDS - 1)).floor().to(torch.int64)  # 0 is the likeliest
-    end = torch.zeros_like(top_p, dtype=torch.int64)
-    ways = torch.arange(1, _WAYS + 1, device=logits.device)
+    # Whole numbers below 2**16, which fp32 holds exactly; 0 is the likeliest token.
+    key = (below * STEPS_PER_UNIT).clamp(max=float(_WAYS**_ROUNDS - 1)).floor()
+    wanted = top_p * weights.sum()
+    end = torch.zeros_like(top_p)
+    ways = torch.arange(1, _WAYS + 1, device=below.device, dtype=torch.float32)
     for width in (_WAYS ** (_ROUNDS - 1 - n) for n in range(_ROUNDS)):
-        last = end + ways * width - 1
-        reached = torch.where(key[None, :] <= last[:, None], probabilities[None, :], 0.0).sum(1)
-        short = (reached < top_p).sum(0, keepdim=True)
-        # Rounding may leave the sum of all below top_p.
-        end = end + short.clamp(max=_WAYS - 1) * width
+        last = end + ways * width - 1.0
+        reached = torch.where(key[None, :] <= last[:, None], weights[None, :], 0.0).sum(1)
+        short = (reached < wanted).to(torch.float32).sum(0, keepdim=True)
+        # Rounding may leave the sum of all below what is wanted.
+        end = end + short.clamp(max=_WAYS - 1.0) * width
     return (key <= end) | (top_p >= 1.0)
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """The likeliest token: fp32 [1, V] -> int64 [1, 1]."""
+    return logits.argmax(-1, keepdim=True)
 
 
 def sample(logits: Tensor, position: Tensor, temperature: Tensor, top_p: Tensor, seed: Tensor) -> Tensor:
@@ -89,11 +96,12 @@ def sample(logits: Tensor, position: Tensor, temperature: Tensor, top_p: Tensor,
         int64 [1, 1]: may be fed back as it is.
     """
     row = logits[0]
-    greedy = temperature <= 0.0
-    scaled = row / torch.where(greedy, 1.0, temperature)
-    allowed = nucleus(row, torch.softmax(scaled, -1), top_p)
+    below = row.max() - row
+    take_best = temperature <= 0.0
+    scaled = -below / torch.where(take_best, 1.0, temperature)
+    allowed = nucleus(below, torch.exp(scaled), top_p)
     noisy = torch.where(allowed, scaled + gumbel_noise(seed, position, row.shape[0]), -math.inf)
-    return torch.where(greedy, row, noisy).argmax(-1, keepdim=True)[None]
+    return greedy(torch.where(take_best, row, noisy)[None])
 
 
 @dataclass(frozen=True)

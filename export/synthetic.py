@@ -8,7 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -20,7 +20,8 @@ from executorch_moe.kernels.schemes import K_BLOCK, check_group_size, get_scheme
 from .pretrained import require_transformers
 
 PREFIX = "synthetic:"
-MakeExperts = Callable[[Shape, str, torch.Generator], nn.Module]
+Device: TypeAlias = "torch.device | str"
+MakeExperts: TypeAlias = "Callable[[Shape, str, Device, torch.Generator], nn.Module]"
 
 
 @dataclass(frozen=True)
@@ -113,18 +114,20 @@ def build(
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
     attention: str = "sdpa",
+    device: Device = "cpu",
     make_experts: MakeExperts | None = None,
     prepare: Callable[[nn.Module], object] | None = None,
 ) -> nn.Module:
-    """The model on the CPU in eval mode, experts already packed.
+    """The model in eval mode, experts already packed.
 
-    The same seed gives the same weights, and a layer's do not depend on the number of layers.
+    The same seed gives the same weights on one kind of device, and a layer's do not depend on the number of layers.
 
     Args:
         scheme: of the experts. group_size: weights that share a scale; ignored by scheme bf16.
         dtype: of everything but the experts.
         attention: transformers' `attn_implementation`.
-        make_experts: (shape, scheme, generator) -> experts module; by default `FusedExperts`.
+        device: where weights are made; "meta" makes none, and gives memory on the CPU that nothing was written to.
+        make_experts: (shape, scheme, device, generator) -> experts module; by default `FusedExperts`.
         prepare: called with each decoder layer, and last with the model, once it has its weights: the place to quantise
             what is not experts before the next layer is made.
 
@@ -139,38 +142,43 @@ def build(
     with torch.device("meta"):
         net: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     shape = Shape(model.name, model.experts, model.top_k, model.hidden, model.intermediate, group_size)
-    net.model.rotary_emb = type(net.model.rotary_emb)(config)
     for index, layer in enumerate(net.model.layers):
-        layer.mlp.experts = (make_experts or fused_experts)(shape, scheme, _generator(seed, f"experts {index}"))
-        _fill(layer, seed, f"layers.{index}")
+        layer.mlp.experts = (make_experts or fused_experts)(
+            shape, scheme, device, _generator(device, seed, f"experts {index}")
+        )  # fmt: skip
+        _fill(layer, device, seed, f"layers.{index}")
         if prepare is not None:
             prepare(layer)
-    _fill(net, seed, "")
+    _fill(net, device, seed, "")
     if prepare is not None:
         prepare(net)
+    if device == "meta":
+        net.to_empty(device="cpu")
+    net.model.rotary_emb = type(net.model.rotary_emb)(config)  # a table on the CPU, no weight
     return net.eval()
 
 
-def fused_experts(shape: Shape, scheme: str, generator: torch.Generator) -> nn.Module:
+def fused_experts(shape: Shape, scheme: str, device: Device, generator: torch.Generator) -> nn.Module:
     """Our experts on random codes."""
-    return FusedExperts(random_packed(shape, scheme, "cpu", generator))
+    return FusedExperts(random_packed(shape, scheme, str(device), generator))
 
 
-def _generator(seed: int, what: str) -> torch.Generator:
+def _generator(device: Device, seed: int, what: str) -> torch.Generator:
     # 32 bits: the generator ignores higher ones.
-    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {what}".encode()))
+    generator = torch.Generator("cpu" if device == "meta" else device)
+    return generator.manual_seed(zlib.crc32(f"{seed} {what}".encode()))
 
 
-def _fill(module: nn.Module, seed: int, prefix: str) -> None:
+def _fill(module: nn.Module, device: Device, seed: int, prefix: str) -> None:
     """Give every parameter that has no values yet some: norms 1, matrices of gain 1 (embeddings: variance 1)."""
     for name, parameter in list(module.named_parameters()):
         if not parameter.is_meta:
             continue
-        values = torch.empty(parameter.shape, dtype=parameter.dtype)
+        values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
         if values.dim() < 2:
             values.fill_(1.0 if name.endswith("norm.weight") else 0.0)
         else:
             deviation = 1.0 if "embed" in name else values.shape[-1] ** -0.5
-            values.normal_(0.0, deviation, generator=_generator(seed, f"{prefix}.{name}"))
+            values.normal_(0.0, deviation, generator=_generator(device, seed, f"{prefix}.{name}"))
         owner, _, attribute = name.rpartition(".")
         setattr(module.get_submodule(owner), attribute, nn.Parameter(values, requires_grad=False))

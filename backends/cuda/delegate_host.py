@@ -20,6 +20,7 @@ from torch import Tensor
 
 from executorch_moe.backends.cuda.cubin import find_gpu_code
 from executorch_moe.backends.cuda.memory import check_memory, say_out_of_memory
+from executorch_moe.backends.cuda.placeholders import MakeWeights
 from executorch_moe.backends.cuda.weight_metadata import (
     CUDA_BACKEND,
     MUTATED_BUFFERS_KEY,
@@ -64,6 +65,7 @@ class DelegateHost:
         data: its .ptd.
         device: where delegates run; "cpu" only with an `open_container` for it (tests).
         open_container: makes the AOTInductor runner for a library and a device.
+        weights: makes the weights that the .ptd has placeholders for.
         wrap_delegate: called once for each delegate with (method, run) after its weights are bound; what it returns is
             called instead of `run`. The place for CUDA graph capture: weights never move, inputs and outputs may.
 
@@ -81,9 +83,11 @@ class DelegateHost:
         *,
         open_container: Callable[[Path, torch.device], Container] | None = None,
         wrap_delegate: Callable[[str, RunDelegate], RunDelegate] | None = None,
+        weights: MakeWeights | None = None,
     ) -> None:
         self.device = device
-        self._program, self._data = program, data
+        self._program, self._data, self._make = program, data, weights
+        self._named: dict[str, tuple[str, int]] = {}
         self._storages: dict[str, Tensor] = {}
         self._state_keys: set[str] = set()
         self._delegates: dict[str, list[RunDelegate]] = {}
@@ -180,8 +184,17 @@ class DelegateHost:
         storage = self._storages.get(weight.storage_key)
         if storage is None:
             target = self.device if weight.device == "cuda" else torch.device("cpu")
-            storage = torch.empty(weight.storage_nbytes, dtype=torch.uint8, device=target)
-            storage.copy_(self._bytes(weight.storage_key))
+            self._named[weight.storage_key] = (weight.fqn, weight.storage_nbytes)
+            given = self._bytes(weight.storage_key)
+            if given.numel() != weight.storage_nbytes:
+                raise ValueError(
+                    f"weight {weight.fqn!r} has {given.numel()} bytes, {self._program.path} needs "
+                    f"{weight.storage_nbytes}: export it again"
+                )
+            # Bytes of a file are copied; what was made for this program is taken as it is.
+            storage = (
+                given if self._is_made(weight.storage_key) else torch.empty_like(given, device=target).copy_(given)
+            )
             self._storages[weight.storage_key] = storage
         typed = torch.empty(0, dtype=dtype_of(weight.dtype), device=storage.device)
         return typed.set_(storage.untyped_storage(), weight.storage_offset, weight.sizes, weight.strides)
@@ -196,7 +209,17 @@ class DelegateHost:
             )
         if self._data is None or key not in self._data.sizes():
             raise ValueError(f"weight {key!r} of {self._program.path} is in no file: pass the .ptd of the same export")
+        if self._is_made(key):
+            if self._make is None:
+                raise ValueError(
+                    f"{self._data.path} holds no weights, only placeholders: load it with the command line, "
+                    "which makes them, or export it without --thin"
+                )
+            return self._make(*self._named[key])
         return self._data.tensor(key)
+
+    def _is_made(self, key: str) -> bool:
+        return self._data is not None and key in self._data.sizes() and self._data.is_placeholder(key)
 
 
 def plan_steps(plan: ExecutionPlan) -> list[Step]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from executorch_moe.export.causal_lm import CausalLM, SamplingLM, export_methods
+from executorch_moe.export.causal_lm import CausalLM, GreedyLM, SamplingLM, export_methods
 from executorch_moe.export.pretrained import load_model, resolve
 from executorch_moe.export.quantize import quantize_experts_
 from executorch_moe.export.sampling import Sampler
@@ -67,6 +67,9 @@ def test_the_model_that_picks_gives_the_sampled_token_of_the_logits(model: Causa
         with torch.no_grad():
             token = picking(ids, positions, *sampler.inputs(torch.device("cpu")))
             assert token.shape == (1, 1) and int(token) == sampler(model(ids, positions), len(TEXT))
+    likeliest = GreedyLM(model.model, MAX_CONTEXT)
+    with torch.no_grad():
+        assert likeliest(ids, positions).tolist() == [[int(run(model, TEXT, 0).argmax())]]
 
 
 def test_logits_are_those_of_the_last_position(model: CausalLM) -> None:

@@ -24,7 +24,7 @@ from executorch_moe.kernels.packing import unpack_experts
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"output": "text"}, "output='text' is unknown: use one of token, logits"),
+        ({"output": "text"}, "output='text' is unknown: use one of token, greedy, logits"),
         ({"experts": "theirs"}, "experts='theirs' is unknown: use one of ours, ours-tile, upstream"),
         ({"dense": "int2"}, "dense='int2' is unknown: use one of none, int8, int4"),
         ({"lm_head": "fp8"}, "lm_head='fp8' is unknown: use one of none, int8, int4"),

@@ -105,6 +105,18 @@ def test_tokens_are_the_same_wherever_they_are_picked_and_read(
     assert result.decode_seconds > 0 and result.stopped_by == "max_new_tokens"
 
 
+def test_greedy_methods_take_no_settings(tokenizer: Tokenizer) -> None:
+    class Greedy(CountingProgram):
+        def run(self, *inputs: Any) -> list[torch.Tensor]:
+            return [super().run(*inputs)[0].argmax(-1, keepdim=True)]
+
+    program = Greedy(get_method_output="greedy")
+    generator = TextGenerator(program, tokenizer)  # type: ignore[arg-type]
+    assert generator.generate([10, 20], 3, ignore_eos=True).tokens == [21, 22, 23]
+    with pytest.raises(ValueError, match=r"temperature=0\.5 is not for this artifact"):
+        generator.generate([10, 20], 3, Sampler(0.5))
+
+
 def test_methods_that_pick_are_told_how(tokenizer: Tokenizer) -> None:
     program = PickingProgram()
     TextGenerator(program, tokenizer).generate([10, 20], 3, Sampler(0.5, 7, 0.25))  # type: ignore[arg-type]
