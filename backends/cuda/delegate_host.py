@@ -65,7 +65,7 @@ class DelegateHost:
         data: its .ptd.
         device: where delegates run; "cpu" only with an `open_container` for it (tests).
         open_container: makes the AOTInductor runner for a library and a device.
-        weights: makes the weights that the .ptd has placeholders for.
+        weights: makes weights that the .ptd does not hold; see `placeholders`.
         wrap_delegate: called once for each delegate with (method, run) after its weights are bound; what it returns is
             called instead of `run`. The place for CUDA graph capture: weights never move, inputs and outputs may.
 
@@ -139,7 +139,8 @@ class DelegateHost:
     def reset(self) -> None:
         """Write the initial values of all mutated buffers back, in place."""
         for key in sorted(self._state_keys):
-            self._storages[key].copy_(self._bytes(key))
+            made = self._made(key)
+            self._storages[key].copy_(self._bytes(key) if made is None else made)
 
     def storage(self, key: str) -> Tensor:
         """The one uint8 tensor behind a storage key (KeyError if no method uses it)."""
@@ -185,19 +186,21 @@ class DelegateHost:
         if storage is None:
             target = self.device if weight.device == "cuda" else torch.device("cpu")
             self._named[weight.storage_key] = (weight.fqn, weight.storage_nbytes)
-            given = self._bytes(weight.storage_key)
+            made = self._made(weight.storage_key)
+            given = self._bytes(weight.storage_key) if made is None else made
             if given.numel() != weight.storage_nbytes:
                 raise ValueError(
                     f"weight {weight.fqn!r} has {given.numel()} bytes, {self._program.path} needs "
                     f"{weight.storage_nbytes}: export it again"
                 )
             # Bytes of a file are copied; what was made for this program is taken as it is.
-            storage = (
-                given if self._is_made(weight.storage_key) else torch.empty_like(given, device=target).copy_(given)
-            )
+            storage = torch.empty_like(given, device=target).copy_(given) if made is None else made
             self._storages[weight.storage_key] = storage
         typed = torch.empty(0, dtype=dtype_of(weight.dtype), device=storage.device)
         return typed.set_(storage.untyped_storage(), weight.storage_offset, weight.sizes, weight.strides)
+
+    def _made(self, key: str) -> Tensor | None:
+        return self._make(*self._named[key]) if self._make is not None else None
 
     def _bytes(self, key: str) -> Tensor:
         named = self._program.named_data()
@@ -209,17 +212,12 @@ class DelegateHost:
             )
         if self._data is None or key not in self._data.sizes():
             raise ValueError(f"weight {key!r} of {self._program.path} is in no file: pass the .ptd of the same export")
-        if self._is_made(key):
-            if self._make is None:
-                raise ValueError(
-                    f"{self._data.path} holds no weights, only placeholders: load it with the command line, "
-                    "which makes them, or export it without --thin"
-                )
-            return self._make(*self._named[key])
+        if self._data.is_placeholder(key):
+            raise ValueError(
+                f"{self._data.path} holds no weights, only placeholders: load it with the command line, "
+                "which makes them, or export it without --thin"
+            )
         return self._data.tensor(key)
-
-    def _is_made(self, key: str) -> bool:
-        return self._data is not None and key in self._data.sizes() and self._data.is_placeholder(key)
 
 
 def plan_steps(plan: ExecutionPlan) -> list[Step]:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 PLACEHOLDER = b"executorch_moe: made when it is loaded"
 LEAST_BYTES = 1 << 20
-"""Storages below this size keep their bytes: tables and constants that no seed makes."""
+"""Storages below this size are written as they are: among them tables and constants that no seed makes."""
 
-MakeWeights = Callable[[str, int], Tensor]
-"""(qualified name, bytes) -> uint8 [bytes]."""
+MakeWeights = Callable[[str, int], "Tensor | None"]
+"""(qualified name, bytes) -> uint8 [bytes], or None for what the .ptd holds. What is made goes before what is there."""
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from torch import nn
 
 from executorch_moe.export.attention import grouped_attention
 from executorch_moe.export.causal_lm import CausalLM
-from executorch_moe.export.choices import EXPERTS, forced_schedule, use_upstream_
+from executorch_moe.export.choices import EXPERTS, forced_schedule, made_again, use_upstream_
 from executorch_moe.export.pipeline import ExportOptions
 from executorch_moe.export.pretrained import load_model, resolve
 from executorch_moe.export.quantize import quantize_experts_
@@ -124,3 +124,30 @@ def test_grouped_attention_masks() -> None:
     scores = (q.unflatten(1, (2, 2)) @ k.transpose(2, 3)[:, :, None] * 0.3).masked_fill(~mask[:, :, None], -torch.inf)
     expected = (scores.softmax(-1) @ k[:, :, None]).flatten(1, 2).transpose(1, 2)
     torch.testing.assert_close(got, expected)
+
+
+def test_weights_that_are_made_again_are_those_of_the_export(tmp_path: Path) -> None:
+    choices: dict[str, Any] = {"dense": "int4", "embedding": "int8", "seed": 3, "layers": 1}
+    options = ExportOptions("synthetic:tiny", tmp_path / "x.pte", "sm_90", **choices)
+    exported = options.load(tmp_path).state_dict()
+    make = made_again(options, torch.bfloat16, torch.device("cpu"))
+    assert len(exported) > 10
+    for name, tensor in exported.items():
+        made = make(f"model.{name}", tensor.nbytes)
+        assert made is not None and torch.equal(made, tensor.contiguous().flatten().view(torch.uint8)), name
+    cache = make("kv_cache.key_0", 64)
+    assert cache is not None and cache.tolist() == [0] * 64
+    assert make("_lifted_tensor_constant3", 8) is None and make("model.model.rotary_emb.inv_freq", 64) is None
+    # Exported thin, the same tensors are there with nothing in them; the rotary table is what it should be.
+    thin = ExportOptions("synthetic:tiny", tmp_path / "x.pte", "sm_90", thin=True, **choices).load(tmp_path)
+    assert {n: (t.shape, t.dtype) for n, t in thin.state_dict().items()} == {
+        n: (t.shape, t.dtype) for n, t in exported.items()
+    }
+    table = dict(thin.named_buffers())["model.rotary_emb.inv_freq"]
+    assert torch.equal(table, dict(options.load(tmp_path).named_buffers())["model.rotary_emb.inv_freq"])
+
+
+def test_only_synthetic_models_can_do_without_weights(tmp_path: Path) -> None:
+    for model, target in (("tiny", "sm_90"), ("synthetic:tiny", "cpu")):
+        with pytest.raises(ValueError, match=f"not for '{model}' on {target}"):
+            ExportOptions(model, tmp_path / "x.pte", target, thin=True)
