@@ -1,13 +1,17 @@
-"""Attention that leaves grouped key/value heads as they are: transformers' own repeats them in memory under a mask.
+"""Attention for CUDA targets: with grouped key/value heads as they are, and with few kernels around it.
 
-With 32 query and 4 key/value heads, that would write and read the whole cache eight times over for each token.
-ExecuTorch's Triton kernels, which replace this operator on CUDA, take grouped heads directly.
+Under a mask, transformers repeats key/value heads in memory: with 32 query and 4 key/value heads, that writes and reads
+the whole cache eight times over for each token. ExecuTorch's Triton kernels, which replace the operator on CUDA, take
+grouped heads directly.
+
+Letters: T tokens, D head_dim, C positions in the cache.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 NAME = "executorch_moe_grouped"
@@ -36,6 +40,72 @@ def grouped_attention(
         query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+class MergedAttention(nn.Module):
+    """Takes the place of Qwen3-MoE's attention: one projection for query, key and value, and one norm with rotation.
+
+    Written so that Inductor makes one kernel of norm and rotation for all query and key heads: both halves of a head
+    are read from the projection, none from a normalised copy. It rounds once, after the rotation, in place of twice.
+    """
+
+    def __init__(self, attention: Any) -> None:
+        """Takes the weights of a `Qwen3MoeAttention` over."""
+        super().__init__()
+        self.layer_idx, self.scaling, self.head_dim = attention.layer_idx, attention.scaling, attention.head_dim
+        linears = [attention.q_proj, attention.k_proj, attention.v_proj]
+        heads, kv_heads, _ = (linear.out_features // self.head_dim for linear in linears)
+        self.heads, self.kv_heads = heads, kv_heads
+        self.qkv_proj = _merged(linears)
+        self.o_proj = attention.o_proj
+        self.eps = attention.q_norm.variance_epsilon
+        norms = attention.q_norm.weight.expand(heads, -1), attention.k_norm.weight.expand(kv_heads, -1)
+        self.register_buffer("norm", torch.cat(norms).detach().unflatten(-1, (2, -1)).contiguous())
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Any = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """transformers' interface of an attention module: hidden_states [1, T, H] -> [1, T, H], and None."""
+        shape = hidden_states.shape[:-1]
+        qkv = self.qkv_proj(hidden_states).view(*shape, self.heads + 2 * self.kv_heads, 2, self.head_dim // 2)
+        turned = self.heads + self.kv_heads
+        x = qkv[:, :, :turned].to(torch.float32)
+        scale = torch.rsqrt(x.pow(2).mean((-2, -1), keepdim=True) + self.eps)
+        norm = self.norm.to(torch.float32)
+        # [1, T, D] -> [1, T, 1, 2, D/2]. The rotation of (a, b) is (a cos - b sin, b cos + a sin).
+        cos, sin = (part.to(torch.float32).unflatten(-1, (1, 2, -1)) for part in position_embeddings)
+        sign = torch.tensor([[-1.0], [1.0]], device=x.device)
+        x = x * scale * norm * cos + x.flip(-2) * scale * norm.flip(-2) * (sign * sin)
+        query, key = x.to(qkv.dtype).flatten(-2).transpose(1, 2).split((self.heads, self.kv_heads), 1)
+        value = qkv[:, :, turned:].flatten(-2).transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        out, _weights = grouped_attention(self, query, key, value, attention_mask, scaling=self.scaling)
+        return self.o_proj(out.flatten(-2)), None
+
+
+def _merged(linears: list[nn.Linear]) -> nn.Linear:
+    """One linear layer that computes several, one after the other in its outputs."""
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    merged = nn.Linear(weight.shape[1], weight.shape[0], bias=linears[0].bias is not None, device="meta")
+    merged.weight = nn.Parameter(weight, requires_grad=False)
+    if linears[0].bias is not None:
+        merged.bias = nn.Parameter(torch.cat([linear.bias.detach() for linear in linears]), requires_grad=False)
+    return merged
+
+
+def merge_attention_(module: nn.Module) -> nn.Module:
+    """Replaces every Qwen3-MoE attention of a model, or of a layer, by `MergedAttention`, in place; others stay."""
+    for name, child in list(module.named_modules()):
+        if type(child).__name__ == "Qwen3MoeAttention":
+            owner, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(owner), attribute, MergedAttention(child))
+    return module
 
 
 def register() -> str:

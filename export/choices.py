@@ -76,6 +76,11 @@ def build_synthetic(
     def upstream(shape: Shape, scheme: str, device: synthetic.Device, generator: torch.Generator) -> nn.Module:
         return UpstreamMoE(random_weights(shape, str(device), generator), shape.top_k, scheme, shape.group_size)
 
+    def prepare(part: nn.Module) -> None:
+        if implementation == attention.NAME:
+            attention.merge_attention_(part)
+        quantize_dense(part, options)
+
     return synthetic.build(
         synthetic.parse(options.model, options.layers),
         options.scheme,
@@ -85,7 +90,7 @@ def build_synthetic(
         attention=implementation,
         device=device or ("meta" if options.thin else "cpu"),
         make_experts=upstream if options.experts == "upstream" else None,
-        prepare=lambda part: quantize_dense(part, options),
+        prepare=prepare,
     )
 
 
@@ -119,6 +124,8 @@ def use_upstream_(model: nn.Module, scheme: str, group_size: int) -> nn.Module:
 def made_again(options: Any, dtype: torch.dtype, device: torch.device) -> MakeWeights:
     """What makes the weights of an artifact that was exported with `thin`; the cache starts at zero.
 
+    `options` are those of the export, with `dtype` decided.
+
     All of them are made at once, on the first call.
     """
     made: dict[str, torch.Tensor] = {}
@@ -127,7 +134,8 @@ def made_again(options: Any, dtype: torch.dtype, device: torch.device) -> MakeWe
         if name.startswith("kv_cache."):
             return torch.zeros(nbytes, dtype=torch.uint8, device=device)
         if not made:
-            made.update(build_synthetic(options, dtype, "sdpa", device).state_dict())
+            implementation = attention_of("cuda", options.dtype)
+            made.update(build_synthetic(options, dtype, implementation, device).state_dict())
         tensor = made.get(name.removeprefix("model."))
         return None if tensor is None else tensor.detach().contiguous().flatten().view(torch.uint8)
 

@@ -23,6 +23,8 @@ from executorch_moe.backends.fusion import ExpertFuser, FusedLayer, FusionOption
 from executorch_moe.kernels import SCHEMES, FusedExperts
 from executorch_moe.kernels.gpus import target_names
 
+from . import attention
+from .attention import merge_attention_
 from .causal_lm import BY_OUTPUT, export_methods
 from .choices import attention_of, build_synthetic, check_choices, forced_schedule, quantize_dense, use_upstream_
 from .pretrained import TINY, check_supported, load_model, require_transformers, resolve, tokenizer_json
@@ -119,7 +121,9 @@ class ExportOptions:
         target, dtype = self.resolved_target(), self.resolved_dtype()
         if is_synthetic(self.model):
             return build_synthetic(self, DTYPES[dtype], attention_of(target, dtype))
-        return load_model(folder, DTYPES[dtype], attention_of(target, dtype))
+        implementation = attention_of(target, dtype)
+        model = load_model(folder, DTYPES[dtype], implementation)
+        return merge_attention_(model) if implementation == attention.NAME else model
 
     def resolved_dtype(self) -> str:
         """The dtype with "auto" decided."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from executorch_moe.export.attention import grouped_attention
+from executorch_moe.export import synthetic
+from executorch_moe.export.attention import grouped_attention, merge_attention_
 from executorch_moe.export.causal_lm import CausalLM
 from executorch_moe.export.choices import EXPERTS, forced_schedule, made_again, use_upstream_
+from executorch_moe.export.dense import Int8Linear, quantize_dense_
 from executorch_moe.export.pipeline import ExportOptions
 from executorch_moe.export.pretrained import load_model, resolve
 from executorch_moe.export.quantize import quantize_experts_
@@ -116,6 +119,25 @@ def test_grouped_attention_equals_transformers_own() -> None:
     assert attention.args[1].meta["val"].shape[1] == 2
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_merged_attention_equals_transformers_own(dtype: torch.dtype, bound: float) -> None:
+    model = synthetic.build(synthetic.parse("synthetic:tiny"), group_size=32, dtype=dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.uniform_(0.5, 1.5)
+    merged = merge_attention_(copy.deepcopy(model))
+    assert not [name for name, _ in merged.named_modules() if name.endswith("k_proj")]
+    ids, results = torch.randint(0, 300, (1, 20)), []
+    for module in (CausalLM(model, 64), CausalLM(merged, 64)):
+        prompt = module(ids, torch.arange(20))
+        results.append(torch.cat((prompt, module(ids[:, :1], torch.tensor([20])))))
+    assert (results[0] - results[1]).norm() / results[0].norm() < bound
+    # Quantised after it was merged: one layer for query, key and value.
+    quantize_dense_(merged, "int8")
+    assert isinstance(merged.model.layers[0].self_attn.qkv_proj, Int8Linear)  # type: ignore[union-attr, index]
+
+
 def test_grouped_attention_masks() -> None:
     q, k = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 5, 8)
     mask = torch.rand(1, 1, 3, 5) > 0.4
@@ -128,7 +150,7 @@ def test_grouped_attention_masks() -> None:
 
 def test_weights_that_are_made_again_are_those_of_the_export(tmp_path: Path) -> None:
     choices: dict[str, Any] = {"dense": "int4", "embedding": "int8", "seed": 3, "layers": 1}
-    options = ExportOptions("synthetic:tiny", tmp_path / "x.pte", "sm_90", **choices)
+    options = ExportOptions("synthetic:tiny", tmp_path / "x.pte", "sm_90", dtype="bf16", **choices)
     exported = options.load(tmp_path).state_dict()
     make = made_again(options, torch.bfloat16, torch.device("cpu"))
     assert len(exported) > 10
