@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from executorch_moe.backends.cuda import placeholders
 from executorch_moe.backends.runtime import load
 from executorch_moe.export.benchmark import benchmark_model
 from executorch_moe.export.causal_lm import CausalLM
-from executorch_moe.export.choices import quantize_dense
-from executorch_moe.export.generation import TextGenerator
+from executorch_moe.export.choices import attention_of, build_synthetic, quantize_dense
+from executorch_moe.export.generation import TextGenerator, synthetic_weights
 from executorch_moe.export.pipeline import ExportOptions, export_model
 from executorch_moe.export.pretrained import resolve
 from executorch_moe.export.quantize import quantize_experts_
@@ -67,6 +68,20 @@ def test_both_schedules_give_the_same_bits(logits_of: Callable[..., torch.Tensor
 
 def test_upstreams_experts_give_the_same_model_within_rounding(logits_of: Callable[..., torch.Tensor]) -> None:
     assert distance(logits_of(experts="upstream"), logits_of(experts="ours")) < 0.03
+
+
+@torch.no_grad()
+def test_an_artifact_without_weights_makes_them_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placeholders, "LEAST_BYTES", 1024)
+    options = ExportOptions(
+        "synthetic:tiny", tmp_path / "x.pte", "cuda", max_context=64, output="logits", dense="int8", thin=True
+    )
+    export_model(options)
+    assert options.out.with_suffix(".ptd").stat().st_size < 100_000
+    program = load(options.out, runtime=HOST, make_weights=synthetic_weights)
+    model = build_synthetic(options, torch.bfloat16, attention_of("cuda", "bf16"), program.device).to(program.device)
+    module, ids, positions = CausalLM(model, 64), torch.arange(20)[None].cuda(), torch.arange(20).cuda()
+    assert distance(program.run("prefill", ids, positions)[0], module(ids, positions)) < 0.02
 
 
 @pytest.mark.parametrize("sampler", [Sampler(), Sampler(0.8, 3, 0.9)])
