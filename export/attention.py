@@ -43,10 +43,10 @@ def grouped_attention(
 
 
 class MergedAttention(nn.Module):
-    """Takes the place of Qwen3-MoE's attention: one projection for query, key and value, and one norm with rotation.
+    """Takes the place of Qwen3-MoE's attention: one projection for query, key and value.
 
-    Written so that Inductor makes one kernel of norm and rotation for all query and key heads: both halves of a head
-    are read from the projection, none from a normalised copy. It rounds once, after the rotation, in place of twice.
+    Written so that Inductor makes one kernel of norm, rotation and writing to the cache: both halves of a head are read
+    from the projection, none from a normalised copy. It rounds once, after the rotation, in place of twice.
     """
 
     def __init__(self, attention: Any) -> None:
@@ -59,8 +59,8 @@ class MergedAttention(nn.Module):
         self.qkv_proj = _merged(linears)
         self.o_proj = attention.o_proj
         self.eps = attention.q_norm.variance_epsilon
-        norms = attention.q_norm.weight.expand(heads, -1), attention.k_norm.weight.expand(kv_heads, -1)
-        self.register_buffer("norm", torch.cat(norms).detach().unflatten(-1, (2, -1)).contiguous())
+        self.register_buffer("q_norm", attention.q_norm.weight.detach().unflatten(-1, (2, -1)))
+        self.register_buffer("k_norm", attention.k_norm.weight.detach().unflatten(-1, (2, -1)))
 
     def forward(
         self,
@@ -74,19 +74,23 @@ class MergedAttention(nn.Module):
         shape = hidden_states.shape[:-1]
         qkv = self.qkv_proj(hidden_states).view(*shape, self.heads + 2 * self.kv_heads, 2, self.head_dim // 2)
         turned = self.heads + self.kv_heads
-        x = qkv[:, :, :turned].to(torch.float32)
-        scale = torch.rsqrt(x.pow(2).mean((-2, -1), keepdim=True) + self.eps)
-        norm = self.norm.to(torch.float32)
         # [1, T, D] -> [1, T, 1, 2, D/2]. The rotation of (a, b) is (a cos - b sin, b cos + a sin).
         cos, sin = (part.to(torch.float32).unflatten(-1, (1, 2, -1)) for part in position_embeddings)
-        sign = torch.tensor([[-1.0], [1.0]], device=x.device)
-        x = x * scale * norm * cos + x.flip(-2) * scale * norm.flip(-2) * (sign * sin)
-        query, key = x.to(qkv.dtype).flatten(-2).transpose(1, 2).split((self.heads, self.kv_heads), 1)
+        sin = sin * torch.tensor([[-1.0], [1.0]], device=sin.device)
+        query = self._normed_and_turned(qkv[:, :, : self.heads], self.q_norm, cos, sin)
+        key = self._normed_and_turned(qkv[:, :, self.heads : turned], self.k_norm, cos, sin)
         value = qkv[:, :, turned:].flatten(-2).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         out, _weights = grouped_attention(self, query, key, value, attention_mask, scaling=self.scaling)
         return self.o_proj(out.flatten(-2)), None
+
+    def _normed_and_turned(self, x: Tensor, norm: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[1, T, heads, 2, D/2] -> [1, heads, T, D]; norm [2, D/2], cos and sin fp32 [1, T, 1, 2, D/2]."""
+        dtype, x, norm = x.dtype, x.to(torch.float32), norm.to(torch.float32)
+        scale = torch.rsqrt(x.pow(2).mean((-2, -1), keepdim=True) + self.eps)
+        x = x * scale * norm * cos + x.flip(-2) * scale * norm.flip(-2) * sin
+        return x.to(dtype).flatten(-2).transpose(1, 2)
 
 
 def _merged(linears: list[nn.Linear]) -> nn.Linear:

@@ -17,6 +17,7 @@ from executorch_moe.kernels.plan import Options
 from . import attention, synthetic
 from .dense import KINDS, quantize_dense_
 from .quantize import can_swap, find_experts
+from .router import replace_routers_
 from .upstream_experts import PREFILL, UpstreamMoE, pack, random_weights
 
 EXPERTS = ("ours", "ours-tile", "upstream")
@@ -65,6 +66,11 @@ def attention_of(target: str, dtype: str) -> str:
     return "eager" if dtype == "fp32" else attention.register()
 
 
+def streamline_(module: nn.Module) -> nn.Module:
+    """Replaces, in place, parts of a Qwen3-MoE model or layer by ones that need fewer kernels on CUDA; others stay."""
+    return replace_routers_(attention.merge_attention_(module))
+
+
 def build_synthetic(
     options: Any, dtype: torch.dtype, implementation: str, device: synthetic.Device | None = None
 ) -> nn.Module:
@@ -78,7 +84,7 @@ def build_synthetic(
 
     def prepare(part: nn.Module) -> None:
         if implementation == attention.NAME:
-            attention.merge_attention_(part)
+            streamline_(part)
         quantize_dense(part, options)
 
     return synthetic.build(

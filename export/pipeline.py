@@ -24,9 +24,16 @@ from executorch_moe.kernels import SCHEMES, FusedExperts
 from executorch_moe.kernels.gpus import target_names
 
 from . import attention
-from .attention import merge_attention_
 from .causal_lm import BY_OUTPUT, export_methods
-from .choices import attention_of, build_synthetic, check_choices, forced_schedule, quantize_dense, use_upstream_
+from .choices import (
+    attention_of,
+    build_synthetic,
+    check_choices,
+    forced_schedule,
+    quantize_dense,
+    streamline_,
+    use_upstream_,
+)
 from .pretrained import TINY, check_supported, load_model, require_transformers, resolve, tokenizer_json
 from .quantize import can_swap, find_experts, quantize_experts_
 from .synthetic import is_synthetic
@@ -123,7 +130,7 @@ class ExportOptions:
             return build_synthetic(self, DTYPES[dtype], attention_of(target, dtype))
         implementation = attention_of(target, dtype)
         model = load_model(folder, DTYPES[dtype], implementation)
-        return merge_attention_(model) if implementation == attention.NAME else model
+        return streamline_(model) if implementation == attention.NAME else model
 
     def resolved_dtype(self) -> str:
         """The dtype with "auto" decided."""

@@ -18,6 +18,7 @@ from executorch_moe.export.dense import Int8Linear, quantize_dense_
 from executorch_moe.export.pipeline import ExportOptions
 from executorch_moe.export.pretrained import load_model, resolve
 from executorch_moe.export.quantize import quantize_experts_
+from executorch_moe.export.router import TopKFirstRouter, replace_routers_
 from executorch_moe.export.upstream_experts import UpstreamMoE, pack
 from executorch_moe.kernels import pack_experts
 from executorch_moe.kernels.op import _OPTIONS
@@ -136,6 +137,24 @@ def test_merged_attention_equals_transformers_own(dtype: torch.dtype, bound: flo
     # Quantised after it was merged: one layer for query, key and value.
     quantize_dense_(merged, "int8")
     assert isinstance(merged.model.layers[0].self_attn.qkv_proj, Int8Linear)  # type: ignore[union-attr, index]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_router_with_top_k_first_chooses_and_weighs_the_same(dtype: torch.dtype) -> None:
+    model = synthetic.build(synthetic.parse("synthetic:tiny", 1), group_size=32, dtype=dtype)
+    layer = model.model.layers[0]  # type: ignore[union-attr, index]
+    before, x = layer.mlp.gate, torch.randn(50, 128).to(dtype)
+    after = replace_routers_(layer).mlp.gate  # type: ignore[union-attr]
+    assert isinstance(after, TopKFirstRouter) and after.weight is before.weight
+    with torch.no_grad():
+        (logits, weights, experts), (same_logits, expected, chosen) = after(x), before(x)
+    assert torch.equal(experts, chosen) and torch.equal(logits, same_logits)
+    assert weights.dtype == expected.dtype == dtype
+    torch.testing.assert_close(weights, expected, rtol=0.008 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+    # One that does not renormalise is another function.
+    before.norm_topk_prob = False
+    layer.mlp.gate = before
+    assert replace_routers_(layer).mlp.gate is before  # type: ignore[union-attr]
 
 
 def test_grouped_attention_masks() -> None:
