@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 import tempfile
@@ -16,7 +17,6 @@ import torch
 from .generation import TextGenerator
 
 # The first rule that finds something in a kernel's name decides. Inductor names a kernel after what it computes.
-_SAMPLING = r"argmax|log1p|clamp|amax_div|fused_lt_sum"
 RULES: tuple[tuple[str, str], ...] = (
     ("experts GEMM1", r"moe_\w*gemm1|_fused_moe_(batched_)?(int8_)?kernel"),
     ("experts GEMM2", r"moe_\w*gemm2|_fused_moe_silu_(batched_)?(int8_)?kernel"),
@@ -24,19 +24,21 @@ RULES: tuple[tuple[str, str], ...] = (
     ("experts, other", r"moe_sum|moe_quantize|_silu_quantize|_quantize_activations"),
     ("attention", r"sdpa"),
     ("routing", r"moe_|topk|fused__softmax__to_copy_prepare_softmax_online(?!.*(where|floor))"),
-    ("sampling", _SAMPLING),
-    ("dense", r"triton_tem_|_mm_|gemm|gemv|matvec|bitwise_and|to_copy_(add_)?mul_(select_)?sum|rsqrt_sum"),
+    ("sampling", r"argmax|log1p|clamp|_lt_|_exp_"),
+    ("norm, elementwise", r"_cos_|_sin_|_flip_"),
+    ("dense", r"triton_tem_|_mm_|gemm|gemv|matvec|bitwise_and"),
 )
 _BOTH_GEMMS = re.compile(r"moe_\w*gemm(?![12])")
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel or copy on the GPU; times in microseconds."""
+    """One kernel or copy on the GPU; times in microseconds, blocks of its grid (1 for a copy)."""
 
     name: str
     start: float
     duration: float
+    blocks: int = 1
 
 
 @dataclass
@@ -139,9 +141,17 @@ class Breakdown:
             aside.unlink(missing_ok=True)
 
 
-def group_of(name: str) -> str:
-    """The group of a kernel, by its name."""
-    return next((group for group, rule in RULES if re.search(rule, name)), "norm, elementwise")
+def group_of(kernel: Kernel) -> str:
+    """The group of a kernel, by its name.
+
+    A matrix-vector product is a reduction of Inductor's and may bear the name of a norm that it computes on the way. A
+    norm of one token is one block.
+    """
+    for group, rule in RULES:
+        if re.search(rule, kernel.name):
+            return group
+    reduces = re.match(r"triton_(per|red)_fused.*_sum", kernel.name) is not None
+    return "dense" if reduces and kernel.blocks > 1 else "norm, elementwise"
 
 
 def read_trace(trace: Mapping[str, Any]) -> list[Kernel]:
@@ -151,7 +161,9 @@ def read_trace(trace: Mapping[str, Any]) -> list[Kernel]:
         ValueError: it has none.
     """
     kernels = [
-        Kernel(event["name"], float(event["ts"]), float(event["dur"]))
+        Kernel(
+            event["name"], float(event["ts"]), float(event["dur"]), math.prod(event.get("args", {}).get("grid", [1]))
+        )
         for event in trace.get("traceEvents", [])
         if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") and event.get("ph") == "X"
     ]
@@ -182,7 +194,7 @@ def break_down(
     names: dict[str, list[float]] = {}
     second = False
     for kernel in kernels:
-        group = group_of(kernel.name)
+        group = group_of(kernel)
         if _BOTH_GEMMS.search(kernel.name):
             group = "experts GEMM2" if second else "experts GEMM1"
             second = not second

@@ -19,45 +19,52 @@ from executorch_moe.export.breakdown import (
 )
 
 # Names as they stand in artifacts of this package and of upstream's operators.
-NAMES = {
-    "moe_few_tokens_gemm": "experts GEMM1",  # and GEMM2, in turn
-    "moe_grouped_gemm2": "experts GEMM2",
-    "moe_sum_pairs": "experts, other",
-    "_fused_moe_kernel": "experts GEMM1",
-    "_fused_moe_silu_kernel": "experts GEMM2",
-    "_fused_moe_batched_int8_kernel": "experts GEMM1",
-    "_fused_moe_silu_batched_kernel": "experts GEMM2",
-    "moe_route_scatter": "routing",
-    "_topk_kernel": "routing",
-    "triton_per_fused__softmax__to_copy_prepare_softmax_online_view_copy_9": "routing",
-    "_sdpa_decode_splitk_kernel": "attention",
-    "_sdpa_decode_reduce_kernel": "attention",
-    "triton_tem_fused_mm_t_view_1": "dense",
-    "triton_per_fused___rshift____to_copy_add_bitwise_and_mul_select_sub_sum_unsqueeze_copy_1": "dense",
-    "triton_per_fused__to_copy_mul_sum_view_copy_8": "dense",
-    # A norm's second half, computed within the product that follows it.
-    "triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_sum_view_copy_14": "dense",
-    "triton_per_fused_lt_sum_18": "sampling",
-    "triton_per_fused__to_copy_arange_argmax_bitwise_and_bitwise_xor_clamp_log1p_23": "sampling",
-    "triton_per_fused__to_copy_add_mean_mul_pow_rsqrt_view_copy_14": "norm, elementwise",
-}
+NAMES = (
+    ("moe_few_tokens_gemm", 96, "experts GEMM1"),  # and GEMM2, in turn
+    ("moe_grouped_gemm2", 132, "experts GEMM2"),
+    ("moe_sum_pairs", 1, "experts, other"),
+    ("_fused_moe_kernel", 96, "experts GEMM1"),
+    ("_fused_moe_silu_kernel", 96, "experts GEMM2"),
+    ("_fused_moe_batched_int8_kernel", 96, "experts GEMM1"),
+    ("_fused_moe_silu_batched_kernel", 96, "experts GEMM2"),
+    ("moe_route_scatter", 1, "routing"),
+    ("_topk_kernel", 1, "routing"),
+    ("triton_per_fused__softmax__to_copy_prepare_softmax_online_view_copy_9", 1, "routing"),
+    ("_sdpa_decode_splitk_kernel", 36, "attention"),
+    ("_sdpa_decode_reduce_kernel", 32, "attention"),
+    ("triton_tem_fused_mm_t_view_1", 64, "dense"),
+    ("triton_per_fused___rshift____to_copy_add_bitwise_and_mul_select_sub_sum_unsqueeze_copy_1", 640, "dense"),
+    ("triton_per_fused__to_copy_mul_sum_view_copy_8", 128, "dense"),
+    # The same words in its name: a product with a norm on the way, and a norm with routing weights on the way.
+    ("triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_sum_view_copy_14", 640, "dense"),
+    ("triton_per_fused__to_copy_add_div_mean_mul_pow_rsqrt_sum_view_copy_7", 1, "norm, elementwise"),
+    ("triton_per_fused__to_copy_add_cos_flip_index_put_mean_mul_pow_rsqrt_sin_sum_3", 32, "norm, elementwise"),
+    ("triton_per_fused__to_copy_lt_mul_sum_19", 1, "sampling"),
+    ("triton_red_fused__to_copy_div_exp_le_max_mul_neg_select_sub_sum_17", 19, "sampling"),
+    ("triton_per_fused__to_copy_arange_argmax_bitwise_and_bitwise_xor_clamp_log1p_23", 19, "sampling"),
+    ("triton_per_fused__to_copy_add_mean_mul_pow_rsqrt_view_copy_14", 1, "norm, elementwise"),
+)
 
 
-@pytest.mark.parametrize(("name", "group"), NAMES.items())
-def test_groups(name: str, group: str) -> None:
-    assert group_of(name) == group
+@pytest.mark.parametrize(("name", "blocks", "group"), NAMES)
+def test_groups(name: str, blocks: int, group: str) -> None:
+    assert group_of(Kernel(name, 0.0, 1.0, blocks)) == group
 
 
 def trace(*kernels: tuple[str, float, float]) -> dict[str, Any]:
     events: list[dict[str, Any]] = [
-        {"ph": "X", "cat": "kernel", "name": name, "ts": start, "dur": duration} for name, start, duration in kernels
+        {"ph": "X", "cat": "kernel", "name": name, "ts": start, "dur": duration, "args": {"grid": [4, 3, 1]}}
+        for name, start, duration in kernels
     ]
     noise = {"ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 0.0, "dur": 1e6}
     return {"traceEvents": [noise, *reversed(events), {"ph": "M", "name": "process_name"}]}
 
 
 def test_kernels_of_a_trace_come_by_start() -> None:
-    assert read_trace(trace(("a", 1.0, 2.0), ("b", 5.0, 1.0))) == [Kernel("a", 1.0, 2.0), Kernel("b", 5.0, 1.0)]
+    assert read_trace(trace(("a", 1.0, 2.0), ("b", 5.0, 1.0))) == [
+        Kernel("a", 1.0, 2.0, 12),
+        Kernel("b", 5.0, 1.0, 12),
+    ]
     with pytest.raises(ValueError, match="the profile has no GPU kernels"):
         read_trace(trace())
 
