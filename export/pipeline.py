@@ -7,7 +7,7 @@ import json
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -313,17 +313,19 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
         artifact = save(manager, options.out)
         write_aside(tokenizer_path(options.out), tokenizer)
 
-    other_bytes = sum(tensor.nbytes for name, tensor in model.state_dict().items() if not in_layers(name, fuser.report))
+    others = {name: tensor for name, tensor in model.state_dict().items() if not in_layers(name, fuser.report)}
     summary = ExportSummary(
         options=options,
         target=target,
         report=fuser.report,
         max_context=max_context,
-        dense_bytes=other_bytes,
+        dense_bytes=distinct_bytes(others.values()),
         files=[path for path in (artifact.pte, artifact.ptd, tokenizer_path(options.out)) if path.is_file()],
         seconds=seconds,
         compiled_for="".join(str(report) for report in reports),
-        embedding_bytes=sum(tensor.nbytes for tensor in model.get_input_embeddings().state_dict().values()),
+        # A head that is tied to the embedding reads all of it.
+        embedding_bytes=distinct_bytes(others.values())
+        - distinct_bytes(tensor for name, tensor in others.items() if "embed_tokens" not in name),
         cache_bytes=sum(tensor.nbytes for tensor in module.kv_cache.buffers()),
     )
     write_aside(record_path(options.out), summary.record())
@@ -368,6 +370,11 @@ def record_experts(model: nn.Module, before: dict[str, tuple[str, int]], report:
                 bytes_after=experts.packed().nbytes(),
             )
         )
+
+
+def distinct_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of tensors, those that share their memory counted once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
 def in_layers(parameter: str, report: FusionReport) -> bool:
