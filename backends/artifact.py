@@ -82,7 +82,7 @@ def open_artifact(pte: str | Path, ptd: str | Path | None = None) -> tuple[PteFi
     data = PtdFile(files.ptd)
     sizes = data.sizes()
     missing = [key for key in needed if key not in sizes]
-    wrong = [key for key in needed if key in sizes and sizes[key] != needed[key]]
+    wrong = [key for key in needed if key in sizes and sizes[key] != needed[key] and not data.is_placeholder(key)]
     if missing or wrong:
         key = (missing or wrong)[0]
         detail = (

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from executorch.extension.flat_tensor.serialize.serialize import FlatTensorHeader, _deserialize_to_flat_tensor
 
+from executorch_moe.backends.cuda.placeholders import PLACEHOLDER
 from executorch_moe.backends.pte import map_file
 
 
@@ -62,6 +63,10 @@ class PtdFile:
         """Bytes under a key (KeyError if there is none)."""
         start, size = self._spans[key]
         return self._view[start : start + size]
+
+    def is_placeholder(self, key: str) -> bool:
+        """True for a weight that is to be made when it is loaded; see `backends.cuda.placeholders`."""
+        return self._spans[key][1] == len(PLACEHOLDER) and bytes(self.data(key)) == PLACEHOLDER
 
     def tensor(self, key: str) -> torch.Tensor:
         """Bytes under a key as uint8 [n] over the mapped file: copy it before writing to it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,11 +12,17 @@ from torch import Tensor
 
 from executorch_moe.backends.artifact import open_artifact
 from executorch_moe.backends.cuda.delegate_host import DelegateHost, why_not_delegate_host
+from executorch_moe.backends.cuda.graph import check_graph_methods, graph_methods
 from executorch_moe.backends.cuda.method_targets import check_arch, gpu_capability, pick_methods
+from executorch_moe.backends.cuda.placeholders import MakeWeights
 from executorch_moe.backends.cuda.weight_metadata import CUDA_BACKEND, parse_delegate
 from executorch_moe.backends.pte import PteFile
 from executorch_moe.backends.pybindings import why_not_pybindings
 
+NO_GRAPH_SETTER = (
+    "its Python bindings cannot set the backend option enable_cuda_graph_for_method: set it from C++, or use runtime "
+    "'delegate-host' or no CUDA graph"
+)
 RUNTIMES = ("auto", "executorch", "delegate-host")
 EXECUTORCH_CPU = "executorch (CPU)"
 EXECUTORCH_CUDA = "executorch (CUDA)"
@@ -88,7 +94,13 @@ class LoadedProgram:
         self._engine.reset()
 
 
-def load(pte: str | Path, ptd: str | Path | None = None, runtime: str = "auto") -> LoadedProgram:
+def load(
+    pte: str | Path,
+    ptd: str | Path | None = None,
+    runtime: str = "auto",
+    cuda_graph: Collection[str] = (),
+    make_weights: Callable[[PteFile, torch.device], MakeWeights | None] | None = None,
+) -> LoadedProgram:
     """Open an artifact.
 
     Args:
@@ -96,19 +108,23 @@ def load(pte: str | Path, ptd: str | Path | None = None, runtime: str = "auto") 
         ptd: its weights; by default the file of the same name.
         runtime: "executorch": ExecuTorch's own runtime; "delegate-host": PyTorch's AOTInductor runtime, for programs
             with CUDA delegates; "auto": the first of the two that can run the program here.
+        cuda_graph: methods whose delegates are replayed as CUDA graphs, each of fixed sizes; see `backends.cuda.graph`.
+        make_weights: (program, device) -> what makes the weights of an artifact without them; delegate host only.
 
     Raises:
         FileNotFoundError: a file is not there.
         ValueError: unknown runtime, a damaged file, a .ptd of another program, or a runtime not for this program.
         RuntimeError: this machine cannot run the program; the message gives the reason for each runtime. Its GPU is of
             another architecture than those that the program was exported for.
-        NotImplementedError: the delegate host meets something that it does not run.
+        NotImplementedError: the delegate host meets something that it does not run; a CUDA graph in another runtime.
+        MemoryError: the weights do not fit into the GPU.
     """
     if runtime not in RUNTIMES:
         raise ValueError(f"runtime {runtime!r} is unknown: choose one of {', '.join(RUNTIMES)}")
     program, data = open_artifact(pte, ptd)
     backends = {delegate.id for _, delegate in program.delegates()}
     ptd_path = data.path if data is not None else None
+    check_graph_methods(program, cuda_graph)
     if CUDA_BACKEND not in backends:
         if runtime == "delegate-host":
             raise ValueError(
@@ -117,13 +133,16 @@ def load(pte: str | Path, ptd: str | Path | None = None, runtime: str = "auto") 
             )
         if why := why_not_executorch(backends):
             raise RuntimeError(f"cannot run {program.path} in ExecuTorch's runtime: {why}")
+        if cuda_graph:
+            raise NotImplementedError(f"{program.path} has no {CUDA_BACKEND} delegate: leave CUDA graphs off")
         methods = {name: name for name in program.method_names}
         engine = ExecutorchEngine(program, ptd_path, program.method_names)
         return LoadedProgram(program, engine, EXECUTORCH_CPU, torch.device("cpu"), methods)
 
     reasons = {}
     if runtime in ("auto", "executorch"):
-        if not (why := why_not_executorch(backends)):
+        why = why_not_executorch(backends) or (NO_GRAPH_SETTER if cuda_graph else "")
+        if not why:
             methods = methods_for_this_gpu(program)
             engine = ExecutorchEngine(program, ptd_path, methods.values())
             return LoadedProgram(program, engine, EXECUTORCH_CUDA, torch.device("cpu"), methods)
@@ -132,7 +151,9 @@ def load(pte: str | Path, ptd: str | Path | None = None, runtime: str = "auto") 
         if not (why := why_not_delegate_host()):
             device = torch.device("cuda", torch.cuda.current_device())
             methods = methods_for_this_gpu(program)
-            host = DelegateHost(program, data, device, methods=methods.values())
+            wrap = graph_methods(cuda_graph) if cuda_graph else None
+            weights = make_weights(program, device) if make_weights else None
+            host = DelegateHost(program, data, device, wrap_delegate=wrap, weights=weights, methods=methods.values())
             return LoadedProgram(program, host, DELEGATE_HOST, device, methods)
         reasons["the delegate host"] = why
     told = "; ".join(f"{name}: {why}" for name, why in reasons.items())

@@ -2,7 +2,7 @@
 
     python -m executorch_moe.examples.runner demo/tiny.pte "The import statement" [MAX_NEW_TOKENS]
 
-`executorch-moe generate` does the same with checks, sampling and times.
+`executorch-moe generate` does the same with checks, options and times. For artifacts of `export --output token`.
 """
 
 import sys
@@ -19,6 +19,8 @@ def main(pte: str, prompt: str, max_new_tokens: str = "100") -> None:
     tokenizer = Tokenizer.from_file(str(Path(pte).with_suffix(".tokenizer.json")))
     max_context = program.constant("get_max_context_len")
     eos_ids = program.constant("get_eos_ids")
+    # The methods pick the next token themselves: temperature 0 takes the likeliest; top-p; seed.
+    sampling = torch.tensor([0.0]), torch.tensor([1.0]), torch.tensor([0])
     print(f"runtime: {program.runtime}", file=sys.stderr)
 
     ids = tokenizer.encode(prompt).ids
@@ -31,9 +33,9 @@ def main(pte: str, prompt: str, max_new_tokens: str = "100") -> None:
         # First the whole prompt, then one token at a time; `prefill` takes 2 tokens and more, `decode` takes 1.
         tokens = torch.tensor([ids[fed:]], device=program.device)
         positions = torch.arange(fed, len(ids), device=program.device)
-        (logits,) = program.run("prefill" if len(ids) - fed > 1 else "decode", tokens, positions)
+        (token,) = program.run("prefill" if len(ids) - fed > 1 else "decode", tokens, positions, *sampling)
         fed = len(ids)
-        ids.append(int(logits.argmax()))
+        ids.append(int(token))
         if ids[-1] in eos_ids:
             break
     print(tokenizer.decode(ids))

@@ -5,11 +5,15 @@ Letters: T tokens of one call, C positions in the cache (max_context), V vocabul
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+
+from .dense import OneRowLinears
+from .sampling import Sampler, greedy, sample
 
 MIN_CONTEXT = 8
 
@@ -75,7 +79,8 @@ class CausalLM(nn.Module):
         self.model = model
         self.max_context = max_context
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+        # Of a norm: matrices may be quantised.
+        dtype = next(parameter.dtype for parameter in model.parameters() if parameter.dim() == 1)
         self.kv_cache = StaticKVCache(
             config.num_hidden_layers, config.num_key_value_heads, max_context, head_dim, dtype
         )
@@ -132,6 +137,37 @@ def check_context(config: Any, max_context: int) -> None:
         )
 
 
+class SamplingLM(CausalLM):
+    """`CausalLM` whose methods pick the next token themselves: eight bytes come back and not a whole vocabulary."""
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, cache_position: Tensor, temperature: Tensor, top_p: Tensor, seed: Tensor
+    ) -> Tensor:
+        """The next token.
+
+        Args:
+            input_ids, cache_position: as for `CausalLM`.
+            temperature, top_p: fp32 [1]. seed: int64 [1]. See `sampling.sample`.
+
+        Returns:
+            int64 [1, 1]: the input_ids of the next call.
+        """
+        logits = super().forward(input_ids, cache_position)
+        return sample(logits, cache_position[-1:] + 1, temperature, top_p, seed)
+
+
+class GreedyLM(CausalLM):
+    """`CausalLM` whose methods return the likeliest token, int64 [1, 1]: a choice of one kernel, without settings."""
+
+    def forward(self, input_ids: Tensor, cache_position: Tensor) -> Tensor:
+        """The likeliest next token; arguments as for `CausalLM`."""
+        return greedy(super().forward(input_ids, cache_position))
+
+
+BY_OUTPUT: dict[str, type[CausalLM]] = {"token": SamplingLM, "greedy": GreedyLM, "logits": CausalLM}
+"""What the methods return -> the module that is exported."""
+
+
 def _has_sliding_window(config: Any) -> bool:
     """True if some layer sees a window only. Some configurations give a window that no layer uses."""
     if not getattr(config, "sliding_window", None):
@@ -140,20 +176,26 @@ def _has_sliding_window(config: Any) -> bool:
     return kinds is None or "sliding_attention" in kinds
 
 
-def export_methods(module: CausalLM) -> dict[str, ExportedProgram]:
+def export_methods(module: CausalLM, *, one_row_linears: bool = False) -> dict[str, ExportedProgram]:
     """Exports `module` as `prefill` (T from 2 to C, dynamic) and `decode` (T = 1).
 
     Both programs refer to weights and cache by the same qualified names, so that a runtime can share them.
+
+    Args:
+        one_row_linears: trace linear layers of one row as matrix-vector products; see `dense.matvec`. For CUDA.
     """
-    device = next(module.parameters()).device
+    device = module.kv_cache.key_0.device
     module.eval()
 
-    def example(tokens: int) -> tuple[Tensor, Tensor]:
-        return torch.zeros(1, tokens, dtype=torch.int64, device=device), torch.arange(tokens, device=device)
+    def example(tokens: int) -> tuple[Tensor, ...]:
+        text = torch.zeros(1, tokens, dtype=torch.int64, device=device), torch.arange(tokens, device=device)
+        return text + Sampler().inputs(device) if isinstance(module, SamplingLM) else text
 
     length = Dim("T", min=2, max=module.max_context)
-    dynamic = {"input_ids": {1: length}, "cache_position": {0: length}}
-    with torch.no_grad():
+    dynamic: dict[str, Any] = {"input_ids": {1: length}, "cache_position": {0: length}}
+    if isinstance(module, SamplingLM):
+        dynamic |= {"temperature": None, "top_p": None, "seed": None}
+    with torch.no_grad(), OneRowLinears() if one_row_linears else contextlib.nullcontext():
         # strict=False: transformers' decorators and kernel hooks are plain Python that the tracer need not understand.
         return {
             "prefill": torch.export.export(module, example(MIN_CONTEXT - 1), dynamic_shapes=dynamic, strict=False),

@@ -6,6 +6,7 @@ import functools
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -32,6 +33,13 @@ debug = False
 Command = TypeVar("Command", bound=Callable[..., Any])
 RuntimeOption = Annotated[
     str, typer.Option(help="executorch, delegate-host, or auto: the first of them that can run the artifact here.")
+]
+
+CudaGraphOption = Annotated[
+    bool, typer.Option("--cuda-graph/--no-cuda-graph", help="Replay decode as a CUDA graph (delegate host).")
+]
+PrefillChunkOption = Annotated[
+    int | None, typer.Option(help="Most prompt tokens in one call; by default the whole prompt.")
 ]
 
 
@@ -84,7 +92,13 @@ def quiet_unless(verbose: bool) -> None:
 @app.command()
 @one_line_errors
 def export(
-    model: Annotated[str, typer.Argument(help="Folder of a Hugging Face model, or 'tiny': the one that comes along.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of a Hugging Face model, 'tiny': the one that comes along, or random weights: "
+            "synthetic:qwen3-30b-a3b."
+        ),
+    ],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The .pte to write; weights and tokenizer go beside it.")
     ] = None,
@@ -104,7 +118,7 @@ def export(
         str, typer.Option(help="Rounding to 4 bits: minmax, or hqq (smaller error, slower; adds zero points to w4a16).")
     ] = "minmax",
     dense: Annotated[
-        str, typer.Option(help="Linear layers and embeddings: none (as they are), int8 or int4 (for target cpu).")
+        str, typer.Option(help="Linear layers (for target cpu, embeddings too): none (as they are), int8 or int4.")
     ] = "none",
     max_context: Annotated[
         int | None, typer.Option(help="Tokens in the KV cache; by default 2048, or the model's own limit if less.")
@@ -112,6 +126,26 @@ def export(
     dtype: Annotated[
         str, typer.Option(help="All but the experts: bf16, fp32, or auto: bf16 on cuda, fp32 on the CPU.")
     ] = "auto",
+    output: Annotated[
+        str,
+        typer.Option(
+            help="token: the next one, picked on the device; greedy: the same, without settings; logits: for runners "
+            "that pick themselves."
+        ),
+    ] = "token",
+    experts: Annotated[
+        str,
+        typer.Option(help="ours; to measure against: ours-tile (one CTA per tile), upstream (ExecuTorch's operators)."),
+    ] = "ours",
+    lm_head: Annotated[
+        str | None, typer.Option(help="The last linear layer, on CUDA targets; by default as --dense.")
+    ] = None,
+    embedding: Annotated[str, typer.Option(help="none or int8, on CUDA targets.")] = "none",
+    layers: Annotated[int | None, typer.Option(help="Layers of a synthetic model.")] = None,
+    seed: Annotated[int, typer.Option(help="Of a synthetic model's weights.")] = 0,
+    thin: Annotated[
+        bool, typer.Option("--thin", help="Write no large weights; a synthetic model's are made where it is loaded.")
+    ] = False,
     report: Annotated[
         Path | None, typer.Option(help="Write what was fused, what was chosen and bytes by part to this file as JSON.")
     ] = None,
@@ -143,7 +177,10 @@ def export(
     if out is None and not check:
         raise ValueError("--out is missing: give the .pte to write, as in -o model.pte, or --check to write nothing")
     out = Path("unused.pte") if out is None else out
-    options = ExportOptions(model, out, target, scheme, group_size, max_context, dtype, algorithm, dense, check)
+    options = ExportOptions(
+        model, out, target, scheme, group_size, max_context, dtype, output, experts, dense, lm_head, embedding, layers,
+        seed, thin, algorithm, check,
+    )  # fmt: skip
     if check:
         from .preflight import preflight
 
@@ -171,10 +208,13 @@ def export_in_own_process(options: Any, report: Path | None, verbose: bool) -> i
     import subprocess
 
     command = [sys.executable, "-m", "executorch_moe.export.cli", *(["--debug"] if debug else [])]
-    command += ["export", options.model, "--own-process", "--out", str(options.out), "--target", options.target]
-    command += ["--scheme", options.scheme, "--group-size", str(options.group_size), "--dtype", options.dtype]
-    command += ["--algorithm", options.algorithm, "--dense", options.dense]
-    command += ["--max-context", str(options.max_context)] if options.max_context is not None else []
+    command += ["export", options.model, "--own-process"]
+    for name, value in asdict(options).items():
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            command += [option] if value else []
+        elif name != "model" and value is not None:
+            command += [option, str(value)]
     command += ["--report", str(report)] if report is not None else []
     command += ["--verbose"] if verbose else []
     return subprocess.run(command).returncode
@@ -190,18 +230,24 @@ def generate(
     ] = None,
     runtime: RuntimeOption = "auto",
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that together reach this.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the random choice, for temperatures above 0.")] = 0,
+    cuda_graph: CudaGraphOption = False,
+    prefill_chunk: PrefillChunkOption = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show other packages' warnings.")] = False,
 ) -> None:
     """Generate text with an exported model; shows the runtime and its speed."""
     quiet_unless(verbose)
-    from .generation import Sampler, TextGenerator, TextStream
+    from .generation import TextGenerator, TextStream
     from .quiet import hold_native_notes
+    from .sampling import Sampler
 
-    sampler = Sampler(temperature, seed)
+    sampler = Sampler(temperature, seed, top_p)
     with hold_native_notes() as terminal:
         with terminal.status("loading"):
-            generator = TextGenerator.load(artifact, runtime=runtime)
+            generator = TextGenerator.load(
+                artifact, runtime=runtime, cuda_graph=cuda_graph, prefill_chunk=prefill_chunk
+            )
             ids = generator.encode(prompt)
             generator.check_length(len(ids), max_new_tokens)
         with terminal.status("warming up"):
@@ -229,29 +275,49 @@ def generate(
 @one_line_errors
 def bench_model(
     artifact: Annotated[Path, typer.Argument(help="The .pte of an export.")],
-    prompt_tokens: Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")] = "32,128",
-    new_tokens: Annotated[int, typer.Option(help="Tokens generated after each prompt.")] = 64,
-    repeats: Annotated[int, typer.Option(help="Runs of each length.")] = 5,
+    prompt_tokens: Annotated[
+        str, typer.Option("--prompt-tokens", "-p", help="Prompt lengths, separated by commas.")
+    ] = "32,128",
+    new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", help="Tokens generated after each prompt.")] = 64,
+    repeats: Annotated[int, typer.Option("--repeats", "-r", help="Runs of each length.")] = 5,
     runtime: RuntimeOption = "auto",
-    output_format: Annotated[str, typer.Option("--format", help="md or json.")] = "md",
+    cuda_graph: CudaGraphOption = False,
+    prefill_chunk: PrefillChunkOption = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also show where a decode token's time goes (needs a GPU).")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="With --profile: also write this picture (.png, .svg).")] = None,
+    output_format: Annotated[str, typer.Option("--output", "-o", "--format", help="md or json.")] = "md",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show other packages' warnings.")] = False,
 ) -> None:
-    """Prefill and decode speed of an exported model, mean and spread over repeats."""
+    """Prefill and decode speed of an exported model, mean and spread over repeats, in the manner of llama-bench."""
     quiet_unless(verbose)
     from rich.progress import Progress
 
     from .benchmark import FORMATS, benchmark_model
+    from .breakdown import check_profile
+    from .generation import TextGenerator
     from .quiet import hold_native_notes
 
     if output_format not in FORMATS:
         raise ValueError(f"format={output_format!r} is unknown: use one of {', '.join(FORMATS)}")
+    if plot is not None and not profile:
+        raise ValueError(f"plot={str(plot)!r} is of a profile: add --profile")
     lengths = parse_lengths(prompt_tokens)
     with hold_native_notes() as terminal, Progress(console=terminal, transient=True) as progress:
         task = progress.add_task("measuring", total=len(lengths) * repeats)
+        generator = TextGenerator.load(artifact, runtime, cuda_graph=cuda_graph, prefill_chunk=prefill_chunk)
+        if profile:
+            check_profile(generator.program.device)
         result = benchmark_model(
-            artifact, lengths, new_tokens, repeats, runtime, on_repeat=lambda _: progress.advance(task)
-        )
+            artifact, lengths, new_tokens, repeats, on_repeat=lambda _: progress.advance(task), generator=generator,
+            cuda_graph=cuda_graph,
+        )  # fmt: skip
+        if profile:
+            result.profile_decode(generator, lengths[-1], min(new_tokens, 64))
     typer.echo(result.markdown() if output_format == "md" else result.json())
+    if plot is not None and result.breakdown is not None:
+        result.breakdown.plot(plot, result.model_name())
 
 
 @bench_app.command("kernel")

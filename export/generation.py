@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .pipeline import tokenizer_path
+from .choices import made_again
+from .pipeline import DTYPES, MADE_FROM, TOKENIZER_DIGEST, tokenizer_digest, tokenizer_path
+from .sampling import Sampler
 
 if TYPE_CHECKING:
+    from executorch_moe.backends.cuda.placeholders import MakeWeights
+    from executorch_moe.backends.pte import PteFile
     from executorch_moe.backends.runtime import LoadedProgram
 
 METHODS = ("prefill", "decode")
 WARMUP_DECODE_STEPS = 4
 """ExecuTorch captures a CUDA graph on the fourth call of a method; what comes before is slower and is not counted."""
+
+
+Pick = Callable[[Tensor, int], Tensor]
 
 
 @dataclass
@@ -43,31 +53,20 @@ class Generation:
         return steps / self.decode_seconds if steps > 0 and self.decode_seconds else float("nan")
 
 
-class Sampler:
-    """Picks a token from logits fp32 [1, V]: the likeliest at temperature 0, else at random with a seed of its own."""
-
-    def __init__(self, temperature: float = 0.0, seed: int = 0) -> None:
-        if not 0.0 <= temperature < float("inf"):
-            raise ValueError(f"temperature={temperature} must be 0 (always the likeliest token) or above: try 0.8")
-        self.temperature = temperature
-        self.random = torch.Generator().manual_seed(seed)
-
-    def __call__(self, logits: Tensor) -> int:
-        if self.temperature == 0.0:
-            return int(logits[0].argmax())
-        probabilities = (logits[0].float().cpu() / self.temperature).softmax(-1)
-        return int(torch.multinomial(probabilities, 1, generator=self.random))
-
-
 class TextGenerator:
     """An exported causal language model with its tokenizer."""
 
-    def __init__(self, program: LoadedProgram, tokenizer: Any) -> None:
+    def __init__(self, program: LoadedProgram, tokenizer: Any, prefill_chunk: int | None = None) -> None:
         """Wraps a loaded program and a `tokenizers.Tokenizer`.
 
+        Args:
+            prefill_chunk: most tokens of a prompt that one call takes; None: the whole prompt.
+
         Raises:
-            ValueError: the program was not exported by `executorch-moe export`.
+            ValueError: the program was not exported by `executorch-moe export`, or a chunk of no tokens.
         """
+        if prefill_chunk is not None and prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk={prefill_chunk} must be at least 1: try 512")
         missing = [name for name in METHODS if name not in program.method_names]
         if missing:
             raise ValueError(
@@ -76,14 +75,25 @@ class TextGenerator:
             )
         self.program = program
         self.tokenizer = tokenizer
+        self.prefill_chunk = prefill_chunk
+        # Artifacts of before methods could pick tokens do not say what they return.
+        says = "get_method_output" in program.constant_names
+        self.output = str(program.constant("get_method_output")) if says else "logits"
         self.max_context = int(program.constant("get_max_context_len"))
         self.vocabulary = int(program.constant("get_vocab_size"))
         eos = program.constant("get_eos_ids")
         self.eos_ids = frozenset(int(token) for token in (eos if isinstance(eos, (list, tuple)) else [eos]))
 
     @classmethod
-    def load(cls, pte: Path, runtime: str = "auto") -> TextGenerator:
+    def load(
+        cls, pte: Path, runtime: str = "auto", *, cuda_graph: bool = False, prefill_chunk: int | None = None
+    ) -> TextGenerator:
         """Opens NAME.pte with NAME.ptd and NAME.tokenizer.json beside it.
+
+        Args:
+            runtime: as for `executorch_moe.backends.runtime.load`.
+            cuda_graph: replay decode as a CUDA graph.
+            prefill_chunk: see `__init__`.
 
         Raises:
             FileNotFoundError: one of the three files is missing.
@@ -96,7 +106,11 @@ class TextGenerator:
                 f"artifact={str(pte)!r} is not a file: give the .pte that `executorch-moe export` made"
             )
         tokenizer = read_tokenizer(tokenizer_path(pte))
-        return cls(load(pte, runtime=runtime), tokenizer)
+        graphs = ("decode",) if cuda_graph else ()
+        program = load(pte, runtime=runtime, cuda_graph=graphs, make_weights=synthetic_weights)
+        generator = cls(program, tokenizer, prefill_chunk)
+        check_tokenizer(program, tokenizer_path(pte))
+        return generator
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt.
@@ -147,7 +161,10 @@ class TextGenerator:
         on_token: Callable[[int], None] | None = None,
         ignore_eos: bool = False,
     ) -> Generation:
-        """Generates from an empty cache and times it; each pick of a token waits for the device, so the times are real.
+        """Generates from an empty cache and times it.
+
+        Prefill waits for its token. Decode waits for each token if somebody looks at it (end of text, `on_token`); else
+        tokens stay on the device, each the input of the next call, and the last one is waited for.
 
         Args:
             prompt_ids: token ids, at least one.
@@ -162,13 +179,18 @@ class TextGenerator:
         if not prompt_ids:
             raise ValueError("prompt_ids is empty: give at least one token")
         limit = self.check_length(len(prompt_ids), max_new_tokens)
-        sampler = sampler or Sampler()
         result = Generation(prompt_tokens=len(prompt_ids))
-        self.program.reset()
-
+        tokens = self.stream(prompt_ids, sampler)
         start = time.perf_counter()
-        token = sampler(self._run(prompt_ids, 0))
+        token = int(next(tokens))
         result.prefill_seconds = time.perf_counter() - start
+        if ignore_eos and on_token is None:
+            start = time.perf_counter()
+            rest = [next(tokens) for _ in range(limit - 1)]
+            result.tokens = [token, *(torch.cat(rest).flatten().tolist() if rest else [])]
+            result.decode_seconds = time.perf_counter() - start
+            result.stopped_by = "max_new_tokens"
+            return result
         while True:
             result.tokens.append(token)
             if on_token is not None:
@@ -180,21 +202,73 @@ class TextGenerator:
                 result.stopped_by = "max_new_tokens" if max_new_tokens is not None else f"length {limit}"
                 return result
             start = time.perf_counter()
-            token = sampler(self._run([token], len(prompt_ids) + len(result.tokens) - 1))
+            token = int(next(tokens))
             result.decode_seconds += time.perf_counter() - start
+
+    def stream(self, prompt_ids: list[int], sampler: Sampler | None = None) -> Iterator[Tensor]:
+        """Tokens after a prompt, int64 [1, 1] on the device, from an empty cache; each `next` makes one.
+
+        The caller counts: nothing here knows where the cache ends (`check_length` does).
+        """
+        self.program.reset()
+        return self._tokens(prompt_ids, self._picker(sampler or Sampler()))
+
+    def _tokens(self, prompt_ids: list[int], pick: Pick) -> Iterator[Tensor]:
+        chunk = self.prefill_chunk or len(prompt_ids)
+        ids = torch.tensor([prompt_ids], dtype=torch.int64, device=self.program.device)
+        for start in range(0, len(prompt_ids), chunk):
+            token = pick(ids[:, start : start + chunk], start)
+        for position in itertools.count(len(prompt_ids)):
+            yield token
+            token = pick(token, position)
 
     def warm_up(self, prompt_tokens: int) -> None:
         """Runs both methods at the size to come, so that one-time costs are not in the times."""
         steps = min(WARMUP_DECODE_STEPS + 1, self.max_context - prompt_tokens + 1)
         self.generate([0] * prompt_tokens, steps, ignore_eos=True)
 
-    def _run(self, ids: list[int], position: int) -> Tensor:
-        """Logits fp32 [1, V] after `ids`, the first of which stands at `position`."""
+    def _picker(self, sampler: Sampler) -> Pick:
+        """(input_ids [1, T], position of the first) -> the next token, int64 [1, 1], both on the device."""
         device = self.program.device
-        input_ids = torch.tensor([ids], dtype=torch.int64, device=device)
-        cache_position = torch.arange(position, position + len(ids), dtype=torch.int64, device=device)
-        # prefill was exported for 2 tokens and more.
-        return self.program.run("prefill" if len(ids) > 1 else "decode", input_ids, cache_position)[0]
+        settings = sampler.inputs(device) if self.output == "token" else ()
+        if self.output == "greedy" and sampler.temperature > 0:
+            raise ValueError(
+                f"temperature={sampler.temperature} is not for this artifact, which always takes the likeliest token: "
+                "leave it out, or export with --output token"
+            )
+
+        def pick(input_ids: Tensor, position: int) -> Tensor:
+            end = position + input_ids.shape[1]
+            cache_position = torch.arange(position, end, dtype=torch.int64, device=device)
+            # prefill was exported for 2 tokens and more.
+            method = "prefill" if input_ids.shape[1] > 1 else "decode"
+            (out,) = self.program.run(method, input_ids, cache_position, *settings)
+            return out if self.output != "logits" else torch.tensor([[sampler(out, end)]], device=device)
+
+        return pick
+
+
+def synthetic_weights(program: PteFile, device: torch.device) -> MakeWeights | None:
+    """What makes the weights of a synthetic model that was exported without them; None for other artifacts."""
+    if MADE_FROM not in program.constant_names:
+        return None
+    choices = SimpleNamespace(**json.loads(program.constant(MADE_FROM)))
+    return made_again(choices, DTYPES[choices.dtype], device)
+
+
+def check_tokenizer(program: LoadedProgram, path: Path) -> None:
+    """Check that a tokenizer.json is the one of the export; artifacts of before it was recorded pass.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    if TOKENIZER_DIGEST not in program.constant_names:
+        return
+    if program.constant(TOKENIZER_DIGEST) != tokenizer_digest(path.read_text(encoding="utf-8")):
+        raise ValueError(
+            f"{path} does not belong to the .pte beside it: its text differs from the tokenizer of that export. "
+            "Copy the tokenizer.json of the same export"
+        )
 
 
 def read_tokenizer(path: Path) -> Any:

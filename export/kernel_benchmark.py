@@ -28,7 +28,8 @@ from executorch_moe.kernels.configs import GROUP_SIZES_M
 from executorch_moe.kernels.plan import Options
 from executorch_moe.kernels.schemes import get_scheme
 
-from .rivals import Step, torch_grouped_mm, upstream, upstream_operator
+from .rivals import Step, torch_grouped_mm, upstream
+from .upstream_experts import operator
 
 OURS = {
     "ours": Options(),
@@ -129,7 +130,7 @@ class KernelBenchmark:
         shape = parse_shape(self.shape)
         for implementation, _ in self.pairs():
             if implementation in UPSTREAM:
-                upstream_operator(UPSTREAM[implementation])  # missing: said before anything is measured
+                operator(UPSTREAM[implementation])  # missing: said before anything is measured
         compile_ahead(
             [CompileJob(shape, s, tokens, OURS[i]) for i, s in self.pairs() if i in OURS for tokens in self.tokens]
         )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import resource
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +20,37 @@ from rich.table import Table
 from torch import nn
 
 from executorch_moe.backends.cuda.cross_report import CrossCompileReport
+from executorch_moe.backends.cuda.placeholders import without_weights
 from executorch_moe.backends.fusion import ExpertFuser, FusedLayer, FusionOptions, FusionReport
-from executorch_moe.kernels import SCHEMES
+from executorch_moe.backends.fusion.modules import find_experts
+from executorch_moe.kernels import SCHEMES, FusedExperts
 from executorch_moe.kernels.gpus import find_models, target_names
 
-from .causal_lm import CausalLM, check_context, export_methods
-from .dense_torchao import check_dense, quantize_dense_, stored_bytes
+from . import attention
+from .causal_lm import BY_OUTPUT, check_context, export_methods
+from .choices import (
+    attention_of,
+    build_synthetic,
+    check_choices,
+    forced_schedule,
+    quantize_dense,
+    streamline_,
+    use_upstream_,
+)
+from .dense_torchao import stored_bytes
 from .files import write_aside
 from .memory import peak_rss, restart_peak
 from .pretrained import check_supported, load_model, require_transformers, resolve, tokenizer_json
 from .streaming import StreamedModel
+from .synthetic import is_synthetic
+from .upstream_experts import UpstreamMoE
 from .work_folder import WorkFolder, work_folder_path
 
 TARGETS = ("cuda", "cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 DEFAULT_MAX_CONTEXT = 2048
+MADE_FROM = "get_synthetic_options"
+TOKENIZER_DIGEST = "get_tokenizer_digest"
 
 
 @dataclass(frozen=True)
@@ -48,8 +67,14 @@ class ExportOptions:
         max_context: positions in the KV cache; None takes 2048 or what the model was made for, if that is less.
         dtype: of everything but the experts: "bf16", "fp32" or "auto" (bf16 on cuda, fp32 on the CPU, whose dense
             kernels are made for it). The experts' activations are bf16 in all.
+        output: what the methods return: "token" (picked on the device as their inputs say), "greedy" (always the
+            likeliest token) or "logits".
+        experts: "ours"; "ours-tile": the one-CTA-per-tile schedule; "upstream": ExecuTorch's own operators.
+        dense: linear layers: "none" (as they are), "int8" or "int4"; on the CPU, embeddings too. lm_head: the last one;
+            None: as dense. embedding: "none" or "int8".
+        thin: write no large weights; of synthetic models, which are made again on the GPU that loads them.
+        layers, seed: of a synthetic model ("synthetic:qwen3-30b-a3b"); see `synthetic.parse`.
         algorithm: how experts are rounded to 4 bits, "minmax" or "hqq"; see `kernels.rounding`.
-        dense: linear layers and embeddings: "none", "int8" or "int4" (for target "cpu"); see `dense_torchao`.
         check: nothing is exported, only checked (`preflight`): "cuda" needs no GPU, and "auto" is "cuda".
     """
 
@@ -60,8 +85,15 @@ class ExportOptions:
     group_size: int = 32
     max_context: int | None = None
     dtype: str = "auto"
-    algorithm: str = "minmax"
+    output: str = "token"
+    experts: str = "ours"
     dense: str = "none"
+    lm_head: str | None = None
+    embedding: str = "none"
+    layers: int | None = None
+    seed: int = 0
+    thin: bool = False
+    algorithm: str = "minmax"
     check: bool = False
 
     def __post_init__(self) -> None:
@@ -72,12 +104,6 @@ class ExportOptions:
         if self.dtype not in (*DTYPES, "auto"):
             raise ValueError(f"dtype={self.dtype!r} is unknown: use one of {', '.join(DTYPES)}, auto")
         self.fusion()
-        check_dense(self.dense)
-        if self.dense != "none" and self.resolved_target() != "cpu":
-            raise NotImplementedError(
-                f"dense={self.dense!r} cannot be lowered to target={self.target!r} yet: "
-                "use dense='none' or target='cpu'"
-            )
         if self.out.suffix != ".pte":
             raise ValueError(f"out={str(self.out)!r} must end in .pte: give for example {self.out.with_suffix('.pte')}")
         if self.out.is_dir():
@@ -86,6 +112,7 @@ class ExportOptions:
         folder = next(parent for parent in self.out.absolute().parents if parent.exists())
         if not (self.check or (folder.is_dir() and os.access(folder, os.W_OK))):
             raise ValueError(f"out={str(self.out)!r} cannot be written, {folder} is no writable folder: choose another")
+        check_choices(self, self.resolved_target())
         if self.crosses:
             check_cross(self.target)
         if self.target == "cuda" and not self.check and not torch.cuda.is_available():
@@ -112,19 +139,23 @@ class ExportOptions:
 
     def precision(self) -> tuple[torch.dtype, str]:
         """Type of everything but the experts, and an attention (transformers' name) that the target has in it."""
-        target = "cpu" if self.resolved_target() == "cpu" else "cuda"
-        dtype = ("bf16" if target == "cuda" else "fp32") if self.dtype == "auto" else self.dtype
-        # ExecuTorch's Triton attention for CUDA writes bf16 whatever it is given.
-        return DTYPES[dtype], "eager" if (target, dtype) == ("cuda", "fp32") else "sdpa"
+        dtype = self.resolved_dtype()
+        return DTYPES[dtype], attention_of(self.resolved_target(), dtype)
 
     def load(self, folder: Path) -> nn.Module:
-        """The model as this export computes it, with its experts unpacked."""
-        return load_model(folder, *self.precision())
+        """The model as this export computes it, with its experts unpacked (those of a synthetic model are packed)."""
+        dtype, implementation = self.precision()
+        if is_synthetic(self.model):
+            return build_synthetic(self, dtype, implementation)
+        return self.streamline(load_model(folder, dtype, implementation))
+
+    def streamline(self, model: nn.Module) -> nn.Module:
+        """The same model with what its target can do in fewer kernels."""
+        return streamline_(model) if self.precision()[1] == attention.NAME else model
 
     def stream(self, folder: Path) -> StreamedModel:
         """The model as this export computes it, to be loaded with packed experts; reads headers only."""
-        dtype, attention = self.precision()
-        return StreamedModel(folder, dtype, attention, self.fusion())
+        return StreamedModel(folder, *self.precision(), self.fusion())
 
     def context(self, config: Any) -> int:
         """Positions in the cache, checked against the model's configuration."""
@@ -133,6 +164,10 @@ class ExportOptions:
             size = min(DEFAULT_MAX_CONTEXT, config.max_position_embeddings)
         check_context(config, size)
         return size
+
+    def resolved_dtype(self) -> str:
+        """The dtype with "auto" decided."""
+        return self.dtype if self.dtype != "auto" else "fp32" if self.resolved_target() == "cpu" else "bf16"
 
 
 @dataclass
@@ -148,6 +183,8 @@ class ExportSummary:
     seconds: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
     compiled: list[CrossCompileReport] = field(default_factory=list)
+    embedding_bytes: int = 0
+    cache_bytes: int = 0
 
     def table(self) -> Table:
         """The summary as a table for the terminal."""
@@ -176,6 +213,27 @@ class ExportSummary:
         table.add_row("time", times)
         table.add_row("peak memory", ", ".join(f"{name} {size(peak)}" for name, peak in self.peaks.items()))
         return table
+
+    def record(self) -> str:
+        """What an export cost, for `bench model`: JSON."""
+        choices = asdict(self.options) | {"out": self.options.out.name, "target": self.target}
+        peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        if torch.cuda.is_available():
+            peak["gpu"] = torch.cuda.max_memory_allocated()
+        record: dict[str, Any] = {
+            "options": choices,
+            "max_context": self.max_context,
+            "seconds": self.seconds,
+            "peak_bytes": peak,
+            "expert_bytes": self.report.bytes_after,
+            "other_bytes": self.dense_bytes,
+            "embedding_bytes": self.embedding_bytes,
+            "cache_bytes": self.cache_bytes,
+        }
+        if self.report.layers:
+            layer = self.report.layers[0]
+            record["active_experts"] = layer.top_k / layer.num_experts
+        return json.dumps(record, indent=2) + "\n"
 
     def layers_table(self) -> Table:
         """Every fused layer, for --verbose."""
@@ -231,6 +289,16 @@ def tokenizer_path(pte: Path) -> Path:
     return pte.with_suffix(".tokenizer.json")
 
 
+def tokenizer_digest(text: str) -> str:
+    """What an artifact keeps of its tokenizer.json, to know it again."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def record_path(pte: Path) -> Path:
+    """Where the record of an export lies: beside it, NAME.export.json."""
+    return pte.with_suffix(".export.json")
+
+
 def export_model(options: ExportOptions, console: Console | None = None) -> ExportSummary:
     """Exports a model folder; shows each step on `console` if one is given.
 
@@ -259,47 +327,72 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
     folder = check_folder(options)
     target = options.resolved_target()
     tokenizer = tokenizer_json(folder)
-
-    with step("check", f"checking {folder.name if options.model != 'tiny' else 'the tiny model'}"):
-        streamed = options.stream(folder)
-        max_context = options.context(streamed.model.config)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    work = WorkFolder(work_folder_path(options.out), streamed.manifest())
-    model, fuser = streamed.model, ExpertFuser(options.fusion())
-    with step("pack", f"packing the experts as {options.scheme}", bar=True), layers_bar(console, streamed) as advance:
-        try:
-            for record in streamed.load(work, advance):
-                fuser.report.add(record)
-        except KeyboardInterrupt:
-            if console is not None:
-                console.print(f"packed layers are kept in {work.path}: the same command goes on from there")
-            raise
+    fuser = ExpertFuser(options.fusion())
+    work: WorkFolder | None = None
+    if is_synthetic(options.model) or options.experts == "upstream":
+        with step("load", f"loading {options.model}"):
+            model = options.load(folder)
+            max_context = options.context(model.config)
+            pack_whole(model, options, fuser.report)
+    else:
+        with step("check", f"checking {folder.name if options.model != 'tiny' else 'the tiny model'}"):
+            streamed = options.stream(folder)
+            max_context = options.context(streamed.model.config)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        work = WorkFolder(work_folder_path(options.out), streamed.manifest())
+        doing = f"packing the experts as {options.scheme}"
+        with step("pack", doing, bar=True), layers_bar(console, streamed) as advance:
+            try:
+                for record in streamed.load(work, advance):
+                    fuser.report.add(record)
+            except KeyboardInterrupt:
+                if console is not None:
+                    console.print(f"packed layers are kept in {work.path}: the same command goes on from there")
+                raise
+        model = options.streamline(streamed.model)
     config: Any = model.config
-    if options.dense != "none":
-        with step("dense", f"quantising linear layers and embeddings to {options.dense}"):
-            quantize_dense_(model, options.dense)
-    module = CausalLM(model, max_context)
+    if (options.dense, options.lm_head, options.embedding) != ("none", None, "none"):
+        with step("dense", "quantising linear layers"):
+            quantize_dense(model, options)
+    module = BY_OUTPUT[options.output](model, max_context)
     with step("trace", "tracing prefill and decode"):
-        programs = export_methods(module)
+        programs = export_methods(module, one_row_linears=target != "cpu")
     reports: list[CrossCompileReport] = []
-    with step("lower", f"lowering to {target}" + (" (compiles kernels: minutes)" if target != "cpu" else "")):
-        manager = lower(programs, target, constant_methods(config, max_context), fuser, on_report=reports.append)
+    constants = constant_methods(config, max_context)
+    constants |= {"get_method_output": options.output, TOKENIZER_DIGEST: tokenizer_digest(tokenizer)}
+    if options.thin:
+        # What makes the weights again; of the options, only those that decide what they are.
+        choices = {
+            name: value for name, value in asdict(options).items() if name not in ("out", "target", "max_context")
+        }
+        constants[MADE_FROM] = json.dumps(choices | {"dtype": options.resolved_dtype()})
+    doing = f"lowering to {target}" + (" (compiles kernels: minutes)" if target != "cpu" else "")
+    weights = without_weights() if options.thin else nullcontext()
+    with step("lower", doing), forced_schedule(options.experts), weights:
+        manager = lower(programs, target, constants, fuser, on_report=reports.append)
     with step("write", f"writing {options.out}"):
         artifact = save(manager, options.out)
         write_aside(tokenizer_path(options.out), tokenizer)
-        work.remove()
+        if work is not None:
+            work.remove()
 
+    others = {name: tensor for name, tensor in model.state_dict().items() if not in_layers(name, fuser.report)}
     summary = ExportSummary(
         options=options,
         target=target,
         report=fuser.report,
         max_context=max_context,
-        dense_bytes=sum(map(stored_bytes, model.parameters())),
+        dense_bytes=distinct_bytes(others.values()),
         files=[path for path in (artifact.pte, artifact.ptd, tokenizer_path(options.out)) if path.is_file()],
         seconds=seconds,
         peaks=peaks,
         compiled=reports,
+        # A head that is tied to the embedding reads all of it.
+        embedding_bytes=distinct_bytes(others.values())
+        - distinct_bytes(tensor for name, tensor in others.items() if "embed_tokens" not in name),
+        cache_bytes=sum(tensor.nbytes for tensor in module.kv_cache.buffers()),
     )
+    write_aside(record_path(options.out), summary.record())
     return summary
 
 
@@ -313,6 +406,52 @@ def layers_bar(console: Console | None, streamed: StreamedModel) -> Iterator[Cal
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("packing expert layers", total=len(streamed.layers))
         yield lambda record: progress.advance(task)
+
+
+def pack_whole(model: nn.Module, options: ExportOptions, report: FusionReport) -> None:
+    """Upstream's experts in the place of the model's, or those of a synthetic model as they are; into `report`."""
+    before = {
+        name: (type(module).__name__, sum(p.nbytes for p in module.parameters()))
+        for name, module in find_experts(model)
+    }
+    if options.experts == "upstream" and not is_synthetic(options.model):
+        use_upstream_(model, options.scheme, options.group_size)
+    config: Any = model.config
+    for name, module in model.named_modules():
+        if not isinstance(module, (FusedExperts, UpstreamMoE)):
+            continue
+        experts: Any = module
+        as_bf16 = 2 * 3 * experts.num_experts * experts.hidden_size * experts.intermediate_size
+        family, num_bytes = before.get(name, ("synthetic", as_bf16))
+        report.add(
+            FusedLayer(
+                module=f"model.{name}",  # as it is named in the exported program
+                family=family,
+                num_experts=experts.num_experts,
+                top_k=config.num_experts_per_tok,
+                hidden_size=experts.hidden_size,
+                intermediate_size=experts.intermediate_size,
+                activation=experts.activation,
+                biases=experts.w2_bias is not None,
+                scheme=experts.scheme,
+                group_size=experts.group_size,
+                algorithm="minmax" if experts.group_size else "",
+                bytes_before=num_bytes,
+                bytes_after=experts.packed().nbytes(),
+            )
+        )
+
+
+def distinct_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of tensors, those that share their memory counted once."""
+    # A quantised tensor is several in one, and has no address of its own.
+    plain = (torch.Tensor, nn.Parameter)
+    return sum({t.data_ptr() if type(t) in plain else id(t): stored_bytes(t) for t in tensors}.values())
+
+
+def in_layers(parameter: str, report: FusionReport) -> bool:
+    """True for a parameter of a fused layer, named as in the model."""
+    return any(f"model.{parameter}".startswith(f"{layer.module}.") for layer in report.layers)
 
 
 def constant_methods(config: Any, max_context: int) -> dict[str, Any]:

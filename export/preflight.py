@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from executorch_moe.backends.cuda.fallbacks import MissingKernel, predict_missing
+from executorch_moe.backends.cuda.missing_operators import MissingOperator, missing_operators
 from executorch_moe.backends.fusion import ExpertFuser, ExpertLayout
 from executorch_moe.kernels import PackedExperts
 from executorch_moe.kernels.packing import deinterleave_gate_up, unpack_experts
@@ -51,7 +51,7 @@ class Preflight:
 
     options: ExportOptions
     findings: list[Finding] = field(default_factory=list)
-    missing: list[MissingKernel] = field(default_factory=list)
+    missing: list[MissingOperator] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -146,14 +146,12 @@ def trace(
 def check_operators(result: Preflight, programs: dict[str, ExportedProgram]) -> None:
     """Operators that the CUDA backend would refuse, in any method."""
     for method, program in programs.items():
-        missing = predict_missing(program)
+        missing = missing_operators(program)
         result.missing += missing
         for operator in dict.fromkeys(entry.operator for entry in missing):
             places = [entry for entry in missing if entry.operator == operator]
-            first = places[0]
             more = f" and {len(places) - 1} more modules" if len(places) > 1 else ""
-            found = f"{operator} in {first.module or 'the model itself'} ({first.family}){more}: {first.gate}"
-            result.add(f"operators, {method}", False, found)
+            result.add(f"operators, {method}", False, f"ExecuTorch's CUDA runtime has no kernel for {places[0]}{more}")
         if not missing:
             result.add(f"operators, {method}", True, "none is missing, as far as can be predicted")
 

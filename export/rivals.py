@@ -7,36 +7,19 @@ on the values. `step` runs one whole layer, from hidden states and routing to th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from executorch_moe.kernels.benchmark import LayerInputs, Shape
 
+from .upstream_experts import operator, random_weights
+
 Step = Callable[[LayerInputs], Tensor]
-
-
-def upstream_operator(name: str) -> Callable[..., Any]:
-    """An operator of ExecuTorch's `triton::fused_moe` family.
-
-    Raises:
-        ValueError: the installed executorch has no such operator.
-    """
-    try:
-        # The package exports them all; its submodule `fused_moe` is hidden behind the operator of that name.
-        from executorch.backends.cuda.triton import kernels
-
-        function: Callable[..., Any] = getattr(kernels, name)
-        return function
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"the installed executorch has no {name} ({error}): install executorch 1.5.1") from None
 
 
 def upstream(name: str, shape: Shape, generator: torch.Generator) -> Step:
     """One of ExecuTorch's `triton::fused_moe` family, from the installed wheel.
-
-    Their layout: int8 [E, N, K/2], even k in the low nibble, value = nibble - 8; bf16 scale [E, N, K/group_size].
 
     Args:
         name: "fused_moe", "fused_moe_batched_gemm" or "fused_moe_batched_gemm_int8".
@@ -44,20 +27,14 @@ def upstream(name: str, shape: Shape, generator: torch.Generator) -> Step:
     Raises:
         ValueError: the installed executorch has no such operator.
     """
-    function = upstream_operator(name)
-    e, h, i, g = shape.experts, shape.hidden, shape.intermediate, shape.group_size
-
-    def matrix(n: int, k: int) -> tuple[Tensor, Tensor]:
-        packed = torch.randint(0, 256, (e, n, k // 2), dtype=torch.uint8, device="cuda", generator=generator)
-        scale = torch.rand(e, n, k // g, device="cuda", generator=generator) * (k**-0.5 / 4.6)
-        return packed.view(torch.int8), scale.bfloat16()
-
-    (w1, s1), (w2, s2) = matrix(2 * i, h), matrix(h, i)
+    function = operator(name)
+    w = random_weights(shape, "cuda", generator)
 
     def step(layer: LayerInputs) -> Tensor:
         out: Tensor = function(
-            layer.hidden_states, w1, s1, w2, s2, layer.topk_weights, layer.topk_ids, shape.top_k, e, g
-        )
+            layer.hidden_states, w.w13, w.w13_scale, w.w2, w.w2_scale, layer.topk_weights, layer.topk_ids, shape.top_k,
+            shape.experts, shape.group_size,
+        )  # fmt: skip
         return out
 
     return step

@@ -57,7 +57,9 @@ def random_packed(shape: Shape, scheme: str, device: str, generator: torch.Gener
         if not get_scheme(scheme).packed:
             w = torch.empty(e, n, k, dtype=torch.bfloat16, device=device)
             return w.normal_(0, k**-0.5, generator=generator), None
-        w = torch.randint(0, 256, (e, k // 128, n, 64), dtype=torch.uint8, device=device, generator=generator)
+        # Whole words: on a CPU eight times as fast as byte by byte.
+        words = torch.empty(e, k // 128, n, 8, dtype=torch.int64, device=device)
+        w = words.random_(-(2**63), None, generator=generator).view(torch.uint8)
         scale = torch.rand(e, k // g, n, device=device, generator=generator) * 0.5 + 0.75
         # A uniform signed nibble has a standard deviation of 4.6.
         return w, (scale * (k**-0.5 / 4.6)).bfloat16()

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 from torch.library import triton_op
 
 from .aten import fused_experts_aten, fused_experts_cpu
-from .plan import run_fused_experts
+from .plan import Options, run_fused_experts
 from .validate import check_fused_experts
+
+_DEFAULT = Options()
+_OPTIONS: ContextVar[Options] = ContextVar("executorch_moe_options", default=_DEFAULT)
+
+
+@contextlib.contextmanager
+def forced(options: Options) -> Iterator[None]:
+    """Within it, the operator is run and compiled with these choices: for measuring one against the other."""
+    token = _OPTIONS.set(options)
+    try:
+        yield
+    finally:
+        _OPTIONS.reset(token)
 
 
 @triton_op("executorch_moe::fused_experts", mutates_args={})
@@ -58,7 +75,7 @@ def fused_experts(
         )  # fmt: skip
     return run_fused_experts(
         hidden_states, topk_ids, topk_weights, w13, w2, w13_scale, w2_scale,
-        w13_zero, w2_zero, w13_bias, w2_bias, scheme, activation, group_size,
+        w13_zero, w2_zero, w13_bias, w2_bias, scheme, activation, group_size, options=_OPTIONS.get(),
     )  # fmt: skip
 
 

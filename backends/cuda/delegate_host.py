@@ -18,7 +18,9 @@ import torch
 from executorch.exir.schema import DelegateCall, ExecutionPlan, FreeCall, KernelCall, MoveCall
 from torch import Tensor
 
+from executorch_moe.backends.cuda.memory import check_memory, say_out_of_memory
 from executorch_moe.backends.cuda.method_targets import check_arch, split_method
+from executorch_moe.backends.cuda.placeholders import MakeWeights
 from executorch_moe.backends.cuda.weight_metadata import (
     CUDA_BACKEND,
     MUTATED_BUFFERS_KEY,
@@ -64,12 +66,13 @@ class DelegateHost:
         device: where delegates run; "cpu" only with an `open_container` for it (tests).
         methods: names of those to load; None loads all.
         open_container: makes the AOTInductor runner for a library and a device.
+        weights: makes weights that the .ptd does not hold; see `placeholders`.
         wrap_delegate: called once for each delegate with (method, run) after its weights are bound; what it returns is
             called instead of `run`. The place for CUDA graph capture: weights never move, inputs and outputs may.
 
     Raises:
         NotImplementedError: a method that needs more than CudaBackend delegates and copies.
-        RuntimeError: the delegates hold no code for this GPU.
+        RuntimeError: the delegates hold no code for this GPU, or their weights do not fit into its memory.
         ValueError: damaged delegate, or weights that it names but the files lack.
     """
 
@@ -82,9 +85,11 @@ class DelegateHost:
         methods: Collection[str] | None = None,
         open_container: Callable[[Path, torch.device], Container] | None = None,
         wrap_delegate: Callable[[str, RunDelegate], RunDelegate] | None = None,
+        weights: MakeWeights | None = None,
     ) -> None:
         self.device = device
-        self._program, self._data = program, data
+        self._program, self._data, self._make = program, data, weights
+        self._named: dict[str, tuple[str, int]] = {}
         self._storages: dict[str, Tensor] = {}
         self._state_keys: set[str] = set()
         self._delegates: dict[str, list[RunDelegate]] = {}
@@ -96,7 +101,9 @@ class DelegateHost:
         if device.type == "cuda":
             for name, delegates in parsed.items():
                 for delegate in delegates:
-                    check_arch(named[delegate.library_key], torch.cuda.get_device_capability(device), f"method {name}")
+                    capability = torch.cuda.get_device_capability(device)
+                    check_arch(named[delegate.library_key], capability, f"{program.path}, method {name},")
+        check_memory(program.path, parsed, device)
         for name, delegates in parsed.items():
             self._delegates[name] = []
             for index, delegate in enumerate(delegates):
@@ -112,12 +119,14 @@ class DelegateHost:
 
         Raises:
             ValueError: unknown method, or inputs that it was not exported for.
+            RuntimeError: out of GPU memory.
         """
         plan = self._program.plan(method)
         if method not in self._steps:
             raise ValueError(f"method {method!r} is not loaded: choose one of {', '.join(self._steps)}")
         self._program.check_inputs(method, inputs)
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+        here = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+        with here, say_out_of_memory(method, inputs, self.device):
             return self._run_steps(method, plan, inputs)
 
     def _run_steps(self, method: str, plan: ExecutionPlan, inputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -135,7 +144,8 @@ class DelegateHost:
     def reset(self) -> None:
         """Write the initial values of all mutated buffers back, in place."""
         for key in sorted(self._state_keys):
-            self._storages[key].copy_(self._bytes(key))
+            made = self._made(key)
+            self._storages[key].copy_(self._bytes(key) if made is None else made)
 
     def storage(self, key: str) -> Tensor:
         """The one uint8 tensor behind a storage key (KeyError if no method uses it)."""
@@ -180,11 +190,22 @@ class DelegateHost:
         storage = self._storages.get(weight.storage_key)
         if storage is None:
             target = self.device if weight.device == "cuda" else torch.device("cpu")
-            storage = torch.empty(weight.storage_nbytes, dtype=torch.uint8, device=target)
-            storage.copy_(self._bytes(weight.storage_key))
+            self._named[weight.storage_key] = (weight.fqn, weight.storage_nbytes)
+            made = self._made(weight.storage_key)
+            given = self._bytes(weight.storage_key) if made is None else made
+            if given.numel() != weight.storage_nbytes:
+                raise ValueError(
+                    f"weight {weight.fqn!r} has {given.numel()} bytes, {self._program.path} needs "
+                    f"{weight.storage_nbytes}: export it again"
+                )
+            # Bytes of a file are copied; what was made for this program is taken as it is.
+            storage = torch.empty_like(given, device=target).copy_(given) if made is None else made
             self._storages[weight.storage_key] = storage
         typed = torch.empty(0, dtype=dtype_of(weight.dtype), device=storage.device)
         return typed.set_(storage.untyped_storage(), weight.storage_offset, weight.sizes, weight.strides)
+
+    def _made(self, key: str) -> Tensor | None:
+        return self._make(*self._named[key]) if self._make is not None else None
 
     def _bytes(self, key: str) -> Tensor:
         named = self._program.named_data()
@@ -196,6 +217,11 @@ class DelegateHost:
             )
         if self._data is None or key not in self._data.sizes():
             raise ValueError(f"weight {key!r} of {self._program.path} is in no file: pass the .ptd of the same export")
+        if self._data.is_placeholder(key):
+            raise ValueError(
+                f"{self._data.path} holds no weights, only placeholders: load it with the command line, "
+                "which makes them, or export it without --thin"
+            )
         return self._data.tensor(key)
 
 

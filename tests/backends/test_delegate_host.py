@@ -259,3 +259,55 @@ def test_state_that_would_be_compiled_in(shape: tuple[int, ...], refused: bool) 
     else:
         check_state(program, {"count"})
     check_state(program, set())
+
+
+# Artifacts without their weights
+
+
+@pytest.fixture(scope="module")
+def thin(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """decode of the emulated artifact, with placeholders for what has 512 bytes or more: the cache."""
+    from unittest import mock
+
+    from emulated_cuda import lower_emulated
+
+    from executorch_moe.backends.artifact import save
+    from executorch_moe.backends.cuda import placeholders
+
+    _, programs = stateful_programs()
+    with mock.patch.object(placeholders, "LEAST_BYTES", 512), placeholders.without_weights():
+        return save(lower_emulated({"decode": programs["decode"]}), tmp_path_factory.mktemp("thin") / "model")
+
+
+def test_weights_that_are_made_when_loaded(thin: Artifact) -> None:
+    program, data = open_artifact(thin.pte)
+    assert data is not None and data.is_placeholder("cuda_fqn_weight:cpu:cache")
+    assert not data.is_placeholder("cuda_fqn_weight:cpu:scale")
+    asked = []
+
+    def make(name: str, nbytes: int) -> torch.Tensor | None:
+        asked.append((name, nbytes))
+        if name == "scale":  # made, though the file has one too
+            return torch.full((WIDTH,), 2.0).view(torch.uint8)
+        return torch.zeros(nbytes, dtype=torch.uint8) if name == "cache" else None
+
+    host = DelegateHost(program, data, CPU, open_container=open_cpu_container, weights=make)
+    assert {("cache", 4 * CONTEXT * WIDTH), ("scale", 4 * WIDTH), ("count", 8 * WIDTH)} == set(asked)
+    x, position = torch.randn(1, WIDTH), torch.tensor([3])
+    for _ in range(2):
+        module, _ = stateful_programs()
+        module.scale.fill_(2.0)
+        for _ in range(2):
+            torch.testing.assert_close(host.run("decode", (x, position))[0], module(x, position))
+        host.reset()
+
+
+def test_placeholders_are_not_run(thin: Artifact) -> None:
+    program, data = open_artifact(thin.pte)
+    with pytest.raises(ValueError, match=r"holds no weights, only placeholders: .* export it without --thin"):
+        DelegateHost(program, data, CPU, open_container=open_cpu_container)
+    with pytest.raises(ValueError, match=r"weight 'cache' has 8 bytes, .* needs 512"):
+        DelegateHost(
+            program, data, CPU, open_container=open_cpu_container,
+            weights=lambda name, nbytes: torch.zeros(8, dtype=torch.uint8) if name == "cache" else None,
+        )  # fmt: skip

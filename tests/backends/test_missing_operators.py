@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -92,6 +94,29 @@ def test_nothing_is_listed_that_can_be_compiled() -> None:
 
 def test_topk_of_long_rows_is_left_to_a_library() -> None:
     assert [missing.operator for missing in found(LongRows())] == ["aten.topk"]
+
+
+# What each does was seen by exporting it for sm_90.
+@pytest.mark.parametrize(
+    ("operator", "expected"),
+    [
+        (lambda x: x.cumsum(-1), []),
+        (lambda x: x.sort(-1)[0], []),
+        (lambda x: x.topk(3)[0], []),
+        (lambda x: x.index_put((torch.arange(8),), x, accumulate=True), []),
+        (lambda x: x.scatter_add(0, torch.zeros(8, 64, dtype=torch.int64), x), []),
+        (lambda x: torch.baddbmm(x[None], x[None, :, :8], x[None]), []),
+        (lambda x: nn.functional.scaled_dot_product_attention(*[x[None, None].bfloat16()] * 3).float(), []),
+        (lambda x: torch.histc(x, 8, 0, 8), ["aten.histc"]),
+    ],
+)
+def test_operators_one_by_one(operator: Callable[[torch.Tensor], torch.Tensor], expected: list[str]) -> None:
+    class Calls(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return operator(x)
+
+    program = export(Calls(), (torch.randn(8, 64),))
+    assert [missing.operator for missing in missing_operators(program)] == expected
 
 
 def test_branches_are_searched() -> None:

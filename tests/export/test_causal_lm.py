@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from executorch_moe.export.causal_lm import CausalLM, export_methods
+from executorch_moe.export.causal_lm import CausalLM, GreedyLM, SamplingLM, export_methods
 from executorch_moe.export.pretrained import load_model, resolve
 from executorch_moe.export.quantize import quantize_experts_
+from executorch_moe.export.sampling import Sampler
 
 from .conftest import MAX_CONTEXT, eager_greedy, eager_model
 
@@ -38,6 +39,37 @@ def test_prefill_equals_token_by_token(model: CausalLM) -> None:
         one_by_one = run(model, [token], position)
     # fp32 sums in another order, and bf16 rounding of the experts' input that may fall the other way.
     torch.testing.assert_close(at_once, one_by_one, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("chunks", [(20, 24), (1, 43), (43, 1), (7, 7, 7, 23)])
+def test_a_prompt_in_chunks_leaves_the_same_cache_and_logits(model: CausalLM, chunks: tuple[int, ...]) -> None:
+    model.reset()
+    at_once, cache = run(model, TEXT, 0), {}
+    for name, buffer in model.kv_cache.named_buffers():
+        cache[name] = buffer.clone()
+    model.reset()
+    start = 0
+    for size in chunks:
+        in_chunks = run(model, TEXT[start : start + size], start)
+        start += size
+    assert start == len(TEXT)
+    torch.testing.assert_close(in_chunks, at_once, rtol=0, atol=0.05)
+    for name, buffer in model.kv_cache.named_buffers():
+        torch.testing.assert_close(buffer, cache[name], rtol=0, atol=0.05, msg=name)
+
+
+def test_the_model_that_picks_gives_the_sampled_token_of_the_logits(model: CausalLM) -> None:
+    picking = SamplingLM(model.model, MAX_CONTEXT)
+    ids, positions = torch.tensor([TEXT]), torch.arange(len(TEXT))
+    for sampler in (Sampler(), Sampler(0.8, 3), Sampler(1.5, 4, 0.7)):
+        picking.reset()
+        model.reset()
+        with torch.no_grad():
+            token = picking(ids, positions, *sampler.inputs(torch.device("cpu")))
+            assert token.shape == (1, 1) and int(token) == sampler(model(ids, positions), len(TEXT))
+    likeliest = GreedyLM(model.model, MAX_CONTEXT)
+    with torch.no_grad():
+        assert likeliest(ids, positions).tolist() == [[int(run(model, TEXT, 0).argmax())]]
 
 
 def test_logits_are_those_of_the_last_position(model: CausalLM) -> None:

@@ -109,6 +109,19 @@ def test_export_for_another_gpu_runs_in_its_own_process(tmp_path: Path, monkeypa
     assert command[1:5] == ["-m", "executorch_moe.export.cli", "export", "tiny"] and "--own-process" in command
     assert command[command.index("--target") + 1] == "h200" and command[command.index("--dtype") + 1] == "bf16"
     assert command[command.index("--algorithm") + 1] == "hqq"
+    # The other process is asked for the same options, all of them.
+    from executorch_moe.export.cli import export_in_own_process
+    from executorch_moe.export.pipeline import ExportOptions
+
+    options = ExportOptions(
+        "synthetic:tiny", tmp_path / "y.pte", "sm_90", "w4a8", 64, 77, "bf16", "logits", "upstream", "int4", "int8",
+        "int8", 3, 11,
+    )  # fmt: skip
+    export_in_own_process(options, None, False)
+    received: list[ExportOptions] = []
+    monkeypatch.setattr("executorch_moe.export.pipeline.export_model", lambda given, _: received.append(given))
+    runner.invoke(app, commands[1][3:])
+    assert received == [options]
 
 
 def test_export_names_of_the_output(tmp_path: Path) -> None:
@@ -201,6 +214,11 @@ def test_generate_refuses_what_does_not_fit(exported: Callable[[str, str], Path]
     assert "format='xml' is unknown" in refused("bench", "model", pte, "--format", "xml")
     assert "repeats=0 must be at least 1" in refused("bench", "model", pte, "--repeats", 0)
     assert "max_context=128" in refused("bench", "model", pte, "--prompt-tokens", "100,200")
+    assert "leave --profile out" in refused("bench", "model", pte, "-p", "4", "-n", "2", "-r", "1", "--profile")
+    assert "of a profile: add --profile" in refused("bench", "model", pte, "--plot", "x.png")
+    assert "top_p=0.0" in refused("generate", pte, "-p", "abc", "--top-p", 0)
+    assert "prefill_chunk=0 must be" in refused("generate", pte, "-p", "abc", "--prefill-chunk", 0)
+    assert "leave CUDA graphs off" in refused("generate", pte, "-p", "abc", "--cuda-graph")
 
 
 @pytest.mark.slow
@@ -211,6 +229,14 @@ def test_generate_refuses_files_that_do_not_belong_together(
     for suffix in (".pte", ".tokenizer.json"):
         shutil.copy(pte.with_suffix(suffix), tmp_path / f"x{suffix}")
     assert "x.ptd" in refused("generate", tmp_path / "x.pte", "-p", "a")
+    tokenizer = tmp_path / "x.tokenizer.json"
+    text = tokenizer.read_text()
+    tokenizer.write_text(text.replace('"a"', '"~"', 1).replace('"b"', '"a"', 1))
+    shutil.copy(pte.with_suffix(".ptd"), tmp_path / "x.ptd")
+    assert "x.tokenizer.json does not belong to the .pte beside it" in refused(
+        "generate", tmp_path / "x.pte", "-p", "a"
+    )
+    tokenizer.write_text(text)
     shutil.copy(exported("w4a8", "cpu").with_suffix(".ptd"), tmp_path / "x.ptd")
     assert "does not belong to" in refused("generate", tmp_path / "x.pte", "-p", "a")
     data = pte.with_suffix(".ptd").read_bytes()
@@ -234,8 +260,13 @@ def test_generate_prints_text_to_stdout_and_the_rest_to_stderr(exported: Callabl
 def test_bench_model(exported: Callable[[str, str], Path]) -> None:
     command = ["bench", "model", str(exported("w4a16", "cpu")), "--prompt-tokens", "8,1", "--new-tokens", "4"]
     table = runner.invoke(app, [*command, "--repeats", "2"]).stdout
-    assert "runtime: executorch (CPU)" in table and "| 8 | 4 |" in table and "| 1 | 4 |" in table
-    speeds = json.loads(runner.invoke(app, [*command, "--repeats", "3", "--format", "json"]).stdout)["speeds"]
+    assert "runtime: executorch (CPU)" in table and "picked on the device" in table
+    assert "experts ours, dense none" in table and "| prefill 8 | " in table and "| decode 4 after 1 | " in table
+    assert re.search(r"\.pte .*; \.ptd .*; expert weights .*; export .* s \(load .*\); .*peak of this run: host", table)
+    result = json.loads(runner.invoke(app, [*command, "-r", "3", "-o", "json", "--prefill-chunk", "3"]).stdout)
+    assert result["prefill_chunk"] == 3 and result["export"]["options"]["output"] == "token"
+    assert result["bytes"][".ptd"] > result["bytes"]["expert weights"] > 0 and result["peak_bytes"]["host"] > 1e8
+    speeds = result["speeds"]
     assert [len(speed["decode"]) for speed in speeds] == [3, 3]
     assert all(rate > 0 for speed in speeds for rate in speed["prefill"] + speed["decode"])
 

@@ -37,6 +37,7 @@ def test_prefill_and_decode_equal_the_unmodified_model(name: str, tmp_path: Path
     model = save_model(name, tmp_path / "model")
     pte, report = tmp_path / "out" / "model.pte", tmp_path / "report.json"
     arguments = ["export", tmp_path / "model", "-o", pte, "--target", "cpu", "--max-context", 48, "--report", report]
+    arguments += ["--output", "logits"]
     result = CliRunner().invoke(app, [str(argument) for argument in [*arguments, "--verbose"]])
     assert result.exit_code == 0, result.output
     assert "fused layers" in result.stderr

@@ -10,8 +10,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from executorch_moe.export.generation import Sampler, TextGenerator, TextStream, read_tokenizer
+from executorch_moe.export.generation import TextGenerator, TextStream, read_tokenizer
 from executorch_moe.export.pretrained import resolve
+from executorch_moe.export.sampling import Sampler
 
 EOS = 257
 
@@ -27,6 +28,10 @@ class CountingProgram:
         self.constants = {"get_max_context_len": max_context, "get_vocab_size": 264, "get_eos_ids": [EOS], **constants}
         self.calls: list[tuple[str, list[int], list[int]]] = []
 
+    @property
+    def constant_names(self) -> list[str]:
+        return list(self.constants)
+
     def constant(self, name: str) -> Any:
         return self.constants[name]
 
@@ -38,6 +43,23 @@ class CountingProgram:
 
     def reset(self) -> None:
         self.calls.append(("reset", [], []))
+
+
+class PickingProgram(CountingProgram):
+    """The same of an artifact whose methods pick the token; keeps what they were told."""
+
+    def __init__(self, max_context: int = 16, **constants: Any) -> None:
+        super().__init__(max_context, get_method_output="token", **constants)
+        self.told: set[tuple[float, float, int]] = set()
+
+    def run(  # type: ignore[override]
+        self, method: str, input_ids: torch.Tensor, cache_position: torch.Tensor, *sampling: torch.Tensor
+    ) -> list[torch.Tensor]:
+        assert [tensor.dtype for tensor in sampling] == [torch.float32, torch.float32, torch.int64]
+        assert all(tensor.shape == (1,) for tensor in sampling) and input_ids.dtype == torch.int64
+        self.told.add(tuple(tensor.item() for tensor in sampling))  # type: ignore[arg-type]
+        (logits,) = super().run(method, input_ids, cache_position)
+        return [logits.argmax(-1, keepdim=True)]
 
 
 @pytest.fixture
@@ -61,6 +83,67 @@ def test_prompt_at_once_then_token_by_token(tokenizer: Tokenizer) -> None:
         ("decode", [32], [4]),
         ("decode", [33], [5]),
     ]
+
+
+@pytest.mark.parametrize("program", [CountingProgram(), PickingProgram()])
+@pytest.mark.parametrize("looked_at", [False, True])
+def test_tokens_are_the_same_wherever_they_are_picked_and_read(
+    tokenizer: Tokenizer, program: CountingProgram, looked_at: bool
+) -> None:
+    program.calls.clear()
+    seen: list[int] = []
+    generator = TextGenerator(program, tokenizer)  # type: ignore[arg-type]
+    result = generator.generate([10, 20], 4, ignore_eos=True, on_token=seen.append if looked_at else None)
+    assert result.tokens == [21, 22, 23, 24] and (seen == result.tokens) == looked_at
+    assert program.calls == [
+        ("reset", [], []),
+        ("prefill", [10, 20], [0, 1]),
+        ("decode", [21], [2]),
+        ("decode", [22], [3]),
+        ("decode", [23], [4]),
+    ]
+    assert result.decode_seconds > 0 and result.stopped_by == "max_new_tokens"
+
+
+def test_greedy_methods_take_no_settings(tokenizer: Tokenizer) -> None:
+    class Greedy(CountingProgram):
+        def run(self, *inputs: Any) -> list[torch.Tensor]:
+            return [super().run(*inputs)[0].argmax(-1, keepdim=True)]
+
+    program = Greedy(get_method_output="greedy")
+    generator = TextGenerator(program, tokenizer)  # type: ignore[arg-type]
+    assert generator.generate([10, 20], 3, ignore_eos=True).tokens == [21, 22, 23]
+    with pytest.raises(ValueError, match=r"temperature=0\.5 is not for this artifact"):
+        generator.generate([10, 20], 3, Sampler(0.5))
+
+
+def test_methods_that_pick_are_told_how(tokenizer: Tokenizer) -> None:
+    program = PickingProgram()
+    TextGenerator(program, tokenizer).generate([10, 20], 3, Sampler(0.5, 7, 0.25))  # type: ignore[arg-type]
+    assert program.told == {(0.5, 0.25, 7)}
+
+
+@pytest.mark.parametrize(
+    ("chunk", "calls"),
+    [
+        (2, [("prefill", [10, 20], [0, 1]), ("prefill", [30, 40], [2, 3]), ("decode", [50], [4])]),
+        (3, [("prefill", [10, 20, 30], [0, 1, 2]), ("prefill", [40, 50], [3, 4])]),
+        (1, [("decode", [10 * n], [n - 1]) for n in range(1, 6)]),
+        (5, [("prefill", [10, 20, 30, 40, 50], [0, 1, 2, 3, 4])]),
+        (99, [("prefill", [10, 20, 30, 40, 50], [0, 1, 2, 3, 4])]),
+    ],
+)
+def test_a_prompt_in_chunks(tokenizer: Tokenizer, chunk: int, calls: list[tuple[str, list[int], list[int]]]) -> None:
+    program = PickingProgram()
+    generator = TextGenerator(program, tokenizer, prefill_chunk=chunk)  # type: ignore[arg-type]
+    result = generator.generate([10, 20, 30, 40, 50], 2)
+    assert result.tokens == [51, 52] and result.prompt_tokens == 5
+    assert program.calls == [("reset", [], []), *calls, ("decode", [51], [5])]
+
+
+def test_a_chunk_of_nothing(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="prefill_chunk=0 must be at least 1"):
+        TextGenerator(CountingProgram(), tokenizer, prefill_chunk=0)  # type: ignore[arg-type]
 
 
 def test_one_token_prompt_goes_through_decode(tokenizer: Tokenizer) -> None:
@@ -129,21 +212,6 @@ def test_empty_prompt_and_foreign_tokenizer(tokenizer: Tokenizer) -> None:
     generator, _ = make(tokenizer, get_vocab_size=100)
     with pytest.raises(ValueError, match="token 122 but the model's vocabulary ends at 99"):
         generator.encode("z")
-
-
-def test_greedy_takes_the_likeliest_and_sampling_repeats_with_its_seed() -> None:
-    logits = torch.tensor([[0.0, 3.0, 1.0]])
-    assert Sampler()(logits) == 1
-    draws = [Sampler(1.0, seed)(logits) for seed in range(200)]
-    assert draws == [Sampler(1.0, seed)(logits) for seed in range(200)]
-    # softmax(3, 1, 0) = 0.84, 0.11, 0.04
-    assert 140 <= draws.count(1) <= 190 and set(draws) == {0, 1, 2}
-
-
-@pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf")])
-def test_temperature_out_of_range(temperature: float) -> None:
-    with pytest.raises(ValueError, match="temperature="):
-        Sampler(temperature)
 
 
 @pytest.mark.parametrize("text", ["plain", "naïve café", "emoji 😀 and 中文", "tab\tnew\nline  spaces"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from executorch_moe.export.generation import TextGenerator
+from executorch_moe.export.sampling import Sampler
 
 from .conftest import eager_greedy, eager_model
 
@@ -68,6 +69,32 @@ def test_bf16_tokens_are_eagers_choice_within_rounding(exported: Callable[..., P
             worst = max(worst, float(logits.max() - logits[tokens[count]]))
     print(f"largest gap to eager's own choice: {worst:.4f}")
     assert worst <= 0.25
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [1, 5, 16])
+def test_a_prompt_in_chunks_gives_the_same_text(chunk: int, exported: Callable[[str, str], Path]) -> None:
+    pte = exported("w4a16", "cpu")
+    at_once, in_chunks = TextGenerator.load(pte), TextGenerator.load(pte, prefill_chunk=chunk)
+    ids = at_once.encode(PROMPTS[0])
+    expected = at_once.generate(ids, 24, ignore_eos=True).tokens
+    assert in_chunks.generate(ids, 24, ignore_eos=True).tokens == expected
+
+
+@pytest.mark.slow
+def test_sampled_text_is_that_of_the_eager_model(exported: Callable[[str, str], Path]) -> None:
+    sampler = Sampler(0.9, 5, 0.95)
+    generator, model = TextGenerator.load(exported("w4a16", "cpu")), eager_model("w4a16", "cpu")
+    ids = generator.encode(PROMPTS[0])
+    tokens = generator.generate(ids, 24, sampler, ignore_eos=True).tokens
+    fed, text = 0, list(ids)
+    while len(text) < len(ids) + 24:
+        with torch.no_grad():
+            logits = model(torch.tensor([text[fed:]]), torch.arange(fed, len(text)))
+        fed = len(text)
+        text.append(sampler(logits, fed))
+    assert tokens == text[len(ids) :]
+    assert tokens != generator.generate(ids, 24, Sampler(0.9, 6, 0.95), ignore_eos=True).tokens
 
 
 @pytest.mark.slow

@@ -1,0 +1,46 @@
+"""Artifacts without their large weights: those of synthetic models are made again when the artifact is loaded.
+
+Each large storage has a placeholder in the .ptd. Such an artifact is a few megabytes, and exporting it takes neither
+the memory nor the disk of its weights. Only the delegate host runs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+from torch import Tensor
+
+PLACEHOLDER = b"executorch_moe: made when it is loaded"
+LEAST_BYTES = 1 << 20
+"""Storages below this size are written as they are: among them tables and constants that no seed makes."""
+
+MakeWeights = Callable[[str, int], "Tensor | None"]
+"""(qualified name, bytes) -> uint8 [bytes], or None for what the .ptd holds. What is made goes before what is there."""
+
+
+@contextlib.contextmanager
+def without_weights() -> Iterator[None]:
+    """Within it, `to_edge_transform_and_lower` writes placeholders for large weights of CUDA delegates.
+
+    Raises:
+        RuntimeError: an executorch whose weights are not written by the function that is replaced here.
+    """
+    from executorch.backends.cuda import cuda_weight_collector
+
+    stock = getattr(cuda_weight_collector, "_write_tensor_storage", None)
+    if stock is None or tuple(inspect.signature(stock).parameters) != ("tensor", "path"):
+        raise RuntimeError("artifacts without weights need executorch 1.5.1: install it, or export with the weights")
+
+    def write(tensor: Tensor, path: str) -> bytes:
+        if tensor.untyped_storage().nbytes() < LEAST_BYTES:
+            return bytes(stock(tensor, path))
+        Path(path).write_bytes(PLACEHOLDER)
+        return hashlib.sha256(PLACEHOLDER).digest()
+
+    with mock.patch.object(cuda_weight_collector, "_write_tensor_storage", write):
+        yield

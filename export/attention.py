@@ -1,0 +1,122 @@
+"""Attention for CUDA targets: with grouped key/value heads as they are, and with few kernels around it.
+
+Under a mask, transformers repeats key/value heads in memory: with 32 query and 4 key/value heads, that writes and reads
+the whole cache eight times over for each token. ExecuTorch's Triton kernels, which replace the operator on CUDA, take
+grouped heads directly.
+
+Letters: T tokens, D head_dim, C positions in the cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NAME = "executorch_moe_grouped"
+
+
+def grouped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface.
+
+    Args:
+        query: [B, heads, T, head_dim]. key, value: [B, key_value_heads, C, head_dim].
+        attention_mask: bool [B, 1, T, C], true = may be seen.
+
+    Returns:
+        [B, T, heads, head_dim], and None for the attention weights.
+    """
+    out = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+class MergedAttention(nn.Module):
+    """Takes the place of Qwen3-MoE's attention: one projection for query, key and value.
+
+    Written so that Inductor makes one kernel of norm, rotation and writing to the cache: both halves of a head are read
+    from the projection, none from a normalised copy. It rounds once, after the rotation, in place of twice.
+    """
+
+    def __init__(self, attention: Any) -> None:
+        """Takes the weights of a `Qwen3MoeAttention` over."""
+        super().__init__()
+        self.layer_idx, self.scaling, self.head_dim = attention.layer_idx, attention.scaling, attention.head_dim
+        linears = [attention.q_proj, attention.k_proj, attention.v_proj]
+        heads, kv_heads, _ = (linear.out_features // self.head_dim for linear in linears)
+        self.heads, self.kv_heads = heads, kv_heads
+        self.qkv_proj = _merged(linears)
+        self.o_proj = attention.o_proj
+        self.eps = attention.q_norm.variance_epsilon
+        self.register_buffer("q_norm", attention.q_norm.weight.detach().unflatten(-1, (2, -1)))
+        self.register_buffer("k_norm", attention.k_norm.weight.detach().unflatten(-1, (2, -1)))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Any = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """transformers' interface of an attention module: hidden_states [1, T, H] -> [1, T, H], and None."""
+        shape = hidden_states.shape[:-1]
+        qkv = self.qkv_proj(hidden_states).view(*shape, self.heads + 2 * self.kv_heads, 2, self.head_dim // 2)
+        turned = self.heads + self.kv_heads
+        # [1, T, D] -> [1, T, 1, 2, D/2]. The rotation of (a, b) is (a cos - b sin, b cos + a sin).
+        cos, sin = (part.to(torch.float32).unflatten(-1, (1, 2, -1)) for part in position_embeddings)
+        sin = sin * torch.tensor([[-1.0], [1.0]], device=sin.device)
+        query = self._normed_and_turned(qkv[:, :, : self.heads], self.q_norm, cos, sin)
+        key = self._normed_and_turned(qkv[:, :, self.heads : turned], self.k_norm, cos, sin)
+        value = qkv[:, :, turned:].flatten(-2).transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        out, _weights = grouped_attention(self, query, key, value, attention_mask, scaling=self.scaling)
+        return self.o_proj(out.flatten(-2)), None
+
+    def _normed_and_turned(self, x: Tensor, norm: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[1, T, heads, 2, D/2] -> [1, heads, T, D]; norm [2, D/2], cos and sin fp32 [1, T, 1, 2, D/2]."""
+        dtype, x, norm = x.dtype, x.to(torch.float32), norm.to(torch.float32)
+        scale = torch.rsqrt(x.pow(2).mean((-2, -1), keepdim=True) + self.eps)
+        x = x * scale * norm * cos + x.flip(-2) * scale * norm.flip(-2) * sin
+        return x.to(dtype).flatten(-2).transpose(1, 2)
+
+
+def _merged(linears: list[nn.Linear]) -> nn.Linear:
+    """One linear layer that computes several, one after the other in its outputs."""
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    merged = nn.Linear(weight.shape[1], weight.shape[0], bias=linears[0].bias is not None, device="meta")
+    merged.weight = nn.Parameter(weight, requires_grad=False)
+    if linears[0].bias is not None:
+        merged.bias = nn.Parameter(torch.cat([linear.bias.detach() for linear in linears]), requires_grad=False)
+    return merged
+
+
+def merge_attention_(module: nn.Module) -> nn.Module:
+    """Replaces every Qwen3-MoE attention of a model, or of a layer, by `MergedAttention`, in place; others stay."""
+    for name, child in list(module.named_modules()):
+        if type(child).__name__ == "Qwen3MoeAttention":
+            owner, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(owner), attribute, MergedAttention(child))
+    return module
+
+
+def register() -> str:
+    """Makes it known to transformers; returns the name for `attn_implementation`."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, grouped_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    return NAME

@@ -1,0 +1,155 @@
+"""Dense layers in INT8 and INT4 against the same numbers dequantised, and in a model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from executorch_moe.export import synthetic
+from executorch_moe.export.causal_lm import CausalLM, export_methods
+from executorch_moe.export.dense import (
+    Int4Linear,
+    Int8Embedding,
+    Int8Linear,
+    MergedLinear,
+    OneRowLinears,
+    quantize_dense_,
+)
+from executorch_moe.kernels.packing import quantize_int4
+
+N, K, GROUP = 24, 64, 16
+
+
+def dequantized(weight: Tensor, kind: str) -> Tensor:
+    """The weights that a layer stands for, by another way."""
+    if kind == "int8":
+        step = (weight.abs().amax(-1, keepdim=True) / 127).float()
+        return (weight / step).round() * step
+    codes, scale = quantize_int4(weight, GROUP)
+    return (codes.float().unflatten(-1, (-1, GROUP)) * scale.float()[..., None]).flatten(-2)
+
+
+def layer(weight: Tensor, kind: str, bias: Tensor | None = None) -> nn.Module:
+    return Int8Linear(weight, bias) if kind == "int8" else Int4Linear(weight, GROUP, bias)
+
+
+@pytest.fixture(autouse=True)
+def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of 16: no kernel of ours reads these weights, and small cases show more."""
+    monkeypatch.setattr("executorch_moe.kernels.packing.check_group_size", lambda *_: None)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("tokens", [1, 2, 7])
+@pytest.mark.parametrize("biased", [False, True])
+def test_equals_the_dequantised_product(kind: str, tokens: int, biased: bool) -> None:
+    weight, x = torch.randn(N, K), torch.randn(1, tokens, K)
+    bias = torch.randn(N) if biased else None
+    expected = nn.functional.linear(x, dequantized(weight, kind), bias)
+    got = layer(weight, kind, bias)(x)
+    assert got.shape == (1, tokens, N)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_bytes(kind: str) -> None:
+    module = layer(torch.randn(N, K), kind)
+    assert module.qdata.nbytes == N * K // (1 if kind == "int8" else 2)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_one_row_and_more_agree_in_bf16(kind: str) -> None:
+    module, x = layer(torch.randn(N, K).bfloat16(), kind), torch.randn(1, 2, K).bfloat16()
+    assert module(x).dtype == torch.bfloat16
+    torch.testing.assert_close(module(x)[:, :1], module(x[:, :1]), rtol=0.02, atol=0.05)
+
+
+def test_a_row_of_zeros_stays_zero() -> None:
+    assert torch.equal(Int8Linear(torch.zeros(2, K))(torch.randn(1, 1, K)), torch.zeros(1, 1, 2))
+
+
+def test_embedding() -> None:
+    weight, ids = torch.randn(10, K), torch.tensor([[3, 0, 9]])
+    torch.testing.assert_close(Int8Embedding(weight)(ids), dequantized(weight, "int8")[ids], rtol=1e-5, atol=1e-5)
+
+
+def test_merged_projections_are_those_of_each() -> None:
+    weights, x = [torch.randn(rows, K) for rows in (6, 2, 4)], torch.randn(1, 3, K)
+    merged = MergedLinear(Int8Linear(torch.cat(weights)), [6, 2, 4])
+    got = [merged(x), *(follower(x) for follower in merged.followers)]
+    for part, weight in zip(got, weights, strict=True):
+        torch.testing.assert_close(part, Int8Linear(weight)(x), rtol=1e-5, atol=1e-5)
+    merged(x)
+    with pytest.raises(AssertionError, match="one input"):
+        merged.followers[0](x.clone())
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    """Of a prompt and of one token after it."""
+    module, ids = CausalLM(model, 32), torch.arange(10)[None]
+    return torch.cat((module(ids, torch.arange(10)), module(ids[:, :1], torch.tensor([10]))))
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("int8", 0.03), ("int4", 0.3)])
+def test_a_model_stays_near_itself(kind: str, bound: float) -> None:
+    shape = synthetic.parse("synthetic:tiny")
+    plain = synthetic.build(shape, group_size=32, dtype=torch.float32)
+    quantised = quantize_dense_(copy.deepcopy(plain), kind, 32, embedding="int8")
+    attention = quantised.model.layers[1].self_attn  # type: ignore[union-attr, index]
+    assert isinstance(attention.q_proj, MergedLinear) and type(attention.o_proj).__name__ == f"Int{kind[3:]}Linear"
+    assert type(quantised.lm_head).__name__ == f"Int{kind[3:]}Linear"
+    expected, got = logits(plain), logits(quantised)
+    assert 0 < (got - expected).norm() / expected.norm() < bound
+    # Layer by layer, as a synthetic model is made, gives the same.
+    stepwise = synthetic.build(
+        shape,
+        group_size=32,
+        dtype=torch.float32,
+        prepare=lambda part: quantize_dense_(part, kind, 32, embedding="int8"),
+    )
+    assert torch.equal(logits(stepwise), got)
+
+
+def test_lm_head_by_choice() -> None:
+    model = synthetic.build(synthetic.parse("synthetic:tiny", 1), group_size=32)
+    quantize_dense_(model, "int4", 32, lm_head="int8")
+    assert isinstance(model.lm_head, Int8Linear)
+    model = synthetic.build(synthetic.parse("synthetic:tiny", 1), group_size=32)
+    assert type(quantize_dense_(model, "int8", lm_head="none").lm_head) is nn.Linear
+
+
+def test_what_cannot_be_quantised() -> None:
+    model = nn.Sequential(nn.Linear(48, 8))
+    with pytest.raises(ValueError, match="0 has 48 inputs, which group_size=32 does not divide"):
+        quantize_dense_(model, "int4", 32)
+    with pytest.raises(ValueError, match="dense='int3' is unknown: use one of none, int8, int4"):
+        quantize_dense_(model, "int3")
+    with pytest.raises(ValueError, match="embedding='int4' is unknown: use one of none, int8"):
+        quantize_dense_(model, "int8", embedding="int4")
+
+
+def test_one_row_linears_are_traced_as_sums() -> None:
+    """decode has no matrix products left that a GEMM template would take; prefill keeps its own."""
+    model = CausalLM(synthetic.build(synthetic.parse("synthetic:tiny"), group_size=32, dtype=torch.float32), 32)
+    programs = export_methods(model, one_row_linears=True)
+    counts = {
+        name: sum(node.target is torch.ops.aten.linear.default for node in program.graph.nodes)
+        for name, program in programs.items()
+    }
+    # Per layer q, k, v, o and the router; lm_head sees one row in both.
+    assert counts == {"prefill": 2 * 5, "decode": 0}
+    ids, position = torch.tensor([[5]]), torch.tensor([0])
+    with torch.no_grad():
+        torch.testing.assert_close(programs["decode"].module()(ids, position), model(ids, position))
+
+
+def test_one_row_linear_with_a_bias_keeps_its_dtype() -> None:
+    linear, x = nn.Linear(K, N).bfloat16(), torch.randn(1, 1, K).bfloat16()
+    with OneRowLinears():
+        got = linear(x)
+    assert got.dtype == torch.bfloat16 and got.shape == (1, 1, N)
+    torch.testing.assert_close(got, linear(x), rtol=0.02, atol=0.02)

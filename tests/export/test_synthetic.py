@@ -1,0 +1,100 @@
+"""Synthetic models: shapes, seeds, and that nothing but packed experts is ever made."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from executorch_moe.export import synthetic
+from executorch_moe.export.causal_lm import CausalLM
+from executorch_moe.kernels import FusedExperts
+from executorch_moe.kernels import benchmark as kernels_benchmark
+
+TINY = synthetic.parse("synthetic:tiny")
+
+
+def state(seed: int = 0, layers: int = 2) -> dict[str, Tensor]:
+    return synthetic.build(synthetic.parse("synthetic:tiny", layers), group_size=32, seed=seed).state_dict()
+
+
+def test_the_30b_preset_is_the_published_shape() -> None:
+    config = synthetic.parse("synthetic:qwen3-30b-a3b").config()
+    expected = {
+        "num_hidden_layers": 48, "num_experts": 128, "num_experts_per_tok": 8, "hidden_size": 2048,
+        "moe_intermediate_size": 768, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+        "vocab_size": 151_936, "tie_word_embeddings": False, "norm_topk_prob": True,
+    }  # fmt: skip
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_fields_and_layers_by_option() -> None:
+    model = synthetic.parse("synthetic:qwen3-30b-a3b,experts=64,context=4096", layers=8)
+    assert (model.layers, model.experts, model.context, model.hidden) == (8, 64, 4096, 2048)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "message"),
+    [
+        ("synthetic:gpt", None, "use synthetic: and one of qwen3-30b-a3b, tiny"),
+        ("synthetic:tiny,depth=3", None, "'depth=3' .* must be FIELD=NUMBER, with one of layers, hidden"),
+        ("synthetic:tiny,experts=x", None, "'experts=x' .* must be FIELD=NUMBER"),
+        ("synthetic:tiny", 0, "layers=0 of synthetic:tiny must be at least 1"),
+        ("synthetic:tiny,top_k=9", None, "top_k=9 must be at most experts=8"),
+        ("synthetic:tiny,kv_heads=3", None, "heads=4 must be a multiple of kv_heads=3"),
+        ("synthetic:tiny,hidden=100", None, "hidden=100 must be a multiple of 128"),
+        ("synthetic:tiny,vocabulary=100", None, "vocabulary=100 must be at least 264"),
+    ],
+)
+def test_shapes_that_cannot_be(name: str, layers: int | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        synthetic.parse(name, layers)
+
+
+def test_the_seed_decides_and_layers_do_not_depend_on_their_number() -> None:
+    first, again, other, longer = state(), state(), state(seed=1), state(layers=3)
+    for name, tensor in first.items():
+        assert torch.equal(tensor, again[name]), name
+        assert torch.equal(tensor, longer[name]), name
+        assert not tensor.is_meta
+        assert "norm" in name or not torch.equal(tensor, other[name]), name
+    assert not torch.equal(first["model.layers.0.mlp.experts.w13"], first["model.layers.1.mlp.experts.w13"])
+
+
+def test_the_experts_never_exist_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer's experts are made at a time, and no tensor is as large as theirs would be in bf16."""
+    model = synthetic.parse("synthetic:tiny,experts=32", 3)
+    as_bf16 = 2 * model.experts * 3 * model.hidden * model.intermediate
+    largest = 0
+    real = torch.empty
+
+    def empty(*args: object, **kwargs: object) -> Tensor:
+        nonlocal largest
+        tensor = real(*args, **kwargs)  # type: ignore[call-overload]
+        largest = max(largest, 0 if tensor.is_meta else tensor.nbytes)
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(kernels_benchmark.torch, "empty", empty)
+    built = synthetic.build(model, group_size=32)
+    experts = [module for module in built.modules() if isinstance(module, FusedExperts)]
+    assert len(experts) == 3 and not any(parameter.is_meta for parameter in built.parameters())
+    assert 0 < largest < as_bf16 / 2
+
+
+def test_it_computes_something_of_sane_size() -> None:
+    model = CausalLM(synthetic.build(TINY, group_size=32, dtype=torch.float32), 64)
+    with torch.no_grad():
+        logits = model(torch.randint(0, 300, (1, 40)), torch.arange(40))
+    assert logits.isfinite().all() and 0.2 < logits.std() < 5
+
+
+def test_layers_are_prepared_one_by_one_then_the_model() -> None:
+    seen: list[str] = []
+    synthetic.build(TINY, group_size=32, prepare=lambda module: seen.append(type(module).__name__))
+    assert seen == ["Qwen3MoeDecoderLayer", "Qwen3MoeDecoderLayer", "Qwen3MoeForCausalLM"]
+
+
+def test_group_size_that_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="hidden=128 must be a multiple of group_size=256"):
+        synthetic.build(TINY, group_size=256)
