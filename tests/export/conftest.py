@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from executorch_moe.export.causal_lm import CausalLM
 from executorch_moe.export.pipeline import ExportOptions, export_model
 from executorch_moe.export.pretrained import resolve
 from executorch_moe.export.quantize import quantize_experts_
+from executorch_moe.kernels.op import forced
+from executorch_moe.kernels.plan import Options
 
 MAX_CONTEXT = 128
 GROUP_SIZE = 32
@@ -54,12 +57,17 @@ def eager_model(scheme: str, target: str, dtype: str = "auto") -> CausalLM:
 
 @torch.no_grad()
 def eager_greedy(model: CausalLM, prompt_ids: list[int], new_tokens: int) -> list[int]:
-    """Greedy tokens after a prompt, called as the exported methods are: the prompt at once, then token by token."""
+    """Greedy tokens after a prompt, called as the exported methods are: the prompt at once, then token by token.
+
+    An exported prefill is for any length, and so has the experts' grouped path only; eager would take the few-token
+    path for short prompts, which rounds elsewhere.
+    """
     model.reset()
     device = next(model.parameters()).device
     ids, fed = list(prompt_ids), 0
     while len(ids) < len(prompt_ids) + new_tokens:
-        logits = model(torch.tensor([ids[fed:]], device=device), torch.arange(fed, len(ids), device=device))
+        with forced(Options(path="grouped")) if len(ids) - fed > 1 else contextlib.nullcontext():
+            logits = model(torch.tensor([ids[fed:]], device=device), torch.arange(fed, len(ids), device=device))
         fed = len(ids)
         ids.append(int(logits.argmax()))
     return ids[len(prompt_ids) :]

@@ -262,7 +262,9 @@ def test_bench_model(exported: Callable[[str, str], Path]) -> None:
     table = runner.invoke(app, [*command, "--repeats", "2"]).stdout
     assert "runtime: executorch (CPU)" in table and "picked on the device" in table
     assert "experts ours, dense none" in table and "| prefill 8 | " in table and "| decode 4 after 1 | " in table
-    assert re.search(r"\.pte .*; \.ptd .*; expert weights .*; export .* s \(load .*\); .*peak of this run: host", table)
+    assert re.search(
+        r"\.pte .*; \.ptd .*; expert weights .*; export .* s \(check .*\); .*peak of this run: host", table
+    )
     result = json.loads(runner.invoke(app, [*command, "-r", "3", "-o", "json", "--prefill-chunk", "3"]).stdout)
     assert result["prefill_chunk"] == 3 and result["export"]["options"]["output"] == "token"
     assert result["bytes"][".ptd"] > result["bytes"]["expert weights"] > 0 and result["peak_bytes"]["host"] > 1e8

@@ -20,7 +20,7 @@ from executorch_moe.export.dense import (
 )
 from executorch_moe.kernels.packing import quantize_int4
 
-N, K, GROUP = 24, 64, 16
+N, K, GROUP = 24, 128, 32
 
 
 def dequantized(weight: Tensor, kind: str) -> Tensor:
@@ -34,12 +34,6 @@ def dequantized(weight: Tensor, kind: str) -> Tensor:
 
 def layer(weight: Tensor, kind: str, bias: Tensor | None = None) -> nn.Module:
     return Int8Linear(weight, bias) if kind == "int8" else Int4Linear(weight, GROUP, bias)
-
-
-@pytest.fixture(autouse=True)
-def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Groups of 16: no kernel of ours reads these weights, and small cases show more."""
-    monkeypatch.setattr("executorch_moe.kernels.packing.check_group_size", lambda *_: None)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
