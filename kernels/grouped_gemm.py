@@ -371,17 +371,26 @@ def moe_few_tokens_gemm(
     """
     n_block, first_pair, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_pairs = num_tokens * TOP_K
-    expert, before, leads = leads_row_block(
-        topk_ids_ptr, num_pairs, first_pair, NUM_EXPERTS, PAIRS, BLOCK_M, TOKENS == 1
-    )
+    expert = tl.load(topk_ids_ptr + first_pair).to(tl.int64)
+    all_pairs = tl.arange(0, PAIRS)
+    if TOKENS == 1:  # whose experts differ: each pair leads. (One that is named twice is read twice, no more.)
+        before = 0
+        leads = (expert >= 0) & (expert < NUM_EXPERTS)
+    else:
+        ids = tl.load(topk_ids_ptr + all_pairs, mask=all_pairs < num_pairs, other=-1)
+        before, leads = leads_row_block(ids, expert, first_pair, NUM_EXPERTS, PAIRS, BLOCK_M)
     if GEMM == 1:
         block = tl.arange(0, NUM_ARRIVALS)
         first_program = (n_block == 0) & (first_pair == 0)
         tl.store(arrivals_ptr + block, tl.zeros_like(block), mask=first_program & (block < NUM_ARRIVALS))
     if leads:
-        pair, mask_m = rows_of_leader(
-            topk_ids_ptr, num_pairs, first_pair, expert, before, NUM_EXPERTS, PAIRS, BLOCK_M, TOKENS == 1
-        )
+        if TOKENS == 1:
+            row = tl.arange(0, BLOCK_M)
+            mask_m = row == 0
+            pair = tl.where(mask_m, first_pair, 0)
+        else:
+            again = tl.load(topk_ids_ptr + all_pairs, mask=all_pairs < num_pairs, other=-1)
+            pair, mask_m = rows_of_leader(again, expert, before, NUM_EXPERTS, PAIRS, BLOCK_M)
         x_row = pair // TOP_K if GEMM == 1 else pair
         out_row = pair + split * num_pairs
         gemm_tile(

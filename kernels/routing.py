@@ -19,9 +19,12 @@ import triton.language as tl
 
 
 @triton.jit
-def load_expert_ids(topk_ids_ptr, offs, num_pairs, NUM_EXPERTS: tl.constexpr):
-    """Expert of each pair as int32, -1 for pairs to drop. An id beyond 32 bits must not wrap into range."""
-    ids = tl.load(topk_ids_ptr + offs, mask=offs < num_pairs, other=-1)
+def valid_experts(ids, NUM_EXPERTS: tl.constexpr):
+    """Experts as int32, -1 for pairs to drop. An id beyond 32 bits must not wrap into range.
+
+    Takes ids and not their address: torch takes a pointer for written to if it goes into a function whose result goes
+    into the address of a store.
+    """
     return tl.where((ids >= 0) & (ids < NUM_EXPERTS), ids, -1).to(tl.int32)
 
 
@@ -39,7 +42,8 @@ def moe_route_count(
 ):  # fmt: skip
     """Count the experts of chunk `program_id(0)`."""
     chunk = tl.program_id(0)
-    ids = load_expert_ids(topk_ids_ptr, chunk * CHUNK + tl.arange(0, CHUNK), num_pairs, NUM_EXPERTS)
+    offs = chunk * CHUNK + tl.arange(0, CHUNK)
+    ids = valid_experts(tl.load(topk_ids_ptr + offs, mask=offs < num_pairs, other=-1), NUM_EXPERTS)
     tl.store(chunk_counts_ptr + chunk * E_POW2 + tl.arange(0, E_POW2), count_experts(ids, E_POW2))
 
 
@@ -65,7 +69,7 @@ def moe_route_scatter(
     chunk = tl.program_id(0)
     experts = tl.arange(0, E_POW2)
     offs = chunk * CHUNK + tl.arange(0, CHUNK)
-    ids = load_expert_ids(topk_ids_ptr, offs, num_pairs, NUM_EXPERTS)
+    ids = valid_experts(tl.load(topk_ids_ptr + offs, mask=offs < num_pairs, other=-1), NUM_EXPERTS)
     if ONE_CHUNK:
         total = count_experts(ids, E_POW2)
         before = tl.zeros((E_POW2,), dtype=tl.int32)
@@ -87,7 +91,7 @@ def moe_route_scatter(
     rank = tl.zeros((CHUNK,), dtype=tl.int32)
     for first in tl.range(0, CHUNK, RANK_BLOCK, num_stages=4):
         earlier = chunk * CHUNK + first + tl.arange(0, RANK_BLOCK)
-        others = load_expert_ids(topk_ids_ptr, earlier, num_pairs, NUM_EXPERTS)
+        others = valid_experts(tl.load(topk_ids_ptr + earlier, mask=earlier < num_pairs, other=-1), NUM_EXPERTS)
         same = (others[:, None] == ids[None, :]) & (earlier[:, None] < offs[None, :])
         rank += tl.sum(same.to(tl.int32), axis=0)
     place = tl.gather(starts + before, tl.maximum(ids, 0), axis=0)
@@ -108,43 +112,29 @@ def moe_route_scatter(
 
 
 @triton.jit
-def leads_row_block(
-    topk_ids_ptr, num_pairs, first_pair, NUM_EXPERTS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr,
-    ONE_TOKEN: tl.constexpr,
-):  # fmt: skip
+def leads_row_block(ids, expert, first_pair, NUM_EXPERTS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr):
     """Routing for few pairs, by each program for itself: does pair `first_pair` lead a row block?
 
     The pairs of an expert form row blocks of BLOCK_M in their order; the first of each block leads it.
-    ONE_TOKEN: its experts differ, so each pair leads. (If one is named twice, its weights are read twice, no more.)
 
     Args:
-        topk_ids_ptr: int32 or int64 [P]. PAIRS: a power of two from P on.
+        ids: experts of all pairs, [PAIRS], a power of two from P on, -1 behind. expert: int64, that of `first_pair`.
 
     Returns:
-        expert (int64), how many pairs before this one chose it, whether this one leads.
+        How many pairs before this one chose the expert, and whether this one leads.
     """
-    expert = tl.load(topk_ids_ptr + first_pair).to(tl.int64)
-    valid = (expert >= 0) & (expert < NUM_EXPERTS)
-    if ONE_TOKEN:
-        return expert, 0, valid
-    offs = tl.arange(0, PAIRS)
-    ids = load_expert_ids(topk_ids_ptr, offs, num_pairs, NUM_EXPERTS).to(tl.int64)
-    before = tl.sum(((ids == expert) & (offs < first_pair)).to(tl.int32), axis=0)
-    return expert, before, valid & (before % BLOCK_M == 0)
+    same = valid_experts(ids, NUM_EXPERTS).to(tl.int64) == expert
+    before = tl.sum((same & (tl.arange(0, PAIRS) < first_pair)).to(tl.int32), axis=0)
+    return before, (expert >= 0) & (expert < NUM_EXPERTS) & (before % BLOCK_M == 0)
 
 
 @triton.jit
 def rows_of_leader(
-    topk_ids_ptr, num_pairs, first_pair, expert, before, NUM_EXPERTS: tl.constexpr, PAIRS: tl.constexpr,
-    BLOCK_M: tl.constexpr, ONE_TOKEN: tl.constexpr,
+    ids, expert, before, NUM_EXPERTS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr
 ):  # fmt: skip
     """The row block that a pair leads: pairs int32 [BLOCK_M] (0 where masked) and their mask."""
-    row = tl.arange(0, BLOCK_M)
-    if ONE_TOKEN:
-        return tl.where(row == 0, first_pair, 0), row == 0
-    offs = tl.arange(0, PAIRS)
-    same = load_expert_ids(topk_ids_ptr, offs, num_pairs, NUM_EXPERTS).to(tl.int64) == expert
+    same = valid_experts(ids, NUM_EXPERTS).to(tl.int64) == expert
     rank = tl.where(same, tl.cumsum(same.to(tl.int32), axis=0) - 1 - before, -1)
-    chosen = rank[None, :] == row[:, None]
-    pair = tl.sum(tl.where(chosen, offs[None, :], 0), axis=1)
+    chosen = rank[None, :] == tl.arange(0, BLOCK_M)[:, None]
+    pair = tl.sum(tl.where(chosen, tl.arange(0, PAIRS)[None, :], 0), axis=1)
     return pair, tl.sum(chosen.to(tl.int32), axis=1) > 0
