@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .files import written_aside
 from .generation import TextGenerator
 
 # The first rule that finds something in a kernel's name decides. Inductor names a kernel after what it computes.
@@ -133,12 +134,8 @@ class Breakdown:
         axes.set(xlabel=f"microseconds of a decode token ({self.token_us:.0f})", title=title)
         axes.grid(True, axis="x", alpha=0.3)
         axes.legend(loc="lower right")
-        aside = path.with_name(f".{path.name}.new{path.suffix}")
-        try:
+        with written_aside(path) as aside:
             figure.savefig(aside)
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
 
 
 def group_of(kernel: Kernel) -> str:

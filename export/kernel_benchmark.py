@@ -28,6 +28,7 @@ from executorch_moe.kernels.configs import GROUP_SIZES_M
 from executorch_moe.kernels.plan import Options
 from executorch_moe.kernels.schemes import get_scheme
 
+from .files import written_aside
 from .rivals import Step, torch_grouped_mm, upstream
 from .upstream_experts import operator
 
@@ -263,9 +264,5 @@ def plot(benchmark: KernelBenchmark, rows: Sequence[Row], path: Path) -> None:
     axes.set_title(f"{benchmark.shape}, {benchmark.routing} routing")
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()
-    aside = path.with_name(f".{path.name}.new{path.suffix}")
-    try:
+    with written_aside(path) as aside:
         figure.savefig(aside)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

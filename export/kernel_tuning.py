@@ -13,6 +13,7 @@ from executorch_moe.kernels.tables import TunedLayer, table_path
 from executorch_moe.kernels.tune import Tuner, entry, with_entry
 
 from .benchmark import versions
+from .files import write_aside
 from .kernel_benchmark import parse_shape
 
 
@@ -49,7 +50,5 @@ def tune_layer(shape_text: str, scheme: str, out: Path | None, layers: int, cons
         timing = progress.add_task("timing", total=len(trials))
         tuned = tuner.run(on_trial=lambda trial, us: progress.advance(timing))
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(with_entry(before, made_by, entry(tuner.layer, tuner.scheme, tuned)), encoding="utf-8")
-    aside.replace(path)
+    write_aside(path, with_entry(before, made_by, entry(tuner.layer, tuner.scheme, tuned)))
     return path

@@ -40,7 +40,7 @@ from .choices import (
 from .dense_torchao import stored_bytes
 from .files import write_aside
 from .memory import peak_rss, restart_peak
-from .pretrained import check_supported, load_model, require_transformers, resolve, tokenizer_json
+from .pretrained import TINY, check_supported, load_model, require_transformers, resolve, tokenizer_json
 from .streaming import StreamedModel
 from .synthetic import is_synthetic
 from .upstream_experts import UpstreamMoE
@@ -250,13 +250,13 @@ class ExportSummary:
 
 
 def check_folder(options: ExportOptions) -> Path:
-    """The model's folder, if its kind of model is supported.
+    """The model's folder, if its kind of model is supported; of a synthetic model, that of the tokenizer it borrows.
 
     Raises:
         ValueError, NotImplementedError, FileNotFoundError: see `resolve` and `check_supported`.
         ModuleNotFoundError, RuntimeError: no transformers, or another version.
     """
-    folder = resolve(options.model)
+    folder = resolve(TINY if is_synthetic(options.model) else options.model)
     check_supported(folder)
     require_transformers()
     return folder

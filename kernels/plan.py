@@ -208,6 +208,10 @@ class Routing:
     block_row: Tensor
     num_row_blocks: Tensor
 
+    def pointers(self) -> dict[str, Any]:
+        """The lists as the kernels name them."""
+        return {f"{name}_ptr": tensor for name, tensor in vars(self).items()}
+
 
 def max_row_blocks(num_pairs: Any, num_experts: int, block_m: int) -> Any:
     """Upper bound of the row blocks of any routing: every expert may end in a partial block."""
@@ -288,11 +292,7 @@ def run_routing(p: Problem, heights: Heights) -> Routing:
             {
                 "topk_ids_ptr": p.topk_ids,
                 "chunk_counts_ptr": counts,
-                "sorted_pair_ids_ptr": r.sorted_pair_ids,
-                "expert_offsets_ptr": r.expert_offsets,
-                "block_expert_ptr": r.block_expert,
-                "block_row_ptr": r.block_row,
-                "num_row_blocks_ptr": r.num_row_blocks,
+                **r.pointers(),
                 "num_pairs": p.num_pairs,
                 "num_chunks": num_chunks,
             },
@@ -358,11 +358,7 @@ def run_grouped_gemm(
                     **p.weights(gemm),
                     "out_ptr": out,
                     "pair_weight_ptr": p.topk_weights,
-                    "sorted_pair_ids_ptr": r.sorted_pair_ids,
-                    "expert_offsets_ptr": r.expert_offsets,
-                    "block_expert_ptr": r.block_expert,
-                    "block_row_ptr": r.block_row,
-                    "num_row_blocks_ptr": r.num_row_blocks,
+                    **r.pointers(),
                     "num_pairs": p.num_pairs,
                 },
                 {

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
 from executorch_moe.export import synthetic
 from executorch_moe.export.causal_lm import CausalLM
+from executorch_moe.export.cli import app
 from executorch_moe.kernels import FusedExperts
 from executorch_moe.kernels import benchmark as kernels_benchmark
 
@@ -98,3 +102,14 @@ def test_layers_are_prepared_one_by_one_then_the_model() -> None:
 def test_group_size_that_does_not_fit() -> None:
     with pytest.raises(ValueError, match="hidden=128 must be a multiple of group_size=256"):
         synthetic.build(TINY, group_size=256)
+
+
+@pytest.mark.slow
+def test_a_synthetic_model_is_exported_and_runs(tmp_path: Path) -> None:
+    pte = str(tmp_path / "synthetic.pte")
+    exported = CliRunner().invoke(
+        app, ["export", "synthetic:tiny", "-o", pte, "--target", "cpu", "--max-context", "32"]
+    )
+    assert exported.exit_code == 0, exported.output
+    generated = CliRunner().invoke(app, ["generate", pte, "--prompt", "The import", "--max-new-tokens", "4"])
+    assert generated.exit_code == 0 and generated.stdout.startswith("The import"), generated.output
