@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path`, with its ending, to write to: renamed to `path` at the end, removed after an error."""
+    """Yields a path beside `path`, with its ending: renamed to `path` at the end, removed after an error."""
     aside = path.with_name(f".{path.stem}.new{path.suffix}")
     try:
         yield aside
