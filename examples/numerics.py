@@ -48,7 +48,7 @@ def main() -> None:
 
     title = f"relative L2 error; {TOKENS} tokens, H={HIDDEN}, I={INTERMEDIATE}, torch {torch.__version__}"
     table = Table("GEMM1 input", "GEMM2 input", "error", title=title)
-    for first in (0, 32, 64, 128, HIDDEN):
+    for first in (0, 32, 64, 128, 512, 1024, HIDDEN):
         for second in (0, 32, 64, 128, INTERMEDIATE):
             out = layer(x, ids, weights, gate_up, down, (first, second)).float()
             error = float((out - exact).norm() / exact.norm())

@@ -32,7 +32,7 @@ from executorch_moe.backends.targets import lower
 from executorch_moe.export.pretrained import load_model, resolve
 from executorch_moe.export.quantize import quantize_experts_
 from executorch_moe.export.quiet import quiet
-from executorch_moe.kernels import ALGORITHMS, FusedExperts, pack_codes, unpack_experts
+from executorch_moe.kernels import ALGORITHMS, FusedExperts, Int4Codes, pack_codes, unpack_experts
 from executorch_moe.kernels.rounding import round_weights
 from executorch_moe.kernels.schemes import get_scheme
 
@@ -67,11 +67,13 @@ class Recipe:
     def _whole_rows(self, experts: nn.Module) -> FusedExperts:
         """Rows shorter than a group are one group. The operator has one group size, so longer groups are split there:
         their parts have one scale, and the values stay."""
-        zeros = get_scheme(self.scheme).takes_zeros
-        gate_up, down = (
-            round_weights(weight.detach(), min(weight.shape[-1], self.group_size), self.algorithm, zeros)
-            for weight in (experts.gate_up_proj, experts.down_proj)
-        )
+        kind = get_scheme(self.scheme)
+
+        def rounded(weight: Tensor, gemm: int) -> Int4Codes:
+            group_size = min(weight.shape[-1], self.group_size)
+            return round_weights(weight, group_size, self.algorithm, kind.takes_zeros, kind.row_scaled(gemm))
+
+        gate_up, down = rounded(experts.gate_up_proj.detach(), 1), rounded(experts.down_proj.detach(), 2)
         return FusedExperts(pack_codes(gate_up, down, scheme=self.scheme))
 
 

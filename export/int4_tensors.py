@@ -99,7 +99,7 @@ def pack_executorch_experts(
     Args:
         w1: int8 [E, 2I, H/2], gate rows first. w1_scale: [E, 2I, H/group_size].
         w2: int8 [E, H, I/2]. w2_scale: [E, H, I/group_size].
-        scheme: "w4a16" or "w4a8".
+        scheme: "w4a16", or "w4a8" if its scales are as `pack_codes` wants them.
 
     Raises:
         ValueError: see `executorch_codes` and `pack_codes`.

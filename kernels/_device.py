@@ -166,28 +166,38 @@ def decode_codes(half, PTX: tl.constexpr):
 
 
 @triton.jit
-def decode_int8(byte, PTX: tl.constexpr):
-    """Bytes of two signed nibbles -> two int8 tensors of 16 * nibble, low nibble first.
+def decode_int8(byte, m_low, m_high, PTX: tl.constexpr):
+    """Bytes of two signed nibbles -> two int8 tensors nibble * multiplier, low nibble first. Exact.
 
-    A nibble in the upper half of a byte is 16 times its value as int8, sign included; the 1/16 goes into the scale.
+    All four bytes of a word are multiplied at once: nibble ^ 8 is q + 8, and (q + 8) * m + 128 - 8m = q * m + 128 stays
+    within a byte for m up to 16. Flipping its top bit takes the 128 away.
 
     Args:
         byte: int8 [BLOCK_N, 64].
+        m_low, m_high: int32 in [0, 16], shaped like `byte` and constant over every four columns.
     """
     if not PTX:
-        return (byte << 4).to(tl.int8), (byte & -16).to(tl.int8)
+        low = (((byte & 15) ^ 8) - 8).to(tl.int32) * m_low
+        high = ((((byte >> 4) & 15) ^ 8) - 8).to(tl.int32) * m_high
+        return low.to(tl.int8), high.to(tl.int8)
     else:
         return tl.inline_asm_elementwise(
             """
             {
-            .reg .b32 t;
-            shl.b32 t, $2, 4;
-            and.b32 $0, t, 0xF0F0F0F0;
-            and.b32 $1, $2, 0xF0F0F0F0;
+            .reg .b32 t, c, d;
+            lop3.b32 $0, $2, 0x0F0F0F0F, 0x08080808, 0x6a;
+            shr.u32 t, $2, 4;
+            lop3.b32 $1, t, 0x0F0F0F0F, 0x08080808, 0x6a;
+            mad.lo.s32 c, $3, -0x08080808, 0x80808080;
+            mad.lo.s32 d, $7, -0x08080808, 0x80808080;
+            mad.lo.s32 $0, $0, $3, c;
+            mad.lo.s32 $1, $1, $7, d;
+            xor.b32 $0, $0, 0x80808080;
+            xor.b32 $1, $1, 0x80808080;
             }
             """,
-            "=&r,=&r,r",
-            [byte],
+            "=&r,=&r,r,r,r,r,r,r,r,r,r",
+            [byte, m_low, m_high],
             dtype=(tl.int8, tl.int8),
             is_pure=True,
             pack=4,

@@ -7,22 +7,29 @@ from torch import Tensor
 from torch.nn.functional import pad, silu
 
 from .packing import dequantize, fragment_order
-from .schemes import GATE_UP_GRANULE, K_BLOCK, SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT, get_scheme, round_up
+from .schemes import GATE_UP_GRANULE, K_BLOCK, SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT, get_scheme, max_scale_ratio, round_up
 
 
 def quantize_activations(x: Tensor, act_group: int) -> Tensor:
     """Round activations to int8 codes times one scale a group, as the W4A8 kernels do; returns fp32 [..., K].
 
     Args:
-        x: float [..., K], K a multiple of act_group.
-        act_group: consecutive values that share a scale; 0 returns `x` unchanged in fp32.
+        x: float [..., K].
+        act_group: consecutive values that share a scale, the last of a row may be fewer; 0 returns `x` unchanged in
+            fp32. A group's scale is at least 1 / `max_scale_ratio` of the largest of its row.
     """
     x = x.to(torch.float32)
     if act_group == 0:
         return x
-    grouped = x.reshape(*x.shape[:-1], x.shape[-1] // act_group, act_group)
-    scale = (grouped.abs().amax(-1, keepdim=True) / 127.0).clamp(min=1e-12)
-    return ((grouped / scale).round() * scale).reshape(x.shape)
+    k = x.shape[-1]
+    k_pad = round_up(k, act_group)
+    padded = pad(x, (0, k_pad - k)) if k_pad > k else x
+    grouped = padded.reshape(*x.shape[:-1], k_pad // act_group, act_group)
+    largest = grouped.abs().amax(-1, keepdim=True)
+    least = largest.amax(-2, keepdim=True) / max_scale_ratio(round_up(k, K_BLOCK))
+    scale = (torch.maximum(largest, least) / 127.0).clamp(min=1e-12)
+    rounded = ((grouped / scale).round() * scale).reshape(padded.shape)
+    return rounded[..., :k] if k_pad > k else rounded
 
 
 def _activate(projected: Tensor, activation: str) -> Tensor:

@@ -53,8 +53,10 @@ def random_packed(shape: Shape, scheme: str, device: str, generator: torch.Gener
     """A packed layer of random codes, made on the device without ever holding the weights in bf16."""
     e, h, i, g = shape.experts, round_up(shape.hidden, 128), round_up(shape.intermediate, 128), shape.group_size
 
-    def matrix(n: int, k: int) -> tuple[Tensor, Tensor | None]:
-        if not get_scheme(scheme).packed:
+    kind = get_scheme(scheme)
+
+    def matrix(gemm: int, n: int, k: int) -> tuple[Tensor, Tensor | None]:
+        if not kind.packed:
             w = torch.empty(e, n, k, dtype=torch.bfloat16, device=device)
             return w.normal_(0, k**-0.5, generator=generator), None
         # Whole words: on a CPU eight times as fast as byte by byte.
@@ -62,9 +64,12 @@ def random_packed(shape: Shape, scheme: str, device: str, generator: torch.Gener
         w = words.random_(-(2**63), None, generator=generator).view(torch.uint8)
         scale = torch.rand(e, k // g, n, device=device, generator=generator) * 0.5 + 0.75
         # A uniform signed nibble has a standard deviation of 4.6.
-        return w, (scale * (k**-0.5 / 4.6)).bfloat16()
+        unit = k**-0.5 / 4.6
+        if kind.row_scaled(gemm):
+            return w, torch.cat(((12 * scale).round(), torch.full_like(scale[:, :1], unit / 12)), dim=1).bfloat16()
+        return w, (scale * unit).bfloat16()
 
-    (w13, s13), (w2, s2) = matrix(2 * i, h), matrix(h, i)
+    (w13, s13), (w2, s2) = matrix(1, 2 * i, h), matrix(2, h, i)
     return PackedExperts(
         w13, w2, s13, s2, None, None, None, None, scheme, g if s13 is not None else 0, shape.hidden, shape.intermediate
     )

@@ -117,7 +117,7 @@ def heuristic_gemm(gpu: Gpu, scheme: Scheme, layer: LayerShape, gemm: int, block
         # Weights stream past a few tokens: tall tiles, so that each token row is read by few programs.
         tall = gpu.capability >= 90 and scheme.packed and n % 256 == 0
         return GemmConfig(16, 256 if tall else 128, num_warps=4, num_stages=3, ctas_per_sm=4, scale_after=True)
-    if block_m == 128 and not (gpu.capability == 90 and scheme.packed and not scheme.act_group(gemm)):
+    if block_m == 128 and not (gpu.capability == 90 and scheme.packed):
         warps = 8  # four would spill
     return GemmConfig(block_m, 128, num_warps=warps, num_stages=3, ctas_per_sm=2)
 

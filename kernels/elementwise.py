@@ -12,24 +12,28 @@ from ._device import to_bf16
 def moe_quantize_rows(
     x_ptr,  # bf16 [rows, K]
     q_ptr,  # int8 [rows, KP]
-    scale_ptr,  # fp32 [rows, KP/ACT_GROUP]
-    K: tl.constexpr, KP: tl.constexpr, ACT_GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    scale_ptr,  # fp32 [rows, NUM_GROUPS]
+    K: tl.constexpr, KP: tl.constexpr, ACT_GROUP: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS_POW2: tl.constexpr,
+    MAX_RATIO: tl.constexpr,
 ):  # fmt: skip
-    """Quantise GROUPS groups of one row: scale = max |x| / 127, q = round-half-even(x / scale).
+    """Quantise one row: q = round-half-even(x / scale), scale of a group = max |x| / 127, but at least that of the
+    row's largest group / MAX_RATIO.
 
     Each token once, whatever its number of experts; the GEMM gathers the quantised rows. The middle two of every four
     values are swapped, as in the packed weights (packing.py).
     """
     row = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    group = tl.arange(0, GROUPS_POW2)
     offs = group[:, None] * ACT_GROUP + tl.arange(0, ACT_GROUP)[None, :]
     x = tl.load(x_ptr + row * K + offs, mask=offs < K, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(x), axis=1) / 127.0, 1e-12)
+    largest = tl.max(tl.abs(x), axis=1)
+    largest = tl.maximum(largest, tl.max(largest, axis=0) / MAX_RATIO)
+    scale = tl.maximum(largest / 127.0, 1e-12)
     # Adding and taking away 1.5 * 2^23 rounds to the nearest even integer in fp32.
     q = (x / scale[:, None] + 12582912.0) - 12582912.0
-    swapped = q.reshape(GROUPS, ACT_GROUP // 4, 2, 2).permute(0, 1, 3, 2).reshape(GROUPS, ACT_GROUP)
+    swapped = q.reshape(GROUPS_POW2, ACT_GROUP // 4, 2, 2).permute(0, 1, 3, 2).reshape(GROUPS_POW2, ACT_GROUP)
     tl.store(q_ptr + row * KP + offs, swapped.to(tl.int8), mask=offs < KP)
-    tl.store(scale_ptr + row * (KP // ACT_GROUP) + group, scale, mask=group < KP // ACT_GROUP)
+    tl.store(scale_ptr + row * NUM_GROUPS + group, scale, mask=group < NUM_GROUPS)
 
 
 @triton.jit

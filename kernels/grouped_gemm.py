@@ -23,6 +23,7 @@ from ._device import (
     gated_activation,
     grouped_tile,
     load_groups,
+    load_pairs,
     rows_of_pairs,
     to_bf16,
 )
@@ -119,56 +120,32 @@ def dot_f32(w, x, acc, PTX: tl.constexpr):
 
 
 @triton.jit
-def dot_int8(acc, w, x, w_scale, x_scale):
-    """acc + (w int8 [BN, K] @ x int8 [BM, K].T) * w_scale fp32 [BN] * x_scale fp32 [BM]."""
-    exact = tl.dot(w, x.trans(), out_dtype=tl.int32).to(tl.float32)
-    return acc + exact * x_scale[None, :] * w_scale[:, None]
+def broadcast_multipliers(m0, m1, BLOCK_N: tl.constexpr):
+    """Words of `load_groups` for two quarters of a K block -> int32 [BN, 64], their multipliers."""
+    m0 = rows_of_pairs(m0, BLOCK_N).to(tl.int32)[:, None]
+    m1 = rows_of_pairs(m1, BLOCK_N).to(tl.int32)[:, None]
+    return tl.where((tl.arange(0, 64) < 32)[None, :], m0, m1)
 
 
 @triton.jit
-def load_row_scales(ptr, kb, ACT_GROUP: tl.constexpr):
-    """Activation scales of K block `kb`, fp32 [BM] for each quarter (32 values) of it. ptr: [BM], each row's first."""
-    a0 = tl.load(ptr + kb * 128 // ACT_GROUP)
-    if ACT_GROUP >= 128:
-        return a0, a0, a0, a0
-    elif ACT_GROUP == 64:
-        a2 = tl.load(ptr + kb * 2 + 1)
-        return a0, a0, a2, a2
-    else:
-        tl.static_assert(ACT_GROUP == 32)
-        return a0, tl.load(ptr + kb * 4 + 1), tl.load(ptr + kb * 4 + 2), tl.load(ptr + kb * 4 + 3)
+def int8_operands(raw, m0, m1, m2, m3, BLOCK_N: tl.constexpr, PTX: tl.constexpr):
+    """Decode int8 [BN, 64] into int8 operands [BN, 64] of both halves of the K block, codes times their multipliers.
 
-
-@triton.jit
-def accumulate_int8(
-    acc, raw, s0, s1, s2, s3, a0, a1, a2, a3, x_block, x_offs, mask,
-    BLOCK_N: tl.constexpr, SUB: tl.constexpr, PTX: tl.constexpr,
-):  # fmt: skip
-    """One K block in int8: a dot and a scaling for every SUB values, SUB the finer of weight and activation group."""
+    Register moves only. m0..m3: words of `load_groups`.
+    """
     natural = raw.reshape(BLOCK_N, 4, 2, 2, 4).permute(0, 2, 3, 1, 4).reshape(BLOCK_N, 64)
-    lo, hi = decode_int8(natural, PTX)
-    s0 = rows_of_pairs(s0, BLOCK_N)
-    offs = x_offs[:, None] + tl.arange(0, SUB)[None, :]
-    x0 = tl.load(x_block + offs, mask=mask[:, None], other=0)
-    if SUB == 128:
-        w = tl.join(lo, hi).permute(0, 2, 1).reshape(BLOCK_N, 128)
-        acc = dot_int8(acc, w, x0, s0, a0)
-    elif SUB == 64:
-        x1 = tl.load(x_block + 64 + offs, mask=mask[:, None], other=0)
-        acc = dot_int8(acc, lo, x0, s0, a0)
-        acc = dot_int8(acc, hi, x1, rows_of_pairs(s2, BLOCK_N), a2)
-    else:
-        tl.static_assert(SUB == 32)
-        x1 = tl.load(x_block + 32 + offs, mask=mask[:, None], other=0)
-        x2 = tl.load(x_block + 64 + offs, mask=mask[:, None], other=0)
-        x3 = tl.load(x_block + 96 + offs, mask=mask[:, None], other=0)
-        w0, w1 = tl.split(lo.reshape(BLOCK_N, 2, 32).permute(0, 2, 1))
-        w2, w3 = tl.split(hi.reshape(BLOCK_N, 2, 32).permute(0, 2, 1))
-        acc = dot_int8(acc, w0, x0, s0, a0)
-        acc = dot_int8(acc, w1, x1, rows_of_pairs(s1, BLOCK_N), a1)
-        acc = dot_int8(acc, w2, x2, rows_of_pairs(s2, BLOCK_N), a2)
-        acc = dot_int8(acc, w3, x3, rows_of_pairs(s3, BLOCK_N), a3)
-    return acc
+    m_low, m_high = broadcast_multipliers(m0, m1, BLOCK_N), broadcast_multipliers(m2, m3, BLOCK_N)
+    return decode_int8(natural, m_low, m_high, PTX)
+
+
+@triton.jit
+def rescale_sums(acc, scale_ptr):
+    """int32 sums [BN, BM] in units of one activation group's scale -> in units of the next one's.
+
+    scale_ptr: [BM], where the next group's scale of each row is.
+    """
+    ratio = tl.load(scale_ptr - 1) / tl.load(scale_ptr)
+    return (acc.to(tl.float32) * ratio[None, :]).to(tl.int32)
 
 
 @triton.jit
@@ -188,60 +165,69 @@ def gemm_tile(
     split: which of the SPLIT_K parts of K.
     """
     INT8: tl.constexpr = ACT_GROUP > 0
+    SEGMENTS: tl.constexpr = (KP + ACT_GROUP - 1) // ACT_GROUP if INT8 else 1
     KB: tl.constexpr = (KP // 128 + SPLIT_K - 1) // SPLIT_K  # K blocks of a part
     offs_n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     # Rows are held as 32-bit offsets to a base that all share: 64-bit pointers would take twice the registers.
     x_offs = x_row.to(tl.uint32) * STRIDE_X
     if INT8:
-        x_scale_rows = x_scale_ptr + x_row.to(tl.int64) * (KP // ACT_GROUP)
+        x_scale_rows = x_scale_ptr + x_row.to(tl.int64) * SEGMENTS
     w_ptr += expert * ((N * KP) if W_BITS == 16 else (N * KP // 2))
-    s_ptr = w_scale_ptr + expert * (KP // GROUP * N)
+    # Behind the groups' multipliers, int8 fragments have the rows' scales.
+    s_ptr = w_scale_ptr + expert * ((KP // GROUP + INT8_ORDER) * N)
     z_ptr = w_zero_ptr + expert * (KP // GROUP * N)
-    offs_k = k_order(INT8_ORDER and not INT8)
+    offs_k = tl.arange(0, 64) if INT8 else k_order(INT8_ORDER)
 
     first = split * KB
     last = KP // 128 if SPLIT_K == 1 else tl.minimum(first + KB, KP // 128)
-    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    # Scales of the next block are fetched one iteration ahead: they are too narrow for the asynchronous copies.
-    if W_BITS == 4:
-        begin = first if SPLIT_K == 1 else tl.minimum(first, KP // 128 - 1)  # the last part may be empty
-        s0, s1, s2, s3 = load_groups(s_ptr, begin, n_block, N, GROUP, BLOCK_N)
-        if HAS_ZERO:
-            z0, z1, z2, z3 = load_groups(z_ptr, begin, n_block, N, GROUP, BLOCK_N)
-        else:
-            z0, z1, z2, z3 = s0, s1, s2, s3
-    if INT8:
-        a0, a1, a2, a3 = load_row_scales(x_scale_rows, first, ACT_GROUP)
-    for kb in tl.range(first, last, num_stages=NUM_STAGES, loop_unroll_factor=UNROLL):
-        raw = load_weight_block(w_ptr, kb, offs_n, N, W_BITS, INT8, KP)
-        x_block = x_ptr + kb * 128
-        ahead = tl.minimum(kb + 1, KP // 128 - 1)
-        if INT8:
-            SUB: tl.constexpr = min(GROUP, min(ACT_GROUP, 128))
-            acc = accumulate_int8(acc, raw, s0, s1, s2, s3, a0, a1, a2, a3, x_block, x_offs, mask_m, BLOCK_N, SUB, PTX)
-            a0, a1, a2, a3 = load_row_scales(x_scale_rows, ahead, ACT_GROUP)
-        else:
-            if K == KP:
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32 if INT8 else tl.float32)
+    for segment in tl.static_range(SEGMENTS):
+        start = first if SEGMENTS == 1 else segment * (ACT_GROUP // 128)
+        end = last if segment == SEGMENTS - 1 else (segment + 1) * (ACT_GROUP // 128)
+        if segment > 0:
+            acc = rescale_sums(acc, x_scale_rows + segment)
+        # Scales of the next block are fetched one iteration ahead: they are too narrow for the asynchronous copies.
+        if W_BITS == 4:
+            begin = start if SPLIT_K == 1 else tl.minimum(start, KP // 128 - 1)  # the last part may be empty
+            s0, s1, s2, s3 = load_groups(s_ptr, begin, n_block, N, GROUP, BLOCK_N)
+            if HAS_ZERO:
+                z0, z1, z2, z3 = load_groups(z_ptr, begin, n_block, N, GROUP, BLOCK_N)
+            else:
+                z0, z1, z2, z3 = s0, s1, s2, s3
+        for kb in tl.range(start, end, num_stages=NUM_STAGES, loop_unroll_factor=UNROLL):
+            raw = load_weight_block(w_ptr, kb, offs_n, N, W_BITS, INT8, KP)
+            ahead = tl.minimum(kb + 1, KP // 128 - 1)
+            if K == KP or INT8:  # rows of int8 are padded
                 inside = mask_m[:, None]
             else:  # the padded weights are zero, but what lies behind the row may be NaN
                 inside = mask_m[:, None] & (kb * 128 + offs_k < K)[None, :]
-            x = tl.load(x_block + (x_offs[:, None] + offs_k[None, :]), mask=inside, other=0.0)
+            x_block = x_ptr + kb * 128 + (x_offs[:, None] + offs_k[None, :])
+            x = tl.load(x_block, mask=inside, other=0)
             if W_BITS == 16:
                 acc = dot_f32(raw, x, acc, PTX)
+            elif INT8:
+                # Half a block at a time: fewer registers hold operands, so that more programs are resident.
+                x_high = tl.load(x_block + 64, mask=inside, other=0)
+                low, high = int8_operands(raw, s0, s1, s2, s3, BLOCK_N, PTX)
+                acc = tl.dot(low, x.trans(), acc, out_dtype=tl.int32)
+                acc = tl.dot(high, x_high.trans(), acc, out_dtype=tl.int32)
             elif SCALE_AFTER:
                 codes = code_operand(raw, BLOCK_N, PTX)
                 acc += dot_f32(codes, x, tl.zeros_like(acc), PTX) * rows_of_pairs(s0, BLOCK_N)[:, None]
             else:
                 operand = weight_operand(raw, s0, s1, s2, s3, z0, z1, z2, z3, HAS_ZERO, INT8_ORDER, BLOCK_N, PTX)
                 acc = dot_f32(operand, x, acc, PTX)
-        if W_BITS == 4:
-            s0, s1, s2, s3 = load_groups(s_ptr, ahead, n_block, N, GROUP, BLOCK_N)
-            if HAS_ZERO:
-                z0, z1, z2, z3 = load_groups(z_ptr, ahead, n_block, N, GROUP, BLOCK_N)
-            else:
-                z0, z1, z2, z3 = s0, s1, s2, s3
+            if W_BITS == 4:
+                s0, s1, s2, s3 = load_groups(s_ptr, ahead, n_block, N, GROUP, BLOCK_N)
+                if HAS_ZERO:
+                    z0, z1, z2, z3 = load_groups(z_ptr, ahead, n_block, N, GROUP, BLOCK_N)
+                else:
+                    z0, z1, z2, z3 = s0, s1, s2, s3
     if INT8:
-        acc *= 0.0625  # decode_int8 gives 16 times the weight
+        acc = acc.to(tl.float32) * tl.load(x_scale_rows + SEGMENTS - 1)[None, :]
+    if INT8_ORDER:
+        rows = load_pairs(s_ptr, KP // GROUP, n_block, N, BLOCK_N)
+        acc *= rows_of_pairs(rows, BLOCK_N)[:, None]
 
     if HAS_BIAS:
         bias = tl.load(bias_ptr + expert * N + offs_n)

@@ -1,4 +1,4 @@
-"""Packing expert weights into the layout that the kernels read (layout version 2), and back.
+"""Packing expert weights into the layout that the kernels read (layout version 3), and back.
 
 Two matrices an expert: `w13` = gate and up projections, N = 2I rows over K = H; `w2` = down projection, N = H rows over
 K = I. I and H are padded to multiples of 128 with zeros (which add nothing), written Ip and Hp below.
@@ -17,6 +17,8 @@ quantised: the product is the same, and the bf16 decoder finds neighbours where 
 can be multiplied in bf16.
 Scales, and the optional zeros, bf16 [E, K/group_size, N]: n contiguous, as a tile reads a run of rows at one group, and
 within runs of 16 in the order 0, 8, 1, 9, ... 7, 15: rows r and r + 8, whose sums one thread has, share a 32-bit word.
+Of int8 fragments, a scale is an integer multiple, 0 (padding) to 16, of its row's scale, and the rows' scales follow
+those of the groups: bf16 [E, K/group_size + 1, N]. A code times its multiple is an int8 value.
 
 bf16 scheme, bf16 [E, N, K]: rows as above, K contiguous.
 
@@ -45,7 +47,8 @@ class PackedExperts:
     Attributes:
         w13: packed gate and up projection. uint8 [E, Hp/128, 2*Ip, 64], or bf16 [E, 2*Ip, Hp] for scheme bf16.
         w2: packed down projection. uint8 [E, Ip/128, Hp, 64], or bf16 [E, Hp, Ip] for scheme bf16.
-        w13_scale, w2_scale: bf16 [E, K/group_size, N], None for scheme bf16.
+        w13_scale, w2_scale: bf16 [E, K/group_size, N], None for scheme bf16. w13_scale of scheme w4a8 has multiples of
+            the rows' scales, and those in one more group: [E, K/group_size + 1, N].
         w13_zero, w2_zero: bf16, shaped like the scales, or None. Added after scaling: value = q * scale + zero.
         w13_bias, w2_bias: fp32 [E, 2*Ip] in packed row order and fp32 [E, Hp], or None.
         scheme, group_size: as passed to `pack_experts`; group_size is 0 for scheme bf16.
@@ -101,7 +104,7 @@ def deinterleave_gate_up(rows: Tensor) -> Tensor:
 
 
 def pack_int4(q: Tensor, scheme: str) -> Tensor:
-    """Pack 4-bit codes into layout version 2.
+    """Pack 4-bit codes into layout version 3.
 
     Args:
         q: int8 [E, N, K] in [-8, 7], K a multiple of 128.
@@ -147,8 +150,8 @@ def dequantize(packed: Tensor, scale: Tensor | None, zero: Tensor | None, scheme
 
     Args:
         packed: w13 or w2 of `PackedExperts`.
-        scale, zero: bf16 [E, K/group_size, N] or None.
-        scheme: scheme of the packed matrix.
+        scale, zero: bf16 [E, K/group_size, N] or None; with the rows' own scales behind them for "w4a8".
+        scheme: fragment order of the packed matrix, "w4a16" or "w4a8".
 
     Returns:
         fp32 [E, N, K] (padded sizes, rows in packed order).
@@ -157,13 +160,16 @@ def dequantize(packed: Tensor, scale: Tensor | None, zero: Tensor | None, scheme
         return packed.to(torch.float32)
     codes = unpack_int4(packed, scheme)
     e, n, k = codes.shape
-    groups = scale.shape[1]
 
     def by_row(t: Tensor) -> Tensor:  # [E, groups, N] in pairs of rows -> fp32 [E, N, groups, 1]
-        natural = t.to(torch.float32).reshape(e, groups, n // 16, 8, 2).permute(0, 2, 4, 3, 1)
-        return natural.reshape(e, n, groups, 1)
+        natural = t.to(torch.float32).reshape(e, t.shape[1], n // 16, 8, 2).permute(0, 2, 4, 3, 1)
+        return natural.reshape(e, n, t.shape[1], 1)
 
-    weight = codes.reshape(e, n, groups, k // groups) * by_row(scale)
+    scales = by_row(scale)
+    if scheme == "w4a8":
+        scales = scales[:, :, :-1] * scales[:, :, -1:]
+    groups = scales.shape[2]
+    weight = codes.reshape(e, n, groups, k // groups) * scales
     if zero is not None:
         weight = weight + by_row(zero)
     return weight.reshape(e, n, k)
@@ -171,17 +177,19 @@ def dequantize(packed: Tensor, scale: Tensor | None, zero: Tensor | None, scheme
 
 def _pack_matrix(codes: Int4Codes, order: str, n_pad: int, k_pad: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Pad q [E, N, K] and its groups [E, N, K/g] to n_pad and k_pad, then pack; groups become [E, Kp/g, Np] in pairs
-    of rows."""
+    of rows, those of the rows' own scales included if there are any."""
     n, k = codes.q.shape[1:]
     q = pad(codes.q, (0, k_pad - k, 0, n_pad - n))
-    groups = -(-k_pad // codes.group_size)
 
-    def by_group(t: Tensor) -> Tensor:
+    def by_group(t: Tensor, groups: int = -(-k_pad // codes.group_size)) -> Tensor:
         padded = pad(t.bfloat16(), (0, groups - t.shape[-1], 0, n_pad - n))
         pairs = padded.reshape(-1, n_pad // 16, 2, 8, groups).permute(0, 4, 1, 3, 2)
         return pairs.reshape(-1, groups, n_pad)
 
-    return pack_int4(q, order), by_group(codes.scale), None if codes.zero is None else by_group(codes.zero)
+    scale = by_group(codes.scale)
+    if codes.row_scale is not None:
+        scale = torch.cat((scale, by_group(codes.row_scale, 1)), dim=1)
+    return pack_int4(q, order), scale, None if codes.zero is None else by_group(codes.zero)
 
 
 def _pad_gate_up(rows: Tensor, i_pad: int) -> Tensor:
@@ -252,7 +260,10 @@ def pack_experts(
         biases = (None if bias is None else bias[e : e + 1] for bias in (gate_up_bias, down_bias))
         if not kind.packed:
             return _pack_floats(w13[None], w2[None], scheme, *biases)
-        q13, q2 = (round_weights(weight, group_size, algorithm, kind.takes_zeros) for weight in (w13, w2))
+        q13, q2 = (
+            round_weights(weight, group_size, algorithm, kind.takes_zeros, kind.row_scaled(gemm))
+            for gemm, weight in ((1, w13), (2, w2))
+        )
         return _pack_codes(q13[None], q2[None], scheme, *biases)
 
     return stack_experts(map(one, range(gate_up.shape[0])), gate_up.shape[0])
@@ -272,7 +283,8 @@ def pack_codes(
     Args:
         gate_up: codes [E, 2I, H], gate rows first, then up rows.
         down: codes [E, H, I]. Group sizes that differ are brought to their greatest common divisor, which is exact.
-        scheme: "w4a16", or "w4a8" for codes without zero points.
+        scheme: "w4a16", or "w4a8" for codes without zero points whose `gate_up` scales are 1 to 16 times that of their
+            row, as a single one a row is.
         gate_up_bias, down_bias: float [E, 2I] and [E, H], or None.
 
     Returns:
@@ -280,7 +292,7 @@ def pack_codes(
 
     Raises:
         ValueError: unknown scheme or one without codes, shapes that disagree, a group size that is unsupported, or
-            zero points for w4a8.
+            zero points or scales that w4a8 does not have.
     """
     kind = get_scheme(scheme)
     if not kind.packed:
@@ -296,6 +308,10 @@ def pack_codes(
     check_group_size(group_size, down.q.shape[2], "intermediate size I")
     if (gate_up.zero is None) != (down.zero is None):
         gate_up, down = _with_zero(gate_up), _with_zero(down)
+    if kind.row_scaled(1):
+        gate_up = gate_up.row_scaled()
+    if kind.row_scaled(2):
+        down = down.row_scaled()
 
     def one(e: int) -> PackedExperts:
         biases = (None if bias is None else bias[e : e + 1] for bias in (gate_up_bias, down_bias))

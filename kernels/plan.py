@@ -20,7 +20,7 @@ from .gpus import Gpu, gpu_of
 from .grouped_gemm import moe_few_tokens_gemm, moe_grouped_gemm
 from .packing import fragment_order
 from .routing import moe_route_count, moe_route_scatter
-from .schemes import Scheme, get_activation, get_scheme, round_up
+from .schemes import Scheme, get_activation, get_scheme, max_scale_ratio, round_up
 
 
 @dataclass
@@ -314,17 +314,26 @@ def run_routing(p: Problem, heights: Heights) -> Routing:
 
 
 def quantize_rows(p: Problem, x: Tensor, rows: Any, k: int, act_group: int) -> tuple[Tensor, Tensor]:
-    """One launch: int8 codes [rows, Kp] and fp32 scales [rows, Kp/act_group] of bf16 [rows, k]."""
+    """One launch: int8 codes [rows, Kp] and fp32 scales [rows, Kp/act_group rounded up] of bf16 [rows, k]."""
     k_pad = round_up(k, 128)
+    groups = cdiv(k_pad, act_group)
+    groups_pow2 = triton.next_power_of_2(groups)
     q = p.empty((rows, k_pad), torch.int8)
-    scale = p.empty((rows, k_pad // act_group), torch.float32)
-    groups = min(triton.next_power_of_2(k_pad // act_group), 2048 // act_group)
+    scale = p.empty((rows, groups), torch.float32)
     p.submit(
         Launch(
             moe_quantize_rows,
-            (rows, cdiv(k_pad // act_group, groups)),
+            (rows,),
             {"x_ptr": x, "q_ptr": q, "scale_ptr": scale},
-            {"K": k, "KP": k_pad, "ACT_GROUP": act_group, "GROUPS": groups},
+            {
+                "K": k,
+                "KP": k_pad,
+                "ACT_GROUP": act_group,
+                "NUM_GROUPS": groups,
+                "GROUPS_POW2": groups_pow2,
+                "MAX_RATIO": max_scale_ratio(k_pad),
+            },
+            num_warps=min(16, max(4, groups_pow2 * act_group // 1024)),
         )
     )
     return q, scale

@@ -4,6 +4,8 @@ Both give codes q in [-8, 7] with one scale, and for some schemes one zero point
 value = q * scale (+ zero). Scales and zero points are rounded to bf16 before codes are chosen, so that a code is the
 nearest one for what is stored.
 
+Where the kernels multiply in int8, a group's scale is a multiple, 1 to 16, of its row's scale.
+
     minmax  scale = largest absolute value / 7, no zero point
     hqq     starts there, or with zero points from the group's minimum and maximum, and then alternates: split off what
             looks like outliers, fit scale and zero point to the rest, choose codes. A group keeps its best round.
@@ -22,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .schemes import check_group_size
+from .schemes import MAX_MULTIPLE, check_group_size
 
 ALGORITHMS = ("minmax", "hqq")
 
@@ -42,17 +44,19 @@ _CHUNK_ELEMENTS = 1 << 18
 
 @dataclass(frozen=True)
 class Int4Codes:
-    """4-bit weights in natural order; value = q * scale + zero.
+    """4-bit weights in natural order; value = q * scale (* row_scale) (+ zero).
 
     Attributes:
         q: int8 [..., N, K] in [-8, 7].
-        scale: bf16 [..., N, K/group_size].
+        scale: bf16 [..., N, K/group_size]. With row_scale, integers from 1 to 16.
         zero: bf16, shaped like scale, or None for no zero points.
+        row_scale: bf16 [..., N, 1], or None for 1.
     """
 
     q: Tensor
     scale: Tensor
     zero: Tensor | None = None
+    row_scale: Tensor | None = None
 
     @property
     def group_size(self) -> int:
@@ -64,7 +68,9 @@ class Int4Codes:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Int4Codes:
         """The same function applied to codes, scales and zero points: for what changes rows only."""
-        return Int4Codes(function(self.q), function(self.scale), None if self.zero is None else function(self.zero))
+        zero = None if self.zero is None else function(self.zero)
+        row_scale = None if self.row_scale is None else function(self.row_scale)
+        return Int4Codes(function(self.q), function(self.scale), zero, row_scale)
 
     def regrouped(self, group_size: int) -> Int4Codes:
         """The same values with a smaller group size that divides the present one."""
@@ -72,11 +78,37 @@ class Int4Codes:
         if times == 1:
             return self
         zero = None if self.zero is None else self.zero.repeat_interleave(times, -1)
-        return Int4Codes(self.q, self.scale.repeat_interleave(times, -1), zero)
+        return Int4Codes(self.q, self.scale.repeat_interleave(times, -1), zero, self.row_scale)
+
+    def row_scaled(self) -> Int4Codes:
+        """The same values with scales that are multiples of one scale a row.
+
+        Raises:
+            ValueError: the scales are no such multiples.
+        """
+        if self.row_scale is not None:
+            return self
+        scale = self.scale.float()
+        largest = scale.amax(-1, keepdim=True)
+        row_scale, found = torch.ones_like(largest), largest == 0
+        for multiple in range(1, MAX_MULTIPLE + 1):
+            unit = (largest / multiple).bfloat16().float()
+            multiples = scale / torch.where(unit == 0, 1.0, unit)
+            fits = (multiples == multiples.round()) & (multiples >= 0) & (multiples <= MAX_MULTIPLE)
+            exact = fits.all(-1, keepdim=True)
+            row_scale = torch.where(exact & ~found, unit, row_scale)
+            found |= exact
+        if not found.all():
+            raise ValueError(
+                f"int8 products need group scales that are 1 to {MAX_MULTIPLE} times one scale of the row, and "
+                f"{int((~found).sum())} of {found.numel()} rows have others: use w4a16, or the original weights"
+            )
+        return Int4Codes(self.q, (scale / row_scale).bfloat16(), self.zero, row_scale.bfloat16())
 
     def dequantize(self) -> Tensor:
         """Values, fp32 [..., N, K]."""
-        grouped = self.q.float().unflatten(-1, (-1, self.group_size)) * self.scale.float()[..., None]
+        scale = self.scale.float() if self.row_scale is None else self.scale.float() * self.row_scale.float()
+        grouped = self.q.float().unflatten(-1, (-1, self.group_size)) * scale[..., None]
         if self.zero is not None:
             grouped = grouped + self.zero.float()[..., None]
         return grouped.flatten(-2)
@@ -92,7 +124,9 @@ def check_algorithm(algorithm: str) -> None:
         raise ValueError(f"algorithm={algorithm!r} is unknown: use one of {', '.join(ALGORITHMS)}")
 
 
-def round_weights(weight: Tensor, group_size: int, algorithm: str = "minmax", zeros: bool = False) -> Int4Codes:
+def round_weights(
+    weight: Tensor, group_size: int, algorithm: str = "minmax", zeros: bool = False, row_scaled: bool = False
+) -> Int4Codes:
     """Round weights to 4 bits, a block of rows at a time.
 
     Args:
@@ -100,6 +134,7 @@ def round_weights(weight: Tensor, group_size: int, algorithm: str = "minmax", ze
         group_size: consecutive K values that share a scale; divides K.
         algorithm: "minmax" or "hqq". The same weights give the same codes.
         zeros: let hqq choose zero points too. minmax has none.
+        row_scaled: scales become multiples of a row's scale, and there are no zero points.
 
     Returns:
         Int4Codes with q [..., N, K].
@@ -113,17 +148,39 @@ def round_weights(weight: Tensor, group_size: int, algorithm: str = "minmax", ze
 
     def block(part: Tensor) -> Int4Codes:
         if algorithm == "hqq":
-            return quantize_hqq(part, group_size, zeros)
-        return Int4Codes(*quantize_int4(part, group_size))
+            codes = quantize_hqq(part, group_size, zeros and not row_scaled)
+        else:
+            codes = Int4Codes(*quantize_int4(part, group_size))
+        return _round_scales(part, codes) if row_scaled else codes
 
     parts = [block(part) for part in weight.reshape(-1, k).split(max(1, _CHUNK_ELEMENTS // k))]
-    zero = [part.zero for part in parts if part.zero is not None]
-    whole = Int4Codes(
-        torch.cat([part.q for part in parts]),
-        torch.cat([part.scale for part in parts]),
-        torch.cat(zero) if zero else None,
-    )
-    return whole.map(lambda t: t.reshape(*rows, -1))
+
+    def whole(tensors: list[Tensor | None]) -> Tensor | None:
+        there = [t for t in tensors if t is not None]
+        return torch.cat(there).reshape(*rows, -1) if there else None
+
+    q, scale = whole([part.q for part in parts]), whole([part.scale for part in parts])
+    assert q is not None and scale is not None
+    return Int4Codes(q, scale, whole([part.zero for part in parts]), whole([part.row_scale for part in parts]))
+
+
+def _round_scales(weight: Tensor, codes: Int4Codes) -> Int4Codes:
+    """Codes of weights [N, K] under multiples of one scale a row: of those next to a group's scale, the multiple with
+    the smallest squared error. The largest scale of a row is the largest multiple."""
+    grouped, scale = weight.float().unflatten(-1, (-1, codes.group_size)), codes.scale.float()
+    row_scale = (scale.amax(-1, keepdim=True) / MAX_MULTIPLE).bfloat16()
+    row_scale = torch.where(row_scale == 0, torch.ones_like(row_scale), row_scale)
+    row = row_scale.float()
+    below = (scale / row).floor()
+    best, best_error = below, torch.full_like(scale, float("inf"))
+    for step in (-1, 0, 1):
+        multiple = (below + step).clamp(1, MAX_MULTIPLE)
+        rounded = _values(_codes(grouped, multiple * row, None), multiple * row, None)
+        error = (rounded - grouped).square().sum(-1)
+        better = error < best_error
+        best, best_error = torch.where(better, multiple, best), torch.where(better, error, best_error)
+    q = _codes(grouped, best * row, None).flatten(-2).to(torch.int8)
+    return Int4Codes(q, best.bfloat16(), None, row_scale)
 
 
 def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ K_BLOCK = 128
 GATE_UP_GRANULE = 8
 """Gate and up rows alternate in runs of this many rows, so that one thread of an MMA accumulator holds both."""
 
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 """Version of the packed layout described in `packing.py`. Raise it when the bytes change."""
 
 GROUP_SIZES = (32, 64, 128)
@@ -21,7 +21,8 @@ GROUP_SIZES = (32, 64, 128)
 class Scheme:
     """Number formats of one expert layer.
 
-    `act_group` is the number of consecutive activations that share one int8 scale, 0 for bf16 activations.
+    `act_group` is the number of consecutive activations that share one int8 scale (a row's last group may be shorter),
+    0 for bf16 activations.
     It is given for GEMM1's input (hidden states) and GEMM2's input (the activated intermediate) apart: the latter is
     a product of two projections with heavy tails, and int8 there costs more accuracy than the whole rest of the
     layer (see docs/numerics.md), so `w4a8` keeps it in bf16.
@@ -46,12 +47,33 @@ class Scheme:
         """Activation group of GEMM `gemm` (1 or 2); 0 means bf16."""
         return self.gemm1_act_group if gemm == 1 else self.gemm2_act_group
 
+    def row_scaled(self, gemm: int) -> bool:
+        """True if the scales of GEMM `gemm`'s weights are small multiples of one scale a row.
+
+        Codes times multiples are int8, so that nothing is scaled inside the sum over K (QServe calls it progressive
+        group quantisation).
+        """
+        return self.packed and self.act_group(gemm) > 0
+
 
 SCHEMES: dict[str, Scheme] = {
     "bf16": Scheme("bf16", 16, 0, 0),
     "w4a16": Scheme("w4a16", 4, 0, 0),
-    "w4a8": Scheme("w4a8", 4, 128, 0),
+    "w4a8": Scheme("w4a8", 4, 1024, 0),
 }
+
+MAX_MULTIPLE = 16
+"""Largest multiple of a row's scale: 16 * -8 is the least int8."""
+
+
+def max_scale_ratio(k_pad: int) -> int:
+    """By how much the scales of one token's activation groups may differ at most.
+
+    An int32 sum over K passes from one group's units to the next one's, and must not overflow in any of them.
+    """
+    largest_sum = k_pad * 127 * (8 * MAX_MULTIPLE)
+    return max(1, 1 << (((2**31 - 1) // largest_sum).bit_length() - 1))
+
 
 ACTIVATIONS: dict[str, int] = {"silu": 0, "swiglu_oai": 1}
 """Gated activations by name -> the constexpr that the epilogue switches on. All of them give 0 for gate = up = 0, which

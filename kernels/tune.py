@@ -25,7 +25,7 @@ from .schemes import Scheme, get_scheme, round_up
 from .tables import TunedLayer, TunedRow, layer_key
 
 FEW_TOKENS = (1, 2, 4, 8, 16)
-PAIRS_PER_EXPERT = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+PAIRS_PER_EXPERT = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 HEIGHTS = {
     1: (16,),
     2: (16,),
@@ -35,7 +35,8 @@ HEIGHTS = {
     32: (32, 64),
     64: (64,),
     128: (64, 128),
-    256: (64, 128),
+    256: (64, 128, 256),
+    512: (128, 256),
 }
 """Tile heights worth trying, by mean pairs of an expert."""
 
@@ -55,7 +56,8 @@ def few_token_candidates(layer: LayerShape, gemm: int, tokens: int) -> Iterator[
     n, k = layer.rows_and_k(gemm)
     splits = [s for s in (1, 2, 4, 8) if s == 1 or (gemm == 2 and k // 128 >= 14 * s)]
     tiles = ((64, 2), (64, 4), (128, 4))
-    pipelines = ((3, 1), (4, 1), (2, 2), (3, 2))
+    # A program has few K blocks: with all of them on their way at once it waits for memory once.
+    pipelines = ((3, 1), (4, 1), (6, 1), (2, 2), (3, 2), (4, 2)) if tokens <= 4 else ((3, 1), (4, 1), (2, 2), (3, 2))
     for (block_n, warps), (stages, unroll), split_k in itertools.product(tiles, pipelines, splits):
         if n % block_n == 0 and k // 128 >= unroll:
             yield GemmConfig(
@@ -67,13 +69,15 @@ def grouped_candidates(scheme: Scheme, layer: LayerShape, gemm: int, height: int
     """Configurations of the grouped path for a tile height that are worth timing."""
     n, _ = layer.rows_and_k(gemm)
     tiles = ((128, 4), (256, 8), (128, 8)) if height > 16 else ((256, 4), (128, 4), (256, 8))
+    tiles = ((128, 8),) if height == 256 else tiles  # four warps have no registers for it
     scaling = (True,) if height == 16 else (False, True) if height < 128 else (False,)
     if not scheme.packed or scheme.act_group(gemm):
         scaling = (False,)  # it means nothing there
-    ctas = (2, 4) if height == 16 else (1, 2, 3) if height < 128 else (1, 2)
+    ctas = (2, 4) if height == 16 else (1, 2, 3) if height < 128 else (1, 2) if height == 128 else (1,)
+    depths = (2, 3) if height == 256 else (3, 4)
     # With many row blocks of an expert their order matters: it decides what is still in L2.
-    groups = (1, 8, 32) if height == 128 else (8,)
-    for (block_n, warps), stages, after, per_sm, group in itertools.product(tiles, (3, 4), scaling, ctas, groups):
+    groups = (1, 8, 32) if height >= 128 else (8,)
+    for (block_n, warps), stages, after, per_sm, group in itertools.product(tiles, depths, scaling, ctas, groups):
         if n % block_n == 0:
             yield GemmConfig(height, block_n, group, warps, stages, ctas_per_sm=per_sm, scale_after=after)
 

@@ -117,19 +117,19 @@ def check_fused_experts(
                 raise ValueError(f"{name} was given, but scheme=bf16 has no scales or zero points: leave it out")
 
     groups = group_size or 1
-    for name, t, k_pad, n_pad in (
-        ("w13_scale", w13_scale, h_pad, 2 * i_pad),
-        ("w2_scale", w2_scale, i_pad, h_pad),
-        ("w13_zero", w13_zero, h_pad, 2 * i_pad),
-        ("w2_zero", w2_zero, i_pad, h_pad),
+    for name, t, k_pad, n_pad, rows_own in (
+        ("w13_scale", w13_scale, h_pad, 2 * i_pad, kind.row_scaled(1)),
+        ("w2_scale", w2_scale, i_pad, h_pad, kind.row_scaled(2)),
+        ("w13_zero", w13_zero, h_pad, 2 * i_pad, False),
+        ("w2_zero", w2_zero, i_pad, h_pad, False),
     ):
         if t is not None:
             _dtype(name, t, (torch.bfloat16,))
             _shape(
                 name,
                 t,
-                (e, k_pad // groups, n_pad),
-                f"it must hold one value a group of group_size={group_size}; {repack}",
+                (e, k_pad // groups + rows_own, n_pad),
+                f"it must hold one value a group of group_size={group_size}{' and one a row' * rows_own}; {repack}",
             )
     if (w13_zero is None) != (w2_zero is None):
         raise ValueError("w13_zero and w2_zero must be given together: pass zeros for the symmetric one")

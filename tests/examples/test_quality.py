@@ -48,17 +48,17 @@ def test_groups_longer_than_a_row_are_whole_rows(scheme: str) -> None:
     gate_up, down = unpack_experts(original.packed())  # bf16 is what the checkpoint holds
     stored_gate_up, stored_down = unpack_experts(experts.packed())
     zeros = scheme == "w4a16"
-    assert torch.equal(stored_gate_up, round_weights(gate_up, 128, "hqq", zeros).dequantize())
+    assert torch.equal(stored_gate_up, round_weights(gate_up, 128, "hqq", zeros, not zeros).dequantize())
     assert torch.equal(stored_down, round_weights(down, 64, "hqq", zeros).dequantize())
 
 
 def test_hqq_is_nearer_to_the_weights_in_every_row() -> None:
     errors = {recipe: weight_error(quantised(recipe)) for recipe in RECIPES}
     assert errors[Recipe("bf16")] == 0
-    for scheme in ("w4a16", "w4a8"):
+    for scheme, gain in (("w4a16", 0.97), ("w4a8", 0.99)):
         for group_size in (32, 64, 128):
             nearest = errors[Recipe(scheme, "minmax", group_size)]
-            assert 0.02 < errors[Recipe(scheme, "hqq", group_size)] < 0.97 * nearest < 0.2
+            assert 0.02 < errors[Recipe(scheme, "hqq", group_size)] < gain * nearest < 0.2
 
 
 @pytest.mark.slow

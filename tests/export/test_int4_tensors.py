@@ -121,22 +121,29 @@ def test_stacked_tensors_of_several_group_sizes() -> None:
     torch.testing.assert_close(codes.dequantize(), torch.stack([one_values, other_values]), rtol=1e-6, atol=1e-6)
 
 
-def executorch_matrix(n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def executorch_matrix(n: int, k: int, group_size: int = 32) -> tuple[Tensor, Tensor, Tensor]:
     """Packed codes, scales and values, by the formula of ExecuTorch's kernels: (nibble - 8) * scale."""
     unsigned = torch.randint(0, 16, (E, n, k))
-    scale = (torch.rand(E, n, k // 32) / 16).bfloat16()
-    values = (unsigned - 8).float() * scale.float().repeat_interleave(32, -1)
+    scale = (torch.rand(E, n, k // group_size) / 16).bfloat16()
+    values = (unsigned - 8).float() * scale.float().repeat_interleave(group_size, -1)
     return nibbles(unsigned).view(torch.int8), scale, values
 
 
-@pytest.mark.parametrize("scheme", ["w4a16", "w4a8"])
-def test_executorchs_packed_experts(scheme: str) -> None:
-    w1, w1_scale, gate_up = executorch_matrix(2 * WIDTH, H)
+@pytest.mark.parametrize(("scheme", "group_size"), [("w4a16", 32), ("w4a8", H)])
+def test_executorchs_packed_experts(scheme: str, group_size: int) -> None:
+    w1, w1_scale, gate_up = executorch_matrix(2 * WIDTH, H, group_size)
     w2, w2_scale, down = executorch_matrix(H, WIDTH)
     packed = pack_executorch_experts(w1, w1_scale, w2, w2_scale, scheme=scheme)
     assert packed.w13_zero is None
     for stored, values in zip(unpack_experts(packed), (gate_up, down), strict=True):
         assert torch.equal(stored, values)
+
+
+def test_w4a8_does_not_take_just_any_scales() -> None:
+    w1, w1_scale, _ = executorch_matrix(2 * WIDTH, H)
+    w2, w2_scale, _ = executorch_matrix(H, WIDTH)
+    with pytest.raises(ValueError, match=r"1 to 16 times one scale of the row.*use w4a16, or the original weights"):
+        pack_executorch_experts(w1, w1_scale, w2, w2_scale, scheme="w4a8")
 
 
 def test_executorchs_experts_are_swapped_in_its_own_model() -> None:
@@ -190,11 +197,12 @@ def test_w4a8_takes_symmetric_tensors_only() -> None:
         quantize_experts_(quantised_model(lambda weight: torchao_int4(weight, 32))[0], "w4a8")
 
     def symmetric(weight: Tensor) -> tuple[IntxUnpackedToInt8Tensor, Tensor]:
-        experts = [intx(expert, 32) for expert in weight]
+        group_size = weight.shape[-1] if weight.shape[-1] == H else 32  # of gate and up, one scale a row
+        experts = [intx(expert, group_size) for expert in weight]
         parts = [
             torch.stack([getattr(expert, part) for expert in experts]) for part in ("qdata", "scale", "zero_point")
         ]
-        tensor = IntxUnpackedToInt8Tensor(*parts, torch.int4, (1, 1, 32), weight.dtype, None)
+        tensor = IntxUnpackedToInt8Tensor(*parts, torch.int4, (1, 1, group_size), weight.dtype, None)
         return tensor, torch.stack([expert.dequantize() for expert in experts])
 
     model, values = quantised_model(symmetric)

@@ -96,18 +96,19 @@ def make(case: Case, scheme: str) -> Problem:
         gate_up, down, scheme=scheme, group_size=case.group_size, gate_up_bias=bias[0], down_bias=bias[1]
     )
     if case.zero:
-        assert packed.w13_scale is not None and packed.w2_scale is not None
-        packed.w13_zero = (torch.randn(packed.w13_scale.shape) * 0.02).bfloat16()
-        packed.w2_zero = (torch.randn(packed.w2_scale.shape) * 0.02).bfloat16()
-        # Padding must stay worth nothing: its scale and zero are zero.
-        packed.w13_zero[packed.w13_scale == 0] = 0
-        packed.w2_zero[packed.w2_scale == 0] = 0
+        packed.w13_zero, packed.w2_zero = zero_points(packed.w13_scale), zero_points(packed.w2_scale)
     x = (torch.randn(case.tokens, h) * case.spread).bfloat16()
     ids = routing_of(case)
     weights = torch.randn(case.tokens, case.top_k).softmax(-1)
     dequantized = unpack_experts(packed)
     expected = reference_experts(x, ids, weights, *dequantized, *bias, activation=case.activation)
     return Problem(packed, x, ids, weights, expected, case.activation)
+
+
+def zero_points(scale: Tensor | None) -> Tensor:
+    """Random ones for these scales; padding stays worth nothing: its scale and zero are zero."""
+    assert scale is not None
+    return torch.where(scale == 0, 0.0, torch.randn(scale.shape) * 0.02).bfloat16()
 
 
 def stored_bias(packed: PackedExperts) -> Tensor:

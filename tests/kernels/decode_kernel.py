@@ -35,12 +35,15 @@ def decode_both(half_ptr, scale_ptr, zero_ptr, ptx_ptr, twin_ptr, HAS_ZERO: tl.c
 
 @triton.jit
 def decode_bytes_both(byte_ptr, out_ptr):
-    """int8 [256] -> int8 [4, 256]: low and high nibbles by PTX, then by the portable form."""
+    """int8 [256] -> int8 [4, 17, 256]: low and high nibbles times 0..16 by PTX, then by the portable form."""
+    multiple = tl.program_id(0)
     i = tl.arange(0, 256)
     byte = tl.load(byte_ptr + i)
-    lo, hi = decode_int8(byte, True)
-    twin_lo, twin_hi = decode_int8(byte, False)
+    m = tl.zeros((256,), dtype=tl.int32) + multiple
+    lo, hi = decode_int8(byte, m, 16 - m, True)
+    twin_lo, twin_hi = decode_int8(byte, m, 16 - m, False)
+    out_ptr += multiple * 256
     tl.store(out_ptr + i, lo)
-    tl.store(out_ptr + 256 + i, hi)
-    tl.store(out_ptr + 512 + i, twin_lo)
-    tl.store(out_ptr + 768 + i, twin_hi)
+    tl.store(out_ptr + 17 * 256 + i, hi)
+    tl.store(out_ptr + 34 * 256 + i, twin_lo)
+    tl.store(out_ptr + 51 * 256 + i, twin_hi)

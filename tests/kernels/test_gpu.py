@@ -76,13 +76,15 @@ def test_few_tokens_repeat_bit_for_bit() -> None:
     assert torch.equal(layer.run(options), layer.run(options))
 
 
-@pytest.mark.parametrize("group", [32, 64, 128])
-def test_int8_activations_in_both_gemms(monkeypatch: pytest.MonkeyPatch, group: int) -> None:
+@pytest.mark.parametrize("act_group", [128, 256, 1024])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_int8_activations_in_both_gemms(monkeypatch: pytest.MonkeyPatch, act_group: int, group_size: int) -> None:
     from executorch_moe.kernels import schemes
     from executorch_moe.kernels.plan import run_fused_experts
 
-    monkeypatch.setitem(schemes.SCHEMES, "all-int8", Scheme("all-int8", 4, group, group))
-    problem = make(Case("int8", tokens=70, hidden=256, group_size=64), "all-int8")
+    monkeypatch.setitem(schemes.SCHEMES, "all-int8", Scheme("all-int8", 4, act_group, act_group))
+    case = Case("int8", tokens=70, hidden=384, intermediate=256, group_size=group_size)
+    problem = make(case, "all-int8")
     out = run_fused_experts(*problem.args("cuda"), options=Options(path="grouped"))
     assert relative_error(out, problem.expected) <= 2.5e-2
 
@@ -110,12 +112,16 @@ def test_ptx_decoding_equals_its_portable_twin_bit_for_bit(zero: bool) -> None:
 
 
 def test_int8_decoding_equals_its_portable_twin_bit_for_bit() -> None:
+    """All bytes and all multiples; the low nibble's against plain arithmetic too."""
     from .decode_kernel import decode_bytes_both
 
     byte = torch.arange(256, dtype=torch.int32, device="cuda").to(torch.int8)
-    out = torch.empty(4, 256, dtype=torch.int8, device="cuda")
-    decode_bytes_both[(1,)](byte, out)
+    out = torch.empty(4, 17, 256, dtype=torch.int8, device="cuda")
+    decode_bytes_both[(17,)](byte, out)
     assert torch.equal(out[0], out[2]) and torch.equal(out[1], out[3])
+    nibble = torch.arange(256, device="cuda") % 16
+    codes = torch.where(nibble < 8, nibble, nibble - 16)
+    assert torch.equal(out[0].long(), torch.arange(17, device="cuda")[:, None] * codes)
 
 
 def test_no_tokens() -> None:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from executorch_moe.kernels import SCHEMES, unpack_experts
+from executorch_moe.kernels.aten import fused_experts_cpu
 from executorch_moe.kernels.choose import MAX_PAIRS, Variant
 from executorch_moe.kernels.configs import INTERPRETER_GPU, GemmConfig
 from executorch_moe.kernels.plan import Heights, Launch, Options, Problem, Routing, run_fused_experts, run_routing
@@ -138,15 +139,34 @@ def test_the_variant_is_chosen_by_the_number_of_pairs(tokens: int) -> None:
     assert ran == [int((-(-counts // height)).sum())]
 
 
-@pytest.mark.parametrize("group", [32, 64, 128])
-def test_int8_activations_in_both_gemms(monkeypatch: pytest.MonkeyPatch, group: int) -> None:
+@pytest.mark.parametrize(("act_group", "group_size"), [(128, 32), (256, 64), (1024, 128)])
+def test_int8_activations_in_both_gemms(monkeypatch: pytest.MonkeyPatch, act_group: int, group_size: int) -> None:
     """GEMM2 in int8 is no scheme of ours (it costs too much accuracy), but the mainloop has it."""
     from executorch_moe.kernels import schemes
 
-    monkeypatch.setitem(schemes.SCHEMES, "all-int8", Scheme("all-int8", 4, group, group))
-    problem = make(Case("int8", tokens=19, hidden=256, group_size=64), "all-int8")
+    monkeypatch.setitem(schemes.SCHEMES, "all-int8", Scheme("all-int8", 4, act_group, act_group))
+    case = Case("int8", tokens=19, hidden=384, intermediate=256, group_size=group_size)
+    problem = make(case, "all-int8")
     out = run_fused_experts(*problem.args(), options=grouped())
     assert relative_error(out, problem.expected) <= 2.5e-2
+
+
+@pytest.mark.parametrize("largest", [0, 1, 2])
+def test_activation_groups_of_very_different_size(monkeypatch: pytest.MonkeyPatch, largest: int) -> None:
+    """Sums pass from one group's units to the next one's, larger or smaller; a group may be all zero."""
+    from executorch_moe.kernels import schemes
+
+    monkeypatch.setitem(schemes.SCHEMES, "grouped-int8", Scheme("grouped-int8", 4, 128, 0))
+    problem = make(Case("int8", tokens=9, experts=3, hidden=384), "grouped-int8")
+    x = problem.hidden_states.reshape(9, 3, 128)
+    x[:, largest] *= 1000
+    x[4:, (largest + 1) % 3] = 0
+    gate_up, down = unpack_experts(problem.packed)
+    expected = reference_experts(problem.hidden_states, problem.topk_ids, problem.topk_weights, gate_up, down)
+    out = run_fused_experts(*problem.args(), options=grouped())
+    assert relative_error(out, expected) <= BOUNDS["w4a8"]
+    exact = fused_experts_cpu(*problem.args())  # rounds activations as the kernels do
+    assert relative_error(out, exact.float()) <= BOUNDS["bf16"]
 
 
 def test_no_tokens() -> None:

@@ -85,14 +85,50 @@ def test_groups_without_a_range(zeros: bool) -> None:
     assert not codes.dequantize()[1].any()
 
 
-def test_rows_in_blocks_are_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("zeros", "row_scaled"), [(True, False), (False, True)])
+def test_rows_in_blocks_are_rows_at_once(zeros: bool, row_scaled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = heavy_tailed(11, 128)
-    whole = round_weights(weight, 32, "hqq", zeros=True)
+    whole = round_weights(weight, 32, "hqq", zeros, row_scaled)
     monkeypatch.setattr(rounding, "_CHUNK_ELEMENTS", 300)
-    parts = round_weights(weight, 32, "hqq", zeros=True)
-    assert whole.zero is not None and parts.zero is not None
-    for a, b in ((whole.q, parts.q), (whole.scale, parts.scale), (whole.zero, parts.zero)):
-        assert torch.equal(a, b)
+    parts = round_weights(weight, 32, "hqq", zeros, row_scaled)
+    assert (whole.zero is not None) == zeros and (whole.row_scale is not None) == row_scaled
+    for a, b in zip(vars(whole).values(), vars(parts).values(), strict=True):
+        assert a is b is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("algorithm", ["minmax", "hqq"])
+def test_scales_of_int8_products_are_multiples_of_their_rows(algorithm: str) -> None:
+    weight = heavy_tailed(64, 512)
+    weight[3], weight[5, :64] = 0, 0
+    codes = round_weights(weight, 64, algorithm, row_scaled=True)
+    assert codes.scale.dtype == torch.bfloat16 and codes.row_scale is not None and codes.row_scale.shape == (64, 1)
+    assert torch.equal(codes.scale, codes.scale.round().clamp(1, 16))
+    assert codes.scale.amax(-1).ge(13).float().mean() > 0.9  # the range is used
+    products = codes.q.float().unflatten(-1, (-1, 64)) * codes.scale.float()[..., None]
+    assert products.abs().max() <= 128 and products.max() <= 127
+    assert not codes.dequantize()[3].any() and not codes.dequantize()[5, :64].any()
+    free = round_weights(weight, 64, algorithm)
+    assert (codes.dequantize() - weight).norm() < (free.dequantize() - weight).norm()
+
+
+def test_codes_whose_scales_are_multiples_of_their_rows_keep_their_values() -> None:
+    q = torch.randint(-8, 8, (2, 128, 256), dtype=torch.int8)
+    row = torch.rand(2, 128, 1).bfloat16()
+    multiples = torch.randint(1, 17, (2, 128, 4))
+    for scale in (row, multiples * 2.0 ** (-8 * row).round(), torch.zeros(2, 128, 1)):
+        codes = Int4Codes(q, scale.bfloat16())
+        found = codes.row_scaled()
+        assert found.row_scale is not None and found.row_scale.shape == (2, 128, 1)
+        assert torch.equal(found.dequantize(), codes.dequantize())
+    down = Int4Codes(torch.randint(-8, 8, (2, 256, 64), dtype=torch.int8), torch.rand(2, 256, 1).bfloat16())
+    gate_up = Int4Codes(q, row)
+    packed = pack_codes(gate_up, down, scheme="w4a8")
+    for stored, given in zip(unpack_experts(packed), (gate_up, down), strict=True):
+        assert torch.equal(stored, given.dequantize())
+    with pytest.raises(
+        ValueError, match=r"1 to 16 times one scale of the row, and \d+ of 256 rows have others: use w4a16"
+    ):
+        pack_codes(Int4Codes(q, torch.rand(2, 128, 4).bfloat16()), down, scheme="w4a8")
 
 
 @pytest.mark.parametrize(("scheme", "zeros"), [("w4a16", True), ("w4a8", False)])
@@ -101,7 +137,8 @@ def test_a_packed_layer_holds_what_was_chosen(scheme: str, zeros: bool) -> None:
     packed = pack_experts(gate_up, down, scheme=scheme, group_size=32, algorithm="hqq")
     assert (packed.w13_zero is not None) == (packed.w2_zero is not None) == zeros
     for stored, weight in zip(unpack_experts(packed), (gate_up, down), strict=True):
-        expected = torch.stack([quantize_hqq(expert, 32, zeros).dequantize() for expert in weight])
+        row_scaled = scheme == "w4a8" and weight is gate_up
+        expected = round_weights(weight, 32, "hqq", zeros, row_scaled).dequantize()
         torch.testing.assert_close(stored, expected, rtol=0, atol=0)
 
 
