@@ -68,8 +68,11 @@ def few_token_candidates(layer: LayerShape, gemm: int, tokens: int) -> Iterator[
 def grouped_candidates(scheme: Scheme, layer: LayerShape, gemm: int, height: int) -> Iterator[GemmConfig]:
     """Configurations of the grouped path for a tile height that are worth timing."""
     n, _ = layer.rows_and_k(gemm)
-    tiles = ((128, 4), (256, 8), (128, 8)) if height > 16 else ((256, 4), (128, 4), (256, 8))
-    tiles = ((128, 8),) if height == 256 else tiles  # four warps have no registers for it
+    tiles: tuple[tuple[int, int], ...] = (
+        ((256, 4), (128, 4), (256, 8)) if height == 16 else ((128, 4), (256, 8), (128, 8))
+    )
+    if height == 256:
+        tiles = ((128, 8),)  # four warps have no registers for it
     scaling = (True,) if height == 16 else (False, True) if height < 128 else (False,)
     if not scheme.packed or scheme.act_group(gemm):
         scaling = (False,)  # it means nothing there
