@@ -32,6 +32,9 @@ def why_no_gpu() -> str:
     return ""
 
 
+# First: pytest-xdist's hook, which reads the groups, is registered after this file and would otherwise run before it.
+# With pytest 9.2, xdist 3.8 does not group at all: nothing may depend on it but the time that a run takes.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # Asked for by name, they run and say what is wrong.
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" or "interpreter" in config.option.markexpr
