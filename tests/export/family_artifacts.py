@@ -56,8 +56,8 @@ class Mode:
         return self.family.model(self.experts, self.dtype, "eager" if self.dynamic else None)
 
     def eager(self, weights: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """transformers' own model with the weights that were exported, in `dtype`."""
-        model = self.family.model()
+        """transformers' own model, its experts in plain PyTorch, with the weights that were exported, in `dtype`."""
+        model = self.family.model("eager")
         model.load_state_dict(torch.load(weights))
         return model.to(dtype)
 
