@@ -26,6 +26,7 @@ from executorch_moe.backends.cuda.cross_compile import target_cuda
 from executorch_moe.backends.cuda.cross_report import CrossCompileReport
 from executorch_moe.backends.cuda.method_targets import method_for
 from executorch_moe.backends.cuda.missing_operators import MissingOperatorsError, check_operators, find_operators
+from executorch_moe.backends.cuda.own_outputs import own_outputs
 from executorch_moe.backends.cuda.partitioner import check_state
 from executorch_moe.backends.cuda.runtime_symbols import missing_functions
 from executorch_moe.backends.cuda.shared_weights import shared_weights
@@ -134,7 +135,7 @@ def _delegate_cuda(
         name: [MoECudaPartitioner([CudaBackend.generate_method_name_compile_spec(name)], fuser)] for name in programs
     }
     try:
-        with shared_weights():
+        with shared_weights(), own_outputs():
             edge = to_edge_transform_and_lower(
                 {name: _with_own_tables(program) for name, program in programs.items()},
                 partitioner=partitioners,

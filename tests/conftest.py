@@ -6,8 +6,11 @@ import functools
 import os
 import random
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 # With the repository's root on sys.path (`python -m pytest`), transformers' look for the Hub's package `kernels` would
 # find and import our folder of that name, and so register the operator a second time over the one in use.
@@ -32,6 +35,9 @@ def why_no_gpu() -> str:
     return ""
 
 
+# First: pytest-xdist's hook, which reads the groups, is registered after this file and would otherwise run before it.
+# With pytest 9.2, xdist 3.8 does not group at all: nothing may depend on it but the time that a run takes.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # Asked for by name, they run and say what is wrong.
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" or "interpreter" in config.option.markexpr
@@ -56,3 +62,32 @@ def seed() -> None:
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """made_once(name, make) -> a folder that make(folder) has filled, once for all tests and processes of a run.
+
+    What could not be made is not tried again by every test that wants it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    # With several processes, each has a base folder of its own below a common one.
+    common = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "made_once"
+    common.mkdir(exist_ok=True)
+
+    def get(name: str, make: Callable[[Path], None]) -> Path:
+        folder, done, failed = common / name, common / f"{name}.done", common / f"{name}.failed"
+        with FileLock(common / f"{name}.lock"):
+            if failed.is_file():
+                pytest.fail(f"{name} could not be made, another test says why: {failed.read_text()}", pytrace=False)
+            if not done.is_file():
+                folder.mkdir()
+                try:
+                    make(folder)
+                except Exception as error:
+                    failed.write_text(f"{type(error).__name__}: {error}"[:2000])
+                    raise
+                done.touch()
+        return folder
+
+    return get

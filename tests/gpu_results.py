@@ -1,4 +1,4 @@
-"""Runs the tests that need a GPU and writes what happened to tests/results/DATE-gpu.txt.
+"""Runs the tests that need a GPU and writes what happens to tests/results/DATE-gpu.txt, as it happens.
 
 python tests/gpu_results.py [pytest arguments]
 """
@@ -9,13 +9,14 @@ import datetime
 import importlib.metadata
 import os
 import platform
-import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DISTRIBUTIONS = ("torch", "triton", "executorch", "torchao", "transformers")
+PYTEST = (sys.executable, "-m", "pytest", "-p", "tests.results_plugin", "-v", "--tb=short", "--color=no")
 
 
 def version(distribution: str) -> str:
@@ -23,24 +24,6 @@ def version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def digest(lines: list[str]) -> list[str]:
-    """What pytest -v printed, as a record: each test's outcome, sorted, then failures, own sections and summary.
-
-    Warnings and the folders of one machine are left out.
-    """
-    outcome = re.compile(r"(?:(tests/\S.*?) )?(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b(?: (tests/\S.*))?")
-    outcomes, tail, section = set(), [], "test session starts"
-    for line in lines:
-        if heading := re.fullmatch(r"=+ (.*?) =+", line):
-            section = heading[1]
-        if section == "test session starts":
-            if found := outcome.search(line):
-                outcomes.add(f"{found[2]} {(found[1] or found[3] or '').strip()}")
-        elif section != "warnings summary":
-            tail.append(line)
-    return [*sorted(outcomes, key=lambda entry: entry.partition(" ")[2]), "", *tail]
 
 
 def commit() -> str:
@@ -69,21 +52,28 @@ def main() -> int:
         "; ".join(f"{name} {version(name)}" for name in DISTRIBUTIONS),
         "",
     ]
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "--color=no", *sys.argv[1:]]
-    lines: list[str] = []
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
-        assert run.stdout is not None
-        for line in run.stdout:
-            print(line, end="", flush=True)
-            lines.append(line.rstrip().replace(str(ROOT) + os.sep, ""))
     folder = ROOT / "tests" / "results"
     folder.mkdir(exist_ok=True)
     out = folder / f"{now:%Y-%m-%d}-gpu.txt"
-    aside = out.with_suffix(".tmp")
-    aside.write_text("\n".join(header + digest(lines)) + "\n")
-    aside.replace(out)
+    out.write_text("\n".join(header))
+    status = run_pytest([*PYTEST, "-m", "gpu", "--results-file", str(out), *sys.argv[1:]])
     print(f"written: {out.relative_to(ROOT)}")
-    return run.returncode
+    return status
+
+
+def run_pytest(command: list[str]) -> int:
+    """Run it to its end, or to ours: on SIGTERM, which `timeout` sends, pytest is ended; its record is written by then.
+
+    Returns:
+        pytest's exit status; negative: the signal that ended it.
+    """
+    # Lines come as they are printed, whatever they are printed to.
+    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}) as run:
+        stock = signal.signal(signal.SIGTERM, lambda *_: run.terminate())
+        try:
+            return run.wait()
+        finally:
+            signal.signal(signal.SIGTERM, stock)
 
 
 if __name__ == "__main__":

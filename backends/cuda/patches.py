@@ -88,6 +88,7 @@ INDUCTOR_CONFIG = {
     "always_keep_tensor_constants": True,  # their values are not there while compiling
     "joint_graph_constant_folding": False,  # would compute on the device
     "benchmark_epilogue_fusion": False,
+    "shape_padding": False,  # times GEMMs of odd sizes with and without padding
     "fx_graph_cache": False,
     "autotune_local_cache": False,
 }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import pytest
 from emulated_cuda import lower_emulated, stateful_programs
 from tiny_artifacts import CONSTANTS, export_linear
@@ -9,19 +12,20 @@ from tiny_artifacts import CONSTANTS, export_linear
 from executorch_moe.backends.artifact import Artifact, save
 from executorch_moe.backends.pybindings import why_not_pybindings
 
-_BITS: list[str] = []
+BITS = "delegates against eager"
 
 
 @pytest.fixture
-def note_bits():
+def note_bits(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
     """Adds a line to the summary that follows the tests: passing tests print nothing otherwise."""
-    return _BITS.append
+    return functools.partial(record_property, BITS)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    if _BITS:
-        terminalreporter.section("delegates against eager")
-        for line in _BITS:
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+    if lines := [value for report in reports for key, value in report.user_properties if key == BITS]:
+        terminalreporter.section(BITS)
+        for line in lines:
             terminalreporter.write_line(line)
 
 

@@ -18,6 +18,7 @@ from executorch.exir import ExecutorchProgramManager, to_edge_transform_and_lowe
 from torch.export import Dim, ExportedProgram, export
 
 from executorch_moe.backends.cuda import MoECudaPartitioner
+from executorch_moe.backends.cuda.own_outputs import own_outputs
 
 CONTEXT = 8
 WIDTH = 16
@@ -83,7 +84,7 @@ def cuda_backend_on_cpu() -> Iterator[None]:
 
 def lower_emulated(programs: dict[str, ExportedProgram], constants: dict | None = None) -> ExecutorchProgramManager:
     """What `lower(programs, "cuda", constants)` does, for the CPU."""
-    with cuda_backend_on_cpu(), torch.no_grad():
+    with cuda_backend_on_cpu(), own_outputs(), torch.no_grad():
         edge = to_edge_transform_and_lower(
             programs,
             partitioner={

@@ -352,6 +352,22 @@ def test_two_targets_of_one_architecture_are_refused() -> None:
         lower({"forward": calling("same", torch.relu)}, "l4,sm_90,rtx4090")
 
 
+class Product(torch.nn.Module):
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return left @ right
+
+
+@needs_cross_export
+@pytest.mark.slow
+def test_products_of_odd_sizes_are_not_timed_on_the_gpu(tmp_path: Path) -> None:
+    """As attention's over seven tokens in bf16, for which Inductor would try whether padding is faster."""
+    left, right = (torch.zeros(2, 7, width, dtype=torch.bfloat16) for width in (7, 32))
+    with torch.no_grad():
+        manager = lower({"forward": export(Product(), (left, right))}, "sm_90")
+    (delegate,) = inspect_artifact(save(manager, tmp_path / "product").pte).methods["forward"].delegates
+    assert {code.sm for code in delegate.gpu_code} == {90} and any("bmm" in kernel for kernel in delegate.kernels)
+
+
 @needs_cross_export
 def test_a_kernel_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(gpus.MAX_DYNAMIC_SHARED, 80, 16)

@@ -19,7 +19,8 @@ from executorch_moe.backends.runtime import load
 from executorch_moe.backends.targets import lower
 from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED
 
-pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+# The export must be made in the process that runs it, so it is not shared with others.
+pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.xdist_group("cross_on_gpu")]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from cached_experts import CONTEXT, CachedExperts, inputs, methods
 
-from executorch_moe.backends.artifact import Artifact, check, save
+from executorch_moe.backends.artifact import Artifact, artifact_paths, check, save
 from executorch_moe.backends.cuda.delegate_host import DelegateHost, check_arch
 from executorch_moe.backends.inspect import check_cuda_artifact, inspect_artifact
 from executorch_moe.backends.pte import PteFile
@@ -32,12 +33,15 @@ class Exported:
 
 
 @pytest.fixture(scope="module", params=SCHEMES)
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def exported(request: pytest.FixtureRequest, made_once: Callable[[str, Callable[[Path], None]], Path]) -> Exported:
     scheme: str = request.param
     module = CachedExperts(scheme).eval()
-    folder: Path = tmp_path_factory.mktemp(f"cuda_{scheme}")
-    manager = lower(methods(module), "cuda", {"get_max_context_len": CONTEXT, "get_eos_ids": [1, 2]})
-    return Exported(scheme, module, save(manager, folder / "model"))
+
+    def make(folder: Path) -> None:
+        manager = lower(methods(module), "cuda", {"get_max_context_len": CONTEXT, "get_eos_ids": [1, 2]})
+        save(manager, folder / "model")
+
+    return Exported(scheme, module, artifact_paths(made_once(f"cached-experts-{scheme}", make) / "model"))
 
 
 @pytest.fixture

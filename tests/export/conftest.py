@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 
 from executorch_moe.backends.pybindings import why_not_pybindings
 from executorch_moe.export.causal_lm import CausalLM
@@ -31,21 +29,16 @@ def executorch_runtime() -> None:
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def exported(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Callable[..., Path]:
     """exported(scheme, target, dtype="auto") -> the .pte of the tiny model with MAX_CONTEXT positions."""
-    base = tmp_path_factory.getbasetemp()
-    # With several processes, each has a base folder of its own below a common one.
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exported"
-    folder.mkdir(exist_ok=True)
 
-    def make(scheme: str, target: str, dtype: str = "auto") -> Path:
-        pte = folder / f"tiny-{scheme}-{target}-{dtype}.pte"
-        with FileLock(pte.with_suffix(".lock")):
-            if not pte.is_file():
-                export_model(ExportOptions("tiny", pte, target, scheme, GROUP_SIZE, MAX_CONTEXT, dtype))
-        return pte
+    def get(scheme: str, target: str, dtype: str = "auto") -> Path:
+        def make(folder: Path) -> None:
+            export_model(ExportOptions("tiny", folder / "tiny.pte", target, scheme, GROUP_SIZE, MAX_CONTEXT, dtype))
 
-    return make
+        return made_once(f"tiny-{scheme}-{target}-{dtype}", make) / "tiny.pte"
+
+    return get
 
 
 def eager_model(scheme: str, target: str, dtype: str = "auto") -> CausalLM:

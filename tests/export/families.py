@@ -40,13 +40,21 @@ class Family:
         transformers = pytest.importorskip("transformers")
         return getattr(transformers, f"{self.prefix}Config")(**{**COMMON, **self.options})
 
-    def model(self, experts: str = "grouped_mm", dtype: torch.dtype = torch.float32) -> nn.Module:
-        """Random weights; those of the experts are such that 4 bits with group size 32 hold them exactly."""
+    def model(
+        self, experts: str = "grouped_mm", dtype: torch.dtype = torch.float32, attention: str | None = None
+    ) -> nn.Module:
+        """Random weights; those of the experts are such that 4 bits with group size 32 hold them exactly.
+
+        Args:
+            experts, attention: transformers' `experts_implementation` and `attn_implementation`; None: its choice.
+        """
         import transformers
 
         torch.manual_seed(0)
         cls = getattr(transformers, f"{self.prefix}ForCausalLM")
-        model = cls._from_config(self.config(), experts_implementation=experts)
+        model = cls._from_config(
+            self.config(), experts_implementation=experts, **({"attn_implementation": attention} if attention else {})
+        )
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if ".experts." in name:
@@ -141,3 +149,28 @@ def export_logits(model: nn.Module, strict: bool = False, dynamic: bool = True, 
     shapes = {"input_ids": {1: torch.export.Dim("T", min=2, max=64)}} if dynamic else None
     with torch.no_grad():
         return torch.export.export(Logits(model), (tokens(length),), strict=strict, dynamic_shapes=shapes)
+
+
+@torch.no_grad()
+def operations(program: Any) -> list[tuple[str, ...]]:
+    """What a program computes, for comparison: each call with its arguments, values by number, inputs by name.
+
+    Inputs that nothing reads and names of nodes are left out.
+    """
+    program = program.run_decompositions()
+    signature = program.graph_signature
+    inputs = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    constants = {
+        name: f"constant {program.constants[target].tolist()}"
+        for name, target in signature.inputs_to_lifted_tensor_constants.items()
+    }
+    known: dict[torch.fx.Node, str] = {}
+    found = []
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            known[node] = {**inputs, **constants}.get(node.name, node.name)
+            continue
+        known[node] = f"%{len(found)}"
+        args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda arg: known[arg])
+        found.append((str(node.target), str(args), str(kwargs)))
+    return found

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 
 from executorch_moe.backends.artifact import save
+from executorch_moe.backends.cuda.missing_operators import check_operators
 from executorch_moe.backends.fusion import ExpertFuser, FusionOptions
 from executorch_moe.backends.runtime import load
 from executorch_moe.backends.targets import lower
 from executorch_moe.export import experts_interface
 
-from .families import FAMILIES, Family, Logits, by_name, export_logits, tokens
+from .families import FAMILIES, Family, Logits, by_name, export_logits, operations, tokens
+from .family_artifacts import MODES, Mode
 
 # Relative L2 of the logits of an fp32 model: its experts take bf16 hidden states and return bf16.
 BOUND = 1.5e-2
@@ -22,6 +25,14 @@ FUSED = torch.ops.executorch_moe.fused_experts.default
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual.float() - expected.float()).norm() / expected.float().norm())
+
+
+@functools.cache
+def operations_of_the_artifact(name: str, dynamic: bool) -> list[tuple[str, ...]]:
+    """Of a family's fused program, exported in the one mode that also runs on the GPU (test_families_on_gpu.py)."""
+    (mode,) = (mode for mode in MODES if mode.family.name == name and mode.dynamic == dynamic)
+    program = export_logits(mode.family.model(mode.experts), mode.strict, dynamic)
+    return operations(ExpertFuser(FusionOptions("bf16")).fuse(program))
 
 
 @pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
@@ -39,6 +50,8 @@ def test_every_mode_is_fused_and_keeps_its_values(family: Family, experts: str, 
     assert sum(node.target is FUSED for node in fused.graph.nodes) == family.moe_layers
     assert not any(".experts." in name and ".packed_" not in name for name in fused.state_dict)
     assert set(program.state_dict) == before  # the program that was passed is untouched
+    # Whatever the mode, what is compiled is what the artifact of this family holds.
+    assert operations(fused) == operations_of_the_artifact(family.name, dynamic)
     for length in (2, 11, 40) if dynamic else (7,):
         ids = tokens(length)
         with torch.no_grad():
@@ -80,6 +93,23 @@ def test_our_own_experts_implementation(family: Family) -> None:
     assert len(fuser.report.layers) == family.moe_layers
     with torch.no_grad():
         assert relative_error(fused.module()(tokens(9)), expected) < BOUND
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_the_cuda_runtime_has_every_operator(mode: Mode) -> None:
+    """Of the programs that test_families_on_gpu.py runs."""
+    check_operators(ExpertFuser(FusionOptions(mode.scheme, 32)).fuse(mode.program()))
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+@torch.no_grad()
+def test_the_bound_would_notice_the_experts(family: Family) -> None:
+    model = family.model()
+    expected = Logits(model)(tokens(7))
+    for name, parameter in model.named_parameters():
+        if ".experts." in name and "down" in name:
+            parameter.mul_(0.9)
+    assert relative_error(Logits(model)(tokens(7)), expected) > 2 * BOUND
 
 
 def test_bf16_models() -> None:
