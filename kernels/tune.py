@@ -55,7 +55,9 @@ def few_token_candidates(layer: LayerShape, gemm: int, tokens: int) -> Iterator[
     """Configurations of the few-token path that are worth timing."""
     n, k = layer.rows_and_k(gemm)
     splits = [s for s in (1, 2, 4, 8) if s == 1 or (gemm == 2 and k // 128 >= 14 * s)]
-    tiles = ((64, 2), (64, 4), (128, 4))
+    tiles: tuple[tuple[int, int], ...] = ((64, 2), (64, 4), (128, 4))
+    if tokens >= 4:  # more rows a warp: fewer instructions a weight, fewer programs
+        tiles += ((128, 2), (256, 4))
     # A program has few K blocks: with all of them on their way at once it waits for memory once.
     pipelines = ((3, 1), (4, 1), (6, 1), (2, 2), (3, 2), (4, 2)) if tokens <= 4 else ((3, 1), (4, 1), (2, 2), (3, 2))
     for (block_n, warps), (stages, unroll), split_k in itertools.product(tiles, pipelines, splits):
