@@ -172,7 +172,8 @@ def export(
     from executorch_moe.backends.inspect import inspect_artifact
 
     from .inspection import kernels_table, report_json, sizes_table
-    from .pipeline import ExportOptions, export_model
+    from .options import ExportOptions
+    from .pipeline import export_model
 
     if out is None and not check:
         raise ValueError("--out is missing: give the .pte to write, as in -o model.pte, or --check to write nothing")

@@ -111,7 +111,7 @@ def test_export_for_another_gpu_runs_in_its_own_process(tmp_path: Path, monkeypa
     assert command[command.index("--algorithm") + 1] == "hqq"
     # The other process is asked for the same options, all of them.
     from executorch_moe.export.cli import export_in_own_process
-    from executorch_moe.export.pipeline import ExportOptions
+    from executorch_moe.export.options import ExportOptions
 
     options = ExportOptions(
         "synthetic:tiny", tmp_path / "y.pte", "sm_90", "w4a8", 64, 77, "bf16", "logits", "upstream", "int4", "int8",
