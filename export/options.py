@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from executorch_moe.kernels.gpus import find_models, target_names
 from . import synthetic
 from .causal_lm import BY_OUTPUT, check_context
 from .dense import KINDS
+from .files import check_writable
 from .upstream_experts import PREFILL
 
 TARGETS = ("cuda", "cpu")
@@ -80,7 +80,7 @@ class ExportOptions:
         self._check_known()
         self._check_together(self.resolved_target())
         if not self.check:
-            check_output(self.out)
+            check_writable("out", self.out, (".pte",))
         if self.crosses:
             _check_cross(self.target)
         if self.target == "cuda" and not self.check and not torch.cuda.is_available():
@@ -164,21 +164,6 @@ class ExportOptions:
             size = min(DEFAULT_MAX_CONTEXT, config.max_position_embeddings)
         check_context(config, size)
         return size
-
-
-def check_output(out: Path, suffix: str = ".pte") -> None:
-    """Check that a file can be written, before minutes are spent; its folder need not be there.
-
-    Raises:
-        ValueError: another ending, a folder, or a place without a writable folder.
-    """
-    if out.suffix != suffix:
-        raise ValueError(f"out={str(out)!r} must end in {suffix}: give for example {out.with_suffix(suffix)}")
-    if out.is_dir():
-        raise ValueError(f"out={str(out)!r} is a folder: give a file name that ends in {suffix}")
-    folder = next(parent for parent in out.absolute().parents if parent.exists())
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise ValueError(f"out={str(out)!r} cannot be written, {folder} is no writable folder: choose another")
 
 
 def _check_cross(target: str) -> None:

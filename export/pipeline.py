@@ -58,8 +58,8 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
     with steps.step("lower", doing), forced_schedule(options.experts), weights:
         manager = lower(programs, target, constants, fuser, on_report=compiled.append)
     with steps.step("write", f"writing {options.out}"):
-        artifact = save(manager, options.out)
-        write_aside(tokenizer_path(options.out), tokenizer)
+        beside = tokenizer_path(options.out)
+        artifact = save(manager, options.out, {beside: tokenizer.encode()})
         if work is not None:
             work.remove()
 
@@ -72,7 +72,7 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
         dense_bytes=dense_bytes,
         embedding_bytes=embedding_bytes,
         cache_bytes=sum(tensor.nbytes for tensor in module.kv_cache.buffers()),
-        files=[path for path in (artifact.pte, artifact.ptd, tokenizer_path(options.out)) if path.is_file()],
+        files=[artifact.pte, artifact.ptd, beside],
         seconds=steps.seconds,
         peaks=steps.peaks,
         compiled=compiled,
@@ -88,7 +88,6 @@ def pack_layers(
     with steps.step("check", f"checking {folder.name if options.model != 'tiny' else 'the tiny model'}"):
         streamed = stream(options, folder)
         max_context = options.context(streamed.model.config)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     work = WorkFolder(work_folder_path(options.out), streamed.manifest())
     with steps.counted("pack", f"packing the experts as {options.scheme}", len(streamed.layers)) as advance:
         try:

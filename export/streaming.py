@@ -95,12 +95,22 @@ class StreamedModel:
                 yield self._layer(name, experts, layouts[kind])
             except (NotFusable, ValueError) as error:
                 message = f"experts model.{name} ({type(experts).__name__}) not fused: {error}"
-                raise (ValueError if isinstance(error, ValueError) else NotImplementedError)(message) from error
+                if isinstance(error, ValueError):
+                    raise ValueError(message) from error
+                raise NotImplementedError(
+                    f"{message}: only fused experts are exported from a folder; lower the model from Python, "
+                    "with FusionOptions(require_fused=False)"
+                ) from error
 
     def _layer(self, name: str, experts: nn.Module, layout: ExpertLayout) -> ExpertLayer:
         config: Any = self.model.config
         _, down, *_ = layout.canonical(dict(experts.named_parameters()))
         num_experts, hidden, intermediate = down.shape
+        if not 1 <= (top_k := config.num_experts_per_tok) <= num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={top_k} of config.json must be between 1 and its {num_experts} experts: "
+                "download the model again"
+            )
         _check_group_size(self.fusion, hidden, intermediate)
         stored = [self.shards.tensors[source] for source in self.plan.names_below(name)]
         return ExpertLayer(
@@ -108,7 +118,7 @@ class StreamedModel:
             family=type(experts).__name__,
             layout=layout,
             num_experts=num_experts,
-            top_k=config.num_experts_per_tok,
+            top_k=top_k,
             hidden_size=hidden,
             intermediate_size=intermediate,
             stored_bytes=sum(tensor.nbytes for tensor in stored),

@@ -78,7 +78,8 @@ class ExpertFuser:
             except NotFusable as error:
                 if self.options.require_fused:
                     raise NotImplementedError(
-                        f"experts {region.module} ({region.family}) not fused: {error}"
+                        f"experts {region.module} ({region.family}) not fused: {error}. "
+                        "FusionOptions(require_fused=False) leaves such experts as they are"
                     ) from error
                 self.report.add(UnfusedRegion(region.module, region.family, str(error)))
             else:

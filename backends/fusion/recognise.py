@@ -248,7 +248,7 @@ class Probe:
             nearest = min(nearest, distance)
         raise NotFusable(
             f"computes something else than gated experts with activation {' or '.join(ACTIVATIONS)} "
-            f"(nearest relative difference {nearest:.2g}): keep it with require_fused=False"
+            f"(nearest relative difference {nearest:.2g})"
         )
 
 
