@@ -31,7 +31,7 @@ DELEGATE_HOST = "delegate host (PyTorch AOTInductor)"
 
 
 class Engine(Protocol):
-    """Runs the methods of one opened program."""
+    """Runs the methods of one opened program: `run` by the name in the program, `reset` restores its state."""
 
     def run(self, method: str, inputs: tuple[Tensor, ...]) -> list[Tensor]: ...
 

@@ -30,10 +30,19 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
         ValueError, NotImplementedError, FileNotFoundError: input that cannot be exported; nothing is written then.
         OSError: a file cannot be written; what was there before is left as it was.
     """
+    steps = Steps(console)
+    try:
+        return _export(options, steps)
+    except KeyboardInterrupt:
+        if (work := work_folder_path(options.out)).is_dir():
+            steps.say(f"packed layers are kept in {work}: the same command goes on from there")
+        raise
+
+
+def _export(options: ExportOptions, steps: Steps) -> ExportSummary:
     from executorch_moe.backends.artifact import save
     from executorch_moe.backends.targets import lower
 
-    steps = Steps(console)
     folder = check_folder(options)
     target = options.resolved_target()
     tokenizer = tokenizer_json(folder)
@@ -44,7 +53,7 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
             model = load_packed(options, folder, fuser.report)
             max_context = options.context(model.config)
     else:
-        model, max_context, work = pack_layers(options, folder, fuser.report, steps)
+        model, max_context, work = _pack_layers(options, folder, fuser.report, steps)
     if not options.leaves_dense:
         with steps.step("dense", "quantising linear layers"):
             quantize_dense(model, options, target)
@@ -81,7 +90,7 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
     return summary
 
 
-def pack_layers(
+def _pack_layers(
     options: ExportOptions, folder: Path, report: FusionReport, steps: Steps
 ) -> tuple[nn.Module, int, WorkFolder]:
     """The model with its experts packed layer by layer, kept in a work folder; positions in its cache; that folder."""
@@ -90,10 +99,6 @@ def pack_layers(
         max_context = options.context(streamed.model.config)
     work = WorkFolder(work_folder_path(options.out), streamed.manifest())
     with steps.counted("pack", f"packing the experts as {options.scheme}", len(streamed.layers)) as advance:
-        try:
-            for record in streamed.load(work, advance):
-                report.add(record)
-        except KeyboardInterrupt:
-            steps.say(f"packed layers are kept in {work.path}: the same command goes on from there")
-            raise
+        for record in streamed.load(work, advance):
+            report.add(record)
     return streamline(streamed.model, options), max_context, work

@@ -57,9 +57,11 @@ class Preflight:
 
     @property
     def passed(self) -> bool:
+        """True if nothing was found that stands against the export."""
         return all(finding.passed for finding in self.findings)
 
     def add(self, name: str, passed: bool, found: str) -> None:
+        """One line more."""
         self.findings.append(Finding(name, passed, found))
 
     def table(self) -> Table:
@@ -101,6 +103,7 @@ def preflight(options: ExportOptions, console: Console | None = None) -> Preflig
 
 
 def note(console: Console | None, doing: str) -> None:
+    """What is done now, for whoever waits."""
     if console is not None:
         console.print(f"[dim]{doing}[/dim]", highlight=False)
 

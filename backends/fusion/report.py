@@ -110,10 +110,12 @@ class FusionReport:
 
     @property
     def bytes_before(self) -> int:
+        """Of all layers, as the programs held them."""
         return sum(layer.bytes_before for layer in self.layers)
 
     @property
     def bytes_after(self) -> int:
+        """Of all layers, packed."""
         return sum(layer.bytes_after for layer in self.layers)
 
     def json(self) -> str:

@@ -130,13 +130,15 @@ def test_export_for_another_gpu_runs_in_its_own_process(tmp_path: Path, monkeypa
 @pytest.mark.parametrize("group", [True, False], ids=["Ctrl-C", "parent only"])
 def test_an_interrupted_export_in_its_own_process_cleans_up(tmp_path: Path, group: bool) -> None:
     """The other process gets the time that it needs, longer than `subprocess.run` would wait."""
-    child = (
+    # A shell that starts tests in the background has them ignore Ctrl-C, and so would these.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    child = heed + (
         "import pathlib, sys, time\n"
         "pathlib.Path(sys.argv[1], 'begun').touch()\n"
         "try: time.sleep(60)\n"
         "finally: time.sleep(1); pathlib.Path(sys.argv[1], 'cleaned').touch()"
     )
-    parent = (
+    parent = heed + (
         "import sys\n"
         "from executorch_moe.export import cli\n"
         "cli.INTERRUPTED_SECONDS = 3\n"
@@ -149,6 +151,18 @@ def test_an_interrupted_export_in_its_own_process_cleans_up(tmp_path: Path, grou
     (os.killpg if group else os.kill)(process.pid, signal.SIGINT)
     assert process.wait(60) != 0
     assert (tmp_path / "cleaned").exists()
+
+
+@pytest.mark.parametrize("moment", ["build.StreamedModel.load", "pipeline.export_methods"])
+def test_an_interrupted_export_says_what_it_keeps(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"executorch_moe.export.{moment}", interrupted)
+    result = runner.invoke(app, ["export", "tiny", "-o", str(tmp_path / "x.pte"), "--target", "cpu"])
+    assert result.exit_code != 0 and "Traceback" not in result.stderr
+    assert "x.work: the same command goes on from there" in result.stderr.replace("\n", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.work"]
 
 
 def test_export_reports_that_cannot_be_written(tmp_path: Path) -> None:
