@@ -40,7 +40,9 @@ def artifact_paths(path: str | Path, ptd: str | Path | None = None) -> Artifact:
     return Artifact(Path(stem + ".pte"), Path(ptd) if ptd is not None else Path(stem + ".ptd"))
 
 
-def save(program_manager: ExecutorchProgramManager, path: str | Path) -> Artifact:
+def save(
+    program_manager: ExecutorchProgramManager, path: str | Path, beside: Mapping[Path, bytes] | None = None
+) -> Artifact:
     """Write `path`.pte and `path`.ptd: both, or neither.
 
     All external data goes into the one .ptd, and a digest of it into both files, so that a .ptd from another export is
@@ -50,6 +52,7 @@ def save(program_manager: ExecutorchProgramManager, path: str | Path) -> Artifac
     Args:
         program_manager: what `to_executorch()` returned.
         path: a .pte, or a name without suffix. The folder is made if it is not there.
+        beside: other files of the same folder that are written with them, or not either.
 
     Raises:
         OSError: the files cannot be written; what was there before is left as it was.
@@ -57,7 +60,8 @@ def save(program_manager: ExecutorchProgramManager, path: str | Path) -> Artifac
     artifact = artifact_paths(path)
     pte, ptd = _serialize(program_manager)
     artifact.pte.parent.mkdir(parents=True, exist_ok=True)
-    _write_both({artifact.ptd: ptd, artifact.pte: pte})
+    others = {other: Cord(content) for other, content in (beside or {}).items()}
+    _write_all({**others, artifact.ptd: ptd, artifact.pte: pte})
     return artifact
 
 
@@ -176,7 +180,7 @@ def _serialize(program_manager: ExecutorchProgramManager) -> tuple[Cord, Cord]:
     return pte, ptd[_TAG]
 
 
-def _write_both(contents: dict[Path, Cord]) -> None:
+def _write_all(contents: dict[Path, Cord]) -> None:
     """Write aside, flush, then rename in the given order; undo the renames if one fails."""
     suffix = f".{uuid.uuid4().hex[:8]}"
     written = {path: path.with_name(f".{path.name}{suffix}.new") for path in contents}

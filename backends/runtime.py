@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from executorch_moe.backends.artifact import open_artifact
+from executorch_moe.backends.cuda.cubin import find_gpu_code
 from executorch_moe.backends.cuda.delegate_host import DelegateHost, why_not_delegate_host
 from executorch_moe.backends.cuda.graph import check_graph_methods, graph_methods
 from executorch_moe.backends.cuda.method_targets import check_arch, gpu_capability, pick_methods
@@ -30,7 +31,7 @@ DELEGATE_HOST = "delegate host (PyTorch AOTInductor)"
 
 
 class Engine(Protocol):
-    """Runs the methods of one opened program."""
+    """Runs the methods of one opened program: `run` by the name in the program, `reset` restores its state."""
 
     def run(self, method: str, inputs: tuple[Tensor, ...]) -> list[Tensor]: ...
 
@@ -157,9 +158,14 @@ def load(
             return LoadedProgram(program, host, DELEGATE_HOST, device, methods)
         reasons["the delegate host"] = why
     told = "; ".join(f"{name}: {why}" for name, why in reasons.items())
-    raise RuntimeError(
-        f"{program.path} has CUDA delegates and cannot run here. {told}. Without a GPU, export with target 'cpu'"
-    )
+    if gpu_capability() is None:
+        libraries = [library for name in program.method_names for library in _libraries(program, name)]
+        archs = {code.arch for library in libraries for code in find_gpu_code(library) if code.kind == "cubin"}
+        raise RuntimeError(
+            f"{program.path} was exported for {', '.join(sorted(archs)) or 'NVIDIA GPUs'}, and there is no GPU here: "
+            f"load it on a machine with such a GPU, or export with target 'cpu' ({told})"
+        )
+    raise RuntimeError(f"{program.path} has CUDA delegates and cannot run here. {told}")
 
 
 def methods_for_this_gpu(program: PteFile) -> dict[str, str]:

@@ -21,6 +21,7 @@ from executorch.exir.passes import MemoryPlanningPass
 from torch.export.exported_program import ExportedProgram
 
 from executorch_moe.backends.cpu import MoECpuPartitioner
+from executorch_moe.backends.cpu.uncopied_weights import uncopied_weights
 from executorch_moe.backends.cuda import MoECudaPartitioner
 from executorch_moe.backends.cuda.cross_compile import target_cuda
 from executorch_moe.backends.cuda.cross_report import CrossCompileReport
@@ -55,7 +56,8 @@ def lower(
         on_report: gets what was compiled for each GPU that is not here; other targets never call it.
 
     Returns:
-        The program, to be written with `artifact.save`: its weights are external.
+        The program, to be written with `artifact.save`: its weights are external. For target "cpu" they are read when
+        it is written, so the model's tensors must not change before.
 
     Raises:
         ValueError: unknown target, two targets of one architecture, no method, or a name used twice.
@@ -170,13 +172,13 @@ def _lower_cpu(
         dict(programs), partitioner=[MoECpuPartitioner(fuser)], constant_methods=constants
     )
     state = _mark_state(edge)
-    return edge.to_executorch(
-        ExecutorchBackendConfig(
-            external_constants=lambda node: None if node.name in state else "weights",
-            memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=bool(state)),
-            remove_view_copy=not _views_a_weight(edge),
-        )
+    config = ExecutorchBackendConfig(
+        external_constants=lambda node: None if node.name in state else "weights",
+        memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=bool(state)),
+        remove_view_copy=not _views_a_weight(edge),
     )
+    with uncopied_weights():
+        return edge.to_executorch(config)
 
 
 def _views_a_weight(edge: EdgeProgramManager) -> bool:

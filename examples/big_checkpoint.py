@@ -20,8 +20,10 @@ from typing import Any
 
 import torch
 
+from executorch_moe.export.build import stream
 from executorch_moe.export.memory import peak_rss, restart_peak
-from executorch_moe.export.pipeline import ExportOptions, export_model
+from executorch_moe.export.options import ExportOptions
+from executorch_moe.export.pipeline import export_model
 from executorch_moe.export.pretrained import resolve
 from executorch_moe.export.work_folder import WorkFolder
 
@@ -110,7 +112,7 @@ def _files(shape: Shape) -> list[dict[str, tuple[int, ...]]]:
 
 def measure_load(folder: Path, out: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Packs and loads a checkpoint in this process; peak memory after each layer, and of all."""
-    streamed = ExportOptions(str(folder), out, **options).stream(folder)
+    streamed = stream(ExportOptions(str(folder), out, **options), folder)
     work = WorkFolder(out.with_suffix(".work"), streamed.manifest())
     restart_peak()
     peaks = [peak_rss()]

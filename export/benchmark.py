@@ -16,7 +16,8 @@ import torch
 
 from .breakdown import Breakdown, profile_decode
 from .generation import TextGenerator
-from .pipeline import record_path, size
+from .metadata import record_path
+from .summary import size
 
 FORMATS = ("md", "json")
 

@@ -79,6 +79,7 @@ class Source:
         return type(first).__name__ == "MergeModulelist" and first.dim == 0
 
     def all_names(self) -> list[str]:
+        """The stored tensors, pattern by pattern."""
         return [name for names in self.names.values() for name in names]
 
 

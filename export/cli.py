@@ -30,6 +30,9 @@ app.add_typer(bench_app, name="bench")
 console = Console(stderr=True)
 debug = False
 
+INTERRUPTED_SECONDS = 10
+"""How long a process that was started here may take to end after Ctrl-C, before it is interrupted itself."""
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 RuntimeOption = Annotated[
     str, typer.Option(help="executorch, delegate-host, or auto: the first of them that can run the artifact here.")
@@ -83,10 +86,18 @@ def one_line_errors(command: Command) -> Command:
 
 
 def quiet_unless(verbose: bool) -> None:
+    """Keeps other packages' notes off the terminal."""
     if not verbose:
         from .quiet import quiet
 
         quiet()
+
+
+def progress_on(terminal: Console) -> Any:
+    """A progress bar that is gone at the end; none where nobody looks, and no empty line instead of it."""
+    from rich.progress import Progress
+
+    return Progress(console=terminal, transient=True, disable=not terminal.is_terminal)
 
 
 @app.command()
@@ -171,12 +182,16 @@ def export(
     quiet_unless(verbose)
     from executorch_moe.backends.inspect import inspect_artifact
 
+    from .files import check_writable, write_aside
     from .inspection import kernels_table, report_json, sizes_table
-    from .pipeline import ExportOptions, export_model
+    from .options import ExportOptions
+    from .pipeline import export_model
 
     if out is None and not check:
         raise ValueError("--out is missing: give the .pte to write, as in -o model.pte, or --check to write nothing")
     out = Path("unused.pte") if out is None else out
+    if report is not None:
+        check_writable("report", report)
     options = ExportOptions(
         model, out, target, scheme, group_size, max_context, dtype, output, experts, dense, lm_head, embedding, layers,
         seed, thin, algorithm, check,
@@ -200,13 +215,11 @@ def export(
         console.print(sizes_table(inspect_artifact(out)))
     console.print(summary.table())
     if report is not None:
-        report.write_text(report_json(summary.report.json(), summary.compiled, out) + "\n", encoding="utf-8")
+        write_aside(report, report_json(summary.report.json(), summary.compiled, out) + "\n")
 
 
 def export_in_own_process(options: Any, report: Path | None, verbose: bool) -> int:
     """The same export by another Python; returns its exit status."""
-    import subprocess
-
     command = [sys.executable, "-m", "executorch_moe.export.cli", *(["--debug"] if debug else [])]
     command += ["export", options.model, "--own-process"]
     for name, value in asdict(options).items():
@@ -217,7 +230,27 @@ def export_in_own_process(options: Any, report: Path | None, verbose: bool) -> i
             command += [option, str(value)]
     command += ["--report", str(report)] if report is not None else []
     command += ["--verbose"] if verbose else []
-    return subprocess.run(command).returncode
+    return run_to_the_end(command)
+
+
+def run_to_the_end(command: list[str]) -> int:
+    """Exit status of another process; after Ctrl-C it is given the time to remove what it had begun.
+
+    `subprocess.run` kills it a quarter of a second after Ctrl-C, and its temporary files stay.
+    """
+    import signal
+    import subprocess
+
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        try:
+            process.wait(INTERRUPTED_SECONDS)  # a terminal interrupts both processes
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            process.wait()
+        raise
 
 
 @app.command()
@@ -292,8 +325,6 @@ def bench_model(
 ) -> None:
     """Prefill and decode speed of an exported model, mean and spread over repeats, in the manner of llama-bench."""
     quiet_unless(verbose)
-    from rich.progress import Progress
-
     from .benchmark import FORMATS, benchmark_model
     from .breakdown import check_profile
     from .generation import TextGenerator
@@ -303,8 +334,12 @@ def bench_model(
         raise ValueError(f"format={output_format!r} is unknown: use one of {', '.join(FORMATS)}")
     if plot is not None and not profile:
         raise ValueError(f"plot={str(plot)!r} is of a profile: add --profile")
+    check_plot(plot)
     lengths = parse_lengths(prompt_tokens)
-    with hold_native_notes() as terminal, Progress(console=terminal, transient=True) as progress:
+    with (
+        hold_native_notes() as terminal,
+        progress_on(terminal) as progress,
+    ):
         task = progress.add_task("measuring", total=len(lengths) * repeats)
         generator = TextGenerator.load(artifact, runtime, cuda_graph=cuda_graph, prefill_chunk=prefill_chunk)
         if profile:
@@ -344,18 +379,17 @@ def bench_kernel(
 ) -> None:
     """Time one expert layer: our kernels, ExecuTorch's, and torch's grouped GEMM, on the same tokens and routing."""
     quiet_unless(verbose)
-    from rich.progress import Progress
-
     from . import kernel_benchmark as kb
 
     if output_format not in kb.FORMATS:
         raise ValueError(f"format={output_format!r} is unknown: use one of {', '.join(kb.FORMATS)}")
+    check_plot(plot)
     counts = tuple(parse_lengths(tokens, "tokens"))
     benchmark = kb.KernelBenchmark(
         shape, counts, tuple(impl.split(",")), tuple(scheme.split(",")), routing, layers, replays
     )
     rows = []
-    with Progress(console=console, transient=True) as progress:
+    with progress_on(console) as progress:
         task = progress.add_task("measuring", total=len(counts) * len(benchmark.pairs()))
         for row in benchmark.run():
             rows.append(row)
@@ -383,6 +417,18 @@ def tune(
 
     path = tune_layer(shape, scheme, out, layers, console)
     console.print(f"wrote {path}; every export and run on such a GPU takes its configurations from there")
+
+
+def check_plot(plot: Path | None) -> None:
+    """Check the name of a picture before anything is measured.
+
+    Raises:
+        ValueError: another ending than .png or .svg, or a place that cannot be written.
+    """
+    from .files import check_writable
+
+    if plot is not None:
+        check_writable("plot", plot, (".png", ".svg"))
 
 
 def parse_lengths(text: str, what: str = "prompt_tokens") -> list[int]:

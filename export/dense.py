@@ -60,6 +60,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """float [..., K] -> [..., N] in the dtype of `x`."""
         if is_one_row(x):
             y = matvec(self.qdata, x)
         else:
@@ -84,6 +85,7 @@ class Int4Linear(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """float [..., K] -> [..., N] in the dtype of `x`."""
         low, high = (self.qdata & 0xF).to(torch.float32) - 8.0, (self.qdata >> 4).to(torch.float32) - 8.0
         scale = self.scale.to(torch.float32)[:, :, None]
         if is_one_row(x):
@@ -106,6 +108,7 @@ class Int8Embedding(nn.Module):
         self.dtype = weight.dtype
 
     def forward(self, ids: Tensor) -> Tensor:
+        """int64 [...] -> [..., K] in the dtype of the weight that was quantised."""
         return (self.qdata[ids].to(torch.float32) * self.scale[ids][..., None]).to(self.dtype)
 
 
@@ -135,6 +138,7 @@ class MergedLinear(nn.Module):
         self.followers = [_Follower() for _ in self.sizes[1:]]
 
     def forward(self, x: Tensor) -> Tensor:
+        """The first projection's result; those of the others wait in `followers`."""
         first, *rest = self.merged(x).split(self.sizes, -1)
         for follower, part in zip(self.followers, rest, strict=True):
             follower.waiting[:] = [(x, part)]

@@ -7,18 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-DENSE = ("none", "int8", "int4")
+from .dense import KINDS
+
 DENSE_GROUP_SIZE = 32
-
-
-def check_dense(dense: str) -> None:
-    """Check the name of a dense quantisation.
-
-    Raises:
-        ValueError: it is unknown.
-    """
-    if dense not in DENSE:
-        raise ValueError(f"dense={dense!r} is unknown: use one of {', '.join(DENSE)}")
 
 
 def quantize_dense_(model: nn.Module, dense: str) -> nn.Module:
@@ -38,7 +29,8 @@ def quantize_dense_(model: nn.Module, dense: str) -> nn.Module:
     Raises:
         ValueError: an unknown name, or a layer whose width is not a multiple of 32; the model is left as it was then.
     """
-    check_dense(dense)
+    if dense not in KINDS:
+        raise ValueError(f"dense={dense!r} is unknown: use one of {', '.join(KINDS)}")
     if dense == "none":
         return model
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Embedding))]

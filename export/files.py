@@ -4,14 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+_ASIDE = ".new"
+
+
+def check_writable(what: str, path: Path, suffixes: Sequence[str] = ()) -> None:
+    """Check that a file can be written, before minutes are spent; its folder need not be there.
+
+    Args:
+        what: the option that names it. suffixes: how its name must end, in one of these ways.
+
+    Raises:
+        ValueError: another ending, a folder, or a place without a writable folder.
+    """
+    if suffixes and path.suffix not in suffixes:
+        example = f": give for example {path.with_suffix(suffixes[0])}" if path.name else ": give a file name"
+        raise ValueError(f"{what}={str(path)!r} must end in {' or '.join(suffixes)}{example}")
+    if path.is_dir():
+        raise ValueError(f"{what}={str(path)!r} is a folder: give a file name")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise ValueError(f"{what}={str(path)!r} cannot be written, {folder} is no writable folder: choose another")
 
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path`, with its ending: renamed to `path` at the end, removed after an error."""
-    aside = path.with_name(f".{path.stem}.new{path.suffix}")
+    """Yields a path beside `path`, with its ending: renamed to `path` at the end, removed after an error.
+
+    The folder is made if it is not there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.stem}{_ASIDE}{path.suffix}")
     try:
         yield aside
         with open(aside, "rb") as file:
@@ -25,3 +50,8 @@ def write_aside(path: Path, text: str) -> None:
     """Writes a text file whole or not at all."""
     with written_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def is_aside(path: Path) -> bool:
+    """True for a file that `written_aside` left because the process was killed."""
+    return path.name.startswith(".") and path.stem.endswith(_ASIDE)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .choices import made_again
-from .pipeline import DTYPES, MADE_FROM, TOKENIZER_DIGEST, tokenizer_digest, tokenizer_path
+from .build import made_again
+from .metadata import MADE_FROM, TOKENIZER_DIGEST, tokenizer_digest, tokenizer_path
 from .sampling import Sampler
 
 if TYPE_CHECKING:
@@ -252,8 +252,8 @@ def synthetic_weights(program: PteFile, device: torch.device) -> MakeWeights | N
     """What makes the weights of a synthetic model that was exported without them; None for other artifacts."""
     if MADE_FROM not in program.constant_names:
         return None
-    choices = SimpleNamespace(**json.loads(program.constant(MADE_FROM)))
-    return made_again(choices, DTYPES[choices.dtype], device)
+    choices: Any = SimpleNamespace(**json.loads(program.constant(MADE_FROM)))
+    return made_again(choices, device)
 
 
 def check_tokenizer(program: LoadedProgram, path: Path) -> None:

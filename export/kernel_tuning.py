@@ -49,6 +49,5 @@ def tune_layer(shape_text: str, scheme: str, out: Path | None, layers: int, cons
         compile_ahead(jobs, on_done=lambda: progress.advance(compiling))
         timing = progress.add_task("timing", total=len(trials))
         tuned = tuner.run(on_trial=lambda trial, us: progress.advance(timing))
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_aside(path, with_entry(before, made_by, entry(tuner.layer, tuner.scheme, tuned)))
     return path

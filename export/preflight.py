@@ -23,10 +23,12 @@ from executorch_moe.backends.fusion import ExpertFuser, ExpertLayout
 from executorch_moe.kernels import PackedExperts
 from executorch_moe.kernels.packing import deinterleave_gate_up, unpack_experts
 
+from .build import check_folder, stream
 from .causal_lm import CausalLM, export_methods
 from .checkpoint import empty_model, set_weight
-from .pipeline import ExportOptions, check_folder, size
-from .streaming import StreamedModel
+from .options import ExportOptions
+from .streaming import ExpertLayer, StreamedModel
+from .summary import size
 
 BOUNDS = {"bf16": 1.5e-2, "w4a16": 1.5e-2, "w4a8": 4e-2}
 """Largest relative L2 error of the logits that passes, by scheme. The reference is fp32 on the dequantised weights; our
@@ -55,9 +57,11 @@ class Preflight:
 
     @property
     def passed(self) -> bool:
+        """True if nothing was found that stands against the export."""
         return all(finding.passed for finding in self.findings)
 
     def add(self, name: str, passed: bool, found: str) -> None:
+        """One line more."""
         self.findings.append(Finding(name, passed, found))
 
     def table(self) -> Table:
@@ -82,7 +86,7 @@ def preflight(options: ExportOptions, console: Console | None = None) -> Preflig
     result = Preflight(options)
     folder = check_folder(options)
     note(console, "reading headers")
-    streamed = options.stream(folder)
+    streamed = stream(options, folder)
     context = options.context(streamed.model.config)
     check_checkpoint(result, streamed)
     note(console, "tracing prefill and decode")
@@ -99,6 +103,7 @@ def preflight(options: ExportOptions, console: Console | None = None) -> Preflig
 
 
 def note(console: Console | None, doing: str) -> None:
+    """What is done now, for whoever waits."""
     if console is not None:
         console.print(f"[dim]{doing}[/dim]", highlight=False)
 
@@ -108,16 +113,17 @@ def check_checkpoint(result: Preflight, streamed: StreamedModel) -> None:
     tensors, layers = streamed.shards.tensors, streamed.layers
     stored = sum(tensor.nbytes for tensor in tensors.values())
     result.add("checkpoint", True, f"{len(tensors)} tensors in {len(streamed.shards.files)} files, {size(stored)}")
-    for record in dict.fromkeys(_kind(layer.record) for layer in layers):
-        count = sum(_kind(layer.record) == record for layer in layers)
-        family, experts, top_k, hidden, intermediate, activation = record
+    for kind in dict.fromkeys(map(_kind, layers)):
+        count = sum(_kind(layer) == kind for layer in layers)
+        family, experts, top_k, hidden, intermediate, activation = kind
         found = f"{count} layers of {family}: E={experts}, top-{top_k}, H={hidden}, I={intermediate}, {activation}"
         result.add("experts", True, found)
 
 
-def _kind(record: Any) -> tuple[Any, ...]:
-    names = ("family", "num_experts", "top_k", "hidden_size", "intermediate_size", "activation")
-    return tuple(getattr(record, name) for name in names)
+def _kind(layer: ExpertLayer) -> tuple[str, int, int, int, int, str]:
+    """What the layers of one kind have in common."""
+    sizes = layer.num_experts, layer.top_k, layer.hidden_size, layer.intermediate_size
+    return layer.family, *sizes, layer.layout.activation
 
 
 def trace(
@@ -230,7 +236,7 @@ def _layers_for_all_kinds(streamed: StreamedModel) -> int:
     first: dict[object, int] = {}
     for layer in streamed.layers:
         number = int(layer.name.removeprefix(prefix).partition(".")[0])
-        first.setdefault((layer.layout, _kind(layer.record)), number)
+        first.setdefault((layer.layout, _kind(layer)), number)
     return max(first.values()) + 1
 
 

@@ -29,11 +29,28 @@ times as much for a moment."""
 
 @dataclass(frozen=True)
 class ExpertLayer:
-    """One layer of the plan: its module's name, how it is stored, and what the report will say of it."""
+    """One layer of the plan.
+
+    Attributes:
+        name: of its module in the model. family: that module's class.
+        layout: how it is stored and what it computes.
+        num_experts, top_k, hidden_size, intermediate_size: E, top_k, H and I.
+        stored_bytes: of its tensors in the checkpoint.
+    """
 
     name: str
+    family: str
     layout: ExpertLayout
-    record: FusedLayer
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    stored_bytes: int
+
+    @property
+    def exported_name(self) -> str:
+        """How the exported program names the module: the model is an attribute of what is exported."""
+        return f"model.{self.name}"
 
 
 class StreamedModel:
@@ -78,30 +95,34 @@ class StreamedModel:
                 yield self._layer(name, experts, layouts[kind])
             except (NotFusable, ValueError) as error:
                 message = f"experts model.{name} ({type(experts).__name__}) not fused: {error}"
-                raise (ValueError if isinstance(error, ValueError) else NotImplementedError)(message) from error
+                if isinstance(error, ValueError):
+                    raise ValueError(message) from error
+                raise NotImplementedError(
+                    f"{message}: only fused experts are exported from a folder; lower the model from Python, "
+                    "with FusionOptions(require_fused=False)"
+                ) from error
 
     def _layer(self, name: str, experts: nn.Module, layout: ExpertLayout) -> ExpertLayer:
         config: Any = self.model.config
-        _, down, _, down_bias = layout.canonical(dict(experts.named_parameters()))
+        _, down, *_ = layout.canonical(dict(experts.named_parameters()))
         num_experts, hidden, intermediate = down.shape
+        if not 1 <= (top_k := config.num_experts_per_tok) <= num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={top_k} of config.json must be between 1 and its {num_experts} experts: "
+                "download the model again"
+            )
         _check_group_size(self.fusion, hidden, intermediate)
         stored = [self.shards.tensors[source] for source in self.plan.names_below(name)]
-        record = FusedLayer(
-            module=f"model.{name}",  # as it is named in the exported program
+        return ExpertLayer(
+            name=name,
             family=type(experts).__name__,
+            layout=layout,
             num_experts=num_experts,
-            top_k=config.num_experts_per_tok,
+            top_k=top_k,
             hidden_size=hidden,
             intermediate_size=intermediate,
-            activation=layout.activation,
-            biases=down_bias is not None,
-            scheme=self.fusion.scheme,
-            group_size=self.fusion.group_size if SCHEMES[self.fusion.scheme].packed else 0,
-            algorithm=self.fusion.algorithm if SCHEMES[self.fusion.scheme].packed else "",
-            bytes_before=sum(tensor.nbytes for tensor in stored),
-            bytes_after=0,
+            stored_bytes=sum(tensor.nbytes for tensor in stored),
         )
-        return ExpertLayer(name, layout, record)
 
     def load(
         self,
@@ -123,12 +144,12 @@ class StreamedModel:
         for layer in self.layers:
             if any(below(layer.name, module) for module in skip):
                 continue
-            known = None if work is None else work.load(layer.record.module)
+            known = None if work is None else work.load(layer.exported_name)
             if known is None:
                 known = self._pack(layer)
                 if work is not None:
                     work.save(*known)
-                    known = work.load(layer.record.module) or known  # mapped, so that it leaves memory
+                    known = work.load(layer.exported_name) or known  # mapped, so that it leaves memory
             record, packed = known
             parent, _, attribute = layer.name.rpartition(".")
             setattr(self.model.get_submodule(parent), attribute, FusedExperts(packed, layer.layout.activation))
@@ -144,9 +165,8 @@ class StreamedModel:
         Nothing is read, and memory that nothing writes to is never taken, so this works for a model of any size.
         """
         for layer in self.layers:
-            record = layer.record
             one = _pack_run(self.fusion, *layer.layout.canonical(self._zeros(layer)))
-            empty = _for_all(one, lambda t: torch.empty(record.num_experts, *t.shape[1:], dtype=t.dtype))  # noqa: B023
+            empty = _for_all(one, lambda t: torch.empty(layer.num_experts, *t.shape[1:], dtype=t.dtype))  # noqa: B023
             parent, _, attribute = layer.name.rpartition(".")
             experts = FusedExperts(replace(one, **empty), layer.layout.activation)
             setattr(self.model.get_submodule(parent), attribute, experts)
@@ -166,7 +186,7 @@ class StreamedModel:
 
     def _pack(self, layer: ExpertLayer) -> tuple[FusedLayer, PackedExperts]:
         """Packs one layer, a run of experts at a time."""
-        count = layer.record.num_experts
+        count = layer.num_experts
         whole: PackedExperts | None = None
         step = self._run_length(layer)
         for start in range(0, count, step):
@@ -180,15 +200,24 @@ class StreamedModel:
                 if into is not None and of is not None:
                     into[run] = of
         assert whole is not None
-        return replace(layer.record, bytes_after=whole.nbytes()), whole
+        record = FusedLayer.of(
+            layer.exported_name,
+            layer.family,
+            whole,
+            top_k=layer.top_k,
+            activation=layer.layout.activation,
+            algorithm=self.fusion.algorithm,
+            bytes_before=layer.stored_bytes,
+            bytes_after=whole.nbytes(),
+        )
+        return record, whole
 
     def _run_length(self, layer: ExpertLayer) -> int:
         """Experts that are packed at once: all of them if the checkpoint's tensors cannot be read in parts."""
-        record = layer.record
         if not all(self.plan.can_read_runs(target) for target in self.plan.targets_below(layer.name)):
-            return record.num_experts
-        expert_bytes = 2 * 3 * record.hidden_size * record.intermediate_size
-        return max(1, min(RUN_BYTES // expert_bytes, record.num_experts // 16))
+            return layer.num_experts
+        expert_bytes = 2 * 3 * layer.hidden_size * layer.intermediate_size
+        return max(1, min(RUN_BYTES // expert_bytes, layer.num_experts // 16))
 
     def _read(self, reader: ShardReader, module: str, run: slice) -> dict[str, Tensor]:
         """Parameters of an experts module by their name in it, for some of the experts."""

@@ -26,6 +26,7 @@ class UpstreamWeights:
     w2_scale: Tensor
 
     def nbytes(self) -> int:
+        """Bytes of codes and scales."""
         return self.w13.nbytes + self.w13_scale.nbytes + self.w2.nbytes + self.w2_scale.nbytes
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from executorch_moe.backends.fusion import FusedLayer
 from executorch_moe.kernels import PackedExperts
 from executorch_moe.kernels.schemes import LAYOUT_VERSION
 
-from .files import write_aside
+from .files import is_aside, write_aside, written_aside
 from .shards import Shards
 
 MANIFEST = "manifest.json"
@@ -63,7 +62,6 @@ class WorkFolder:
             )
         if known is not None and known != manifest:
             self.remove()
-        path.mkdir(parents=True, exist_ok=True)
         write_aside(path / MANIFEST, json.dumps(manifest, indent=2))
 
     def _read_manifest(self) -> Any:
@@ -100,12 +98,9 @@ class WorkFolder:
         """Keeps a layer."""
         from safetensors.torch import save_file
 
-        path = self._file(layer.module)
-        aside = path.with_name(path.name + ".tmp")
         tensors = {name: tensor for name, tensor in packed.tensors().items() if tensor is not None}
-        save_file(tensors, aside, metadata={"layer": json.dumps(asdict(layer))})
-        _sync(aside)
-        aside.replace(path)
+        with written_aside(self._file(layer.module)) as aside:
+            save_file(tensors, aside, metadata={"layer": json.dumps(asdict(layer))})
 
     def remove(self) -> None:
         """Removes the folder. Layers that were loaded from it stay usable."""
@@ -114,9 +109,4 @@ class WorkFolder:
 
 def _is_empty(path: Path) -> bool:
     """True for a folder without files, but for one that was not finished."""
-    return path.is_dir() and all(file.suffix == ".tmp" for file in path.iterdir())
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    return path.is_dir() and all(map(is_aside, path.iterdir()))

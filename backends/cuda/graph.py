@@ -14,11 +14,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from executorch_moe.backends.cuda.delegate_host import RunDelegate
 from executorch_moe.backends.cuda.method_targets import split_method
 from executorch_moe.backends.pte import PteFile
 
 WARM_UP_CALLS = 3
-RunDelegate = Callable[[list[Tensor]], list[Tensor]]
 
 
 class Graph(Protocol):

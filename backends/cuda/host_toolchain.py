@@ -81,6 +81,7 @@ def why_no_toolchain() -> str:
 
 
 def compiler() -> str:
+    """The C++ compiler's command."""
     return os.environ.get("CXX") or "g++"
 
 

@@ -78,7 +78,8 @@ class ExpertFuser:
             except NotFusable as error:
                 if self.options.require_fused:
                     raise NotImplementedError(
-                        f"experts {region.module} ({region.family}) not fused: {error}"
+                        f"experts {region.module} ({region.family}) not fused: {error}. "
+                        "FusionOptions(require_fused=False) leaves such experts as they are"
                     ) from error
                 self.report.add(UnfusedRegion(region.module, region.family, str(error)))
             else:
@@ -95,18 +96,13 @@ class ExpertFuser:
         ids = tensor_of(roles.ids)
         assert ids is not None
         editor.replace(region, roles, packed, layout.activation)
-        return FusedLayer(
-            module=region.module,
-            family=region.family,
-            num_experts=packed.num_experts,
+        return FusedLayer.of(
+            region.module,
+            region.family,
+            packed,
             top_k=int(ids.shape[1]),
-            hidden_size=packed.hidden_size,
-            intermediate_size=packed.intermediate_size,
             activation=layout.activation,
-            biases=layout.down_bias is not None,
-            scheme=packed.scheme,
-            group_size=packed.group_size,
-            algorithm=self.options.algorithm if packed.group_size else "",
+            algorithm=self.options.algorithm,
             bytes_before=sum(tensor.nbytes for tensor in sources.values()),
             bytes_after=packed.nbytes(),
         )

@@ -248,7 +248,7 @@ class Probe:
             nearest = min(nearest, distance)
         raise NotFusable(
             f"computes something else than gated experts with activation {' or '.join(ACTIVATIONS)} "
-            f"(nearest relative difference {nearest:.2g}): keep it with require_fused=False"
+            f"(nearest relative difference {nearest:.2g})"
         )
 
 
@@ -350,7 +350,14 @@ def _in_fp32(argument: Any) -> Any:
 
 @torch.no_grad()
 def run_region(region: Region, env: dict[Node, Any]) -> Tensor:
-    """The region's output for given inputs, on the CPU with fp32 in place of every half-precision type."""
+    """The region's output for given inputs, on the CPU with fp32 in place of every half-precision type.
+
+    Args:
+        env: the values of the region's inputs and parameters; those of its nodes are added.
+
+    Raises:
+        NotImplementedError: a node that is no call of an operator.
+    """
     for node in region.nodes:
         if node.op != "call_function":
             raise NotImplementedError(f"{node.op} node {node.name}")

@@ -4,6 +4,24 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+
+class Experts(Protocol):
+    """What packed experts say of themselves, whether they are tensors (`PackedExperts`) or a module."""
+
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def scheme(self) -> str: ...
+    @property
+    def group_size(self) -> int: ...
+    @property
+    def w2_bias(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -18,7 +36,7 @@ class FusedLayer:
         biases: True if the experts have biases.
         scheme, group_size: as packed; group_size is 0 for scheme bf16.
         bytes_before, bytes_after: the parameters as the program held them, and packed.
-        algorithm: how the weights were rounded, "minmax" or "hqq"; "given" if they came as 4-bit codes, "" for bf16.
+        algorithm: how the weights were rounded, "minmax" or "hqq"; "" for bf16.
     """
 
     module: str
@@ -34,6 +52,36 @@ class FusedLayer:
     bytes_before: int
     bytes_after: int
     algorithm: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        module: str,
+        family: str,
+        experts: Experts,
+        *,
+        top_k: int,
+        activation: str,
+        algorithm: str,
+        bytes_before: int,
+        bytes_after: int,
+    ) -> FusedLayer:
+        """The record of packed experts; arguments as the attributes."""
+        return cls(
+            module=module,
+            family=family,
+            num_experts=experts.num_experts,
+            top_k=top_k,
+            hidden_size=experts.hidden_size,
+            intermediate_size=experts.intermediate_size,
+            activation=activation,
+            biases=experts.w2_bias is not None,
+            scheme=experts.scheme,
+            group_size=experts.group_size,
+            bytes_before=bytes_before,
+            bytes_after=bytes_after,
+            algorithm=algorithm if experts.group_size else "",
+        )
 
 
 @dataclass(frozen=True)
@@ -62,10 +110,12 @@ class FusionReport:
 
     @property
     def bytes_before(self) -> int:
+        """Of all layers, as the programs held them."""
         return sum(layer.bytes_before for layer in self.layers)
 
     @property
     def bytes_after(self) -> int:
+        """Of all layers, packed."""
         return sum(layer.bytes_after for layer in self.layers)
 
     def json(self) -> str:

@@ -84,6 +84,22 @@ def test_a_failing_rename_leaves_what_was_there(
     assert contents(tmp_path) == before
 
 
+def test_files_beside_an_artifact_are_written_with_it_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from executorch_moe.backends.targets import lower
+
+    manager = lower({"forward": export(torch.nn.ReLU(), (torch.randn(3),))}, "cpu")
+    beside = tmp_path / "relu.tokenizer.json"
+    save(manager, tmp_path / "relu", {beside: b"first"})
+    assert beside.read_bytes() == b"first"
+    before = contents(tmp_path)
+    monkeypatch.setattr(artifact_module, "_sync_folder", lambda folder: os.stat(folder / "none"))
+    with pytest.raises(FileNotFoundError):
+        save(manager, tmp_path / "relu", {beside: b"second"})
+    assert contents(tmp_path) == before
+
+
 def test_a_failing_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing_sync(descriptor: int) -> None:
         raise OSError("disk failure")

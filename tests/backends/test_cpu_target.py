@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import hashlib
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +14,11 @@ import torch
 from cached_experts import CONTEXT, CachedExperts, inputs, methods
 from torch.export import export
 
+from executorch_moe.backends import targets
 from executorch_moe.backends.artifact import save
 from executorch_moe.backends.cpu import MoECpuPartitioner
+from executorch_moe.backends.cpu import uncopied_weights as uncopied_weights_module
+from executorch_moe.backends.cpu.uncopied_weights import StorageData
 from executorch_moe.backends.runtime import EXECUTORCH_CPU, LoadedProgram, load
 from executorch_moe.backends.targets import lower
 
@@ -132,6 +138,45 @@ def test_a_method_that_only_reads_the_state_sees_it(tmp_path: Path, executorch_r
     (y,) = loaded.run("forward", x)
     assert_close(y, module(x).detach())
     assert_close(loaded.run("last", scale)[0], y[:1] * 2)
+
+
+def test_weights_are_not_copied_and_the_files_are_those_of_stock_executorch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = CachedExperts("w4a16", torch.float32).eval()
+    manager = lower(methods(module, torch.float32), "cpu")
+    buffers = manager._emitter_output.external_constant_buffer
+    of_model = {t.untyped_storage().data_ptr(): t for t in module.experts.buffers()}
+    found = [buffer for buffer in buffers if buffer._storage.data_ptr() in of_model]
+    # Each once, though two methods read it.
+    assert len(found) == len(of_model) >= 4
+    for buffer in found:
+        assert buffer.to_bytes() == bytes(of_model[buffer._storage.data_ptr()].untyped_storage())
+    ours = save(manager, tmp_path / "ours")
+    monkeypatch.setattr(targets, "uncopied_weights", contextlib.nullcontext)
+    manager = lower(methods(module, torch.float32), "cpu")
+    assert {type(buffer) for buffer in manager._emitter_output.external_constant_buffer} == {bytes}
+    stock = save(manager, tmp_path / "stock")
+    assert ours.ptd.read_bytes() == stock.ptd.read_bytes() and ours.pte.read_bytes() == stock.pte.read_bytes()
+
+
+def test_bytes_of_a_storage() -> None:
+    tensor = torch.arange(100, dtype=torch.int16)
+    content = tensor.numpy().tobytes()
+    data = StorageData(tensor.untyped_storage())
+    file = io.BytesIO()
+    data.write_to_file(file)
+    assert len(data) == 200 and data.prefix(32) == content[:32]
+    assert data.to_bytes() == file.getvalue() == content
+    assert data.sha256() == hashlib.sha256(content).digest()
+    empty = StorageData(torch.empty(0).untyped_storage())
+    assert len(empty) == 0 and empty.to_bytes() == b"" and empty.sha256() == hashlib.sha256().digest()
+
+
+def test_another_emitter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uncopied_weights_module._Emitter, "_save_new_const_tensor", lambda self, spec: 0)
+    with pytest.raises(RuntimeError, match=r"executorch 1\.5\.1 \(_save_new_const_tensor is another\): install it"):
+        lower({"forward": export(torch.nn.ReLU(), (torch.randn(3),))}, "cpu")
 
 
 def test_partitioner_leaves_other_programs_alone() -> None:

@@ -51,7 +51,8 @@ def test_export_example_writes_a_program_that_runs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_runner_generates_text(tmp_path: Path) -> None:
-    from executorch_moe.export.pipeline import ExportOptions, export_model
+    from executorch_moe.export.options import ExportOptions
+    from executorch_moe.export.pipeline import export_model
 
     pte = tmp_path / "tiny.pte"
     export_model(ExportOptions("tiny", pte, "cpu", "w4a16", 32, 32))

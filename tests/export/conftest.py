@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from executorch_moe.backends.pybindings import why_not_pybindings
+from executorch_moe.export.build import load_whole
 from executorch_moe.export.causal_lm import CausalLM
-from executorch_moe.export.pipeline import ExportOptions, export_model
+from executorch_moe.export.options import ExportOptions
+from executorch_moe.export.pipeline import export_model
 from executorch_moe.export.pretrained import resolve
 from executorch_moe.export.quantize import quantize_experts_
 from executorch_moe.kernels.op import forced
@@ -44,7 +46,7 @@ def exported(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Callab
 def eager_model(scheme: str, target: str, dtype: str = "auto") -> CausalLM:
     """The quantised tiny model in PyTorch, as the export of the same scheme, target and dtype has it."""
     options = ExportOptions("tiny", Path("unused.pte"), target, scheme, GROUP_SIZE, MAX_CONTEXT, dtype)
-    model = quantize_experts_(options.load(resolve("tiny")), scheme, GROUP_SIZE)
+    model = quantize_experts_(load_whole(options, resolve("tiny")), scheme, GROUP_SIZE)
     return CausalLM(model.to(target), MAX_CONTEXT)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +13,12 @@ from torch import nn
 
 from executorch_moe.export import synthetic
 from executorch_moe.export.attention import grouped_attention, merge_attention_
+from executorch_moe.export.build import attention_of, forced_schedule, load_whole, use_upstream_
 from executorch_moe.export.causal_lm import CausalLM
-from executorch_moe.export.choices import EXPERTS, forced_schedule, made_again, use_upstream_
 from executorch_moe.export.dense import Int8Linear, quantize_dense_
-from executorch_moe.export.pipeline import ExportOptions
+from executorch_moe.export.generation import synthetic_weights
+from executorch_moe.export.metadata import MADE_FROM, made_from
+from executorch_moe.export.options import EXPERTS, ExportOptions
 from executorch_moe.export.pretrained import load_model, resolve
 from executorch_moe.export.quantize import quantize_experts_
 from executorch_moe.export.router import TopKFirstRouter, replace_routers_
@@ -109,8 +112,6 @@ def test_grouped_attention_equals_transformers_own() -> None:
     with torch.no_grad():
         expected = CausalLM(model, 32)(ids, tokens)
         options = ExportOptions("tiny", Path("unused.pte"), "cpu")
-        from executorch_moe.export.choices import attention_of
-
         assert attention_of("cpu", options.dtype) == "sdpa" and attention_of("sm_90", "fp32") == "eager"
         model.set_attn_implementation(attention_of("sm_90", "bf16"))  # type: ignore[operator]
         module = CausalLM(model, 32)
@@ -171,8 +172,11 @@ def test_grouped_attention_masks() -> None:
 def test_weights_that_are_made_again_are_those_of_the_export(tmp_path: Path) -> None:
     choices: dict[str, Any] = {"dense": "int4", "embedding": "int8", "seed": 3, "layers": 1}
     options = ExportOptions("synthetic:tiny", tmp_path / "x.pte", "sm_90", dtype="bf16", **choices)
-    exported = options.load(tmp_path).state_dict()
-    make = made_again(options, torch.bfloat16, torch.device("cpu"))
+    exported = load_whole(options, tmp_path).state_dict()
+    # As where it is loaded: all that is known are the program's constants.
+    constants: Any = SimpleNamespace(constant_names=[MADE_FROM], constant={MADE_FROM: made_from(options)}.get)
+    make = synthetic_weights(constants, torch.device("cpu"))
+    assert make is not None
     assert len(exported) > 10
     for name, tensor in exported.items():
         made = make(f"model.{name}", tensor.nbytes)
@@ -181,12 +185,13 @@ def test_weights_that_are_made_again_are_those_of_the_export(tmp_path: Path) -> 
     assert cache is not None and cache.tolist() == [0] * 64
     assert make("_lifted_tensor_constant3", 8) is None and make("model.model.rotary_emb.inv_freq", 64) is None
     # Exported thin, the same tensors are there with nothing in them; the rotary table is what it should be.
-    thin = ExportOptions("synthetic:tiny", tmp_path / "x.pte", "sm_90", thin=True, **choices).load(tmp_path)
+    thin_options = ExportOptions("synthetic:tiny", tmp_path / "x.pte", "sm_90", thin=True, **choices)
+    thin = load_whole(thin_options, tmp_path)
     assert {n: (t.shape, t.dtype) for n, t in thin.state_dict().items()} == {
         n: (t.shape, t.dtype) for n, t in exported.items()
     }
     table = dict(thin.named_buffers())["model.rotary_emb.inv_freq"]
-    assert torch.equal(table, dict(options.load(tmp_path).named_buffers())["model.rotary_emb.inv_freq"])
+    assert torch.equal(table, dict(load_whole(options, tmp_path).named_buffers())["model.rotary_emb.inv_freq"])
 
 
 def test_only_synthetic_models_can_do_without_weights(tmp_path: Path) -> None:

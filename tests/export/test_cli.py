@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,12 +97,12 @@ def test_export_for_another_gpu_without_a_compiler(tmp_path: Path, monkeypatch: 
 def test_export_for_another_gpu_runs_in_its_own_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[list[str]] = []
 
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+    def run(command: list[str]) -> int:
         commands.append(command)
-        return subprocess.CompletedProcess(command, 3)
+        return 3
 
     monkeypatch.setattr("executorch_moe.backends.cuda.cross_compile.check_target", lambda target: None)
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr("executorch_moe.export.cli.run_to_the_end", run)
     result = runner.invoke(
         app,
         ["export", "tiny", "-o", str(tmp_path / "x.pte"), "--target", "h200", "--dtype", "bf16", "--algorithm", "hqq"],
@@ -111,7 +114,7 @@ def test_export_for_another_gpu_runs_in_its_own_process(tmp_path: Path, monkeypa
     assert command[command.index("--algorithm") + 1] == "hqq"
     # The other process is asked for the same options, all of them.
     from executorch_moe.export.cli import export_in_own_process
-    from executorch_moe.export.pipeline import ExportOptions
+    from executorch_moe.export.options import ExportOptions
 
     options = ExportOptions(
         "synthetic:tiny", tmp_path / "y.pte", "sm_90", "w4a8", 64, 77, "bf16", "logits", "upstream", "int4", "int8",
@@ -124,8 +127,63 @@ def test_export_for_another_gpu_runs_in_its_own_process(tmp_path: Path, monkeypa
     assert received == [options]
 
 
+@pytest.mark.parametrize("group", [True, False], ids=["Ctrl-C", "parent only"])
+def test_an_interrupted_export_in_its_own_process_cleans_up(tmp_path: Path, group: bool) -> None:
+    """The other process gets the time that it needs, longer than `subprocess.run` would wait."""
+    # A shell that starts tests in the background has them ignore Ctrl-C, and so would these.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    child = heed + (
+        "import pathlib, sys, time\n"
+        "pathlib.Path(sys.argv[1], 'begun').touch()\n"
+        "try: time.sleep(60)\n"
+        "finally: time.sleep(1); pathlib.Path(sys.argv[1], 'cleaned').touch()"
+    )
+    parent = heed + (
+        "import sys\n"
+        "from executorch_moe.export import cli\n"
+        "cli.INTERRUPTED_SECONDS = 3\n"
+        "cli.run_to_the_end([sys.executable, '-c', *sys.argv[1:]])"
+    )
+    command = [sys.executable, "-c", parent, child, str(tmp_path)]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "begun").exists() and process.poll() is None:
+        time.sleep(0.05)
+    (os.killpg if group else os.kill)(process.pid, signal.SIGINT)
+    assert process.wait(60) != 0
+    assert (tmp_path / "cleaned").exists()
+
+
+@pytest.mark.parametrize("moment", ["build.StreamedModel.load", "pipeline.export_methods"])
+def test_an_interrupted_export_says_what_it_keeps(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"executorch_moe.export.{moment}", interrupted)
+    result = runner.invoke(app, ["export", "tiny", "-o", str(tmp_path / "x.pte"), "--target", "cpu"])
+    assert result.exit_code != 0 and "Traceback" not in result.stderr
+    assert "x.work: the same command goes on from there" in result.stderr.replace("\n", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.work"]
+
+
+def test_export_reports_that_cannot_be_written(tmp_path: Path) -> None:
+    command = ("export", "tiny", "-o", tmp_path / "x.pte", "--target", "cpu", "--report")
+    assert "is a folder: give a file name" in refused(*command, tmp_path)
+    (tmp_path / "file").write_text("")
+    line = refused(*command, tmp_path / "file" / "r.json")
+    assert "report=" in line and "is no writable folder: choose another" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("command", [("bench", "model", "x.pte", "--profile"), ("bench", "kernel")])
+def test_bench_pictures_that_cannot_be_written(command: tuple[str, ...], tmp_path: Path) -> None:
+    assert "must end in .png or .svg: give for example" in refused(*command, "--plot", tmp_path / "x.gif")
+    (tmp_path / "x.svg").mkdir()
+    assert "is a folder: give a file name" in refused(*command, "--plot", tmp_path / "x.svg")
+
+
 def test_export_names_of_the_output(tmp_path: Path) -> None:
     assert "must end in .pte: give for example" in refused("export", "tiny", "-o", tmp_path / "x.bin")
+    assert "must end in .pte: give a file name" in refused("export", "tiny", "-o", "")
     (tmp_path / "folder.pte").mkdir()
     assert "is a folder" in refused("export", "tiny", "-o", tmp_path / "folder.pte")
     (tmp_path / "file").write_text("")
@@ -169,6 +227,14 @@ def test_export_weights_that_do_not_fit_the_configuration(model_folder: Path, tm
     (model_folder / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
     line = refused("export", model_folder, "-o", tmp_path / "x.pte", "--target", "cpu")
     assert "but config.json asks for" in line and "check that config.json and weights are of the same model" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_export_of_a_router_that_chooses_more_experts_than_there_are(model_folder: Path, tmp_path: Path) -> None:
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 99}))
+    line = refused("export", model_folder, "-o", tmp_path / "x.pte", "--target", "cpu")
+    assert "num_experts_per_tok=99 of config.json must be between 1 and its 8 experts" in line
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

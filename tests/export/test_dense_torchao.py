@@ -14,7 +14,8 @@ from executorch_moe.backends.runtime import load
 from executorch_moe.backends.targets import lower
 from executorch_moe.export.causal_lm import CausalLM
 from executorch_moe.export.dense_torchao import quantize_dense_, stored_bytes
-from executorch_moe.export.pipeline import ExportOptions, export_model
+from executorch_moe.export.options import ExportOptions
+from executorch_moe.export.pipeline import export_model
 from executorch_moe.export.pretrained import load_model, resolve
 from executorch_moe.export.quantize import quantize_experts_
 

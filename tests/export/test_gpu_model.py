@@ -13,10 +13,11 @@ import torch
 from executorch_moe.backends.cuda import placeholders
 from executorch_moe.backends.runtime import load
 from executorch_moe.export.benchmark import benchmark_model
+from executorch_moe.export.build import build_synthetic, load_whole, quantize_dense
 from executorch_moe.export.causal_lm import CausalLM
-from executorch_moe.export.choices import attention_of, build_synthetic, quantize_dense
 from executorch_moe.export.generation import TextGenerator, synthetic_weights
-from executorch_moe.export.pipeline import ExportOptions, export_model
+from executorch_moe.export.options import ExportOptions
+from executorch_moe.export.pipeline import export_model
 from executorch_moe.export.pretrained import resolve
 from executorch_moe.export.quantize import quantize_experts_
 from executorch_moe.export.sampling import Sampler
@@ -50,8 +51,8 @@ def logits_of(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Calla
 def eager(**choices: Any) -> torch.Tensor:
     """The same in PyTorch."""
     options = ExportOptions("tiny", Path("unused.pte"), "cuda", "w4a16", 32, 128, **choices)
-    model = quantize_experts_(options.load(resolve("tiny")), "w4a16", 32)
-    quantize_dense(model, options)
+    model = quantize_experts_(load_whole(options, resolve("tiny")), "w4a16", 32)
+    quantize_dense(model, options, "cuda")
     module = CausalLM(model.cuda(), 128)
     first = module(torch.tensor([TEXT]).cuda(), torch.arange(len(TEXT)).cuda())
     return torch.cat((first, module(torch.tensor([[32]]).cuda(), torch.tensor([len(TEXT)]).cuda())))
@@ -84,7 +85,7 @@ def test_an_artifact_without_weights_makes_them_on_the_gpu(tmp_path: Path, monke
     export_model(options)
     assert options.out.with_suffix(".ptd").stat().st_size < 100_000
     program = load(options.out, runtime=HOST, make_weights=synthetic_weights)
-    model = build_synthetic(options, torch.bfloat16, attention_of("cuda", "bf16"), program.device).to(program.device)
+    model = build_synthetic(options, "cuda", "bf16", program.device).to(program.device)
     module, ids, positions = CausalLM(model, 64), torch.arange(20)[None].cuda(), torch.arange(20).cuda()
     assert distance(program.run("prefill", ids, positions)[0], module(ids, positions)) < 0.02
 

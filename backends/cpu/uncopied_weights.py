@@ -1,0 +1,86 @@
+"""Keeps ExecuTorch from copying a model's weights while it emits a program for the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import inspect
+import io
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from executorch.exir._serialize._cord import FileBackedData
+from executorch.exir.emit._emitter import _Emitter
+from executorch.exir.schema import EValue
+from executorch.exir.tensor import make_tensor_value
+
+_EMITTER = {
+    "_tensor_spec_to_evalue": ("self", "spec", "constant_tag"),
+    "_save_new_const_tensor": ("self", "spec", "buffer_data", "hashed", "allocation_info", "constant_tag"),
+    "_save_to_external_constant_map": ("self", "fqn", "buffer_idx", "constant_tag"),
+}
+
+
+class StorageData(FileBackedData):
+    """Bytes of a tensor's storage where they are, in the place of a copy of them; keeps the storage alive.
+
+    ExecuTorch takes `bytes` or this class for the contents of a file, and asks it for nothing but what is here.
+    """
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self._storage = storage
+        self._size = storage.nbytes()
+        array = (ctypes.c_char * self._size).from_address(storage.data_ptr()) if self._size else b""
+        self._view = memoryview(array).cast("B")
+        self._sha256: bytes | None = None
+
+    def prefix(self, size: int) -> bytes:
+        return bytes(self._view[:size])
+
+    def sha256(self) -> bytes:
+        if self._sha256 is None:
+            self._sha256 = hashlib.sha256(self._view).digest()
+        return self._sha256
+
+    def to_bytes(self) -> bytes:
+        return bytes(self._view)
+
+    def write_to_file(self, outfile: io.BufferedIOBase) -> None:
+        outfile.write(self._view)
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+@contextlib.contextmanager
+def uncopied_weights() -> Iterator[None]:
+    """Within it, `to_executorch` refers to weights that go outside the program instead of copying them.
+
+    What it returns reads them when it is written: until then they must not change. ExecuTorch 1.5's emitter makes a
+    `bytes` object of every weight of every method, and keeps those of the first.
+
+    Raises:
+        RuntimeError: an executorch whose emitter is another one.
+    """
+    for name, parameters in _EMITTER.items():
+        if tuple(inspect.signature(getattr(_Emitter, name, lambda: None)).parameters) != parameters:
+            raise RuntimeError(f"target 'cpu' needs the emitter of executorch 1.5.1 ({name} is another): install it")
+    stock = _Emitter._tensor_spec_to_evalue
+
+    def emit(self: _Emitter, spec: Any, constant_tag: str | None = None) -> EValue:
+        if not spec.const or constant_tag is None or spec.mem_id is not None:
+            return stock(self, spec, constant_tag)
+        data = StorageData(spec.storage)
+        digest = data.sha256().hex()
+        index = self.program_state.external_constant_hash.get(digest)
+        if index is None:
+            index = self._save_new_const_tensor(spec, data, digest, None, constant_tag)
+        else:
+            self._save_to_external_constant_map(spec.extra_tensor_info.fully_qualified_name, index, constant_tag)
+        return EValue(make_tensor_value(index, None, spec))
+
+    with mock.patch.object(_Emitter, "_tensor_spec_to_evalue", emit):
+        yield
