@@ -14,6 +14,7 @@ from torch import Tensor
 
 from executorch_moe.backends.fusion import FusedLayer
 from executorch_moe.kernels import PackedExperts
+from executorch_moe.kernels.packing import TENSORS
 from executorch_moe.kernels.schemes import LAYOUT_VERSION
 
 from .files import is_aside, write_aside, written_aside
@@ -84,9 +85,8 @@ class WorkFolder:
         except (OSError, SafetensorError):  # not there, or cut short by a crash
             return None
         layer = FusedLayer(**record)
-        names = ("w13", "w2", "w13_scale", "w2_scale", "w13_zero", "w2_zero", "w13_bias", "w2_bias")
         packed = PackedExperts(
-            **{name: tensors.get(name) for name in names},  # type: ignore[arg-type]
+            **{name: tensors.get(name) for name in TENSORS},  # type: ignore[arg-type]
             scheme=layer.scheme,
             group_size=layer.group_size,
             hidden_size=layer.hidden_size,

@@ -9,11 +9,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from .arguments import ExpertArguments
 from .packing import PackedExperts, fragment_order
 from .plan import Launch, Options, run_fused_experts
 from .schemes import get_scheme, round_up
@@ -108,15 +108,13 @@ class LayerInputs:
     topk_ids: Tensor
     topk_weights: Tensor
 
-    def args(self) -> tuple[Any, ...]:
+    def args(self) -> ExpertArguments:
         p = self.packed
         assert p is not None, "a layer without weights of ours"
-        return (
-            self.hidden_states, self.topk_ids, self.topk_weights, *p.tensors().values(), p.scheme, "silu", p.group_size
-        )  # fmt: skip
+        return p.arguments(self.hidden_states, self.topk_ids, self.topk_weights)
 
     def run(self, options: Options = Options(), submit: Callable[[Launch], None] = Launch.run) -> Tensor:
-        return run_fused_experts(*self.args(), options=options, submit=submit)
+        return run_fused_experts(self.args(), options=options, submit=submit)
 
     def dequantized(self, expert: int) -> tuple[Tensor, Tensor]:
         """fp32 gate_up [2I, H] and down [H, I] of one expert."""

@@ -89,16 +89,8 @@ def record_launches(
         ids = torch.empty(tokens, top_k, dtype=torch.int64)
         weights = torch.empty(tokens, top_k)
         launches: list[Launch] = []
-        arguments: tuple[Any, ...] = (
-            x,
-            ids,
-            weights,
-            *packed.tensors().values(),
-            scheme,
-            activation,
-            packed.group_size,
-        )
-        run_fused_experts(*arguments, options=options, gpu=gpu, submit=launches.append)
+        arguments = packed.arguments(x, ids, weights, activation)
+        run_fused_experts(arguments, options=options, gpu=gpu, submit=launches.append)
     return launches
 
 

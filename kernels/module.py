@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .op import fused_experts
-from .packing import PackedExperts
+from .packing import TENSORS, PackedExperts
 
 
 class FusedExperts(nn.Module):
@@ -29,9 +29,8 @@ class FusedExperts(nn.Module):
 
     def packed(self) -> PackedExperts:
         """The buffers as `PackedExperts` (shared, not copied)."""
-        names = ("w13", "w2", "w13_scale", "w2_scale", "w13_zero", "w2_zero", "w13_bias", "w2_bias")
         return PackedExperts(
-            **{name: getattr(self, name) for name in names},
+            **{name: getattr(self, name) for name in TENSORS},
             scheme=self.scheme,
             group_size=self.group_size,
             hidden_size=self.hidden_size,
@@ -64,22 +63,9 @@ class FusedExperts(nn.Module):
             raise ValueError(
                 f"hidden_states has dtype {hidden_states.dtype}, expected bfloat16 or float32: convert the model"
             )
-        out = fused_experts(
-            hidden_states.to(torch.bfloat16),
-            topk_ids,
-            topk_weights,
-            self.w13,
-            self.w2,
-            self.w13_scale,
-            self.w2_scale,
-            self.w13_zero,
-            self.w2_zero,
-            self.w13_bias,
-            self.w2_bias,
-            self.scheme,
-            self.activation,
-            self.group_size,
-        )
+        tensors = (getattr(self, name) for name in TENSORS)
+        x = hidden_states.to(torch.bfloat16)
+        out: Tensor = fused_experts(x, topk_ids, topk_weights, *tensors, self.scheme, self.activation, self.group_size)
         return out.to(hidden_states.dtype)
 
     def extra_repr(self) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import triton_op
 
+from .arguments import ExpertArguments
 from .aten import fused_experts_aten, fused_experts_cpu
 from .plan import Options, run_fused_experts
 from .validate import check_fused_experts
@@ -63,29 +65,26 @@ def fused_experts(
         ValueError: see `validate.check_fused_experts`.
         NotImplementedError: unsupported activation.
     """
-    check_fused_experts(
+    arguments = ExpertArguments(
         hidden_states, topk_ids, topk_weights, w13, w2, w13_scale, w2_scale,
         w13_zero, w2_zero, w13_bias, w2_bias, scheme, activation, group_size,
     )  # fmt: skip
+    check_fused_experts(arguments)
     if hidden_states.device.type == "cpu":
         # Only tracing for the CPU comes here (torch.compile, AOT dispatch): it opens the operator to look inside.
-        return fused_experts_aten(
-            hidden_states, topk_ids, topk_weights, w13, w2, w13_scale, w2_scale,
-            w13_zero, w2_zero, w13_bias, w2_bias, scheme, activation, group_size,
-        )  # fmt: skip
-    return run_fused_experts(
-        hidden_states, topk_ids, topk_weights, w13, w2, w13_scale, w2_scale,
-        w13_zero, w2_zero, w13_bias, w2_bias, scheme, activation, group_size, options=_OPTIONS.get(),
-    )  # fmt: skip
+        return fused_experts_aten(arguments)
+    return run_fused_experts(arguments, options=_OPTIONS.get())
 
 
 @fused_experts.register_fake
-def _(hidden_states: Tensor, *args: object) -> Tensor:
-    check_fused_experts(hidden_states, *args)  # type: ignore[arg-type]
-    return torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device)
+def _(*args: Any) -> Tensor:
+    arguments = ExpertArguments(*args)
+    check_fused_experts(arguments)
+    return torch.empty_like(arguments.hidden_states, memory_format=torch.contiguous_format)
 
 
 @fused_experts.register_kernel("cpu")
-def _(hidden_states: Tensor, *args: object) -> Tensor:
-    check_fused_experts(hidden_states, *args)  # type: ignore[arg-type]
-    return fused_experts_cpu(hidden_states, *args)  # type: ignore[arg-type]
+def _(*args: Any) -> Tensor:
+    arguments = ExpertArguments(*args)
+    check_fused_experts(arguments)
+    return fused_experts_cpu(arguments)

@@ -29,15 +29,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .arguments import ExpertArguments
 from .rounding import Int4Codes, check_algorithm, round_weights
 from .rounding import quantize_int4 as quantize_int4
 from .schemes import GATE_UP_GRANULE, K_BLOCK, Scheme, check_group_size, get_scheme, round_up
+
+TENSORS = ("w13", "w2", "w13_scale", "w2_scale", "w13_zero", "w2_zero", "w13_bias", "w2_bias")
+"""What a packed layer consists of, in the operator's argument order."""
 
 
 @dataclass
@@ -74,7 +78,16 @@ class PackedExperts:
 
     def tensors(self) -> dict[str, Tensor | None]:
         """The eight tensors by field name, in the operator's argument order."""
-        return {f.name: getattr(self, f.name) for f in fields(self)[:8]}
+        return {name: getattr(self, name) for name in TENSORS}
+
+    def arguments(
+        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, activation: str = "silu"
+    ) -> ExpertArguments:
+        """The operator's arguments with these weights."""
+        return ExpertArguments(
+            hidden_states, topk_ids, topk_weights, self.w13, self.w2, self.w13_scale, self.w2_scale,
+            self.w13_zero, self.w2_zero, self.w13_bias, self.w2_bias, self.scheme, activation, self.group_size,
+        )  # fmt: skip
 
     def with_tensors(self, tensors: Mapping[str, Tensor | None]) -> PackedExperts:
         """A copy with other tensors, by field name; it shares those that are not named."""

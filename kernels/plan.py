@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 from triton.runtime.jit import JITFunction
 
+from .arguments import ExpertArguments
 from .choose import MAX_PAIRS, LayerShape, Variant, few_token_configs, grouped_variants, heuristic_few_tokens
 from .configs import INTERPRETER_GPU, GemmConfig
 from .elementwise import moe_quantize_rows, moe_sum_pairs
@@ -20,7 +21,7 @@ from .gpus import Gpu, gpu_of
 from .grouped_gemm import moe_few_tokens_gemm, moe_grouped_gemm
 from .packing import fragment_order
 from .routing import moe_route_count, moe_route_scatter
-from .schemes import Scheme, get_activation, get_scheme, max_scale_ratio, round_up
+from .schemes import get_activation, get_scheme, max_scale_ratio, round_up
 
 
 @dataclass
@@ -62,46 +63,30 @@ class Options:
 class Problem:
     """The operator's arguments with the sizes that every launch needs."""
 
-    hidden_states: Tensor
-    topk_ids: Tensor
-    topk_weights: Tensor
-    w13: Tensor
-    w2: Tensor
-    w13_scale: Tensor | None
-    w2_scale: Tensor | None
-    w13_zero: Tensor | None
-    w2_zero: Tensor | None
-    w13_bias: Tensor | None
-    w2_bias: Tensor | None
-    scheme: Scheme
-    activation: int
-    group_size: int
+    arguments: ExpertArguments
     gpu: Gpu
     ptx: bool
     options: Options = field(default_factory=Options)
     submit: Callable[[Launch], None] = Launch.run
 
     def __post_init__(self) -> None:
+        self.hidden_states, self.topk_ids, self.topk_weights = (t.contiguous() for t in self.arguments[:3])
+        self.scheme = get_scheme(self.arguments.scheme)
         self.num_tokens, self.h = self.hidden_states.shape
         self.top_k = self.topk_ids.shape[1]
         self.num_pairs = self.num_tokens * self.top_k
-        self.num_experts = self.w13.shape[0]
+        self.num_experts, w2 = self.arguments.w13.shape[0], self.arguments.w2
         self.h_pad = round_up(self.h, 128)
-        self.i_pad = self.w2.shape[1] * 128 if self.scheme.packed else self.w2.shape[2]
-        self.layer = LayerShape(
-            self.num_experts, self.top_k, self.h_pad, self.i_pad, self.group_size if self.scheme.packed else 0
-        )
+        self.i_pad = w2.shape[1] * 128 if self.scheme.packed else w2.shape[2]
+        self.group_size = self.arguments.group_size if self.scheme.packed else 0
+        self.layer = LayerShape(self.num_experts, self.top_k, self.h_pad, self.i_pad, self.group_size)
 
     def empty(self, shape: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.hidden_states.device)
 
     def weights(self, gemm: int) -> dict[str, Any]:
         """Pointer arguments of one GEMM's weights; absent ones are filled with a tensor that is never read."""
-        w, scale, zero, bias = (
-            (self.w13, self.w13_scale, self.w13_zero, self.w13_bias)
-            if gemm == 1
-            else (self.w2, self.w2_scale, self.w2_zero, self.w2_bias)
-        )
+        w, scale, zero, bias = self.arguments.matrix(gemm)
         return {
             "w_ptr": w,
             "w_scale_ptr": w if scale is None else scale,
@@ -111,19 +96,19 @@ class Problem:
 
     def constants(self, gemm: int) -> dict[str, Any]:
         """Constexprs that both mainloops share."""
-        zero, bias = (self.w13_zero, self.w13_bias) if gemm == 1 else (self.w2_zero, self.w2_bias)
+        matrix = self.arguments.matrix(gemm)
         return {
             "N": 2 * self.i_pad if gemm == 1 else self.h_pad,
             "K": self.h if gemm == 1 else self.i_pad,
             "KP": self.h_pad if gemm == 1 else self.i_pad,
             "OUT_COLS": self.i_pad if gemm == 1 else self.h,
             "TOP_K": self.top_k,
-            "GROUP": self.group_size if self.scheme.packed else 128,
+            "GROUP": self.group_size or 128,
             "W_BITS": self.scheme.weight_bits,
             "INT8_ORDER": self.scheme.packed and fragment_order(self.scheme, gemm) == "w4a8",
-            "HAS_ZERO": zero is not None,
-            "HAS_BIAS": bias is not None,
-            "ACTIVATION": self.activation,
+            "HAS_ZERO": matrix.zero is not None,
+            "HAS_BIAS": matrix.bias is not None,
+            "ACTIVATION": get_activation(self.arguments.activation),
             "GEMM": gemm,
             "PTX": self.ptx,
         }
@@ -424,26 +409,13 @@ def run_grouped(p: Problem) -> Tensor:
 
 
 def run_fused_experts(
-    hidden_states: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    w13: Tensor,
-    w2: Tensor,
-    w13_scale: Tensor | None,
-    w2_scale: Tensor | None,
-    w13_zero: Tensor | None,
-    w2_zero: Tensor | None,
-    w13_bias: Tensor | None,
-    w2_bias: Tensor | None,
-    scheme: str,
-    activation: str,
-    group_size: int,
+    arguments: ExpertArguments,
     *,
     options: Options = Options(),
     gpu: Gpu | None = None,
     submit: Callable[[Launch], None] = Launch.run,
 ) -> Tensor:
-    """Run the expert layer with the Triton kernels; arguments are checked by the operator, `op.fused_experts`.
+    """Run the expert layer with the Triton kernels; the operator, `op.fused_experts`, has checked the arguments.
 
     Args:
         options: forced choices. gpu: target instead of the tensors' device.
@@ -452,17 +424,14 @@ def run_fused_experts(
     Returns:
         bf16 [T, H].
     """
+    hidden_states = arguments.hidden_states
     interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
     if gpu is None:
         gpu = INTERPRETER_GPU if interpreted else gpu_of(hidden_states.device.index or 0)
     num_tokens = hidden_states.shape[0]
     if isinstance(num_tokens, int) and num_tokens == 0:
         return torch.empty_like(hidden_states)
-    p = Problem(
-        hidden_states.contiguous(), topk_ids.contiguous(), topk_weights.contiguous(), w13, w2, w13_scale, w2_scale,
-        w13_zero, w2_zero, w13_bias, w2_bias, get_scheme(scheme), get_activation(activation), group_size, gpu,
-        not interpreted, options, submit,
-    )  # fmt: skip
+    p = Problem(arguments, gpu, not interpreted, options, submit)
     path = options.path
     if path is None:
         few = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .arguments import ExpertArguments
 from .schemes import K_BLOCK, check_group_size, get_activation, get_scheme, round_up
 
 ID_DTYPES = (torch.int32, torch.int64)
@@ -35,30 +36,17 @@ def _same_tokens(hidden_states: Tensor, topk_ids: Tensor) -> None:
         torch._check(t == u, lambda: message)
 
 
-def check_fused_experts(
-    hidden_states: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    w13: Tensor,
-    w2: Tensor,
-    w13_scale: Tensor | None,
-    w2_scale: Tensor | None,
-    w13_zero: Tensor | None,
-    w2_zero: Tensor | None,
-    w13_bias: Tensor | None,
-    w2_bias: Tensor | None,
-    scheme: str,
-    activation: str,
-    group_size: int,
-) -> None:
+def check_fused_experts(arguments: ExpertArguments) -> None:
     """Check every argument of the operator; shapes and dtypes as in `op.fused_experts`.
 
     Raises:
         ValueError: a dtype, rank, shape, device or value that the operator does not accept.
         NotImplementedError: an activation that is not supported.
     """
+    hidden_states, topk_ids, topk_weights, w13, w2 = arguments[:5]
+    scheme, group_size = arguments.scheme, arguments.group_size
     kind = get_scheme(scheme)
-    get_activation(activation)
+    get_activation(arguments.activation)
 
     for name, t, rank in (
         ("hidden_states", hidden_states, 2),
@@ -104,7 +92,7 @@ def check_fused_experts(
         _shape("w2", w2, (e, i_pad // K_BLOCK, h_pad, K_BLOCK // 2), repack)
         check_group_size(group_size, h, "hidden size H")
         check_group_size(group_size, i_pad if group_size > K_BLOCK else K_BLOCK, "intermediate size I")
-        if w13_scale is None or w2_scale is None:
+        if arguments.w13_scale is None or arguments.w2_scale is None:
             raise ValueError(f"scheme={scheme} needs w13_scale and w2_scale: {repack}")
     else:
         i_pad = w2.shape[2]
@@ -112,46 +100,33 @@ def check_fused_experts(
             raise ValueError(f"w2 has {i_pad} columns, not a multiple of {K_BLOCK}: {repack}")
         _shape("w13", w13, (e, 2 * i_pad, h_pad), repack)
         _shape("w2", w2, (e, h_pad, i_pad), repack)
-        for name, t in (("w13_scale", w13_scale), ("w2_scale", w2_scale), ("w13_zero", w13_zero), ("w2_zero", w2_zero)):
-            if t is not None:
+        for name in ("w13_scale", "w2_scale", "w13_zero", "w2_zero"):
+            if getattr(arguments, name) is not None:
                 raise ValueError(f"{name} was given, but scheme=bf16 has no scales or zero points: leave it out")
 
     groups = group_size or 1
-    for name, t, k_pad, n_pad, rows_own in (
-        ("w13_scale", w13_scale, h_pad, 2 * i_pad, kind.row_scaled(1)),
-        ("w2_scale", w2_scale, i_pad, h_pad, kind.row_scaled(2)),
-        ("w13_zero", w13_zero, h_pad, 2 * i_pad, False),
-        ("w2_zero", w2_zero, i_pad, h_pad, False),
-    ):
-        if t is not None:
-            _dtype(name, t, (torch.bfloat16,))
-            _shape(
-                name,
-                t,
-                (e, k_pad // groups + rows_own, n_pad),
-                f"it must hold one value a group of group_size={group_size}{' and one a row' * rows_own}; {repack}",
-            )
-    if (w13_zero is None) != (w2_zero is None):
+    for gemm, k_pad, n_pad in ((1, h_pad, 2 * i_pad), (2, i_pad, h_pad)):
+        matrix, weight = arguments.matrix(gemm), ("w13", "w2")[gemm - 1]
+        for kind_of, t, extra in (("scale", matrix.scale, kind.row_scaled(gemm)), ("zero", matrix.zero, False)):
+            if t is not None:
+                _dtype(f"{weight}_{kind_of}", t, (torch.bfloat16,))
+                _shape(
+                    f"{weight}_{kind_of}",
+                    t,
+                    (e, k_pad // groups + extra, n_pad),
+                    f"it must hold one value a group of group_size={group_size}{' and one a row' * extra}; {repack}",
+                )
+        if matrix.bias is not None:
+            _dtype(f"{weight}_bias", matrix.bias, (torch.float32,))
+            _shape(f"{weight}_bias", matrix.bias, (e, n_pad), repack)
+    if (arguments.w13_zero is None) != (arguments.w2_zero is None):
         raise ValueError("w13_zero and w2_zero must be given together: pass zeros for the symmetric one")
-    if w13_zero is not None and not kind.takes_zeros:
+    if arguments.w13_zero is not None and not kind.takes_zeros:
         raise NotImplementedError(
             f"scheme={scheme} multiplies in int8 and takes no zero points: use w4a16, or requantise symmetrically"
         )
-    for name, t, n_pad in (("w13_bias", w13_bias, 2 * i_pad), ("w2_bias", w2_bias, h_pad)):
-        if t is not None:
-            _dtype(name, t, (torch.float32,))
-            _shape(name, t, (e, n_pad), repack)
 
-    for name, t in (
-        ("w13", w13),
-        ("w2", w2),
-        ("w13_scale", w13_scale),
-        ("w2_scale", w2_scale),
-        ("w13_zero", w13_zero),
-        ("w2_zero", w2_zero),
-        ("w13_bias", w13_bias),
-        ("w2_bias", w2_bias),
-    ):
+    for name, t in zip(arguments._fields[3:11], arguments[3:11], strict=True):
         if t is not None and not t.is_contiguous():
             raise ValueError(
                 f"{name} must be contiguous, strides are {list(t.stride())}: call .contiguous() once after loading"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from executorch_moe.kernels import PackedExperts, pack_experts, unpack_experts
+from executorch_moe.kernels.arguments import ExpertArguments
 from executorch_moe.kernels.packing import deinterleave_gate_up
 from executorch_moe.kernels.reference import reference_experts
 
@@ -65,10 +65,9 @@ class Problem:
     expected: Tensor
     activation: str = "silu"
 
-    def args(self, device: str = "cpu") -> tuple[Any, ...]:
-        packed = self.packed.to(device)
+    def args(self, device: str = "cpu") -> ExpertArguments:
         tensors = (t.to(device) for t in (self.hidden_states, self.topk_ids, self.topk_weights))
-        return (*tensors, *packed.tensors().values(), packed.scheme, self.activation, packed.group_size)
+        return self.packed.to(device).arguments(*tensors, activation=self.activation)
 
 
 def routing_of(case: Case) -> Tensor:

@@ -96,10 +96,8 @@ def test_an_export_for_any_number_of_tokens_launches_each_variant_once() -> None
     torch._check(sym >= 2)
     launches: list[Launch] = []
     with mode:
-        run_fused_experts(
-            torch.empty(sym, 2048, dtype=torch.bfloat16), torch.empty(sym, 8, dtype=torch.int64),
-            torch.empty(sym, 8), *packed.tensors().values(), "w4a16", "silu", 128, gpu=H200, submit=launches.append,
-        )  # fmt: skip
+        x, ids = torch.empty(sym, 2048, dtype=torch.bfloat16), torch.empty(sym, 8, dtype=torch.int64)
+        run_fused_experts(packed.arguments(x, ids, torch.empty(sym, 8)), gpu=H200, submit=launches.append)
     variants = grouped_variants(H200, W4A16, QWEN35, None)
     for gemm in (1, 2):
         ranges = [

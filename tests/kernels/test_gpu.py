@@ -25,7 +25,7 @@ def test_operator_against_the_oracle(case: Case, scheme: str, path: str | None) 
 
     problem = make(case, scheme)
     args = problem.args("cuda")
-    out = fused_experts(*args) if path is None else run_fused_experts(*args, options=Options(path=path))
+    out = fused_experts(*args) if path is None else run_fused_experts(args, options=Options(path=path))
     assert relative_error(out, problem.expected) <= BOUNDS[scheme]
 
 
@@ -34,7 +34,7 @@ def test_zero_points(path: str) -> None:
     from executorch_moe.kernels.plan import run_fused_experts
 
     problem = make(ZERO_CASE, "w4a16")
-    out = run_fused_experts(*problem.args("cuda"), options=Options(path=path))
+    out = run_fused_experts(problem.args("cuda"), options=Options(path=path))
     assert relative_error(out, problem.expected) <= BOUNDS["w4a16"]
 
 
@@ -85,7 +85,7 @@ def test_int8_activations_in_both_gemms(monkeypatch: pytest.MonkeyPatch, act_gro
     monkeypatch.setitem(schemes.SCHEMES, "all-int8", Scheme("all-int8", 4, act_group, act_group))
     case = Case("int8", tokens=70, hidden=384, intermediate=256, group_size=group_size)
     problem = make(case, "all-int8")
-    out = run_fused_experts(*problem.args("cuda"), options=Options(path="grouped"))
+    out = run_fused_experts(problem.args("cuda"), options=Options(path="grouped"))
     assert relative_error(out, problem.expected) <= 2.5e-2
 
 

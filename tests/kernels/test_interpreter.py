@@ -15,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from executorch_moe.kernels import SCHEMES, unpack_experts
+from executorch_moe.kernels.arguments import ExpertArguments
 from executorch_moe.kernels.aten import fused_experts_cpu
 from executorch_moe.kernels.choose import MAX_PAIRS, Variant
 from executorch_moe.kernels.configs import INTERPRETER_GPU, GemmConfig
 from executorch_moe.kernels.plan import Heights, Launch, Options, Problem, Routing, run_fused_experts, run_routing
 from executorch_moe.kernels.reference import reference_experts
-from executorch_moe.kernels.schemes import Scheme, get_scheme
+from executorch_moe.kernels.schemes import Scheme
 
 from .cases import BOUNDS, CASES, ZERO_CASE, Case, make, relative_error
 
@@ -41,7 +42,7 @@ def test_the_interpreter_is_on() -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_grouped_path_against_the_oracle(case: Case, scheme: str) -> None:
     problem = make(case, scheme)
-    out = run_fused_experts(*problem.args(), options=grouped())
+    out = run_fused_experts(problem.args(), options=grouped())
     assert relative_error(out, problem.expected) <= BOUNDS[scheme]
 
 
@@ -49,21 +50,21 @@ def test_grouped_path_against_the_oracle(case: Case, scheme: str) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_configurations_that_users_get(case: Case, scheme: str) -> None:
     problem = make(case, scheme)
-    out = run_fused_experts(*problem.args(), options=Options(path="grouped"))
+    out = run_fused_experts(problem.args(), options=Options(path="grouped"))
     assert relative_error(out, problem.expected) <= BOUNDS[scheme]
 
 
 def test_a_tile_that_does_not_divide_n_is_refused() -> None:
     problem = make(Case("tile", tokens=20), "w4a16")
     with pytest.raises(ValueError, match="block_n=256 must divide N=128 of GEMM2: use block_n=128"):
-        run_fused_experts(*problem.args(), options=grouped(config2=GemmConfig(block_m=16, block_n=256)))
+        run_fused_experts(problem.args(), options=grouped(config2=GemmConfig(block_m=16, block_n=256)))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("case", [c for c in CASES if c.tokens <= 11], ids=str)
 def test_few_tokens_path_against_the_oracle(case: Case, scheme: str) -> None:
     problem = make(case, scheme)
-    out = run_fused_experts(*problem.args(), options=Options(path="few_tokens"))
+    out = run_fused_experts(problem.args(), options=Options(path="few_tokens"))
     assert relative_error(out, problem.expected) <= min(BOUNDS[scheme], 4.5e-3)
 
 
@@ -73,7 +74,7 @@ def test_few_tokens_of_which_several_share_an_expert(tokens: int, split_k: int) 
     """More pairs than experts, more rows than a tile has, K in parts."""
     problem = make(Case("shared", tokens=tokens, experts=3, intermediate=384, group_size=128), "w4a16")
     tile = GemmConfig(8, 64, unroll=2, split_k=split_k, scale_after=True)
-    out = run_fused_experts(*problem.args(), options=Options(path="few_tokens", gemm1=tile, gemm2=tile))
+    out = run_fused_experts(problem.args(), options=Options(path="few_tokens", gemm1=tile, gemm2=tile))
     assert relative_error(out, problem.expected) <= BOUNDS["w4a16"]
 
 
@@ -81,10 +82,10 @@ def test_few_tokens_of_which_several_share_an_expert(tokens: int, split_k: int) 
 def test_a_token_that_names_an_expert_twice(experts: int) -> None:
     problem = make(Case("twice", tokens=1, experts=experts, top_k=2), "w4a16")
     twice = torch.ones_like(problem.topk_ids)
-    x, _, weights, *rest = problem.args()
-    expected = reference_experts(x, twice, weights, *unpack_experts(problem.packed))
+    args = problem.args()._replace(topk_ids=twice)
+    expected = reference_experts(args.hidden_states, twice, args.topk_weights, *unpack_experts(problem.packed))
     for path in ("few_tokens", "grouped"):
-        out = run_fused_experts(x, twice, weights, *rest, options=Options(path=path))
+        out = run_fused_experts(args, options=Options(path=path))
         assert relative_error(out, expected) <= BOUNDS["w4a16"]
 
 
@@ -92,7 +93,7 @@ def test_a_token_that_names_an_expert_twice(experts: int) -> None:
 def test_zero_points(path: str) -> None:
     problem = make(ZERO_CASE, "w4a16")
     options = Options(path=path, gemm1=SMALL, gemm2=SMALL)
-    assert relative_error(run_fused_experts(*problem.args(), options=options), problem.expected) <= BOUNDS["w4a16"]
+    assert relative_error(run_fused_experts(problem.args(), options=options), problem.expected) <= BOUNDS["w4a16"]
 
 
 @pytest.mark.parametrize("group_size_m", [1, 8, 16, 32])
@@ -102,8 +103,8 @@ def test_both_schedules_give_the_same_bits(scheme: str, block_n: int, group_size
     problem = make(Case("schedules", tokens=45, experts=3, hidden=256), scheme)
     config = GemmConfig(block_m=8, block_n=block_n, group_size_m=group_size_m)
     args = problem.args()
-    persistent = run_fused_experts(*args, options=grouped(config, config))
-    one_cta_a_tile = run_fused_experts(*args, options=grouped(config, config, persistent=False))
+    persistent = run_fused_experts(args, options=grouped(config, config))
+    one_cta_a_tile = run_fused_experts(args, options=grouped(config, config, persistent=False))
     assert torch.equal(persistent, one_cta_a_tile)
     assert relative_error(persistent, problem.expected) <= BOUNDS[scheme]
 
@@ -112,7 +113,7 @@ def test_blocks_of_the_two_gemms_must_agree() -> None:
     problem = make(Case("blocks", tokens=30, experts=3), "w4a16")
     with pytest.raises(ValueError, match="block_m=32 of GEMM1 and 8 of GEMM2 differ"):
         run_fused_experts(
-            *problem.args(), options=grouped(GemmConfig(block_m=32, block_n=128), GemmConfig(block_m=8, block_n=64))
+            problem.args(), options=grouped(GemmConfig(block_m=32, block_n=128), GemmConfig(block_m=8, block_n=64))
         )
 
 
@@ -132,7 +133,7 @@ def test_the_variant_is_chosen_by_the_number_of_pairs(tokens: int) -> None:
         if launch.kernel.__name__ == "moe_route_scatter":
             ran.append(int(launch.args["num_row_blocks_ptr"][0]))
 
-    out = run_fused_experts(*problem.args(), options=Options(path="grouped", variants=variants), submit=submit)
+    out = run_fused_experts(problem.args(), options=Options(path="grouped", variants=variants), submit=submit)
     assert relative_error(out, problem.expected) <= BOUNDS["w4a16"]
     height = tiles[0 if tokens <= 8 else 1 if tokens <= 16 else 2].block_m
     counts = problem.topk_ids.flatten().bincount()
@@ -147,7 +148,7 @@ def test_int8_activations_in_both_gemms(monkeypatch: pytest.MonkeyPatch, act_gro
     monkeypatch.setitem(schemes.SCHEMES, "all-int8", Scheme("all-int8", 4, act_group, act_group))
     case = Case("int8", tokens=19, hidden=384, intermediate=256, group_size=group_size)
     problem = make(case, "all-int8")
-    out = run_fused_experts(*problem.args(), options=grouped())
+    out = run_fused_experts(problem.args(), options=grouped())
     assert relative_error(out, problem.expected) <= 2.5e-2
 
 
@@ -163,15 +164,16 @@ def test_activation_groups_of_very_different_size(monkeypatch: pytest.MonkeyPatc
     x[4:, (largest + 1) % 3] = 0
     gate_up, down = unpack_experts(problem.packed)
     expected = reference_experts(problem.hidden_states, problem.topk_ids, problem.topk_weights, gate_up, down)
-    out = run_fused_experts(*problem.args(), options=grouped())
+    out = run_fused_experts(problem.args(), options=grouped())
     assert relative_error(out, expected) <= BOUNDS["w4a8"]
-    exact = fused_experts_cpu(*problem.args())  # rounds activations as the kernels do
+    exact = fused_experts_cpu(problem.args())  # rounds activations as the kernels do
     assert relative_error(out, exact.float()) <= BOUNDS["bf16"]
 
 
 def test_no_tokens() -> None:
     args = make(Case("none", tokens=2), "w4a16").args()
-    out = run_fused_experts(args[0][:0], args[1][:0], args[2][:0], *args[3:])  # type: ignore[index]
+    none = ExpertArguments(args[0][:0], args[1][:0], args[2][:0], *args[3:])
+    out = run_fused_experts(none)
     assert out.shape == (0, 128)
 
 
@@ -186,10 +188,9 @@ def test_dropped_pairs_are_never_read() -> None:
 
     from executorch_moe.kernels.plan import run_few_tokens, run_grouped
 
-    *tensors, scheme, _, group_size = problem.args()
     for run in (run_grouped, run_few_tokens):
         options = Options(gemm1=SMALL, gemm2=SMALL)
-        poisoned = Poisoned(*tensors, get_scheme(scheme), 0, group_size, INTERPRETER_GPU, False, options)  # type: ignore[arg-type]
+        poisoned = Poisoned(problem.args(), INTERPRETER_GPU, False, options)
         assert relative_error(run(poisoned), problem.expected) <= BOUNDS["w4a16"], run.__name__
 
 
@@ -199,11 +200,11 @@ def test_dropped_pairs_are_never_read() -> None:
 def route(ids: torch.Tensor, experts: int, block_m: int) -> Routing:
     packed_rows = torch.zeros(experts, 1, 256, 64, dtype=torch.uint8)
     down = torch.zeros(experts, 1, 128, 64, dtype=torch.uint8)
-    problem = Problem(
+    arguments = ExpertArguments(
         torch.zeros(ids.shape[0], 128).bfloat16(), ids, torch.zeros(ids.shape), packed_rows, down,
-        None, None, None, None, None, None, get_scheme("w4a16"), 0, 128, INTERPRETER_GPU, False,
+        None, None, None, None, None, None, "w4a16", "silu", 128,
     )  # fmt: skip
-    return run_routing(problem, Heights(block_m))
+    return run_routing(Problem(arguments, INTERPRETER_GPU, False), Heights(block_m))
 
 
 def check_routing(ids: torch.Tensor, experts: int, block_m: int) -> None:
