@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from executorch_moe.backends.fusion import ExpertFuser, FusingPartitioner, FusionOptions
 from executorch_moe.kernels import fused_experts as _fused_experts  # noqa: F401  registers torch.ops.executorch_moe
+from executorch_moe.kernels.arguments import ExpertArguments
 from executorch_moe.kernels.aten import fused_experts_aten
 
 
@@ -100,7 +101,7 @@ class MoECpuPartitioner(FusingPartitioner, Partitioner):
         if not quantised and not any(node.target is op for node in exported_program.graph.nodes):
             return exported_program
         table = {
-            op: fused_experts_aten,
+            op: lambda *args: fused_experts_aten(ExpertArguments(*args)),
             **_dequantisers(),
             torch.ops.aten.empty.memory_format: _zeros,
             torch.ops.aten.new_empty.default: _zeros_for,
