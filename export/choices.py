@@ -16,6 +16,7 @@ from executorch_moe.kernels.op import forced
 from executorch_moe.kernels.plan import Options
 
 from . import attention, dense_torchao, synthetic
+from .decoder_layer import streamline_layers_
 from .dense import KINDS, quantize_dense_
 from .router import replace_routers_
 from .upstream_experts import PREFILL, UpstreamMoE, pack, random_weights
@@ -72,7 +73,7 @@ def attention_of(target: str, dtype: str) -> str:
 
 def streamline_(module: nn.Module) -> nn.Module:
     """Replaces, in place, parts of a Qwen3-MoE model or layer by ones that need fewer kernels on CUDA; others stay."""
-    return replace_routers_(attention.merge_attention_(module))
+    return streamline_layers_(replace_routers_(attention.merge_attention_(module)))
 
 
 def build_synthetic(

@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import nn
 
 from executorch_moe.backends.cuda.cross_report import CrossCompileReport
+from executorch_moe.backends.cuda.kernel_configs import Config, given_configs, read_configs
 from executorch_moe.backends.cuda.placeholders import without_weights
 from executorch_moe.backends.fusion import ExpertFuser, FusedLayer, FusionOptions, FusionReport
 from executorch_moe.backends.fusion.modules import find_experts
@@ -76,6 +77,8 @@ class ExportOptions:
         layers, seed: of a synthetic model ("synthetic:qwen3-30b-a3b"); see `synthetic.parse`.
         algorithm: how experts are rounded to 4 bits, "minmax" or "hqq"; see `kernels.rounding`.
         check: nothing is exported, only checked (`preflight`): "cuda" needs no GPU, and "auto" is "cuda".
+        kernel_configs: file of measured configurations of ExecuTorch's own kernels (`kernel_configs.read_configs`), for
+            a GPU that is not here; None: those that are known.
     """
 
     model: str
@@ -95,6 +98,7 @@ class ExportOptions:
     thin: bool = False
     algorithm: str = "minmax"
     check: bool = False
+    kernel_configs: str | None = None
 
     def __post_init__(self) -> None:
         if self.crosses and not set(self.target.split(",")) <= set(target_names()):
@@ -115,6 +119,7 @@ class ExportOptions:
         check_choices(self, self.resolved_target())
         if self.crosses:
             check_cross(self.target)
+        self.known_configs()
         if self.target == "cuda" and not self.check and not torch.cuda.is_available():
             raise ValueError(
                 f"target='cuda' needs a GPU that torch {torch.__version__} can use, and there is none: "
@@ -125,6 +130,21 @@ class ExportOptions:
     def fusion(self) -> FusionOptions:
         """How experts are fused; checks scheme and algorithm."""
         return FusionOptions(self.scheme, self.group_size, algorithm=self.algorithm)
+
+    def known_configs(self) -> dict[str, Config]:
+        """What `kernel_configs` holds.
+
+        Raises:
+            ValueError: a file that cannot be read, or a target that times its kernels itself.
+        """
+        if self.kernel_configs is None:
+            return {}
+        if not self.crosses:
+            raise ValueError(
+                f"kernel_configs={self.kernel_configs!r} is for a GPU by name, as target='h200', not for "
+                f"{self.target!r}: leave it out"
+            )
+        return read_configs(Path(self.kernel_configs))
 
     def resolved_target(self) -> str:
         """The target with "auto" decided."""
@@ -363,12 +383,14 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
     if options.thin:
         # What makes the weights again; of the options, only those that decide what they are.
         choices = {
-            name: value for name, value in asdict(options).items() if name not in ("out", "target", "max_context")
+            name: value
+            for name, value in asdict(options).items()
+            if name not in ("out", "target", "max_context", "kernel_configs")
         }
         constants[MADE_FROM] = json.dumps(choices | {"dtype": options.resolved_dtype()})
     doing = f"lowering to {target}" + (" (compiles kernels: minutes)" if target != "cpu" else "")
     weights = without_weights() if options.thin else nullcontext()
-    with step("lower", doing), forced_schedule(options.experts), weights:
+    with step("lower", doing), forced_schedule(options.experts), weights, given_configs(options.known_configs()):
         manager = lower(programs, target, constants, fuser, on_report=reports.append)
     with step("write", f"writing {options.out}"):
         artifact = save(manager, options.out)

@@ -23,6 +23,9 @@ NAMES = (
     ("moe_few_tokens_gemm", 96, "experts GEMM1"),  # and GEMM2, in turn
     ("moe_grouped_gemm2", 132, "experts GEMM2"),
     ("moe_sum_pairs", 1, "experts, other"),
+    ("moe_row_matvec", 640, "dense"),
+    ("moe_row_attention", 64, "attention"),
+    ("moe_row_router", 32, "routing"),
     ("_fused_moe_kernel", 96, "experts GEMM1"),
     ("_fused_moe_silu_kernel", 96, "experts GEMM2"),
     ("_fused_moe_batched_int8_kernel", 96, "experts GEMM1"),
