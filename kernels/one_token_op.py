@@ -6,6 +6,7 @@ Neither writes to its arguments: the new key and value come back, and the caller
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 import triton
@@ -107,19 +108,23 @@ def run_attention_of_one(
     value: Tensor,
     scaling: float,
     eps: float,
+    *,
+    gpu: Gpu | None = None,
+    submit: Callable[[Launch], None] = Launch.run,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Two launches; arguments as for the operator."""
-    gpu, interpreted = _gpu(hidden)
+    """Two launches; arguments as for the operator, `gpu` and `submit` as for `plan.run_fused_experts`."""
+    interpreted = _interpreted()
+    gpu = gpu or _gpu(hidden)
     _, kv_heads, context, head_dim = key.shape
     heads = weight.shape[0] // head_dim - 2 * kv_heads
     splits = splits_of(gpu, kv_heads)
     summed, qkv = torch.empty_like(hidden), hidden.new_empty(weight.shape[0])
     arrivals = torch.empty(triton.next_power_of_2(kv_heads), dtype=torch.int32, device=hidden.device)
-    _matvec(hidden, update, norm, weight, scale, None, summed, qkv, arrivals, eps, interpreted).run()
+    submit(_matvec(hidden, update, norm, weight, scale, None, summed, qkv, arrivals, eps, interpreted))
     out, new = hidden.new_empty(1, 1, heads * head_dim), hidden.new_empty(2, 1, kv_heads, 1, head_dim)
     partial = torch.empty(splits, heads, head_dim, dtype=torch.float32, device=hidden.device)
     maxima = torch.empty(splits, heads, dtype=torch.float32, device=hidden.device)
-    Launch(
+    attention = Launch(
         moe_row_attention,
         (kv_heads, splits),
         {
@@ -151,7 +156,8 @@ def run_attention_of_one(
             "NUM_STAGES": 2,
             "PTX": not interpreted,
         },
-    ).run()
+    )
+    submit(attention)
     return summed, out, new
 
 
@@ -164,17 +170,19 @@ def run_route_one(
     router: Tensor,
     top_k: int,
     eps: float,
+    *,
+    submit: Callable[[Launch], None] = Launch.run,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Two launches; arguments as for the operator."""
-    _, interpreted = _gpu(x)
+    """Two launches; arguments as for the operator, `submit` as for `plan.run_fused_experts`."""
+    interpreted = _interpreted()
     (experts, hidden), device = router.shape, x.device
     out, normed = torch.empty_like(residual), residual.new_empty(1, hidden)
     arrivals = torch.empty(1, dtype=torch.int32, device=device)
-    _matvec(x, None, None, weight, scale, residual, out, out, arrivals, eps, interpreted).run()
+    submit(_matvec(x, None, None, weight, scale, residual, out, out, arrivals, eps, interpreted))
     weights = torch.empty(1, top_k, dtype=torch.float32, device=device)
     ids = torch.empty(1, top_k, dtype=torch.int64, device=device)
     block_e = 4
-    Launch(
+    routing = Launch(
         moe_row_router,
         (-(-experts // block_e),),
         {
@@ -198,7 +206,8 @@ def run_route_one(
             "RANK_BLOCK": min(32, triton.next_power_of_2(experts)),
             "PTX": not interpreted,
         },
-    ).run()
+    )
+    submit(routing)
     return out, normed, weights, ids
 
 
@@ -211,10 +220,12 @@ def splits_of(gpu: Gpu, kv_heads: int) -> int:
     return 1 << (most.bit_length() - 1)
 
 
-def _gpu(x: Tensor) -> tuple[Gpu, bool]:
-    if os.environ.get("TRITON_INTERPRET", "0") == "1":
-        return INTERPRETER_GPU, True
-    return gpu_of(x.device.index or 0), False
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _gpu(x: Tensor) -> Gpu:
+    return INTERPRETER_GPU if _interpreted() else gpu_of(x.device.index or 0)
 
 
 def _matvec(
@@ -232,7 +243,7 @@ def _matvec(
 ) -> Launch:
     """weight @ norm(x + add) * scale + residual; absent arguments are filled with a tensor that is never read."""
     n, k = weight.shape
-    block_n = 8 if n > 4096 else 4  # rows of a program: enough programs to fill a large GPU twice
+    block_n = 8 if n > 4096 else 4  # rows of a program: enough programs to fill a large GPU at least once
     return Launch(
         moe_row_matvec,
         (-(-n // block_n),),

@@ -88,6 +88,8 @@ INDUCTOR_CONFIG = {
     "always_keep_tensor_constants": True,  # their values are not there while compiling
     "joint_graph_constant_folding": False,  # would compute on the device
     "benchmark_epilogue_fusion": False,
+    # Bytes that two kernels must have in common to become one: where a key and a value are written, the position's 8.
+    "score_fusion_memory_threshold": 8,
     "fx_graph_cache": False,
     "autotune_local_cache": False,
 }

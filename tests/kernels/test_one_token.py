@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from executorch_moe.kernels import one_token_op as ops
+from executorch_moe.kernels.plan import Launch
 
 HIDDEN, KV_HEADS, HEAD_DIM, CONTEXT, EXPERTS = 192, 2, 32, 200, 12
 EPS = 1e-6
@@ -144,3 +145,34 @@ def test_interpreted_attention(kind: str, groups: int, position: int, update: bo
 def test_interpreted_routing(kind: str, top_k: int, tied: bool) -> None:
     arguments = route_arguments(kind, top_k, tied)
     _assert_close(ops.run_route_one(*arguments), ops.route_one_aten(*arguments))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_qwen3_30b_compiles_without_spills(capability: int) -> None:
+    from executorch_moe.kernels.compile import compile_launch
+    from executorch_moe.kernels.configs import Gpu
+    from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED
+
+    launches: list[Launch] = []
+    gpu = Gpu(capability, 132, MAX_DYNAMIC_SHARED[capability])
+    with torch.device("meta"):
+        bf16 = {"dtype": torch.bfloat16}
+        row, cache = torch.empty(1, 1, 2048, **bf16), torch.empty(1, 4, 2304, 128, **bf16)
+        norm, half, wave = torch.empty(2048, **bf16), torch.empty(2, 64, **bf16), torch.empty(1, 1, 128, **bf16)
+        weight, scale = torch.empty(5120, 2048, dtype=torch.int8), torch.empty(5120)
+        position = torch.empty(1, dtype=torch.int64)
+        for update in (None, row):
+            ops.run_attention_of_one(
+                row, update, norm, weight, scale, half, half, wave, wave, position, cache, cache, 0.1, EPS,
+                gpu=gpu, submit=launches.append,
+            )  # fmt: skip
+        weight, scale = torch.empty(2048, 4096, dtype=torch.int8), torch.empty(2048)
+        router, out = torch.empty(128, 2048, **bf16), torch.empty(1, 1, 4096, **bf16)
+        ops.run_route_one(out, weight, scale, row, norm, router, 8, EPS, submit=launches.append)
+    assert [launch.kernel.__name__ for launch in launches[2:]] == [
+        "moe_row_matvec", "moe_row_attention", "moe_row_matvec", "moe_row_router",
+    ]  # fmt: skip
+    for launch in launches[1:]:
+        report = compile_launch(launch, capability)
+        assert report.spill_bytes == 0 and report.shared <= gpu.max_shared, report
+        assert report.registers <= 255
