@@ -1,4 +1,4 @@
-"""Choices that an export for a GPU that is not here makes without timing: kernels by name, GEMM templates by a score."""
+"""What an export for a GPU that is not here chooses without timing: kernels by name, GEMM templates by a score."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_measured_configuration_comes_before_the_known_one(tmp_path: Path) -> 
     configs = listed(16, 32, 64)
     with given_configs(read_configs(path)):
         assert choose_config("_sdpa_fwd_kernel", configs) is configs[1]
-        with pytest.raises(UnknownConfigError, match="_sdpa_fwd_kernel has no configuration .*'BLOCK_M': 32"):
+        with pytest.raises(UnknownConfigError, match=r"_sdpa_fwd_kernel has no configuration .*'BLOCK_M': 32"):
             choose_config("_sdpa_fwd_kernel", listed(16))
     assert choose_config("_sdpa_fwd_kernel", configs) is None  # known, but not among these
 
@@ -48,7 +48,7 @@ def test_a_file_that_holds_something_else_is_refused(tmp_path: Path, text: str |
     path = tmp_path / "configs.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(ValueError, match="kernel_configs='.*configs.json'"):
+    with pytest.raises(ValueError, match=r"kernel_configs='.*configs\.json'"):
         read_configs(path)
 
 
