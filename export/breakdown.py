@@ -213,21 +213,22 @@ def break_down(
     )
 
 
-def token_bytes(record: Mapping[str, Any]) -> dict[str, int]:
+def token_bytes(record: Mapping[str, Any], positions: int) -> dict[str, int]:
     """Bytes that a decode token has to read, by group, from the export's record; empty if there is none.
 
-    The experts that a token is routed to, everything else once but the embedding, and the whole cache: attention reads
-    all positions and masks those that are not written yet.
+    The experts that a token is routed to, everything else once but the embedding, and the cache: `positions` of it, or
+    the whole, where attention reads all positions and masks those that are not written yet.
     """
     if "active_experts" not in record:
         return {}
     experts = int(record["expert_bytes"] * record["active_experts"])
+    read = positions if record.get("cache_reads") == "written" else record.get("max_context", 1)
     first = int(experts * 2 / 3)  # gate and up of gate, up and down
     return {
         "experts GEMM1": first,
         "experts GEMM2": experts - first,
         "dense": record["other_bytes"] - record["embedding_bytes"],
-        "attention": record["cache_bytes"],
+        "attention": record["cache_bytes"] * read // record.get("max_context", 1),
     }
 
 
@@ -293,4 +294,5 @@ def profile_decode(generator: TextGenerator, prompt_ids: list[int], steps: int, 
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         trace = json.loads(path.read_text(encoding="utf-8"))
-    return break_down(read_trace(trace), steps, token_bytes(record), measure_bandwidth(device), measure_launch(device))
+    nbytes = token_bytes(record, len(prompt_ids) + warm + steps // 2)
+    return break_down(read_trace(trace), steps, nbytes, measure_bandwidth(device), measure_launch(device))

@@ -192,7 +192,10 @@ class ExportOptions:
 
 @dataclass
 class ExportSummary:
-    """What was exported and what it cost: seconds of each step, and the most bytes that were resident during it."""
+    """What was exported and what it cost: seconds of each step, and the most bytes that were resident during it.
+
+    `reads_written`: decode reads the positions of the cache that were written, not all of it.
+    """
 
     options: ExportOptions
     target: str
@@ -205,6 +208,7 @@ class ExportSummary:
     compiled: list[CrossCompileReport] = field(default_factory=list)
     embedding_bytes: int = 0
     cache_bytes: int = 0
+    reads_written: bool = False
 
     def table(self) -> Table:
         """The summary as a table for the terminal."""
@@ -249,6 +253,7 @@ class ExportSummary:
             "other_bytes": self.dense_bytes,
             "embedding_bytes": self.embedding_bytes,
             "cache_bytes": self.cache_bytes,
+            "cache_reads": "written" if self.reads_written else "all",
         }
         if self.report.layers:
             layer = self.report.layers[0]
@@ -413,6 +418,7 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
         embedding_bytes=distinct_bytes(others.values())
         - distinct_bytes(tensor for name, tensor in others.items() if "embed_tokens" not in name),
         cache_bytes=sum(tensor.nbytes for tensor in module.kv_cache.buffers()),
+        reads_written=any("attention_of_one" in str(node.target) for node in programs["decode"].graph.nodes),
     )
     write_aside(record_path(options.out), summary.record())
     return summary

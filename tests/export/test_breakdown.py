@@ -117,6 +117,10 @@ def test_bytes_of_a_token() -> None:
         "other_bytes": 500,
         "embedding_bytes": 100,
         "cache_bytes": 70,
+        "max_context": 35,
     }
-    assert token_bytes(record) == {"experts GEMM1": 200, "experts GEMM2": 100, "dense": 400, "attention": 70}
-    assert token_bytes({}) == {}
+    whole = {"experts GEMM1": 200, "experts GEMM2": 100, "dense": 400, "attention": 70}
+    assert token_bytes(record, 5) == whole
+    assert token_bytes(record | {"cache_reads": "all"}, 5) == whole
+    assert token_bytes(record | {"cache_reads": "written"}, 5) == whole | {"attention": 10}
+    assert token_bytes({}, 5) == {}
