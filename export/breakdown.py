@@ -27,7 +27,7 @@ RULES: tuple[tuple[str, str], ...] = (
     ("experts, other", r"moe_sum|moe_quantize|_silu_quantize|_quantize_activations"),
     ("attention", r"sdpa"),
     ("routing", r"moe_|topk|fused__softmax__to_copy_prepare_softmax_online(?!.*(where|floor))"),
-    ("sampling", r"argmax|log1p|clamp|_lt_|_exp_"),
+    ("sampling", r"argmax|log1p|clamp|_lt_|_exp_|_max_"),
     ("norm, elementwise", r"_cos_|_sin_|_flip_"),
     ("dense", r"triton_tem_|_mm_|gemm|gemv|matvec|bitwise_and"),
 )
