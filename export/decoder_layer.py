@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import executorch_moe.kernels.one_token_op  # noqa: F401  registers attention_of_one and route_one
+from executorch_moe.kernels.one_token_op import fits_one_token
 
 from .attention import MergedAttention
 from .causal_lm import CacheView
@@ -56,6 +56,7 @@ class StreamlinedLayer(nn.Module):
             is_one_row(hidden)
             and hidden.dtype == torch.bfloat16
             and isinstance(cache, CacheView)
+            and fits_one_token(self.self_attn.head_dim, hidden.shape[-1], len(self.mlp.gate.weight))
             and all(_weights(linear) for linear in (self.self_attn.qkv_proj, self.self_attn.o_proj))
         )
 

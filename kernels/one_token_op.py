@@ -22,6 +22,13 @@ BLOCK_K = 2048
 """Most columns of a step: 64 of them a thread's registers hold."""
 MAX_EXPERTS = 1024
 """The ranking is one program's work, quadratic in the experts."""
+MAX_HIDDEN = 8192
+"""The router's program holds a few whole rows in registers."""
+
+
+def fits_one_token(head_dim: int, hidden: int, experts: int) -> bool:
+    """True for a layer that the operators can do: tensor cores take halves of a head, powers of two from 16 on."""
+    return head_dim in (32, 64, 128, 256) and hidden <= MAX_HIDDEN and experts <= MAX_EXPERTS
 
 
 @triton_op("executorch_moe::attention_of_one", mutates_args={})

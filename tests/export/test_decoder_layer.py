@@ -15,12 +15,12 @@ TEXT = [5, 17, 200, 33, 33, 8, 91]
 CONTEXT = 16
 
 
-def model(dense: str, dtype: torch.dtype = torch.bfloat16) -> CausalLM:
+def model(dense: str, dtype: torch.dtype = torch.bfloat16, shape: str = "synthetic:tiny,layers=3") -> CausalLM:
     def prepare(part: torch.nn.Module) -> None:
         quantize_dense_(streamline_(part), dense, 32, embedding="int8" if dense == "int8" else "none")
 
     net = synthetic.build(
-        synthetic.parse("synthetic:tiny,layers=3"), group_size=32, dtype=dtype, attention=attention.register(),
+        synthetic.parse(shape), group_size=32, dtype=dtype, attention=attention.register(),
         prepare=prepare,
     )  # fmt: skip
     return CausalLM(net, CONTEXT)
@@ -60,9 +60,12 @@ def test_decode_is_three_operators_a_layer_and_prefill_none_of_the_new() -> None
     assert not any(word in name for name in decode for word in ("dot_product", "topk", "softmax"))
 
 
-@pytest.mark.parametrize(("dense", "dtype"), [("int4", torch.bfloat16), ("none", torch.float32)])
-def test_what_the_operators_do_not_take_is_done_as_before(dense: str, dtype: torch.dtype) -> None:
-    found = operators(model(dense, dtype), "decode")
+@pytest.mark.parametrize(
+    ("dense", "dtype", "head_dim"),
+    [("int4", torch.bfloat16, 32), ("none", torch.float32, 32), ("none", torch.bfloat16, 48)],
+)
+def test_what_the_operators_do_not_take_is_done_as_before(dense: str, dtype: torch.dtype, head_dim: int) -> None:
+    found = operators(model(dense, dtype, f"synthetic:tiny,layers=3,head_dim={head_dim}"), "decode")
     assert not any("attention_of_one" in name for name in found)
     assert sum("scaled_dot_product_attention" in name for name in found) == 3
 

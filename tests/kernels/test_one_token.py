@@ -176,3 +176,24 @@ def test_qwen3_30b_compiles_without_spills(capability: int) -> None:
         report = compile_launch(launch, capability)
         assert report.spill_bytes == 0 and report.shared <= gpu.max_shared, report
         assert report.registers <= 255
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kind", "groups", "position", "update"), ATTENTION)
+def test_attention_on_a_gpu(kind: str, groups: int, position: int, update: bool) -> None:
+    arguments = attention_arguments(kind, groups, position, update)
+    there = [part.cuda() if isinstance(part, Tensor) else part for part in arguments]
+    found = ops.attention_of_one(*there)
+    _assert_close(tuple(part.cpu() for part in found), ops.attention_of_one(*arguments))
+    assert all(torch.equal(one, other) for one, other in zip(ops.attention_of_one(*there), found, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("kind", "top_k"), [("int8", 4), ("bf16", 1), ("int8", EXPERTS)])
+def test_routing_on_a_gpu(kind: str, top_k: int, tied: bool) -> None:
+    arguments = route_arguments(kind, top_k, tied)
+    there = [part.cuda() if isinstance(part, Tensor) else part for part in arguments]
+    found = ops.route_one(*there)
+    _assert_close(tuple(part.cpu() for part in found), ops.route_one(*arguments))
+    assert all(torch.equal(one, other) for one, other in zip(ops.route_one(*there), found, strict=True))
