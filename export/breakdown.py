@@ -24,7 +24,7 @@ RULES: tuple[tuple[str, str], ...] = (
     ("experts GEMM1", r"moe_\w*gemm1|_fused_moe_(batched_)?(int8_)?kernel"),
     ("experts GEMM2", r"moe_\w*gemm2|_fused_moe_silu_(batched_)?(int8_)?kernel"),
     ("experts GEMM1", r"moe_\w*gemm"),  # told apart below: one kernel does both in turn
-    ("experts, other", r"moe_sum|moe_quantize|_silu_quantize|_quantize_activations"),
+    ("experts, other", r"moe_sum|moe_quantize|_silu_quantize|_quantize_activations|^triton_per_fused_sum_view"),
     ("attention", r"sdpa"),
     ("routing", r"moe_|topk|fused__softmax__to_copy_prepare_softmax_online(?!.*(where|floor))"),
     ("sampling", r"argmax|log1p|clamp|_lt_|_exp_|_max_"),

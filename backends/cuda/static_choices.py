@@ -63,7 +63,7 @@ class StaticChoices:
         for tuner in tuners:
             launcher = tuner.launchers[0]
             values = {**(tuner.triton_meta.get("constants") or {}), **launcher.config.all_kwargs()}
-            config = {name: value for name, value in values.items() if value is not None}
+            config = {name: _plain(value) for name, value in values.items() if value is not None}
             shared = launcher.bin.metadata.shared
             choice = KernelChoice(
                 self.method, _kernel_name(tuner), len(listed.get(tuner, tuner.launchers)), config, shared
@@ -123,6 +123,11 @@ def _static_shape(choice: Any) -> tuple[int, ...]:
 
     sizes = (sympy.sympify(size) for size in choice.layout.size)
     return tuple(int(size.subs(dict.fromkeys(size.free_symbols, UNKNOWN_SIZE))) for size in sizes)
+
+
+def _plain(value: Any) -> Any:
+    """A constexpr as JSON has it: some kernels take types."""
+    return value if isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def _kernel_name(tuner: Any) -> str:

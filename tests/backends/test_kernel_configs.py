@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from executorch_moe.backends.cuda import kernel_configs
+from executorch_moe.backends.cuda import kernel_configs, static_choices
 from executorch_moe.backends.cuda.kernel_configs import UnknownConfigError, choose_config, given_configs, read_configs
 from executorch_moe.backends.cuda.static_choices import score_gemm
 from executorch_moe.kernels.gpus import find_model
@@ -50,6 +50,13 @@ def test_a_file_that_holds_something_else_is_refused(tmp_path: Path, text: str |
         path.write_text(text)
     with pytest.raises(ValueError, match=r"kernel_configs='.*configs\.json'"):
         read_configs(path)
+
+
+def test_configurations_of_kernels_that_take_types_can_be_written_as_json() -> None:
+    import triton.language as tl
+
+    plain = [static_choices._plain(value) for value in (tl.bfloat16, True, 4, 0.5, "tf32")]
+    assert json.loads(json.dumps(plain)) == ["bf16", True, 4, 0.5, "tf32"]
 
 
 def template(block_m: int, block_n: int, block_k: int, stages: int, rows: object, columns: int) -> SimpleNamespace:

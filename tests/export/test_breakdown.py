@@ -34,6 +34,7 @@ NAMES = (
     ("triton_per_fused__to_copy_max_mul_select_view_copy_6", 149, "sampling"),
     ("triton_red_fused_add_argmax_index_mul_7", 1, "sampling"),
     ("_fused_moe_kernel", 96, "experts GEMM1"),
+    ("triton_per_fused_sum_view_2", 256, "experts, other"),
     ("_fused_moe_silu_kernel", 96, "experts GEMM2"),
     ("_fused_moe_batched_int8_kernel", 96, "experts GEMM1"),
     ("_fused_moe_silu_batched_kernel", 96, "experts GEMM2"),
