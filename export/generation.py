@@ -252,7 +252,8 @@ def synthetic_weights(program: PteFile, device: torch.device) -> MakeWeights | N
     """What makes the weights of a synthetic model that was exported without them; None for other artifacts."""
     if MADE_FROM not in program.constant_names:
         return None
-    choices = SimpleNamespace(**json.loads(program.constant(MADE_FROM)))
+    # Only CUDA targets have such artifacts; which one does not matter to the weights.
+    choices = SimpleNamespace(**json.loads(program.constant(MADE_FROM)), resolved_target=lambda: "cuda")
     return made_again(choices, DTYPES[choices.dtype], device)
 
 

@@ -386,13 +386,7 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
     constants = constant_methods(config, max_context)
     constants |= {"get_method_output": options.output, TOKENIZER_DIGEST: tokenizer_digest(tokenizer)}
     if options.thin:
-        # What makes the weights again; of the options, only those that decide what they are.
-        choices = {
-            name: value
-            for name, value in asdict(options).items()
-            if name not in ("out", "target", "max_context", "kernel_configs")
-        }
-        constants[MADE_FROM] = json.dumps(choices | {"dtype": options.resolved_dtype()})
+        constants[MADE_FROM] = made_from(options)
     doing = f"lowering to {target}" + (" (compiles kernels: minutes)" if target != "cpu" else "")
     weights = without_weights() if options.thin else nullcontext()
     with step("lower", doing), forced_schedule(options.experts), weights, given_configs(options.known_configs()):
@@ -422,6 +416,13 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
     )
     write_aside(record_path(options.out), summary.record())
     return summary
+
+
+def made_from(options: ExportOptions) -> str:
+    """What makes the weights again, as JSON: of the options, those that decide what they are."""
+    others = ("out", "target", "max_context", "kernel_configs")
+    choices = {name: value for name, value in asdict(options).items() if name not in others}
+    return json.dumps(choices | {"dtype": options.resolved_dtype()})
 
 
 @contextmanager

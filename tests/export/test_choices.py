@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from executorch_moe.export.attention import grouped_attention, merge_attention_
 from executorch_moe.export.causal_lm import CausalLM
 from executorch_moe.export.choices import EXPERTS, forced_schedule, made_again, use_upstream_
 from executorch_moe.export.dense import Int8Linear, quantize_dense_
-from executorch_moe.export.pipeline import ExportOptions
+from executorch_moe.export.generation import synthetic_weights
+from executorch_moe.export.pipeline import MADE_FROM, ExportOptions, made_from
 from executorch_moe.export.pretrained import load_model, resolve
 from executorch_moe.export.quantize import quantize_experts_
 from executorch_moe.export.router import TopKFirstRouter, replace_routers_
@@ -187,6 +189,22 @@ def test_weights_that_are_made_again_are_those_of_the_export(tmp_path: Path) -> 
     }
     table = dict(thin.named_buffers())["model.rotary_emb.inv_freq"]
     assert torch.equal(table, dict(options.load(tmp_path).named_buffers())["model.rotary_emb.inv_freq"])
+
+
+@pytest.mark.parametrize("experts", ["ours", "upstream"])
+def test_weights_are_made_from_what_an_artifact_says(tmp_path: Path, experts: str) -> None:
+    options = ExportOptions(
+        "synthetic:tiny", tmp_path / "x.pte", "sm_90", max_context=16, dense="int8", embedding="int8", experts=experts,
+        thin=True, layers=1,
+    )  # fmt: skip
+    program: Any = SimpleNamespace(constant_names=[MADE_FROM], constant=lambda name: made_from(options))
+    make = synthetic_weights(program, torch.device("cpu"))
+    assert make is not None
+    for name, tensor in options.load(tmp_path).state_dict().items():
+        made = make(f"model.{name}", tensor.nbytes)
+        assert made is not None and made.numel() == tensor.nbytes, name
+    program.constant_names = []
+    assert synthetic_weights(program, torch.device("cpu")) is None
 
 
 def test_only_synthetic_models_can_do_without_weights(tmp_path: Path) -> None:
