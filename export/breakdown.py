@@ -19,13 +19,15 @@ from .generation import TextGenerator
 
 # The first rule that finds something in a kernel's name decides. Inductor names a kernel after what it computes.
 RULES: tuple[tuple[str, str], ...] = (
+    ("dense", r"moe_row_matvec"),
+    ("attention", r"moe_row_attention"),
     ("experts GEMM1", r"moe_\w*gemm1|_fused_moe_(batched_)?(int8_)?kernel"),
     ("experts GEMM2", r"moe_\w*gemm2|_fused_moe_silu_(batched_)?(int8_)?kernel"),
     ("experts GEMM1", r"moe_\w*gemm"),  # told apart below: one kernel does both in turn
-    ("experts, other", r"moe_sum|moe_quantize|_silu_quantize|_quantize_activations"),
+    ("experts, other", r"moe_sum|moe_quantize|_silu_quantize|_quantize_activations|^triton_per_fused_sum_view"),
     ("attention", r"sdpa"),
     ("routing", r"moe_|topk|fused__softmax__to_copy_prepare_softmax_online(?!.*(where|floor))"),
-    ("sampling", r"argmax|log1p|clamp|_lt_|_exp_"),
+    ("sampling", r"argmax|log1p|clamp|_lt_|_exp_|_max_"),
     ("norm, elementwise", r"_cos_|_sin_|_flip_"),
     ("dense", r"triton_tem_|_mm_|gemm|gemv|matvec|bitwise_and"),
 )
@@ -211,21 +213,22 @@ def break_down(
     )
 
 
-def token_bytes(record: Mapping[str, Any]) -> dict[str, int]:
+def token_bytes(record: Mapping[str, Any], positions: int) -> dict[str, int]:
     """Bytes that a decode token has to read, by group, from the export's record; empty if there is none.
 
-    The experts that a token is routed to, everything else once but the embedding, and the whole cache: attention reads
-    all positions and masks those that are not written yet.
+    The experts that a token is routed to, everything else once but the embedding, and the cache: `positions` of it, or
+    the whole, where attention reads all positions and masks those that are not written yet.
     """
     if "active_experts" not in record:
         return {}
     experts = int(record["expert_bytes"] * record["active_experts"])
+    read = positions if record.get("cache_reads") == "written" else record.get("max_context", 1)
     first = int(experts * 2 / 3)  # gate and up of gate, up and down
     return {
         "experts GEMM1": first,
         "experts GEMM2": experts - first,
         "dense": record["other_bytes"] - record["embedding_bytes"],
-        "attention": record["cache_bytes"],
+        "attention": record["cache_bytes"] * read // record.get("max_context", 1),
     }
 
 
@@ -291,4 +294,5 @@ def profile_decode(generator: TextGenerator, prompt_ids: list[int], steps: int, 
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         trace = json.loads(path.read_text(encoding="utf-8"))
-    return break_down(read_trace(trace), steps, token_bytes(record), measure_bandwidth(device), measure_launch(device))
+    nbytes = token_bytes(record, len(prompt_ids) + warm + steps // 2)
+    return break_down(read_trace(trace), steps, nbytes, measure_bandwidth(device), measure_launch(device))

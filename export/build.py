@@ -19,6 +19,7 @@ from executorch_moe.kernels.op import forced
 from executorch_moe.kernels.plan import Options
 
 from . import attention, dense_torchao, synthetic
+from .decoder_layer import streamline_layers_
 from .dense import quantize_dense_
 from .options import DTYPES, ExportOptions
 from .pretrained import TINY, check_supported, load_model, require_transformers, resolve
@@ -119,7 +120,7 @@ def attention_of(target: str, dtype: str) -> str:
 
 def streamline_(module: nn.Module) -> nn.Module:
     """Replaces, in place, parts of a Qwen3-MoE model or layer by ones that need fewer kernels on CUDA; others stay."""
-    return replace_routers_(attention.merge_attention_(module))
+    return streamline_layers_(replace_routers_(attention.merge_attention_(module)))
 
 
 def build_synthetic(

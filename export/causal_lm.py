@@ -16,6 +16,8 @@ from .dense import OneRowLinears
 from .sampling import Sampler, greedy, sample
 
 MIN_CONTEXT = 8
+EXAMPLE_TOKENS = 1024
+"""Prefill is traced with a prompt of one less, which nothing divides: compilers size their tiles by it."""
 
 
 class StaticKVCache(nn.Module):
@@ -55,10 +57,13 @@ class CacheView:
         self.cache = cache
         self.cache_position = cache_position
 
+    def layer(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, [1, heads, C, head_dim] each."""
+        return getattr(self.cache, f"key_{layer_idx}"), getattr(self.cache, f"value_{layer_idx}")
+
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """key, value [1, heads, T, head_dim] -> the layer's whole cache, [1, heads, C, head_dim] each."""
-        keys: Tensor = getattr(self.cache, f"key_{layer_idx}")
-        values: Tensor = getattr(self.cache, f"value_{layer_idx}")
+        keys, values = self.layer(layer_idx)
         keys[:, :, self.cache_position] = key.to(keys.dtype)
         values[:, :, self.cache_position] = value.to(values.dtype)
         return keys, values
@@ -198,6 +203,8 @@ def export_methods(module: CausalLM, *, one_row_linears: bool = False) -> dict[s
     with torch.no_grad(), OneRowLinears() if one_row_linears else contextlib.nullcontext():
         # strict=False: transformers' decorators and kernel hooks are plain Python that the tracer need not understand.
         return {
-            "prefill": torch.export.export(module, example(MIN_CONTEXT - 1), dynamic_shapes=dynamic, strict=False),
+            "prefill": torch.export.export(
+                module, example(min(EXAMPLE_TOKENS, module.max_context) - 1), dynamic_shapes=dynamic, strict=False
+            ),
             "decode": torch.export.export(module, example(1), strict=False),
         }

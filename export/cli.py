@@ -157,6 +157,10 @@ def export(
     thin: Annotated[
         bool, typer.Option("--thin", help="Write no large weights; a synthetic model's are made where it is loaded.")
     ] = False,
+    kernel_configs: Annotated[
+        Path | None,
+        typer.Option(help="JSON with measured configurations of ExecuTorch's own kernels, for a GPU by name."),
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Write what was fused, what was chosen and bytes by part to this file as JSON.")
     ] = None,
@@ -194,7 +198,7 @@ def export(
         check_writable("report", report)
     options = ExportOptions(
         model, out, target, scheme, group_size, max_context, dtype, output, experts, dense, lm_head, embedding, layers,
-        seed, thin, algorithm, check,
+        seed, thin, algorithm, check, None if kernel_configs is None else str(kernel_configs),
     )  # fmt: skip
     if check:
         from .preflight import preflight

@@ -58,5 +58,6 @@ def constant_methods(options: ExportOptions, config: Any, max_context: int, toke
 
 def made_from(options: ExportOptions) -> str:
     """The options that decide what the weights of a synthetic model are, as JSON for `build.made_again`."""
-    choices = {name: value for name, value in asdict(options).items() if name not in ("out", "target", "max_context")}
+    others = ("out", "target", "max_context", "kernel_configs")
+    choices = {name: value for name, value in asdict(options).items() if name not in others}
     return json.dumps(choices | {"dtype": options.resolved_dtype()})

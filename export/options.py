@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from executorch_moe.backends.cuda.kernel_configs import Config, read_configs
 from executorch_moe.backends.fusion import FusionOptions
 from executorch_moe.kernels.gpus import find_models, target_names
 
@@ -46,6 +47,8 @@ class ExportOptions:
         thin: write no large weights; of synthetic models, which are made again on the GPU that loads them.
         algorithm: how experts are rounded to 4 bits, "minmax" or "hqq"; see `kernels.rounding`.
         check: nothing is exported, only checked (`preflight`): "cuda" needs no GPU, and "auto" is "cuda".
+        kernel_configs: file of measured configurations of ExecuTorch's own kernels (`kernel_configs.read_configs`), for
+            a GPU that is not here; None: those that are known.
 
     Raises:
         ValueError: an unknown choice, choices that do not go together, an output that cannot be written, or a target
@@ -70,6 +73,7 @@ class ExportOptions:
     thin: bool = False
     algorithm: str = "minmax"
     check: bool = False
+    kernel_configs: str | None = None
 
     def __post_init__(self) -> None:
         if self.crosses and not set(self.target.split(",")) <= set(target_names()):
@@ -83,6 +87,7 @@ class ExportOptions:
             check_writable("out", self.out, (".pte",))
         if self.crosses:
             _check_cross(self.target)
+        self.known_configs()
         if self.target == "cuda" and not self.check and not torch.cuda.is_available():
             raise ValueError(
                 f"target='cuda' needs a GPU that torch {torch.__version__} can use, and there is none: "
@@ -132,6 +137,21 @@ class ExportOptions:
     def fusion(self) -> FusionOptions:
         """How experts are fused; checks scheme and algorithm."""
         return FusionOptions(self.scheme, self.group_size, algorithm=self.algorithm)
+
+    def known_configs(self) -> dict[str, Config]:
+        """What `kernel_configs` holds.
+
+        Raises:
+            ValueError: a file that cannot be read, or a target that times its kernels itself.
+        """
+        if self.kernel_configs is None:
+            return {}
+        if not self.crosses:
+            raise ValueError(
+                f"kernel_configs={self.kernel_configs!r} is for a GPU by name, as target='h200', not for "
+                f"{self.target!r}: leave it out"
+            )
+        return read_configs(Path(self.kernel_configs))
 
     def resolved_target(self) -> str:
         """The target with "auto" decided."""

@@ -9,6 +9,7 @@ from rich.console import Console
 from torch import nn
 
 from executorch_moe.backends.cuda.cross_report import CrossCompileReport
+from executorch_moe.backends.cuda.kernel_configs import given_configs
 from executorch_moe.backends.cuda.placeholders import without_weights
 from executorch_moe.backends.fusion import ExpertFuser, FusionReport
 
@@ -64,7 +65,8 @@ def _export(options: ExportOptions, steps: Steps) -> ExportSummary:
     constants = constant_methods(options, model.config, max_context, tokenizer)
     doing = f"lowering to {target}" + (" (compiles kernels: minutes)" if target != "cpu" else "")
     weights = without_weights() if options.thin else nullcontext()
-    with steps.step("lower", doing), forced_schedule(options.experts), weights:
+    configs = given_configs(options.known_configs())
+    with steps.step("lower", doing), forced_schedule(options.experts), weights, configs:
         manager = lower(programs, target, constants, fuser, on_report=compiled.append)
     with steps.step("write", f"writing {options.out}"):
         beside = tokenizer_path(options.out)
@@ -85,6 +87,7 @@ def _export(options: ExportOptions, steps: Steps) -> ExportSummary:
         seconds=steps.seconds,
         peaks=steps.peaks,
         compiled=compiled,
+        reads_written=any("attention_of_one" in str(node.target) for node in programs["decode"].graph.nodes),
     )
     write_aside(record_path(options.out), summary.record())
     return summary

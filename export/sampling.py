@@ -17,6 +17,7 @@ from torch import Tensor
 _WORD = 0xFFFFFFFF
 _WAYS = 16
 _ROUNDS = 4
+_WIDTHS = (512, 256, 128, 64)
 STEPS_PER_UNIT = 256
 """Logits that differ by less than 1 / STEPS_PER_UNIT count as equally likely where the nucleus ends. Those of a bf16
 model are no finer, above 0.5; the grid has 16**4 steps, so that logits 256 below the best count as equal too."""
@@ -80,8 +81,16 @@ def nucleus(below: Tensor, weights: Tensor, top_p: Tensor) -> Tensor:
 
 
 def greedy(logits: Tensor) -> Tensor:
-    """The likeliest token: fp32 [1, V] -> int64 [1, 1]."""
-    return logits.argmax(-1, keepdim=True)
+    """The likeliest token: fp32 [1, V] -> int64 [1, 1]; of equally likely ones the first.
+
+    In two steps where the vocabulary can be cut into rows: one reduction to a single number is one block of a GPU.
+    """
+    width = next((width for width in _WIDTHS if logits.shape[-1] % width == 0), 1)
+    if logits.shape[-1] <= _WIDTHS[0] or width == 1:
+        return logits.argmax(-1, keepdim=True)
+    best, where = logits.reshape(-1, width).max(-1)
+    row = best.argmax(-1, keepdim=True)
+    return (row * width + where[row])[None]
 
 
 def sample(logits: Tensor, position: Tensor, temperature: Tensor, top_p: Tensor, seed: Tensor) -> Tensor:

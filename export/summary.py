@@ -30,7 +30,7 @@ class ExportSummary:
         report: the fused layers.
         max_context: positions in the cache.
         dense_bytes: weights that are not experts. embedding_bytes: of them, those that only the embedding reads.
-        cache_bytes: the KV cache.
+        cache_bytes: the KV cache. reads_written: decode reads the positions of it that were written, not all.
         files: what was written.
         seconds, peaks: of each step, and the most bytes that were resident during it.
         compiled: a record for each GPU that is not here.
@@ -43,6 +43,7 @@ class ExportSummary:
     dense_bytes: int
     embedding_bytes: int = 0
     cache_bytes: int = 0
+    reads_written: bool = False
     files: list[Path] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
@@ -104,6 +105,7 @@ class ExportSummary:
             "other_bytes": self.dense_bytes,
             "embedding_bytes": self.embedding_bytes,
             "cache_bytes": self.cache_bytes,
+            "cache_reads": "written" if self.reads_written else "all",
         }
         if self.report.layers:
             layer = self.report.layers[0]

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from executorch_moe.backends.cuda.placeholders import LEAST_BYTES
 from executorch_moe.kernels import FusedExperts
 from executorch_moe.kernels.benchmark import Shape, random_packed
 from executorch_moe.kernels.schemes import K_BLOCK, check_group_size, get_scheme
@@ -126,7 +127,8 @@ def build(
         scheme: of the experts. group_size: weights that share a scale; ignored by scheme bf16.
         dtype: of everything but the experts.
         attention: transformers' `attn_implementation`.
-        device: where weights are made; "meta" makes none, and gives memory on the CPU that nothing was written to.
+        device: where weights are made; "meta" makes none, and gives memory on the CPU: zeros where it is small,
+            else what nothing was written to.
         make_experts: (shape, scheme, device, generator) -> experts module; by default `FusedExperts`.
         prepare: called with each decoder layer, and last with the model, once it has its weights: the place to quantise
             what is not experts before the next layer is made.
@@ -154,6 +156,9 @@ def build(
         prepare(net)
     if device == "meta":
         net.to_empty(device="cpu")
+        for tensor in net.state_dict().values():
+            if tensor.nbytes < LEAST_BYTES:
+                tensor.zero_()  # it is written to the file: the same bytes each time
     net.model.rotary_emb = type(net.model.rotary_emb)(config)  # a table on the CPU, no weight
     return net.eval()
 

@@ -19,7 +19,7 @@ class KernelChoice:
     Attributes:
         method: of the program.
         kernel: its name in the artifact.
-        candidates: configurations that fit the GPU; config: the first of them, which was taken, and what the kernel
+        candidates: configurations that it lists; config: the one that was taken (`kernel_configs`), and what the kernel
             was specialised for.
         shared: dynamic shared memory that it is launched with, bytes.
     """

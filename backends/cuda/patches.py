@@ -89,6 +89,8 @@ INDUCTOR_CONFIG = {
     "joint_graph_constant_folding": False,  # would compute on the device
     "benchmark_epilogue_fusion": False,
     "shape_padding": False,  # times GEMMs of odd sizes with and without padding
+    # Bytes that two kernels must have in common to become one: where a key and a value are written, the position's 8.
+    "score_fusion_memory_threshold": 8,
     "fx_graph_cache": False,
     "autotune_local_cache": False,
 }
@@ -133,6 +135,7 @@ def replaced(model: GpuModel, choices: StaticChoices, folder: Path) -> Iterator[
         _replace_toolchain(stack, model, folder)
         _replace_device(stack, model, folder)
         _replace_triton(stack, model)
+        _remember_accesses(stack)
         _replace_choices(stack, choices)
         _replace_weights(stack, choices)
         yield
@@ -257,6 +260,42 @@ def _replace_triton(stack: contextlib.ExitStack, model: GpuModel) -> None:
     drivers.set_active(driver())
     if not hasattr(torch._C, "_cuda_getCurrentRawStream"):  # CPU builds
         stack.enter_context(mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, create=True))
+
+
+def _remember_accesses(stack: contextlib.ExitStack) -> None:
+    """Which arguments a kernel writes to is asked at each of its launches, several times; answer once for each kind.
+
+    The answer costs a compilation to TTIR, and a model launches the same kernel in every layer. Where this torch has no
+    such function, nothing is changed.
+    """
+    from torch._higher_order_ops import triton_kernel_wrap
+
+    stock = getattr(triton_kernel_wrap, "identify_accessed_tensors", None)
+    if stock is None or tuple(inspect.signature(stock).parameters) != ("kernel", "kwargs", "tma_descriptor_metadata"):
+        return
+    known: dict[Any, Any] = {}
+
+    def identify(kernel: Any, kwargs: dict[str, Any], tma_descriptor_metadata: Any) -> Any:
+        if tma_descriptor_metadata:
+            return stock(kernel, kwargs, tma_descriptor_metadata)
+        key = (kernel, tuple(sorted((name, _kind(value)) for name, value in kwargs.items())))
+        if key not in known:
+            known[key] = stock(kernel, kwargs, tma_descriptor_metadata)
+        return known[key]
+
+    stack.enter_context(mock.patch.object(triton_kernel_wrap, "identify_accessed_tensors", identify))
+
+
+def _kind(value: Any) -> str:
+    """What of an argument decides the code of a kernel: a tensor's dtype, a number's value, not that of a symbol."""
+    import sympy
+    from torch._inductor.ir import TensorBox
+
+    if isinstance(value, (torch.Tensor, TensorBox)):
+        return f"{'box' if isinstance(value, TensorBox) else 'tensor'} {value.dtype}"
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, sympy.Expr)):
+        return "symbol"
+    return f"{type(value).__name__} {value!r}"
 
 
 def _replace_choices(stack: contextlib.ExitStack, choices: StaticChoices) -> None:

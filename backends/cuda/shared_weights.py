@@ -1,4 +1,4 @@
-"""Keeps ExecuTorch from copying a model's weights once for each method that it compiles."""
+"""Keeps ExecuTorch from copying weights for each method that it compiles, and from sharing what only looks the same."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+from executorch.backends.cuda import cuda_weight_collector
 from executorch.backends.cuda.cuda_backend import CudaBackend
 from torch import Tensor
 
@@ -19,12 +20,23 @@ def shared_weights() -> Iterator[None]:
     CudaBackend replaces weights in the copy's tables when it moves them to the GPU, and never writes to them. Weights
     that are on the GPU already are copied all the same: CudaBackend frees what it finds there in the end.
     ExecuTorch 1.5 does the same in its low-memory mode, which changes other things as well.
+
+    Constants that lowering itself makes (`_lifted_tensor_constant3`) are numbered anew in each method, but share a name
+    with those of all: methods whose third constants differ are refused as damaged. They become each method's own, as
+    those that AOTInductor makes are.
     """
+    stock = cuda_weight_collector._is_aoti_library_local_fqn
+
+    def is_local(fqn: str) -> bool:
+        return stock(fqn) or fqn.startswith("_lifted_tensor_constant")
 
     def copy_program(cls: type, edge_program: Any, compile_specs: Any) -> Any:
         tables = (edge_program.state_dict, edge_program.constants)
         tensors = (value for table in tables for value in table.values() if isinstance(value, Tensor))
         return copy.deepcopy(edge_program, {id(tensor): tensor for tensor in tensors if tensor.device.type == "cpu"})
 
-    with mock.patch.object(CudaBackend, "copy_exported_program_for_preprocess", classmethod(copy_program)):
+    with (
+        mock.patch.object(CudaBackend, "copy_exported_program_for_preprocess", classmethod(copy_program)),
+        mock.patch.object(cuda_weight_collector, "_is_aoti_library_local_fqn", is_local),
+    ):
         yield

@@ -1,15 +1,17 @@
-"""Where Inductor would time candidates on the GPU: kernels take the first that fits, GEMMs the best by a score."""
+"""Where Inductor would time candidates on the GPU: kernels are chosen by name, GEMMs by a score."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
+from unittest import mock
 
+from executorch_moe.backends.cuda import kernel_configs
 from executorch_moe.backends.cuda.cross_report import CrossCompileReport, GemmChoice, KernelChoice
 from executorch_moe.kernels.gpus import GpuModel
 
-UNKNOWN_SIZE = 512
-"""What stands for a size that is known only at run time: the tokens of a prompt, not those of the traced example."""
+UNKNOWN_SIZE = 1536
+"""What stands for a size that is known only at run time: the tokens of a long prompt. Short ones take little anyway."""
 
 
 class StaticChoices:
@@ -24,28 +26,48 @@ class StaticChoices:
         self.method = ""
 
     def compile_kernels(self, wrapper: Any) -> None:
-        """In place of `PythonWrapperCodegen.generate_and_run_autotune_block`: compile, keep the first that fits.
+        """In place of `PythonWrapperCodegen.generate_and_run_autotune_block`: compile one that fits.
 
         Raises:
             RuntimeError: a kernel that does not compile for the target, or needs more shared memory than it has.
         """
-        from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+        from torch._inductor.runtime.triton_heuristics import CachingAutotuner, NoTritonConfigsError
 
         wrapper.kernel_autotune_defs.splice("async_compile.wait(globals())\ndel async_compile\n")
         scope: dict[str, Any] = {}
+        stock, listed = CachingAutotuner.precompile, {}
+
+        def precompile(tuner: Any, *args: Any, **kwargs: Any) -> None:
+            if tuner.configs is not None:  # not compiled yet
+                listed[tuner] = list(tuner.configs)
+                known = kernel_configs.choose_config(_kernel_name(tuner), listed[tuner])
+                tuner.configs = listed[tuner] if known is None else [known]
+            try:
+                stock(tuner, *args, **kwargs)
+            except NoTritonConfigsError:
+                if tuner.configs == listed[tuner]:
+                    raise
+                tuner.configs = listed[tuner]  # the one that is known does not fit
+                stock(tuner, *args, **kwargs)
+
         try:
-            exec(wrapper.kernel_autotune_defs.getvalue(), scope)
-            tuners = [value for value in scope.values() if isinstance(value, CachingAutotuner)]
-            for tuner in tuners:
-                tuner.precompile()
+            with mock.patch.object(CachingAutotuner, "precompile", precompile):
+                exec(wrapper.kernel_autotune_defs.getvalue(), scope)
+                tuners = [value for value in scope.values() if isinstance(value, CachingAutotuner)]
+                for tuner in tuners:
+                    tuner.precompile()
+        except kernel_configs.UnknownConfigError:
+            raise
         except Exception as error:
             raise RuntimeError(self._why_not(error)) from error
         for tuner in tuners:
             launcher = tuner.launchers[0]
             values = {**(tuner.triton_meta.get("constants") or {}), **launcher.config.all_kwargs()}
-            config = {name: value for name, value in values.items() if value is not None}
+            config = {name: _plain(value) for name, value in values.items() if value is not None}
             shared = launcher.bin.metadata.shared
-            choice = KernelChoice(self.method, _kernel_name(tuner), len(tuner.launchers), config, shared)
+            choice = KernelChoice(
+                self.method, _kernel_name(tuner), len(listed.get(tuner, tuner.launchers)), config, shared
+            )
             self.report.kernels.append(choice)
             tuner.save_gpu_kernel("stream0", launcher)
 
@@ -72,7 +94,10 @@ class StaticChoices:
 
 
 def score_gemm(choice: Any, model: GpuModel) -> tuple[float, ...]:
-    """Rank of a GEMM template without timing it: fits shared memory, wastes few rows, fills the GPU, reuses most."""
+    """Rank of a GEMM template without timing it: fits shared memory, wastes few rows, then takes least time.
+
+    Its time is that of its waves of tiles: what a tile multiplies, and what it loads for that, less the larger it is.
+    """
     info = choice.info_dict()
     try:
         block_m, block_k, block_n = (int(part) for part in str(info["tile_shape"]).strip("()").split(","))
@@ -83,12 +108,11 @@ def score_gemm(choice: Any, model: GpuModel) -> tuple[float, ...]:
     rows = math.prod(batch)
     fits = stages * block_k * (block_m + block_n) * choice.layout.dtype.itemsize <= model.max_shared
     row_blocks = math.ceil(rows / block_m)
-    programs = row_blocks * math.ceil(columns / block_n)
+    waves = math.ceil(row_blocks * math.ceil(columns / block_n) / model.num_sms)
     return (
         float(fits and stages > 1),
         float(row_blocks * block_m <= 2 * rows or block_m == 16),
-        min(programs / model.num_sms, 1.0),
-        float(block_m * block_n),
+        -waves * (block_m * block_n + 64.0 * (block_m + block_n)),
         float(min(block_k, 64)),
         float(stages),
     )
@@ -99,6 +123,11 @@ def _static_shape(choice: Any) -> tuple[int, ...]:
 
     sizes = (sympy.sympify(size) for size in choice.layout.size)
     return tuple(int(size.subs(dict.fromkeys(size.free_symbols, UNKNOWN_SIZE))) for size in sizes)
+
+
+def _plain(value: Any) -> Any:
+    """A constexpr as JSON has it: some kernels take types."""
+    return value if isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def _kernel_name(tuner: Any) -> str:

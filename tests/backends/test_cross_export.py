@@ -317,6 +317,32 @@ def test_everything_is_put_back() -> None:
         assert replaced() == before
 
 
+def test_what_a_kernel_writes_to_is_asked_once_for_each_kind_of_arguments() -> None:
+    from torch._higher_order_ops import triton_kernel_wrap
+
+    from executorch_moe.kernels.elementwise import moe_sum_pairs
+
+    if not hasattr(triton_kernel_wrap, "identify_accessed_tensors"):
+        pytest.skip("this torch has another function for it")
+    stock = triton_kernel_wrap.identify_accessed_tensors
+
+    def ask(dtype: torch.dtype, block: int) -> object:
+        tensors = {
+            "y_ptr": torch.empty(4, dtype=dtype),
+            "topk_ids_ptr": torch.empty(4, dtype=torch.int64),
+            "out_ptr": torch.empty(4, dtype=torch.bfloat16),
+        }
+        numbers = {"H": 128, "TOP_K": 2, "NUM_EXPERTS": 4, "BLOCK_H": block, "PTX": True}
+        return triton_kernel_wrap.identify_accessed_tensors(moe_sum_pairs, {**tensors, **numbers}, {})
+
+    with target_cuda("h200"):
+        first = ask(torch.bfloat16, 128)
+        assert [write.name for write in first.read_writes.writes] == ["out_ptr"]
+        assert ask(torch.bfloat16, 128) is first
+        assert ask(torch.float32, 128) is not first and ask(torch.bfloat16, 64) is not first
+    assert triton_kernel_wrap.identify_accessed_tensors is stock
+
+
 def test_unknown_versions_and_signatures_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib import metadata
 
@@ -421,3 +447,15 @@ def test_weights_are_not_copied_for_each_method() -> None:
     assert copied.graph is not program.graph and copied.state_dict is not program.state_dict
     stock = CudaBackend.copy_exported_program_for_preprocess(program, [])
     assert stock.state_dict["weight"] is not program.state_dict["weight"]
+
+
+def test_lowered_constants_are_each_methods_own() -> None:
+    from executorch.backends.cuda import cuda_weight_collector
+
+    from executorch_moe.backends.cuda.shared_weights import shared_weights
+
+    with shared_weights():
+        is_local = cuda_weight_collector._is_aoti_library_local_fqn
+        assert is_local("_lifted_tensor_constant3") and is_local("_tensor_constant0")
+        assert not is_local("model.norm.weight")
+    assert not cuda_weight_collector._is_aoti_library_local_fqn("_lifted_tensor_constant3")

@@ -23,7 +23,18 @@ NAMES = (
     ("moe_few_tokens_gemm", 96, "experts GEMM1"),  # and GEMM2, in turn
     ("moe_grouped_gemm2", 132, "experts GEMM2"),
     ("moe_sum_pairs", 1, "experts, other"),
+    ("moe_row_matvec", 640, "dense"),
+    ("moe_row_attention", 64, "attention"),
+    ("moe_row_router", 32, "routing"),
+    ("triton_poi_fused_index_put_select_view_copy_2", 2, "norm, elementwise"),
+    ("triton_poi_fused__to_copy_cat_cos_mul_sin_unsqueeze_copy_1", 1, "norm, elementwise"),
+    ("triton_poi_fused__to_copy_index_mul_unsqueeze_copy_0", 8, "norm, elementwise"),
+    ("triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_unsqueeze_copy_view_copy_4", 1, "norm, elementwise"),
+    ("triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_sum_unsqueeze_copy_view_copy_5", 18992, "dense"),
+    ("triton_per_fused__to_copy_max_mul_select_view_copy_6", 149, "sampling"),
+    ("triton_red_fused_add_argmax_index_mul_7", 1, "sampling"),
     ("_fused_moe_kernel", 96, "experts GEMM1"),
+    ("triton_per_fused_sum_view_2", 256, "experts, other"),
     ("_fused_moe_silu_kernel", 96, "experts GEMM2"),
     ("_fused_moe_batched_int8_kernel", 96, "experts GEMM1"),
     ("_fused_moe_silu_batched_kernel", 96, "experts GEMM2"),
@@ -114,6 +125,10 @@ def test_bytes_of_a_token() -> None:
         "other_bytes": 500,
         "embedding_bytes": 100,
         "cache_bytes": 70,
+        "max_context": 35,
     }
-    assert token_bytes(record) == {"experts GEMM1": 200, "experts GEMM2": 100, "dense": 400, "attention": 70}
-    assert token_bytes({}) == {}
+    whole = {"experts GEMM1": 200, "experts GEMM2": 100, "dense": 400, "attention": 70}
+    assert token_bytes(record, 5) == whole
+    assert token_bytes(record | {"cache_reads": "all"}, 5) == whole
+    assert token_bytes(record | {"cache_reads": "written"}, 5) == whole | {"attention": 10}
+    assert token_bytes({}, 5) == {}

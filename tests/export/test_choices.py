@@ -24,6 +24,7 @@ from executorch_moe.export.quantize import quantize_experts_
 from executorch_moe.export.router import TopKFirstRouter, replace_routers_
 from executorch_moe.export.upstream_experts import UpstreamMoE, pack
 from executorch_moe.kernels import pack_experts
+from executorch_moe.kernels.arguments import ExpertArguments
 from executorch_moe.kernels.op import _OPTIONS
 from executorch_moe.kernels.packing import unpack_experts
 
@@ -89,9 +90,9 @@ def test_a_forced_schedule_reaches_the_operator(monkeypatch: pytest.MonkeyPatch)
 
     seen: list[bool] = []
 
-    def run(hidden_states: torch.Tensor, *_: Any, options: Any) -> torch.Tensor:
+    def run(arguments: ExpertArguments, *, options: Any) -> torch.Tensor:
         seen.append(options.persistent)
-        return torch.empty_like(hidden_states)
+        return torch.empty_like(arguments.hidden_states)
 
     monkeypatch.setattr(op, "run_fused_experts", run)
     packed = pack_experts(torch.randn(2, 256, 128), torch.randn(2, 128, 128), group_size=32)
@@ -192,6 +193,22 @@ def test_weights_that_are_made_again_are_those_of_the_export(tmp_path: Path) -> 
     }
     table = dict(thin.named_buffers())["model.rotary_emb.inv_freq"]
     assert torch.equal(table, dict(load_whole(options, tmp_path).named_buffers())["model.rotary_emb.inv_freq"])
+
+
+@pytest.mark.parametrize("experts", ["ours", "upstream"])
+def test_weights_are_made_from_what_an_artifact_says(tmp_path: Path, experts: str) -> None:
+    options = ExportOptions(
+        "synthetic:tiny", tmp_path / "x.pte", "sm_90", max_context=16, dense="int8", embedding="int8", experts=experts,
+        thin=True, layers=1,
+    )  # fmt: skip
+    program: Any = SimpleNamespace(constant_names=[MADE_FROM], constant=lambda name: made_from(options))
+    make = synthetic_weights(program, torch.device("cpu"))
+    assert make is not None
+    for name, tensor in load_whole(options, tmp_path).state_dict().items():
+        made = make(f"model.{name}", tensor.nbytes)
+        assert made is not None and made.numel() == tensor.nbytes, name
+    program.constant_names = []
+    assert synthetic_weights(program, torch.device("cpu")) is None
 
 
 def test_only_synthetic_models_can_do_without_weights(tmp_path: Path) -> None:

@@ -1,0 +1,377 @@
+"""`attention_of_one` and `route_one`: schema, fake, CPU kernel and launches; the kernels are in one_token.py.
+
+Neither writes to its arguments: the new key and value come back, and the caller puts them into the cache.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+import triton
+from torch import Tensor
+from torch.library import triton_op
+
+from .configs import INTERPRETER_GPU, Gpu
+from .gpus import gpu_of
+from .one_token import moe_row_attention, moe_row_matvec, moe_row_router
+from .plan import Launch
+
+BLOCK_K = 2048
+"""Most columns of a step: 64 of them a thread's registers hold."""
+MAX_EXPERTS = 1024
+"""The ranking is one program's work, quadratic in the experts."""
+MAX_HIDDEN = 8192
+"""The router's program holds a few whole rows in registers."""
+
+
+def fits_one_token(head_dim: int, hidden: int, experts: int) -> bool:
+    """True for a layer that the operators can do: tensor cores take halves of a head, powers of two from 16 on."""
+    return head_dim in (32, 64, 128, 256) and hidden <= MAX_HIDDEN and experts <= MAX_EXPERTS
+
+
+@triton_op("executorch_moe::attention_of_one", mutates_args={})
+def attention_of_one(
+    hidden: Tensor,
+    update: Tensor | None,
+    norm: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm, one projection of query, key and value, their norm and rotation, attention over the cache, for one token.
+
+    Args:
+        hidden: bf16 [1, 1, H], or what is to be added to `update` to give it.
+        update: bf16 [1, 1, H] or None: the experts' output, which the layer before has not added yet.
+        norm: bf16 [H]. q_norm, k_norm: bf16, D elements.
+        weight: int8 or bf16 [(heads + 2 * kv_heads) * D, H]. scale: fp32, one for each row, or None.
+        cos, sin: float, D elements.
+        position: int64 [1]; positions before it are read from the cache.
+        key, value: bf16 [1, kv_heads, C, D].
+        scaling: of the scores. eps: of the norms.
+
+    Returns:
+        hidden + update, bf16 [1, 1, H]; attention's result, bf16 [1, 1, heads * D]; this token's key and value, bf16
+        [2, 1, kv_heads, 1, D].
+    """
+    if hidden.device.type == "cpu":  # opened while tracing for the CPU
+        return attention_of_one_aten(
+            hidden, update, norm, weight, scale, q_norm, k_norm, cos, sin, position, key, value, scaling, eps
+        )
+    return run_attention_of_one(
+        hidden, update, norm, weight, scale, q_norm, k_norm, cos, sin, position, key, value, scaling, eps
+    )
+
+
+@triton_op("executorch_moe::route_one", mutates_args={})
+def route_one(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    residual: Tensor,
+    norm: Tensor,
+    router: Tensor,
+    top_k: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A projection with the residual, norm, and the routing of the result, for one token.
+
+    Args:
+        x: bf16 [1, 1, K]. residual: bf16 [1, 1, H]. norm: bf16 [H].
+        weight: int8 or bf16 [H, K]. scale: fp32 [H] or None.
+        router: bf16 [E, H]. top_k: experts of a token.
+
+    Returns:
+        The projection plus residual, bf16 [1, 1, H]; its norm, bf16 [1, H]; routing weights, fp32 [1, top_k], which sum
+        to 1; experts, int64 [1, top_k].
+    """
+    if x.device.type == "cpu":
+        return route_one_aten(x, weight, scale, residual, norm, router, top_k, eps)
+    return run_route_one(x, weight, scale, residual, norm, router, top_k, eps)
+
+
+def run_attention_of_one(
+    hidden: Tensor,
+    update: Tensor | None,
+    norm: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    eps: float,
+    *,
+    gpu: Gpu | None = None,
+    submit: Callable[[Launch], None] = Launch.run,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Two launches; arguments as for the operator, `gpu` and `submit` as for `plan.run_fused_experts`."""
+    interpreted = _interpreted()
+    gpu = gpu or _gpu(hidden)
+    _, kv_heads, context, head_dim = key.shape
+    heads = weight.shape[0] // head_dim - 2 * kv_heads
+    splits = splits_of(gpu, kv_heads)
+    summed, qkv = torch.empty_like(hidden), hidden.new_empty(weight.shape[0])
+    arrivals = torch.empty(triton.next_power_of_2(kv_heads), dtype=torch.int32, device=hidden.device)
+    submit(_matvec(hidden, update, norm, weight, scale, None, summed, qkv, arrivals, eps, interpreted))
+    out, new = hidden.new_empty(1, 1, heads * head_dim), hidden.new_empty(2, 1, kv_heads, 1, head_dim)
+    partial = torch.empty(splits, heads, head_dim, dtype=torch.float32, device=hidden.device)
+    maxima = torch.empty(splits, heads, dtype=torch.float32, device=hidden.device)
+    attention = Launch(
+        moe_row_attention,
+        (kv_heads, splits),
+        {
+            "qkv_ptr": qkv,
+            "q_norm_ptr": q_norm,
+            "k_norm_ptr": k_norm,
+            "cos_ptr": cos,
+            "sin_ptr": sin,
+            "position_ptr": position,
+            "key_ptr": key,
+            "value_ptr": value,
+            "new_ptr": new,
+            "partial_ptr": partial,
+            "max_ptr": maxima,
+            "sum_ptr": torch.empty_like(maxima),
+            "arrivals_ptr": arrivals,
+            "out_ptr": out,
+        },
+        {
+            "SCALING": scaling,
+            "EPS": eps,
+            "C": context,
+            "KV_HEADS": kv_heads,
+            "GROUPS": heads // kv_heads,
+            "G_PAD": max(16, triton.next_power_of_2(heads // kv_heads)),
+            "HALF": head_dim // 2,
+            "SPLITS": splits,
+            "BLOCK_T": 64,
+            "NUM_STAGES": 2,
+            "PTX": not interpreted,
+        },
+    )
+    submit(attention)
+    return summed, out, new
+
+
+def run_route_one(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    residual: Tensor,
+    norm: Tensor,
+    router: Tensor,
+    top_k: int,
+    eps: float,
+    *,
+    submit: Callable[[Launch], None] = Launch.run,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two launches; arguments as for the operator, `submit` as for `plan.run_fused_experts`."""
+    interpreted = _interpreted()
+    (experts, hidden), device = router.shape, x.device
+    out, normed = torch.empty_like(residual), residual.new_empty(1, hidden)
+    arrivals = torch.empty(1, dtype=torch.int32, device=device)
+    submit(_matvec(x, None, None, weight, scale, residual, out, out, arrivals, eps, interpreted))
+    weights = torch.empty(1, top_k, dtype=torch.float32, device=device)
+    ids = torch.empty(1, top_k, dtype=torch.int64, device=device)
+    block_e = 4
+    routing = Launch(
+        moe_row_router,
+        (-(-experts // block_e),),
+        {
+            "x_ptr": out,
+            "norm_ptr": norm,
+            "w_ptr": router,
+            "normed_ptr": normed,
+            "logits_ptr": torch.empty(experts, dtype=torch.float32, device=device),
+            "arrivals_ptr": arrivals,
+            "weights_ptr": weights,
+            "ids_ptr": ids,
+        },
+        {
+            "EPS": eps,
+            "H": hidden,
+            "E": experts,
+            "E_POW2": triton.next_power_of_2(experts),
+            "TOP_K": top_k,
+            "BLOCK_E": block_e,
+            "BLOCK_H": triton.next_power_of_2(hidden),
+            "RANK_BLOCK": min(32, triton.next_power_of_2(experts)),
+            "PTX": not interpreted,
+        },
+    )
+    submit(routing)
+    return out, normed, weights, ids
+
+
+def splits_of(gpu: Gpu, kv_heads: int) -> int:
+    """Parts of the cache for each head, a power of two, 64 at most: programs for half of the multiprocessors.
+
+    The last program reads what all wrote, in a time that grows with them.
+    """
+    most = min(64, max(1, gpu.num_sms // (2 * kv_heads)))
+    return 1 << (most.bit_length() - 1)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _gpu(x: Tensor) -> Gpu:
+    return INTERPRETER_GPU if _interpreted() else gpu_of(x.device.index or 0)
+
+
+def _matvec(
+    x: Tensor,
+    add: Tensor | None,
+    norm: Tensor | None,
+    weight: Tensor,
+    scale: Tensor | None,
+    residual: Tensor | None,
+    summed: Tensor,
+    out: Tensor,
+    arrivals: Tensor,
+    eps: float,
+    interpreted: bool,
+) -> Launch:
+    """weight @ norm(x + add) * scale + residual; absent arguments are filled with a tensor that is never read."""
+    n, k = weight.shape
+    block_n = 8 if n > 4096 else 4  # rows of a program: enough programs to fill a large GPU at least once
+    return Launch(
+        moe_row_matvec,
+        (-(-n // block_n),),
+        {
+            "x_ptr": x,
+            "add_ptr": x if add is None else add,
+            "norm_ptr": x if norm is None else norm,
+            "w_ptr": weight,
+            "scale_ptr": weight if scale is None else scale,
+            "residual_ptr": x if residual is None else residual,
+            "sum_ptr": summed,
+            "out_ptr": out,
+            "arrivals_ptr": arrivals,
+        },
+        {
+            "EPS": eps,
+            "N": n,
+            "K": k,
+            "BLOCK_N": block_n,
+            "BLOCK_K": min(BLOCK_K, triton.next_power_of_2(k)),
+            "NUM_ARRIVALS": arrivals.shape[0],
+            "HAS_ADD": add is not None,
+            "HAS_NORM": norm is not None,
+            "HAS_SCALE": scale is not None,
+            "HAS_RESIDUAL": residual is not None,
+            "PTX": not interpreted,
+        },
+    )
+
+
+def attention_of_one_aten(
+    hidden: Tensor,
+    update: Tensor | None,
+    norm: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator in plain ATen: fp32, rounded where the kernels round."""
+    summed = hidden.clone() if update is None else hidden + update
+    x = summed.float()
+    factor = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    qkv = (x * norm.float()) @ weight.float().T * factor
+    qkv = (qkv if scale is None else qkv * scale).to(hidden.dtype)
+    _, kv_heads, context, head_dim = key.shape
+    rows = qkv.reshape(-1, head_dim).float()
+    heads = rows.shape[0] - 2 * kv_heads
+    wave = cos.flatten().float(), sin.flatten().float()
+    query = _normed_and_turned(rows[:heads], q_norm.flatten().float(), *wave, eps).to(hidden.dtype)
+    new_key = _normed_and_turned(rows[heads : heads + kv_heads], k_norm.flatten().float(), *wave, eps).to(hidden.dtype)
+    new_value = rows[heads + kv_heads :].to(hidden.dtype)
+    keys = torch.cat([key[0].float(), new_key[:, None].float()], 1)  # [kv_heads, C + 1, D]
+    values = torch.cat([value[0].float(), new_value[:, None].float()], 1)
+    scores = query.float().unflatten(0, (kv_heads, -1)) @ keys.transpose(1, 2) * scaling
+    at = torch.arange(context + 1, device=key.device)
+    seen = (at < position) | (at == context)
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    # What was not written may be anything, NaN as well.
+    out = weights @ values.masked_fill(~seen[:, None], 0.0)
+    new = torch.stack([new_key, new_value])[:, None, :, None]
+    return summed, out.to(hidden.dtype).reshape(1, 1, -1), new
+
+
+def _normed_and_turned(x: Tensor, norm: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * norm
+    low, high = x.chunk(2, -1)
+    return x * cos + torch.cat([-high, low], -1) * sin
+
+
+def route_one_aten(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    residual: Tensor,
+    norm: Tensor,
+    router: Tensor,
+    top_k: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator in plain ATen: fp32, rounded where the kernel rounds."""
+    y = x.float() @ weight.float().T
+    out = (y if scale is None else y * scale).to(x.dtype) + residual
+    row = out[0].float()
+    normed = (row * torch.rsqrt(row.pow(2).mean(-1, keepdim=True) + eps) * norm.float()).to(x.dtype)
+    logits = (normed.float() @ router.float().T).to(x.dtype).float()
+    # Sorted and stable: of equal logits the lower expert comes first.
+    order = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :top_k]
+    return out, normed, logits.gather(-1, order).softmax(-1), order
+
+
+@attention_of_one.register_kernel("cpu")
+def _(*args):  # type: ignore[no-untyped-def]
+    return attention_of_one_aten(*args)
+
+
+@route_one.register_kernel("cpu")
+def _(*args):  # type: ignore[no-untyped-def]
+    return route_one_aten(*args)
+
+
+@attention_of_one.register_fake
+def _(hidden, update, norm, weight, scale, q_norm, k_norm, cos, sin, position, key, *_):  # type: ignore[no-untyped-def]
+    _, kv_heads, _, head_dim = key.shape
+    heads = weight.shape[0] // head_dim - 2 * kv_heads
+    new = hidden.new_empty(2, 1, kv_heads, 1, head_dim)
+    return torch.empty_like(hidden), hidden.new_empty(1, 1, heads * head_dim), new
+
+
+@route_one.register_fake
+def _(x, weight, scale, residual, norm, router, top_k, eps):  # type: ignore[no-untyped-def]
+    return (
+        torch.empty_like(residual),
+        residual.new_empty(1, router.shape[1]),
+        residual.new_empty(1, top_k, dtype=torch.float32),
+        residual.new_empty(1, top_k, dtype=torch.int64),
+    )

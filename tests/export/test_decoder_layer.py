@@ -1,0 +1,75 @@
+"""Layers that do one token in two operators: against the same layers with many tokens, and as they are exported."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from executorch_moe.export import attention, synthetic
+from executorch_moe.export.causal_lm import CausalLM, export_methods
+from executorch_moe.export.choices import streamline_
+from executorch_moe.export.decoder_layer import StreamlinedLayer
+from executorch_moe.export.dense import quantize_dense_
+
+TEXT = [5, 17, 200, 33, 33, 8, 91]
+CONTEXT = 16
+
+
+def model(dense: str, dtype: torch.dtype = torch.bfloat16, shape: str = "synthetic:tiny,layers=3") -> CausalLM:
+    def prepare(part: torch.nn.Module) -> None:
+        quantize_dense_(streamline_(part), dense, 32, embedding="int8" if dense == "int8" else "none")
+
+    net = synthetic.build(
+        synthetic.parse(shape), group_size=32, dtype=dtype, attention=attention.register(),
+        prepare=prepare,
+    )  # fmt: skip
+    return CausalLM(net, CONTEXT)
+
+
+def run(lm: CausalLM, ids: list[int], position: int) -> torch.Tensor:
+    with torch.no_grad():
+        return lm(torch.tensor([ids]), torch.arange(position, position + len(ids)))
+
+
+@pytest.mark.parametrize("dense", ["none", "int8", "int4"])
+def test_one_by_one_is_as_at_once(dense: str) -> None:
+    lm = model(dense)
+    assert all(type(layer) is StreamlinedLayer for layer in lm.model.model.layers)
+    at_once = run(lm, TEXT, 0)
+    caches = [buffer.clone() for buffer in lm.kv_cache.buffers()]
+    lm.reset()
+    for position, token in enumerate(TEXT):
+        one_by_one = run(lm, [token], position)
+    # bf16 rounds at other places, and a near tie may send a token to another expert: close, not equal.
+    assert (one_by_one - at_once).norm() / at_once.norm() < 0.05
+    for one, other in zip(lm.kv_cache.buffers(), caches, strict=True):
+        assert (one - other).float().norm() / other.float().norm() < 0.05
+
+
+def operators(lm: CausalLM, method: str) -> list[str]:
+    program = export_methods(lm, one_row_linears=True)[method]
+    return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+
+
+def test_decode_is_three_operators_a_layer_and_prefill_none_of_the_new() -> None:
+    decode, prefill = (operators(model("int8"), method) for method in ("decode", "prefill"))
+    for name in ("attention_of_one", "route_one", "fused_experts"):
+        assert decode.count(f"executorch_moe.{name}.default") == 3
+    assert not any("attention_of_one" in name or "route_one" in name for name in prefill)
+    # Nothing of attention or the router is left beside them.
+    assert not any(word in name for name in decode for word in ("dot_product", "topk", "softmax"))
+
+
+@pytest.mark.parametrize(
+    ("dense", "dtype", "head_dim"),
+    [("int4", torch.bfloat16, 32), ("none", torch.float32, 32), ("none", torch.bfloat16, 48)],
+)
+def test_what_the_operators_do_not_take_is_done_as_before(dense: str, dtype: torch.dtype, head_dim: int) -> None:
+    found = operators(model(dense, dtype, f"synthetic:tiny,layers=3,head_dim={head_dim}"), "decode")
+    assert not any("attention_of_one" in name for name in found)
+    assert sum("scaled_dot_product_attention" in name for name in found) == 3
+
+
+def test_only_the_last_layer_adds_up() -> None:
+    layers = model("none").model.model.layers
+    assert [layer.last for layer in layers] == [False, False, True]

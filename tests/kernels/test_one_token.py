@@ -1,0 +1,199 @@
+"""`attention_of_one` and `route_one`: the CPU kernels against plain modules, the Triton kernels against the CPU's."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from executorch_moe.kernels import one_token_op as ops
+from executorch_moe.kernels.plan import Launch
+
+HIDDEN, KV_HEADS, HEAD_DIM, CONTEXT, EXPERTS = 192, 2, 32, 200, 12
+EPS = 1e-6
+
+
+def random(*shape: int, seed: int = 0, deviation: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return (torch.randn(shape, generator=generator) * deviation).bfloat16()
+
+
+def projection(rows: int, columns: int, kind: str) -> tuple[Tensor, Tensor | None]:
+    if kind == "bf16":
+        return random(rows, columns, deviation=columns**-0.5), None
+    generator = torch.Generator().manual_seed(rows)
+    codes = torch.randint(-127, 128, (rows, columns), generator=generator, dtype=torch.int8)
+    return codes, (torch.rand(rows, generator=generator) + 0.5) / (73 * columns**0.5)
+
+
+def attention_arguments(kind: str, groups: int, position: int, update: bool) -> tuple[object, ...]:
+    """Behind the positions that were written, the cache holds what no result may depend on."""
+    weight, scale = projection((groups + 2) * KV_HEADS * HEAD_DIM, HIDDEN, kind)
+    angle = torch.linspace(0.0, 3.0, HEAD_DIM // 2).repeat(2)[None, None] * position
+    key, value = (random(1, KV_HEADS, CONTEXT, HEAD_DIM, seed=seed) for seed in (1, 2))
+    key[:, :, position:], value[:, :, position:] = torch.nan, torch.nan
+    return (
+        random(1, 1, HIDDEN), random(1, 1, HIDDEN, seed=3) if update else None, random(HIDDEN), weight, scale,
+        random(2, HEAD_DIM // 2), random(2, HEAD_DIM // 2, seed=1), angle.cos().bfloat16(), angle.sin().bfloat16(),
+        torch.tensor([position]), key, value, HEAD_DIM**-0.5, EPS,
+    )  # fmt: skip
+
+
+def route_arguments(kind: str, top_k: int, tied: bool = False) -> tuple[object, ...]:
+    weight, scale = projection(HIDDEN, 96, kind)
+    router = random(EXPERTS, HIDDEN, deviation=HIDDEN**-0.5)
+    if tied:
+        router[3:] = router[:1]
+    return random(1, 1, 96), weight, scale, random(1, 1, HIDDEN), random(HIDDEN), router, top_k, EPS
+
+
+ATTENTION = [
+    ("int8", 4, 150, True),
+    ("bf16", 4, 64, False),  # no update: the first layer
+    ("int8", 1, 0, True),  # nothing in the cache
+    ("int8", 3, 1, True),  # groups that are no power of two
+    ("int8", 4, CONTEXT - 1, True),  # the last position
+]
+
+
+@pytest.mark.parametrize(("kind", "groups", "position", "update"), ATTENTION)
+def test_attention_is_that_of_plain_modules(kind: str, groups: int, position: int, update: bool) -> None:
+    arguments = attention_arguments(kind, groups, position, update)
+    hidden, add, norm, weight, scale, q_norm, k_norm, cos, sin, _, key, value, scaling, eps = arguments
+    summed, out, new = ops.attention_of_one(*arguments)
+    x = hidden if add is None else hidden + add
+    assert torch.equal(summed, x)
+    x = torch.nn.functional.rms_norm(x.float(), (HIDDEN,), norm.float(), eps)
+    rows = (x @ (weight.float() * (1.0 if scale is None else scale[:, None])).T).unflatten(-1, (-1, HEAD_DIM))[0, 0]
+    query, fresh, last = rows.split([groups * KV_HEADS, KV_HEADS, KV_HEADS])
+
+    def turn(part: Tensor, weight: Tensor) -> Tensor:
+        part = torch.nn.functional.rms_norm(part, (HEAD_DIM,), weight.flatten().float(), eps)
+        low, high = part.chunk(2, -1)
+        return part * cos.flatten().float() + torch.cat([-high, low], -1) * sin.flatten().float()
+
+    fresh = turn(fresh, k_norm)
+    keys = torch.cat([key[0, :, :position].float(), fresh[:, None]], 1)
+    values = torch.cat([value[0, :, :position].float(), last[:, None]], 1)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        turn(query, q_norm)[None, :, None], keys[None], values[None], scale=scaling, enable_gqa=True
+    )
+    torch.testing.assert_close(out.float().flatten(), expected.flatten(), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(new.float().flatten(), torch.stack([fresh, last]).flatten(), rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize(("kind", "top_k"), [("int8", 4), ("bf16", 1), ("int8", EXPERTS)])
+def test_routing_is_that_of_plain_modules(kind: str, top_k: int) -> None:
+    x, weight, scale, residual, norm, router, _, eps = route_arguments(kind, top_k)
+    out, normed, weights, ids = ops.route_one(x, weight, scale, residual, norm, router, top_k, eps)
+    expected = x.float() @ (weight.float() * (1.0 if scale is None else scale[:, None])).T + residual.float()
+    torch.testing.assert_close(out.float(), expected, rtol=0.01, atol=0.01)
+    row = torch.nn.functional.rms_norm(out[0].float(), (HIDDEN,), norm.float(), eps)
+    torch.testing.assert_close(normed.float(), row, rtol=0.01, atol=0.01)
+    chosen, best = (normed @ router.T).float().topk(top_k)
+    assert ids.tolist() == best.tolist()
+    torch.testing.assert_close(weights, chosen.softmax(-1))
+
+
+def test_of_equal_experts_the_first_are_taken() -> None:
+    *_, ids = ops.route_one(*route_arguments("bf16", 5, tied=True))
+    ties = [expert for expert in ids[0].tolist() if expert not in (1, 2)]
+    assert ties == sorted(ties) and ties[0] == 0 and (len(ties) < 2 or ties[1] == 3)
+
+
+@pytest.mark.parametrize("update", [True, False])
+def test_operators_as_torch_wants_them(update: bool) -> None:
+    attention = attention_arguments("int8", 2, 5, update)
+    for index in (10, 11):  # opcheck compares results, and NaN is equal to nothing
+        attention[index].nan_to_num_()  # type: ignore[attr-defined]
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(torch.ops.executorch_moe.attention_of_one, attention, test_utils=checks)
+    torch.library.opcheck(torch.ops.executorch_moe.route_one, route_arguments("int8", 3), test_utils=checks)
+
+
+def test_splits_leave_the_last_program_little_to_read() -> None:
+    from executorch_moe.kernels.configs import Gpu
+
+    assert ops.splits_of(Gpu(90, 132, 232448), 4) == 16
+    assert ops.splits_of(Gpu(90, 132, 232448), 1) == 64
+    assert ops.splits_of(Gpu(90, 4, 232448), 8) == 1
+
+
+def _assert_close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        if one.dtype == torch.int64:
+            assert one.tolist() == other.tolist()
+        else:
+            torch.testing.assert_close(one.float(), other.float(), rtol=0.01, atol=0.01)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("kind", "groups", "position", "update"), ATTENTION)
+def test_interpreted_attention(kind: str, groups: int, position: int, update: bool) -> None:
+    assert os.environ.get("TRITON_INTERPRET") == "1"
+    arguments = attention_arguments(kind, groups, position, update)
+    found = ops.run_attention_of_one(*arguments)  # type: ignore[arg-type]
+    _assert_close(found, ops.attention_of_one_aten(*arguments))  # type: ignore[arg-type]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("kind", "top_k"), [("int8", 4), ("bf16", 1), ("int8", EXPERTS)])
+def test_interpreted_routing(kind: str, top_k: int, tied: bool) -> None:
+    arguments = route_arguments(kind, top_k, tied)
+    _assert_close(ops.run_route_one(*arguments), ops.route_one_aten(*arguments))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_qwen3_30b_compiles_without_spills(capability: int) -> None:
+    from executorch_moe.kernels.compile import compile_launch
+    from executorch_moe.kernels.configs import Gpu
+    from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED
+
+    launches: list[Launch] = []
+    gpu = Gpu(capability, 132, MAX_DYNAMIC_SHARED[capability])
+    with torch.device("meta"):
+        bf16 = {"dtype": torch.bfloat16}
+        row, cache = torch.empty(1, 1, 2048, **bf16), torch.empty(1, 4, 2304, 128, **bf16)
+        norm, half, wave = torch.empty(2048, **bf16), torch.empty(2, 64, **bf16), torch.empty(1, 1, 128, **bf16)
+        weight, scale = torch.empty(5120, 2048, dtype=torch.int8), torch.empty(5120)
+        position = torch.empty(1, dtype=torch.int64)
+        for update in (None, row):
+            ops.run_attention_of_one(
+                row, update, norm, weight, scale, half, half, wave, wave, position, cache, cache, 0.1, EPS,
+                gpu=gpu, submit=launches.append,
+            )  # fmt: skip
+        weight, scale = torch.empty(2048, 4096, dtype=torch.int8), torch.empty(2048)
+        router, out = torch.empty(128, 2048, **bf16), torch.empty(1, 1, 4096, **bf16)
+        ops.run_route_one(out, weight, scale, row, norm, router, 8, EPS, submit=launches.append)
+    assert [launch.kernel.__name__ for launch in launches[2:]] == [
+        "moe_row_matvec", "moe_row_attention", "moe_row_matvec", "moe_row_router",
+    ]  # fmt: skip
+    for launch in launches[1:]:
+        report = compile_launch(launch, capability)
+        assert report.spill_bytes == 0 and report.shared <= gpu.max_shared, report
+        assert report.registers <= 255
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kind", "groups", "position", "update"), ATTENTION)
+def test_attention_on_a_gpu(kind: str, groups: int, position: int, update: bool) -> None:
+    arguments = attention_arguments(kind, groups, position, update)
+    there = [part.cuda() if isinstance(part, Tensor) else part for part in arguments]
+    found = ops.attention_of_one(*there)
+    _assert_close(tuple(part.cpu() for part in found), ops.attention_of_one(*arguments))
+    assert all(torch.equal(one, other) for one, other in zip(ops.attention_of_one(*there), found, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("kind", "top_k"), [("int8", 4), ("bf16", 1), ("int8", EXPERTS)])
+def test_routing_on_a_gpu(kind: str, top_k: int, tied: bool) -> None:
+    arguments = route_arguments(kind, top_k, tied)
+    there = [part.cuda() if isinstance(part, Tensor) else part for part in arguments]
+    found = ops.route_one(*there)
+    _assert_close(tuple(part.cpu() for part in found), ops.route_one(*arguments))
+    assert all(torch.equal(one, other) for one, other in zip(ops.route_one(*there), found, strict=True))
