@@ -19,10 +19,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .benchmark import Shape
+from .benchmark import Shape, random_packed
 from .gpus import Gpu, GpuModel, gpu_of
-from .packing import pack_experts
 from .plan import Launch, Options, run_fused_experts
+from .schemes import K_BLOCK, round_up
 
 _POINTERS = {
     torch.bfloat16: "*bf16",
@@ -76,15 +76,14 @@ def record_launches(
     bias: bool = False,
 ) -> list[Launch]:
     """Launches of one expert layer for a GPU that need not be here, on tensors without storage."""
+    shape = Shape("recorded", experts, top_k, h, i, group_size)
+    packed = random_packed(shape, scheme, "meta", torch.Generator())
     with torch.device("meta"):
-        packed = pack_experts(
-            torch.empty(experts, 2 * i, h),
-            torch.empty(experts, h, i),
-            scheme=scheme,
-            group_size=group_size,
-            gate_up_bias=torch.empty(experts, 2 * i) if bias else None,
-            down_bias=torch.empty(experts, h) if bias else None,
-        )
+        if bias:
+            rows, columns = 2 * round_up(i, K_BLOCK), round_up(h, K_BLOCK)
+            packed = packed.with_tensors(
+                {"w13_bias": torch.empty(experts, rows), "w2_bias": torch.empty(experts, columns)}
+            )
         x = torch.empty(tokens, h, dtype=torch.bfloat16)
         ids = torch.empty(tokens, top_k, dtype=torch.int64)
         weights = torch.empty(tokens, top_k)
