@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from executorch_moe.export import attention, synthetic
-from executorch_moe.export.causal_lm import CausalLM, export_methods
 from executorch_moe.export.build import streamline_
+from executorch_moe.export.causal_lm import CausalLM, export_methods
 from executorch_moe.export.decoder_layer import StreamlinedLayer
 from executorch_moe.export.dense import quantize_dense_
 
