@@ -20,6 +20,7 @@ from executorch_moe.kernels import (
 )
 from executorch_moe.kernels.reference import reference_experts
 from executorch_moe.kernels.rounding import HQQ_NORM, quantize_hqq, round_weights
+from executorch_moe.kernels.schemes import max_scale_ratio
 
 from . import cases
 
@@ -109,6 +110,13 @@ def test_scales_of_int8_products_are_multiples_of_their_rows(algorithm: str) -> 
     assert not codes.dequantize()[3].any() and not codes.dequantize()[5, :64].any()
     free = round_weights(weight, 64, algorithm)
     assert (codes.dequantize() - weight).norm() < (free.dequantize() - weight).norm()
+
+
+@pytest.mark.parametrize("k_pad", [128, 384, 2048, 2944, 4096, 7168, 8192, 8320, 16384, 131072])
+def test_no_sum_overflows_in_any_units(k_pad: int) -> None:
+    """The largest sum, of activations 127 and products 128, in units of the smallest scale; finer would not do."""
+    largest = k_pad * 127 * 128 * max_scale_ratio(k_pad)
+    assert largest < 2**31 <= 2 * largest
 
 
 def test_codes_whose_scales_are_multiples_of_their_rows_keep_their_values() -> None:
