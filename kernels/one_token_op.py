@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
@@ -29,6 +30,38 @@ MAX_HIDDEN = 8192
 def fits_one_token(head_dim: int, hidden: int, experts: int) -> bool:
     """True for a layer that the operators can do: tensor cores take halves of a head, powers of two from 16 on."""
     return head_dim in (32, 64, 128, 256) and hidden <= MAX_HIDDEN and experts <= MAX_EXPERTS
+
+
+class AttentionArguments(NamedTuple):
+    """Arguments of `attention_of_one`, in its order."""
+
+    hidden: Tensor
+    update: Tensor | None
+    norm: Tensor
+    weight: Tensor
+    scale: Tensor | None
+    q_norm: Tensor
+    k_norm: Tensor
+    cos: Tensor
+    sin: Tensor
+    position: Tensor
+    key: Tensor
+    value: Tensor
+    scaling: float
+    eps: float
+
+
+class RouteArguments(NamedTuple):
+    """Arguments of `route_one`, in its order."""
+
+    x: Tensor
+    weight: Tensor
+    scale: Tensor | None
+    residual: Tensor
+    norm: Tensor
+    router: Tensor
+    top_k: int
+    eps: float
 
 
 @triton_op("executorch_moe::attention_of_one", mutates_args={})
@@ -64,13 +97,12 @@ def attention_of_one(
         hidden + update, bf16 [1, 1, H]; attention's result, bf16 [1, 1, heads * D]; this token's key and value, bf16
         [2, 1, kv_heads, 1, D].
     """
-    if hidden.device.type == "cpu":  # opened while tracing for the CPU
-        return attention_of_one_aten(
-            hidden, update, norm, weight, scale, q_norm, k_norm, cos, sin, position, key, value, scaling, eps
-        )
-    return run_attention_of_one(
+    arguments = AttentionArguments(
         hidden, update, norm, weight, scale, q_norm, k_norm, cos, sin, position, key, value, scaling, eps
     )
+    if hidden.device.type == "cpu":  # opened while tracing for the CPU
+        return attention_of_one_aten(arguments)
+    return run_attention_of_one(arguments)
 
 
 @triton_op("executorch_moe::route_one", mutates_args={})
@@ -95,31 +127,18 @@ def route_one(
         The projection plus residual, bf16 [1, 1, H]; its norm, bf16 [1, H]; routing weights, fp32 [1, top_k], which sum
         to 1; experts, int64 [1, top_k].
     """
-    if x.device.type == "cpu":
-        return route_one_aten(x, weight, scale, residual, norm, router, top_k, eps)
-    return run_route_one(x, weight, scale, residual, norm, router, top_k, eps)
+    arguments = RouteArguments(x, weight, scale, residual, norm, router, top_k, eps)
+    return route_one_aten(arguments) if x.device.type == "cpu" else run_route_one(arguments)
 
 
 def run_attention_of_one(
-    hidden: Tensor,
-    update: Tensor | None,
-    norm: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    q_norm: Tensor,
-    k_norm: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    eps: float,
+    arguments: AttentionArguments,
     *,
     gpu: Gpu | None = None,
     submit: Callable[[Launch], None] = Launch.run,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Two launches; arguments as for the operator, `gpu` and `submit` as for `plan.run_fused_experts`."""
+    """Two launches; `gpu` and `submit` as for `plan.run_fused_experts`."""
+    hidden, update, norm, weight, scale, q_norm, k_norm, cos, sin, position, key, value, scaling, eps = arguments
     interpreted = _interpreted()
     gpu = gpu or _gpu(hidden)
     _, kv_heads, context, head_dim = key.shape
@@ -169,18 +188,10 @@ def run_attention_of_one(
 
 
 def run_route_one(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    residual: Tensor,
-    norm: Tensor,
-    router: Tensor,
-    top_k: int,
-    eps: float,
-    *,
-    submit: Callable[[Launch], None] = Launch.run,
+    arguments: RouteArguments, *, submit: Callable[[Launch], None] = Launch.run
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Two launches; arguments as for the operator, `submit` as for `plan.run_fused_experts`."""
+    """Two launches; `submit` as for `plan.run_fused_experts`."""
+    x, weight, scale, residual, norm, router, top_k, eps = arguments
     interpreted = _interpreted()
     (experts, hidden), device = router.shape, x.device
     out, normed = torch.empty_like(residual), residual.new_empty(1, hidden)
@@ -281,23 +292,9 @@ def _matvec(
     )
 
 
-def attention_of_one_aten(
-    hidden: Tensor,
-    update: Tensor | None,
-    norm: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    q_norm: Tensor,
-    k_norm: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def attention_of_one_aten(arguments: AttentionArguments) -> tuple[Tensor, Tensor, Tensor]:
     """The operator in plain ATen: fp32, rounded where the kernels round."""
+    hidden, update, norm, weight, scale, q_norm, k_norm, cos, sin, position, key, value, scaling, eps = arguments
     summed = hidden.clone() if update is None else hidden + update
     x = summed.float()
     factor = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
@@ -328,17 +325,9 @@ def _normed_and_turned(x: Tensor, norm: Tensor, cos: Tensor, sin: Tensor, eps: f
     return x * cos + torch.cat([-high, low], -1) * sin
 
 
-def route_one_aten(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    residual: Tensor,
-    norm: Tensor,
-    router: Tensor,
-    top_k: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def route_one_aten(arguments: RouteArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator in plain ATen: fp32, rounded where the kernel rounds."""
+    x, weight, scale, residual, norm, router, top_k, eps = arguments
     y = x.float() @ weight.float().T
     out = (y if scale is None else y * scale).to(x.dtype) + residual
     row = out[0].float()
@@ -351,12 +340,12 @@ def route_one_aten(
 
 @attention_of_one.register_kernel("cpu")
 def _(*args):  # type: ignore[no-untyped-def]
-    return attention_of_one_aten(*args)
+    return attention_of_one_aten(AttentionArguments(*args))
 
 
 @route_one.register_kernel("cpu")
 def _(*args):  # type: ignore[no-untyped-def]
-    return route_one_aten(*args)
+    return route_one_aten(RouteArguments(*args))
 
 
 @attention_of_one.register_fake

@@ -134,17 +134,16 @@ def _assert_close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> No
 @pytest.mark.parametrize(("kind", "groups", "position", "update"), ATTENTION)
 def test_interpreted_attention(kind: str, groups: int, position: int, update: bool) -> None:
     assert os.environ.get("TRITON_INTERPRET") == "1"
-    arguments = attention_arguments(kind, groups, position, update)
-    found = ops.run_attention_of_one(*arguments)  # type: ignore[arg-type]
-    _assert_close(found, ops.attention_of_one_aten(*arguments))  # type: ignore[arg-type]
+    arguments = ops.AttentionArguments(*attention_arguments(kind, groups, position, update))
+    _assert_close(ops.run_attention_of_one(arguments), ops.attention_of_one_aten(arguments))
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("kind", "top_k"), [("int8", 4), ("bf16", 1), ("int8", EXPERTS)])
 def test_interpreted_routing(kind: str, top_k: int, tied: bool) -> None:
-    arguments = route_arguments(kind, top_k, tied)
-    _assert_close(ops.run_route_one(*arguments), ops.route_one_aten(*arguments))  # type: ignore[arg-type]
+    arguments = ops.RouteArguments(*route_arguments(kind, top_k, tied))
+    _assert_close(ops.run_route_one(arguments), ops.route_one_aten(arguments))
 
 
 @pytest.mark.parametrize("capability", [80, 90, 120])
@@ -162,13 +161,14 @@ def test_qwen3_30b_compiles_without_spills(capability: int) -> None:
         weight, scale = torch.empty(5120, 2048, dtype=torch.int8), torch.empty(5120)
         position = torch.empty(1, dtype=torch.int64)
         for update in (None, row):
-            ops.run_attention_of_one(
-                row, update, norm, weight, scale, half, half, wave, wave, position, cache, cache, 0.1, EPS,
-                gpu=gpu, submit=launches.append,
-            )  # fmt: skip
+            arguments = ops.AttentionArguments(
+                row, update, norm, weight, scale, half, half, wave, wave, position, cache, cache, 0.1, EPS
+            )
+            ops.run_attention_of_one(arguments, gpu=gpu, submit=launches.append)
         weight, scale = torch.empty(2048, 4096, dtype=torch.int8), torch.empty(2048)
         router, out = torch.empty(128, 2048, **bf16), torch.empty(1, 1, 4096, **bf16)
-        ops.run_route_one(out, weight, scale, row, norm, router, 8, EPS, submit=launches.append)
+        route = ops.RouteArguments(out, weight, scale, row, norm, router, 8, EPS)
+        ops.run_route_one(route, submit=launches.append)
     assert [launch.kernel.__name__ for launch in launches[2:]] == [
         "moe_row_matvec", "moe_row_attention", "moe_row_matvec", "moe_row_router",
     ]  # fmt: skip
