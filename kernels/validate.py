@@ -107,7 +107,7 @@ def check_fused_experts(arguments: ExpertArguments) -> None:
     groups = group_size or 1
     for gemm, k_pad, n_pad in ((1, h_pad, 2 * i_pad), (2, i_pad, h_pad)):
         matrix, weight = arguments.matrix(gemm), ("w13", "w2")[gemm - 1]
-        for kind_of, t, extra in (("scale", matrix.scale, kind.row_scaled(gemm)), ("zero", matrix.zero, False)):
+        for kind_of, t, extra in (("scale", matrix.scale, int(kind.row_scaled(gemm))), ("zero", matrix.zero, 0)):
             if t is not None:
                 _dtype(f"{weight}_{kind_of}", t, (torch.bfloat16,))
                 _shape(

@@ -41,6 +41,8 @@ REPLACED: dict[str, Parameters] = {
     "torch.utils.cpp_extension:CUDA_HOME": None,
     "torch._dynamo.device_interface:device_interfaces": None,
     "torch._inductor.codegen.wrapper:PythonWrapperCodegen.generate_and_run_autotune_block": ("self",),
+    "torch._inductor.codegen.cpp_wrapper_cpu:CppWrapperCpu.codegen_device": ("self", "device"),
+    "torch._inductor.codegen.cpp_wrapper_cpu:CppWrapperCpu.codegen_model_constructor": ("self",),
     "torch._inductor.graph:GraphLowering.get_original_value_of_constant": ("self", "name"),
     "torch._inductor.graph:is_same_tensor": ("data", "value"),
     "triton.backends:backends": None,
@@ -315,6 +317,7 @@ def _replace_choices(stack: contextlib.ExitStack, choices: StaticChoices) -> Non
 def _replace_weights(stack: contextlib.ExitStack, choices: StaticChoices) -> None:
     from executorch.backends.cuda import cuda_backend
     from torch._inductor import graph
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 
     weights = WeightStandIns(graph.GraphLowering.get_original_value_of_constant, graph.is_same_tensor)
 
@@ -325,6 +328,24 @@ def _replace_weights(stack: contextlib.ExitStack, choices: StaticChoices) -> Non
     def value(self: Any, name: str) -> torch.Tensor:
         return weights.value(self, name)
 
+    wrapper = "torch._inductor.codegen.cpp_wrapper_cpu:CppWrapperCpu"
+    stock_device, describing = CppWrapperCpu.codegen_device, False
+
+    def device(self: Any, where: torch.device) -> str:
+        return str(stock_device(self, torch.device(self.device) if describing else where))
+
+    def constructor(self: Any) -> None:
+        # It lists the constants with their devices, and the library accepts no tensor from another one. The bytes that
+        # `value` gives are on the CPU; where they come to lie is the target.
+        nonlocal describing
+        describing = True
+        try:
+            stock_constructor(self)
+        finally:
+            describing = False
+
+    _replace(stack, f"{wrapper}.codegen_device", device)
+    stock_constructor = _replace(stack, f"{wrapper}.codegen_model_constructor", constructor)
     backend = "executorch.backends.cuda.cuda_backend"
     _replace(stack, f"{backend}:CudaBackend.move_program_to_device", classmethod(move))
     _replace(stack, f"{backend}:_aoti_device_type_for_weight", lambda tensor: int(cuda_backend.AOTI_DEVICE_TYPE_CUDA))

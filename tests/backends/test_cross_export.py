@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -13,11 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import triton
 from filelock import FileLock
+from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 from torch.export import export
 from triton.compiler.compiler import max_shared_mem
 
@@ -232,6 +235,13 @@ def test_views_and_tied_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for name in ("get_device_properties", "get_device_capability", "get_device_name", "current_device", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, lambda device=None: no_question())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: no_question())
+    stock, written = CppWrapperCpu.codegen_model_constructor, []
+
+    def constructor(self: Any) -> None:
+        stock(self)
+        written.append(self.prefix.getvalue())
+
+    monkeypatch.setattr(CppWrapperCpu, "codegen_model_constructor", constructor)
     model = Views()
     with torch.no_grad():
         program = export(model, (torch.randn(16, 16),))
@@ -249,6 +259,11 @@ def test_views_and_tied_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert torch.equal(typed, getattr(model, weight.fqn)), weight.fqn
         seen.add(weight.fqn)
     assert seen >= {"middle", "turned", "wide"} and seen & {"a", "b"}
+    # Where the library itself expects them: torch 2.13's runtime takes no tensor from another device.
+    (text,) = written
+    devices = re.findall(r"constants_info_\[\d+\]\.device_type = (\w+);", text)
+    assert devices == ["cached_torch_device_type_cuda"] * len(re.findall(r"constants_info_\[\d+\]\.dtype = ", text))
+    assert len(devices) == len(seen)
 
 
 class Inner(torch.nn.Module):
