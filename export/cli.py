@@ -240,12 +240,14 @@ def export_in_own_process(options: Any, report: Path | None, verbose: bool) -> i
 def run_to_the_end(command: list[str]) -> int:
     """Exit status of another process; after Ctrl-C it is given the time to remove what it had begun.
 
-    `subprocess.run` kills it a quarter of a second after Ctrl-C, and its temporary files stay.
+    `subprocess.run` kills it a quarter of a second after Ctrl-C, and its temporary files stay. SIGTERM is passed on as
+    Ctrl-C, else the other process would go on alone.
     """
     import signal
     import subprocess
 
     process = subprocess.Popen(command)
+    before = signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGINT))
     try:
         return process.wait()
     except KeyboardInterrupt:
@@ -255,6 +257,8 @@ def run_to_the_end(command: list[str]) -> int:
             process.send_signal(signal.SIGINT)
             process.wait()
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @app.command()

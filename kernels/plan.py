@@ -72,12 +72,13 @@ class Problem:
     def __post_init__(self) -> None:
         self.hidden_states, self.topk_ids, self.topk_weights = (t.contiguous() for t in self.arguments[:3])
         self.scheme = get_scheme(self.arguments.scheme)
-        self.num_tokens, self.h = self.hidden_states.shape
-        self.top_k = self.topk_ids.shape[1]
+        self.num_tokens = self.hidden_states.shape[0]
+        # int(): kernels are compiled for these, so a size that is traced as a symbol becomes a number here.
+        self.h, self.top_k = int(self.hidden_states.shape[1]), int(self.topk_ids.shape[1])
         self.num_pairs = self.num_tokens * self.top_k
-        self.num_experts, w2 = self.arguments.w13.shape[0], self.arguments.w2
+        self.num_experts, w2 = int(self.arguments.w13.shape[0]), self.arguments.w2
         self.h_pad = round_up(self.h, 128)
-        self.i_pad = w2.shape[1] * 128 if self.scheme.packed else w2.shape[2]
+        self.i_pad = int(w2.shape[1] * 128 if self.scheme.packed else w2.shape[2])
         self.group_size = self.arguments.group_size if self.scheme.packed else 0
         self.layer = LayerShape(self.num_experts, self.top_k, self.h_pad, self.i_pad, self.group_size)
 
@@ -173,7 +174,7 @@ def run_few_tokens(p: Problem) -> Tensor:
                     "NUM_EXPERTS": p.num_experts,
                     "PAIRS": triton.next_power_of_2(p.num_pairs),
                     "TOKENS": triton.next_power_of_2(p.num_tokens),
-                    "STRIDE_X": x.shape[1],
+                    "STRIDE_X": int(x.shape[1]),
                     "ACT_GROUP": 0,  # a launch less, and more exact: here bytes are what counts
                     "SPLIT_K": parts,
                 },
@@ -360,7 +361,7 @@ def run_grouped_gemm(
                     **tile_constants(config, constants),
                     "PAIRS_FROM": variant.pairs_from,
                     "PAIRS_TO": variant.pairs_to,
-                    "STRIDE_X": x.shape[1],
+                    "STRIDE_X": int(x.shape[1]),
                     "ACT_GROUP": act_group,
                     "GROUP_SIZE_M": p.options.group_size_m or config.group_size_m,
                     "PERSISTENT": p.options.persistent,

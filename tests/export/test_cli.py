@@ -127,8 +127,12 @@ def test_export_for_another_gpu_runs_in_its_own_process(tmp_path: Path, monkeypa
     assert received == [options]
 
 
-@pytest.mark.parametrize("group", [True, False], ids=["Ctrl-C", "parent only"])
-def test_an_interrupted_export_in_its_own_process_cleans_up(tmp_path: Path, group: bool) -> None:
+@pytest.mark.parametrize(
+    ("group", "how"),
+    [(True, signal.SIGINT), (False, signal.SIGINT), (False, signal.SIGTERM)],
+    ids=["Ctrl-C", "parent only", "asked to end"],
+)
+def test_an_interrupted_export_in_its_own_process_cleans_up(tmp_path: Path, group: bool, how: signal.Signals) -> None:
     """The other process gets the time that it needs, longer than `subprocess.run` would wait."""
     # A shell that starts tests in the background has them ignore Ctrl-C, and so would these.
     heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -142,13 +146,13 @@ def test_an_interrupted_export_in_its_own_process_cleans_up(tmp_path: Path, grou
         "import sys\n"
         "from executorch_moe.export import cli\n"
         "cli.INTERRUPTED_SECONDS = 3\n"
-        "cli.run_to_the_end([sys.executable, '-c', *sys.argv[1:]])"
+        "sys.exit(cli.run_to_the_end([sys.executable, '-c', *sys.argv[1:]]))"
     )
     command = [sys.executable, "-c", parent, child, str(tmp_path)]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
     while not (tmp_path / "begun").exists() and process.poll() is None:
         time.sleep(0.05)
-    (os.killpg if group else os.kill)(process.pid, signal.SIGINT)
+    (os.killpg if group else os.kill)(process.pid, how)
     assert process.wait(60) != 0
     assert (tmp_path / "cleaned").exists()
 

@@ -6,10 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, export
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from executorch_moe.kernels import SCHEMES, FusedExperts, fused_experts
+from executorch_moe.kernels.arguments import ExpertArguments
 from executorch_moe.kernels.aten import fused_experts_aten
+from executorch_moe.kernels.gpus import find_model
+from executorch_moe.kernels.plan import Launch, Options, run_fused_experts
+from executorch_moe.kernels.validate import check_fused_experts
 
 from .cases import BOUNDS, CASES, ZERO_CASE, Case, make, relative_error
 
@@ -61,6 +67,29 @@ def test_opcheck(scheme: str, contiguous: bool) -> None:
         args[1] = args[1].t().contiguous().t()  # type: ignore[attr-defined]
         args[2] = torch.rand(5, 4)[:, ::2]
     torch.library.opcheck(fused_experts, tuple(args))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_kernels_are_planned_with_numbers_where_every_size_is_a_symbol(scheme: str) -> None:
+    """As AOT dispatch with dynamic shapes traces the operator; only the number of tokens may stay unknown."""
+    problem = make(Case("symbols", tokens=40), scheme)
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+    def symbolic(value: object) -> object:
+        if not isinstance(value, torch.Tensor):
+            return value
+        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DUCK] * value.dim())  # type: ignore[var-annotated]
+        return mode.from_tensor(value, symbolic_context=context)
+
+    arguments = ExpertArguments(*map(symbolic, problem.args()))  # type: ignore[arg-type]
+    assert isinstance(arguments.w13.shape[0], torch.SymInt)
+    launches: list[Launch] = []
+    with mode:
+        check_fused_experts(arguments)
+        run_fused_experts(arguments, options=Options(), gpu=find_model("h200").gpu, submit=launches.append)
+    assert any(isinstance(launch.args.get("num_pairs"), torch.SymInt) for launch in launches)
+    for launch in launches:
+        assert not any(isinstance(value, torch.SymInt) for value in launch.constexprs.values()), launch.kernel
 
 
 @pytest.mark.parametrize("strict", [True, False])
