@@ -1,7 +1,8 @@
 """Weight-only INT8 and INT4 for what is not experts: linear layers, lm_head and the embedding, for CUDA targets.
 
-Everything is plain tensor operators, which AOTInductor compiles into one kernel a layer for one token: a matrix-vector
-product that reads each weight once, packed. For more tokens the weights are converted to the activations' dtype first.
+One token is a matrix-vector product in one kernel a layer, which reads each weight once, packed: `linear_of_one` for
+int8 and bf16 activations, else plain tensor operators that AOTInductor fuses. For more tokens the weights are converted
+to the activations' dtype first.
 ExecuTorch's `int4_plain_mm` family is not used: its kernels live in ExecuTorch's own runtime, the delegate host lacks
 them.
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from executorch_moe.kernels.one_token_op import linear_of_one
 from executorch_moe.kernels.packing import quantize_int4
 
 KINDS = ("none", "int8", "int4")
@@ -61,6 +63,8 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """float [..., K] -> [..., N] in the dtype of `x`."""
+        if is_one_row(x) and x.dtype == torch.bfloat16 and self.bias is None:
+            return linear_of_one(x, self.qdata, self.scale)
         if is_one_row(x):
             y = matvec(self.qdata, x)
         else:

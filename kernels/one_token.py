@@ -1,8 +1,9 @@
-"""What stands around the experts of a decoder layer, for one token: two operators of two launches each.
+"""What stands around the experts of a decoder layer, for one token: two operators of two launches each, and one of one.
 
 A decode step at batch 1 is a chain of short kernels, each of which costs its launch. `attention_of_one` is norm, the
 projection of query, key and value, their norm and rotation, and attention over the cache; `route_one` is the output
-projection with the residual, norm, the router's product, top-k and the softmax. In both, the last program of the second
+projection with the residual, norm, the router's product, top-k and the softmax; `linear_of_one` is a matrix-vector
+product alone. In the first two, the last program of the second
 launch to arrive puts together what all of them wrote, in fixed order: the same input gives the same bits. What counts
 the arrivals is set to zero by the first launch.
 
@@ -67,8 +68,9 @@ def moe_row_matvec(
     if HAS_RESIDUAL:
         acc = bf16_round(acc, PTX) + tl.load(residual_ptr + offs_n, mask=rows, other=0.0).to(tl.float32)
     tl.store(out_ptr + offs_n, to_bf16(acc, PTX), mask=rows)
-    arrivals = tl.arange(0, NUM_ARRIVALS)
-    tl.store(arrivals_ptr + arrivals, tl.zeros_like(arrivals), mask=(arrivals >= 0) & (program == 0))
+    if NUM_ARRIVALS > 0:
+        arrivals = tl.arange(0, NUM_ARRIVALS)
+        tl.store(arrivals_ptr + arrivals, tl.zeros_like(arrivals), mask=(arrivals >= 0) & (program == 0))
 
 
 @triton.jit
@@ -100,6 +102,19 @@ def dot_bf16(a, b, acc, PTX: tl.constexpr):
 
 
 @triton.jit
+def load_positions(key_ptr, value_ptr, first, end, HALF: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Keys of BLOCK_T positions from `first` on as two halves, bf16 [BLOCK_T, D/2], and values, [BLOCK_T, D]."""
+    D: tl.constexpr = 2 * HALF
+    offs_t = first + tl.arange(0, BLOCK_T)
+    seen = (offs_t < end)[:, None]
+    offs_h, offs_d = tl.arange(0, HALF), tl.arange(0, D)
+    k_low = tl.load(key_ptr + offs_t[:, None] * D + offs_h[None, :], mask=seen, other=0.0)
+    k_high = tl.load(key_ptr + offs_t[:, None] * D + offs_h[None, :] + HALF, mask=seen, other=0.0)
+    v = tl.load(value_ptr + offs_t[:, None] * D + offs_d[None, :], mask=seen, other=0.0)
+    return k_low, k_high, v
+
+
+@triton.jit
 def moe_row_attention(
     qkv_ptr,  # bf16 [(KV_HEADS * G + 2 * KV_HEADS) * D]: query heads, key heads, value heads
     q_norm_ptr, k_norm_ptr,  # bf16 [D]
@@ -112,8 +127,8 @@ def moe_row_attention(
     arrivals_ptr,  # int32 [KV_HEADS], zero
     out_ptr,  # bf16 [KV_HEADS * G * D]
     SCALING: tl.constexpr, EPS: tl.constexpr,
-    C: tl.constexpr, KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, G_PAD: tl.constexpr, HALF: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, NUM_STAGES: tl.constexpr, PTX: tl.constexpr,
+    C: tl.constexpr, KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, G_POW2: tl.constexpr, G_PAD: tl.constexpr,
+    HALF: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Attention of one token: program (key/value head, split) does one part of the positions that were written.
 
@@ -127,6 +142,14 @@ def moe_row_attention(
     real = group < GROUPS
     offs_h, offs_d = tl.arange(0, HALF), tl.arange(0, D)
 
+    part = ((length + SPLITS - 1) // SPLITS + 15) // 16 * 16
+    start = split * part
+    end = tl.minimum(start + part, length)
+    key_ptr += head * C * D
+    value_ptr += head * C * D
+    # The first keys and values are on their way while the query is made ready.
+    k_low, k_high, v = load_positions(key_ptr, value_ptr, start, end, HALF, BLOCK_T)
+
     q_rows = (head * GROUPS + group)[:, None] * D + offs_h[None, :]
     q_low = tl.load(qkv_ptr + q_rows, mask=real[:, None], other=0.0).to(tl.float32)
     q_high = tl.load(qkv_ptr + q_rows + HALF, mask=real[:, None], other=0.0).to(tl.float32)
@@ -138,31 +161,21 @@ def moe_row_attention(
     if split == 0:
         one = tl.arange(0, 1)
         k_rows = (HEADS + head + one)[:, None] * D + offs_h[None, :]
-        k_low = tl.load(qkv_ptr + k_rows).to(tl.float32)
-        k_high = tl.load(qkv_ptr + k_rows + HALF).to(tl.float32)
-        k_low, k_high = normed_and_turned(k_low, k_high, k_norm_ptr, cos_ptr, sin_ptr, EPS, HALF, PTX)
-        v = tl.load(qkv_ptr + (HEADS + KV_HEADS + head) * D + offs_d)
+        new_low = tl.load(qkv_ptr + k_rows).to(tl.float32)
+        new_high = tl.load(qkv_ptr + k_rows + HALF).to(tl.float32)
+        new_low, new_high = normed_and_turned(new_low, new_high, k_norm_ptr, cos_ptr, sin_ptr, EPS, HALF, PTX)
+        new_v = tl.load(qkv_ptr + (HEADS + KV_HEADS + head) * D + offs_d)
         new_rows = (head + one)[:, None] * D + offs_h[None, :]
-        tl.store(new_ptr + new_rows, to_bf16(k_low, PTX))
-        tl.store(new_ptr + new_rows + HALF, to_bf16(k_high, PTX))
-        tl.store(new_ptr + (KV_HEADS + head) * D + offs_d, v)
-        best = (tl.sum(q_low * k_low, axis=1) + tl.sum(q_high * k_high, axis=1)) * SCALING
+        tl.store(new_ptr + new_rows, to_bf16(new_low, PTX))
+        tl.store(new_ptr + new_rows + HALF, to_bf16(new_high, PTX))
+        tl.store(new_ptr + (KV_HEADS + head) * D + offs_d, new_v)
+        best = (tl.sum(q_low * new_low, axis=1) + tl.sum(q_high * new_high, axis=1)) * SCALING
         total += 1.0
-        acc += v.to(tl.float32)[None, :]
+        acc += new_v.to(tl.float32)[None, :]
 
     q_low, q_high = to_bf16(q_low, PTX), to_bf16(q_high, PTX)
-    part = ((length + SPLITS - 1) // SPLITS + BLOCK_T - 1) // BLOCK_T * BLOCK_T
-    start = split * part
-    end = tl.minimum(start + part, length)
-    key_ptr += head * C * D
-    value_ptr += head * C * D
-    for first in tl.range(start, end, BLOCK_T, num_stages=NUM_STAGES):
-        offs_t = first + tl.arange(0, BLOCK_T)
-        seen = offs_t < end
-        k_rows = offs_t[:, None] * D + offs_h[None, :]
-        k_low = tl.load(key_ptr + k_rows, mask=seen[:, None], other=0.0)
-        k_high = tl.load(key_ptr + k_rows + HALF, mask=seen[:, None], other=0.0)
-        v = tl.load(value_ptr + offs_t[:, None] * D + offs_d[None, :], mask=seen[:, None], other=0.0)
+    for first in tl.range(start, end, BLOCK_T, num_stages=1):
+        seen = first + tl.arange(0, BLOCK_T) < end
         scores = dot_bf16(q_low, k_low.trans(), tl.zeros((G_PAD, BLOCK_T), dtype=tl.float32), PTX)
         scores = dot_bf16(q_high, k_high.trans(), scores, PTX) * SCALING
         scores = tl.where(seen[None, :], scores, -float("inf"))
@@ -172,6 +185,7 @@ def moe_row_attention(
         total = total * shrink + tl.sum(weights, axis=1)
         acc = dot_bf16(to_bf16(weights, PTX), v, acc * shrink[:, None], PTX)
         best = higher
+        k_low, k_high, v = load_positions(key_ptr, value_ptr, first + BLOCK_T, end, HALF, BLOCK_T)
 
     rows = split * HEADS + head * GROUPS + group
     tl.store(partial_ptr + rows[:, None] * D + offs_d[None, :], acc, mask=real[:, None])
@@ -180,22 +194,18 @@ def moe_row_attention(
     tl.debug_barrier()  # all threads' stores before the one thread's release
     arrived = tl.atomic_add(arrivals_ptr + head, 1, sem="acq_rel", scope="gpu")
     if arrived == SPLITS - 1:
-        # .cg: what other multiprocessors wrote is in L2.
-        splits = tl.arange(0, SPLITS)
-        every = splits[:, None] * HEADS + (head * GROUPS + group)[None, :]
-        maxima = tl.load(max_ptr + every, mask=real[None, :], other=0.0, cache_modifier=".cg")
-        sums = tl.load(sum_ptr + every, mask=real[None, :], other=0.0, cache_modifier=".cg")
-        highest = tl.max(maxima, axis=0)
-        divisor = tl.sum(sums * tl.exp(maxima - highest[None, :]), axis=0)
-        result = tl.zeros((G_PAD, D), dtype=tl.float32)
-        for s in tl.static_range(SPLITS):
-            rows = s * HEADS + head * GROUPS + group
-            factor = tl.exp(tl.load(max_ptr + rows, mask=real, other=0.0, cache_modifier=".cg") - highest)
-            part_ptrs = partial_ptr + rows[:, None] * D + offs_d[None, :]
-            result += tl.load(part_ptrs, mask=real[:, None], other=0.0, cache_modifier=".cg") * factor[:, None]
-        rows = head * GROUPS + group
-        result = to_bf16(result / tl.where(real, divisor, 1.0)[:, None], PTX)
-        tl.store(out_ptr + rows[:, None] * D + offs_d[None, :], result, mask=real[:, None])
+        # All of it at once: one after the other, each split would cost a trip to L2. .cg: it was written by others.
+        query = tl.arange(0, G_POW2)
+        mine = query < GROUPS
+        every = tl.arange(0, SPLITS)[:, None] * HEADS + (head * GROUPS + query)[None, :]
+        maxima = tl.load(max_ptr + every, mask=mine[None, :], other=0.0, cache_modifier=".cg")
+        sums = tl.load(sum_ptr + every, mask=mine[None, :], other=1.0, cache_modifier=".cg")
+        cells = every[:, :, None] * D + offs_d[None, None, :]
+        parts = tl.load(partial_ptr + cells, mask=mine[None, :, None], other=0.0, cache_modifier=".cg")
+        factors = tl.exp(maxima - tl.max(maxima, axis=0)[None, :])
+        result = tl.sum(parts * factors[:, :, None], axis=0) / tl.sum(sums * factors, axis=0)[:, None]
+        out_rows = (head * GROUPS + query)[:, None] * D + offs_d[None, :]
+        tl.store(out_ptr + out_rows, to_bf16(result, PTX), mask=mine[:, None])
 
 
 @triton.jit

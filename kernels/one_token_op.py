@@ -1,6 +1,6 @@
-"""`attention_of_one` and `route_one`: schema, fake, CPU kernel and launches; the kernels are in one_token.py.
+"""`attention_of_one`, `route_one`, `linear_of_one`: schema, fake, CPU kernel, launches; kernels are in one_token.py.
 
-Neither writes to its arguments: the new key and value come back, and the caller puts them into the cache.
+None writes to its arguments: the new key and value come back, and the caller puts them into the cache.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from .gpus import gpu_of
 from .one_token import moe_row_attention, moe_row_matvec, moe_row_router
 from .plan import Launch
 
-BLOCK_K = 2048
-"""Most columns of a step: 64 of them a thread's registers hold."""
+MAX_CELLS = 16384
+"""Numbers that a program of eight warps holds at once, 64 a thread."""
 MAX_EXPERTS = 1024
 """The ranking is one program's work, quadratic in the experts."""
 MAX_HIDDEN = 8192
@@ -131,6 +131,28 @@ def route_one(
     return route_one_aten(arguments) if x.device.type == "cpu" else run_route_one(arguments)
 
 
+@triton_op("executorch_moe::linear_of_one", mutates_args={})
+def linear_of_one(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    """A linear layer of one token.
+
+    Args:
+        x: bf16 [..., K], one row. weight: int8 or bf16 [N, K]. scale: fp32 [N] or None.
+
+    Returns:
+        bf16 [..., N].
+    """
+    return linear_of_one_aten(x, weight, scale) if x.device.type == "cpu" else run_linear_of_one(x, weight, scale)
+
+
+def run_linear_of_one(
+    x: Tensor, weight: Tensor, scale: Tensor | None, *, submit: Callable[[Launch], None] = Launch.run
+) -> Tensor:
+    """One launch; `submit` as for `plan.run_fused_experts`."""
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    submit(_matvec(x, None, None, weight, scale, None, out, out, None, 0.0, _interpreted()))
+    return out
+
+
 def run_attention_of_one(
     arguments: AttentionArguments,
     *,
@@ -143,7 +165,8 @@ def run_attention_of_one(
     gpu = gpu or _gpu(hidden)
     _, kv_heads, context, head_dim = key.shape
     heads = weight.shape[0] // head_dim - 2 * kv_heads
-    splits = splits_of(gpu, kv_heads)
+    groups = triton.next_power_of_2(heads // kv_heads)
+    splits = splits_of(gpu, kv_heads, groups * head_dim)
     summed, qkv = torch.empty_like(hidden), hidden.new_empty(weight.shape[0])
     arrivals = torch.empty(triton.next_power_of_2(kv_heads), dtype=torch.int32, device=hidden.device)
     submit(_matvec(hidden, update, norm, weight, scale, None, summed, qkv, arrivals, eps, interpreted))
@@ -175,13 +198,14 @@ def run_attention_of_one(
             "C": context,
             "KV_HEADS": kv_heads,
             "GROUPS": heads // kv_heads,
-            "G_PAD": max(16, triton.next_power_of_2(heads // kv_heads)),
+            "G_POW2": groups,
+            "G_PAD": max(16, groups),
             "HALF": head_dim // 2,
             "SPLITS": splits,
             "BLOCK_T": 64,
-            "NUM_STAGES": 2,
             "PTX": not interpreted,
         },
+        num_warps=8,
     )
     submit(attention)
     return summed, out, new
@@ -229,12 +253,12 @@ def run_route_one(
     return out, normed, weights, ids
 
 
-def splits_of(gpu: Gpu, kv_heads: int) -> int:
-    """Parts of the cache for each head, a power of two, 64 at most: programs for half of the multiprocessors.
+def splits_of(gpu: Gpu, kv_heads: int, width: int) -> int:
+    """Parts of the cache for each head, a power of two: programs for half of the multiprocessors.
 
-    The last program reads what all wrote, in a time that grows with them.
+    No more than the last program can hold, which puts `width` numbers of each part together.
     """
-    most = min(64, max(1, gpu.num_sms // (2 * kv_heads)))
+    most = max(1, min(MAX_CELLS // width, gpu.num_sms // (2 * kv_heads)))
     return 1 << (most.bit_length() - 1)
 
 
@@ -255,13 +279,14 @@ def _matvec(
     residual: Tensor | None,
     summed: Tensor,
     out: Tensor,
-    arrivals: Tensor,
+    arrivals: Tensor | None,
     eps: float,
     interpreted: bool,
 ) -> Launch:
     """weight @ norm(x + add) * scale + residual; absent arguments are filled with a tensor that is never read."""
     n, k = weight.shape
-    block_n = 8 if n > 4096 else 4  # rows of a program: enough programs to fill a large GPU at least once
+    # Rows of a program: enough programs to fill a large GPU at least once. A step of it is 8192 weights.
+    block_n = 8 if n > 4096 else 4
     return Launch(
         moe_row_matvec,
         (-(-n // block_n),),
@@ -274,15 +299,15 @@ def _matvec(
             "residual_ptr": x if residual is None else residual,
             "sum_ptr": summed,
             "out_ptr": out,
-            "arrivals_ptr": arrivals,
+            "arrivals_ptr": out if arrivals is None else arrivals,
         },
         {
             "EPS": eps,
             "N": n,
             "K": k,
             "BLOCK_N": block_n,
-            "BLOCK_K": min(BLOCK_K, triton.next_power_of_2(k)),
-            "NUM_ARRIVALS": arrivals.shape[0],
+            "BLOCK_K": min(8192 // block_n, triton.next_power_of_2(k)),
+            "NUM_ARRIVALS": 0 if arrivals is None else arrivals.shape[0],
             "HAS_ADD": add is not None,
             "HAS_NORM": norm is not None,
             "HAS_SCALE": scale is not None,
@@ -338,6 +363,12 @@ def route_one_aten(arguments: RouteArguments) -> tuple[Tensor, Tensor, Tensor, T
     return out, normed, logits.gather(-1, order).softmax(-1), order
 
 
+def linear_of_one_aten(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    """The operator in plain ATen: fp32, rounded at the end."""
+    y = x.float() @ weight.float().T
+    return (y if scale is None else y * scale).to(x.dtype)
+
+
 @attention_of_one.register_kernel("cpu")
 def _(*args):  # type: ignore[no-untyped-def]
     return attention_of_one_aten(AttentionArguments(*args))
@@ -346,6 +377,16 @@ def _(*args):  # type: ignore[no-untyped-def]
 @route_one.register_kernel("cpu")
 def _(*args):  # type: ignore[no-untyped-def]
     return route_one_aten(RouteArguments(*args))
+
+
+@linear_of_one.register_kernel("cpu")
+def _(x, weight, scale):  # type: ignore[no-untyped-def]
+    return linear_of_one_aten(x, weight, scale)
+
+
+@linear_of_one.register_fake
+def _(x, weight, scale):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @attention_of_one.register_fake

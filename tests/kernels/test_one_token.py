@@ -116,9 +116,27 @@ def test_operators_as_torch_wants_them(update: bool) -> None:
 def test_splits_leave_the_last_program_little_to_read() -> None:
     from executorch_moe.kernels.configs import Gpu
 
-    assert ops.splits_of(Gpu(90, 132, 232448), 4) == 16
-    assert ops.splits_of(Gpu(90, 132, 232448), 1) == 64
-    assert ops.splits_of(Gpu(90, 4, 232448), 8) == 1
+    assert ops.splits_of(Gpu(90, 132, 232448), 4, 8 * 128) == 16
+    assert ops.splits_of(Gpu(90, 132, 232448), 1, 128) == 64
+    assert ops.splits_of(Gpu(90, 132, 232448), 1, 16 * 256) == 4
+    assert ops.splits_of(Gpu(90, 4, 232448), 8, 128) == 1
+    assert ops.splits_of(Gpu(90, 132, 232448), 1, 128 * 256) == 1
+
+
+LINEAR = [("int8", 5000, 96), ("bf16", 96, 2048), ("int8", 33, 4500)]  # rows and columns that are no powers of two
+
+
+def linear_arguments(kind: str, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    return random(1, 1, columns), *projection(rows, columns, kind)
+
+
+@pytest.mark.parametrize(("kind", "rows", "columns"), LINEAR)
+def test_linear_is_that_of_a_plain_module(kind: str, rows: int, columns: int) -> None:
+    x, weight, scale = linear_arguments(kind, rows, columns)
+    expected = torch.nn.functional.linear(x.double(), weight.double() * (1.0 if scale is None else scale[:, None]))
+    torch.testing.assert_close(ops.linear_of_one(x, weight, scale).double(), expected, rtol=0.01, atol=0.01)
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(torch.ops.executorch_moe.linear_of_one, (x, weight, scale), test_utils=checks)
 
 
 def _assert_close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
@@ -146,6 +164,13 @@ def test_interpreted_routing(kind: str, top_k: int, tied: bool) -> None:
     _assert_close(ops.run_route_one(arguments), ops.route_one_aten(arguments))
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("kind", "rows", "columns"), LINEAR)
+def test_interpreted_linear(kind: str, rows: int, columns: int) -> None:
+    arguments = linear_arguments(kind, rows, columns)
+    _assert_close((ops.run_linear_of_one(*arguments),), (ops.linear_of_one_aten(*arguments),))
+
+
 @pytest.mark.parametrize("capability", [80, 90, 120])
 def test_qwen3_30b_compiles_without_spills(capability: int) -> None:
     from executorch_moe.kernels.compile import compile_launch
@@ -169,8 +194,11 @@ def test_qwen3_30b_compiles_without_spills(capability: int) -> None:
         router, out = torch.empty(128, 2048, **bf16), torch.empty(1, 1, 4096, **bf16)
         route = ops.RouteArguments(out, weight, scale, row, norm, router, 8, EPS)
         ops.run_route_one(route, submit=launches.append)
+        ops.run_linear_of_one(
+            row, torch.empty(151936, 2048, dtype=torch.int8), torch.empty(151936), submit=launches.append
+        )
     assert [launch.kernel.__name__ for launch in launches[2:]] == [
-        "moe_row_matvec", "moe_row_attention", "moe_row_matvec", "moe_row_router",
+        "moe_row_matvec", "moe_row_attention", "moe_row_matvec", "moe_row_router", "moe_row_matvec",
     ]  # fmt: skip
     for launch in launches[1:]:
         report = compile_launch(launch, capability)
@@ -197,3 +225,13 @@ def test_routing_on_a_gpu(kind: str, top_k: int, tied: bool) -> None:
     found = ops.route_one(*there)
     _assert_close(tuple(part.cpu() for part in found), ops.route_one(*arguments))
     assert all(torch.equal(one, other) for one, other in zip(ops.route_one(*there), found, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kind", "rows", "columns"), LINEAR)
+def test_linear_on_a_gpu(kind: str, rows: int, columns: int) -> None:
+    x, weight, scale = linear_arguments(kind, rows, columns)
+    there = (x.cuda(), weight.cuda(), None if scale is None else scale.cuda())
+    found = ops.linear_of_one(*there)
+    _assert_close((found.cpu(),), (ops.linear_of_one(x, weight, scale),))
+    assert torch.equal(ops.linear_of_one(*there), found)
