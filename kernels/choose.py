@@ -67,13 +67,17 @@ def grouped_variants(
         return (Variant(0, MAX_PAIRS, gemm1, gemm2),)
     # One variant for each tile height; of its rows that for the most pairs, where there is most to lose.
     last = {gemm1.block_m: (up_to, gemm1, gemm2) for up_to, gemm1, gemm2 in rows}
-    if len(last) > MAX_VARIANTS:  # heights are powers of two: its neighbours are never far from the best
+    if len(last) > MAX_VARIANTS and max(last) > 128:  # two tiles of half the height take little longer
+        del last[max(last)]
+    while len(last) > MAX_VARIANTS:  # heights are powers of two: the next one is never far from the best
         del last[sorted(last)[1]]
+    kept = sorted(last.values(), key=lambda row: row[0])
     variants = []
     first = 0
-    for up_to, gemm1, gemm2 in sorted(last.values(), key=lambda row: row[0]):
-        variants.append(Variant(first, up_to, gemm1, gemm2))
-        first = up_to + 1
+    for up_to, gemm1, gemm2 in kept:
+        end = MAX_PAIRS if gemm1 is kept[-1][1] else up_to
+        variants.append(Variant(first, end, gemm1, gemm2))
+        first = end + 1
     return tuple(variants)
 
 
