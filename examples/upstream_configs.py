@@ -1,0 +1,93 @@
+"""What ExecuTorch's autotuned kernels choose on the GPU of this machine, as `export --kernel-configs` takes it.
+
+    python examples/upstream_configs.py configs.json       (on a GPU, about half a minute)
+
+For Qwen3-30B-A3B's shape: one token and a prompt of 1642 through `triton::fused_moe` and its batched form, and a prompt
+through `triton::sdpa`. Each kernel times the configurations that it lists when it first runs; what it keeps is read
+from its own cache. Needs ExecuTorch's wheel and a CUDA build of torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from executorch_moe.export.files import check_writable, write_aside
+
+EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, GROUP = 128, 8, 2048, 768, 128
+HEADS, KV_HEADS, HEAD_DIM, CONTEXT = 32, 4, 128, 2304
+PROMPT = 1642
+KERNELS = "executorch.backends.cuda.triton.kernels"
+
+
+def chosen(module: ModuleType) -> dict[str, dict[str, int]]:
+    """Kernel -> the configuration that it used last, of those of a module that have run."""
+    from triton.runtime.autotuner import Autotuner
+
+    found = {}
+    for value in vars(module).values():
+        if isinstance(value, Autotuner) and value.cache:
+            config = list(value.cache.values())[-1]
+            name = value.base_fn.__name__
+            found[name] = {**config.kwargs, "num_warps": config.num_warps, "num_stages": config.num_stages}
+    return found
+
+
+def packed(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Random experts in ExecuTorch's layout: two codes a byte, one scale for each group of a row."""
+    codes = torch.randint(-128, 128, (EXPERTS, rows, columns // 2), dtype=torch.int8, device="cuda")
+    scale = torch.rand(EXPERTS, rows, columns // GROUP, device="cuda") * columns**-0.5 / 4.6
+    return codes, scale.bfloat16()
+
+
+def run_experts(operator: Any, tokens: int) -> None:
+    """One call of an expert operator."""
+    x = torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
+    ids = torch.rand(tokens, EXPERTS, device="cuda").topk(TOP_K).indices
+    weights = torch.rand(tokens, TOP_K, device="cuda")
+    gate_up, down = packed(2 * INTERMEDIATE, HIDDEN), packed(HIDDEN, INTERMEDIATE)
+    operator(x, *gate_up, *down, weights, ids, TOP_K, EXPERTS, GROUP)
+
+
+def run_attention() -> None:
+    """One call of attention over a cache, with the mask of a prompt."""
+    shape = (1, KV_HEADS, CONTEXT, HEAD_DIM)
+    key, value = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    query = torch.randn(1, HEADS, PROMPT, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    at = torch.arange(CONTEXT, device="cuda")
+    mask = (at[None] <= at[:PROMPT, None])[None, None]
+    torch.ops.triton.sdpa(query, key, value, mask, 0.0, False, HEAD_DIM**-0.5, True)
+
+
+def main(path: Path) -> None:
+    """Runs the kernels and writes what they chose."""
+    console = Console()
+    check_writable("out", path)
+    if not torch.cuda.is_available():
+        sys.exit(f"torch {torch.__version__} sees no GPU: run this on the GPU that the export is for")
+    experts, attention = (importlib.import_module(f"{KERNELS}.{name}") for name in ("fused_moe", "sdpa"))
+    steps = {
+        "one token": lambda: run_experts(torch.ops.triton.fused_moe, 1),
+        "a prompt": lambda: run_experts(torch.ops.triton.fused_moe_batched_gemm, PROMPT),
+        "attention": run_attention,
+    }
+    for name, step in steps.items():
+        with console.status(f"timing the kernels of {name}"):
+            step()
+            torch.cuda.synchronize()
+    write_aside(path, json.dumps({**chosen(experts), **chosen(attention)}, indent=2) + "\n")
+    console.print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: python {sys.argv[0]} configs.json")
+    main(Path(sys.argv[1]))
