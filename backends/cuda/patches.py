@@ -271,6 +271,7 @@ def _remember_accesses(stack: contextlib.ExitStack) -> None:
     such function, nothing is changed.
     """
     from torch._higher_order_ops import triton_kernel_wrap
+    from triton.runtime.autotuner import Autotuner
 
     stock = getattr(triton_kernel_wrap, "identify_accessed_tensors", None)
     if stock is None or tuple(inspect.signature(stock).parameters) != ("kernel", "kwargs", "tma_descriptor_metadata"):
@@ -280,7 +281,11 @@ def _remember_accesses(stack: contextlib.ExitStack) -> None:
     def identify(kernel: Any, kwargs: dict[str, Any], tma_descriptor_metadata: Any) -> Any:
         if tma_descriptor_metadata:
             return stock(kernel, kwargs, tma_descriptor_metadata)
-        key = (kernel, tuple(sorted((name, _kind(value)) for name, value in kwargs.items())))
+        # A launch with `num_warps` makes a new autotuner of one configuration; the kernel is what it holds.
+        tuned = isinstance(kernel, Autotuner)
+        settings = kernel.configs[0].kwargs if tuned and kernel.configs else {}
+        kinds = tuple(sorted((name, _kind(value)) for name, value in {**kwargs, **settings}.items()))
+        key = (kernel.fn if tuned else kernel, kinds)
         if key not in known:
             known[key] = stock(kernel, kwargs, tma_descriptor_metadata)
         return known[key]

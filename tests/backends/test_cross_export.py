@@ -345,19 +345,24 @@ def test_what_a_kernel_writes_to_is_asked_once_for_each_kind_of_arguments() -> N
         pytest.skip("this torch has another function for it")
     stock = triton_kernel_wrap.identify_accessed_tensors
 
-    def ask(dtype: torch.dtype, block: int) -> object:
+    def ask(dtype: torch.dtype, block: int, kernel: Any = moe_sum_pairs) -> object:
         tensors = {
             "y_ptr": torch.empty(4, dtype=dtype),
             "topk_ids_ptr": torch.empty(4, dtype=torch.int64),
             "out_ptr": torch.empty(4, dtype=torch.bfloat16),
         }
         numbers = {"H": 128, "TOP_K": 2, "NUM_EXPERTS": 4, "BLOCK_H": block, "PTX": True}
-        return triton_kernel_wrap.identify_accessed_tensors(moe_sum_pairs, {**tensors, **numbers}, {})
+        return triton_kernel_wrap.identify_accessed_tensors(kernel, {**tensors, **numbers}, {})
 
     with target_cuda("h200"):
         first = ask(torch.bfloat16, 128)
         assert [write.name for write in first.read_writes.writes] == ["out_ptr"]
         assert ask(torch.bfloat16, 128) is first
+        for warps in (2, 4):  # as torch wraps the kernel of each launch
+            assert (
+                ask(torch.bfloat16, 128, triton.autotune([triton.Config({}, num_warps=warps)], [])(moe_sum_pairs))
+                is first
+            )
         assert ask(torch.float32, 128) is not first and ask(torch.bfloat16, 64) is not first
     assert triton_kernel_wrap.identify_accessed_tensors is stock
 
