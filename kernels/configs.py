@@ -40,8 +40,8 @@ class GemmConfig:
     def __post_init__(self) -> None:
         if self.block_m < 8 or self.block_m & (self.block_m - 1):
             raise ValueError(f"block_m={self.block_m} must be a power of two of at least 8")
-        if self.block_n not in (64, 128, 256):
-            raise ValueError(f"block_n={self.block_n} must be 64, 128 or 256: packed rows are padded to 128")
+        if self.block_n not in (32, 64, 128, 256):
+            raise ValueError(f"block_n={self.block_n} must be 32, 64, 128 or 256: packed rows are padded to 128")
         if self.group_size_m not in GROUP_SIZES_M:
             raise ValueError(f"group_size_m={self.group_size_m} must be one of {GROUP_SIZES_M}")
 

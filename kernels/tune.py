@@ -56,6 +56,8 @@ def few_token_candidates(layer: LayerShape, gemm: int, tokens: int) -> Iterator[
     n, k = layer.rows_and_k(gemm)
     splits = [s for s in (1, 2, 4, 8) if s == 1 or (gemm == 2 and k // 128 >= 14 * s)]
     tiles: tuple[tuple[int, int], ...] = ((64, 2), (64, 4), (128, 4))
+    if tokens <= 2:  # few programs: smaller ones spread more evenly over the multiprocessors
+        tiles = ((32, 2), *tiles)
     if tokens >= 4:  # more rows a warp: fewer instructions a weight, fewer programs
         tiles += ((128, 2), (256, 4))
     # A program has few K blocks: with all of them on their way at once it waits for memory once.

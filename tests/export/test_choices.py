@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from executorch_moe.backends.fusion.report import FusionReport
 from executorch_moe.export import synthetic
 from executorch_moe.export.attention import grouped_attention, merge_attention_
 from executorch_moe.export.build import attention_of, forced_schedule, load_whole, use_upstream_
@@ -22,6 +24,7 @@ from executorch_moe.export.options import EXPERTS, ExportOptions
 from executorch_moe.export.pretrained import load_model, resolve
 from executorch_moe.export.quantize import quantize_experts_
 from executorch_moe.export.router import TopKFirstRouter, replace_routers_
+from executorch_moe.export.summary import ExportSummary
 from executorch_moe.export.upstream_experts import UpstreamMoE, pack
 from executorch_moe.kernels import pack_experts
 from executorch_moe.kernels.arguments import ExpertArguments
@@ -215,3 +218,9 @@ def test_only_synthetic_models_can_do_without_weights(tmp_path: Path) -> None:
     for model, target in (("tiny", "sm_90"), ("synthetic:tiny", "cpu")):
         with pytest.raises(ValueError, match=f"not for '{model}' on {target}"):
             ExportOptions(model, tmp_path / "x.pte", target, thin=True)
+
+
+def test_the_record_of_an_export_has_the_peak_of_its_costliest_step(tmp_path: Path) -> None:
+    options = ExportOptions("synthetic:tiny", tmp_path / "x.pte", "cpu")
+    summary = ExportSummary(options, "cpu", FusionReport(), 16, 0, peaks={"load": 3, "lower": 7, "write": 5})
+    assert json.loads(summary.record())["peak_bytes"]["host"] == 7

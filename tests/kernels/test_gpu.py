@@ -70,6 +70,15 @@ def test_schedules_and_repeats_give_the_same_bits(scheme: str, group_size_m: int
         assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 
+@pytest.mark.parametrize(("block_n", "warps"), [(32, 2), (64, 2), (128, 4), (256, 4)])
+@pytest.mark.parametrize("tokens", [1, 2, 8])
+def test_few_token_tiles_of_any_height(tokens: int, block_n: int, warps: int) -> None:
+    layer = make_layers(SHAPES["qwen35"], "w4a16", tokens, 1)[0]
+    tile = GemmConfig(8, block_n, 1, warps, 3, 2, scale_after=True)
+    out = layer.run(Options(path="few_tokens", gemm1=tile, gemm2=tile))
+    assert layer_error(layer, out) <= BOUNDS["w4a16"]
+
+
 def test_few_tokens_repeat_bit_for_bit() -> None:
     layer = make_layers(SHAPES["qwen35"], "w4a16", 4, 1)[0]
     options = Options(path="few_tokens")
