@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any
 from unittest import mock
 
@@ -37,6 +40,9 @@ class StaticChoices:
         scope: dict[str, Any] = {}
         stock, listed = CachingAutotuner.precompile, {}
 
+        def wait(tuner: Any, *args: Any, **kwargs: Any) -> None:
+            """In place of `CachingAutotuner.precompile` while kernels are defined: they are compiled together."""
+
         def precompile(tuner: Any, *args: Any, **kwargs: Any) -> None:
             if tuner.configs is not None:  # not compiled yet
                 listed[tuner] = list(tuner.configs)
@@ -51,11 +57,12 @@ class StaticChoices:
                 stock(tuner, *args, **kwargs)
 
         try:
-            with mock.patch.object(CachingAutotuner, "precompile", precompile):
+            with mock.patch.object(CachingAutotuner, "precompile", wait):
                 exec(wrapper.kernel_autotune_defs.getvalue(), scope)
-                tuners = [value for value in scope.values() if isinstance(value, CachingAutotuner)]
-                for tuner in tuners:
-                    tuner.precompile()
+            tuners = [value for value in scope.values() if isinstance(value, CachingAutotuner)]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # LLVM and the assembler do not hold the interpreter
+                for compiled in [pool.submit(copy_context().run, precompile, tuner) for tuner in tuners]:
+                    compiled.result()
         except kernel_configs.UnknownConfigError:
             raise
         except Exception as error:
