@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +26,12 @@ from executorch_moe.export.files import check_writable, write_aside
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, GROUP = 128, 8, 2048, 768, 128
 HEADS, KV_HEADS, HEAD_DIM, CONTEXT = 32, 4, 128, 2304
 PROMPT = 1642
-KERNELS = "executorch.backends.cuda.triton.kernels"
+MODULES = ("fused_moe", "sdpa")
+
+
+def load(name: str) -> ModuleType:
+    """A module of ExecuTorch's Triton kernels; importing it registers its operators."""
+    return importlib.import_module(f"executorch.backends.cuda.triton.kernels.{name}")
 
 
 def chosen(module: ModuleType) -> dict[str, dict[str, int]]:
@@ -62,9 +68,16 @@ def run_attention() -> None:
     shape = (1, KV_HEADS, CONTEXT, HEAD_DIM)
     key, value = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     query = torch.randn(1, HEADS, PROMPT, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-    at = torch.arange(CONTEXT, device="cuda")
-    mask = (at[None] <= at[:PROMPT, None])[None, None]
+    at, asking = torch.arange(CONTEXT, device="cuda"), torch.arange(PROMPT, device="cuda")
+    mask = (at <= asking.unsqueeze(1)).view(1, 1, PROMPT, CONTEXT)
     torch.ops.triton.sdpa(query, key, value, mask, 0.0, False, HEAD_DIM**-0.5, True)
+
+
+STEPS: dict[str, Callable[[], None]] = {
+    "one token": lambda: run_experts(torch.ops.triton.fused_moe, 1),
+    "a prompt": lambda: run_experts(torch.ops.triton.fused_moe_batched_gemm, PROMPT),
+    "attention": run_attention,
+}
 
 
 def main(path: Path) -> None:
@@ -73,17 +86,13 @@ def main(path: Path) -> None:
     check_writable("out", path)
     if not torch.cuda.is_available():
         sys.exit(f"torch {torch.__version__} sees no GPU: run this on the GPU that the export is for")
-    experts, attention = (importlib.import_module(f"{KERNELS}.{name}") for name in ("fused_moe", "sdpa"))
-    steps = {
-        "one token": lambda: run_experts(torch.ops.triton.fused_moe, 1),
-        "a prompt": lambda: run_experts(torch.ops.triton.fused_moe_batched_gemm, PROMPT),
-        "attention": run_attention,
-    }
-    for name, step in steps.items():
+    modules = [load(name) for name in MODULES]
+    for name, step in STEPS.items():
         with console.status(f"timing the kernels of {name}"):
             step()
             torch.cuda.synchronize()
-    write_aside(path, json.dumps({**chosen(experts), **chosen(attention)}, indent=2) + "\n")
+    found = {name: config for module in modules for name, config in chosen(module).items()}
+    write_aside(path, json.dumps(found, indent=2) + "\n")
     console.print(f"wrote {path}")
 
 

@@ -3,9 +3,8 @@
 A decode step at batch 1 is a chain of short kernels, each of which costs its launch. `attention_of_one` is norm, the
 projection of query, key and value, their norm and rotation, and attention over the cache; `route_one` is the output
 projection with the residual, norm, the router's product, top-k and the softmax; `linear_of_one` is a matrix-vector
-product alone. In the first two, the last program of the second
-launch to arrive puts together what all of them wrote, in fixed order: the same input gives the same bits. What counts
-the arrivals is set to zero by the first launch.
+product alone. In the first two, the last program of the second launch to arrive puts together what all of them wrote,
+in fixed order: the same input gives the same bits. What counts the arrivals is set to zero by the first launch.
 
 Letters: H hidden size, D head_dim, G query heads to a key/value head, C positions in the cache, E experts.
 """
