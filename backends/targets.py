@@ -27,6 +27,7 @@ from executorch_moe.backends.cuda.cross_compile import target_cuda
 from executorch_moe.backends.cuda.cross_report import CrossCompileReport
 from executorch_moe.backends.cuda.method_targets import method_for
 from executorch_moe.backends.cuda.missing_operators import MissingOperatorsError, check_operators, find_operators
+from executorch_moe.backends.cuda.overlapped_launches import overlapped_launches
 from executorch_moe.backends.cuda.own_outputs import own_outputs
 from executorch_moe.backends.cuda.partitioner import check_state
 from executorch_moe.backends.cuda.runtime_symbols import missing_functions
@@ -85,7 +86,9 @@ def lower(
                     f"cannot lower for target 'cuda': {why}. Name the GPU to export for ('sm_90', 'h200'), "
                     "export on a machine with an NVIDIA GPU, or use target 'cpu'"
                 )
-            edge = _delegate_cuda(programs, fuser, constants)
+            major, minor = torch.cuda.get_device_capability()
+            with overlapped_launches(10 * major + minor):
+                edge = _delegate_cuda(programs, fuser, constants)
         else:
             edge = _delegate_each(programs, fuser, models, constants, on_report)
         return edge.to_executorch(ExecutorchBackendConfig(external_constants=True))

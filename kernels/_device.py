@@ -3,8 +3,8 @@
 Inductor re-emits these by bare global name when it embeds a kernel, so kernels import them one by one, never through
 the module and never under another name.
 
-PTX is a constexpr: False under Triton's interpreter, which runs neither inline PTX nor bf16 dots. Both forms give the
-same bits.
+PTX is a constexpr: the compute capability that inline PTX is for, as in sm_90, or 0 under Triton's interpreter, which
+runs neither inline PTX nor bf16 dots. Both forms give the same bits.
 """
 
 from __future__ import annotations
@@ -21,6 +21,31 @@ def grouped_tile(tile, num_row_blocks, num_n_blocks, GROUP_SIZE_M: tl.constexpr)
     rows = tl.minimum(num_row_blocks - first, GROUP_SIZE_M)
     within = tile % group_tiles
     return first + within % rows, within // rows
+
+
+@triton.jit
+def launches_before(PTX: tl.constexpr):
+    """Wait for the launches before this one, and let the one behind it start, which waits in turn.
+
+    A launch may start while the one before it still runs (programmatic dependent launch, from sm_90 on); elsewhere it
+    has nothing to wait for. What stands before this call may write nothing, and read only weights and what was written
+    before the launch before this one waited.
+
+    Returns 0, a multiple of 16, to be added to the addresses of all that must be read or written after the wait. The
+    compiler keeps the order by this, for a call with side effects would make torch take every tensor for written to.
+    """
+    if PTX >= 90:
+        zero = tl.inline_asm_elementwise(
+            "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, 0;",
+            "=r",
+            [],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+        return zero * 16
+    else:
+        return 0
 
 
 @triton.jit

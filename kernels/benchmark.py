@@ -113,7 +113,7 @@ class LayerInputs:
         assert p is not None, "a layer without weights of ours"
         return p.arguments(self.hidden_states, self.topk_ids, self.topk_weights)
 
-    def run(self, options: Options = Options(), submit: Callable[[Launch], None] = Launch.run) -> Tensor:
+    def run(self, options: Options = Options(), submit: Callable[[Launch], None] = Launch.run_now) -> Tensor:
         return run_fused_experts(self.args(), options=options, submit=submit)
 
     def dequantized(self, expert: int) -> tuple[Tensor, Tensor]:

@@ -130,15 +130,20 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def compile_kernel(launch: Launch, capability: int) -> Any:
+    """Triton's compiled kernel of one launch for a capability; needs no GPU."""
+    signature, constants, attributes = _signature(launch)
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.num_warps})
+
+
 def compile_launch(launch: Launch, capability: int) -> KernelReport:
     """Compile one launch for a capability; needs no GPU.
 
     Raises:
         RuntimeError: the kernel does not compile, with the compiler's reason as cause.
     """
-    signature, constants, attributes = _signature(launch)
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.num_warps})
+    compiled = compile_kernel(launch, capability)
     registers, spill_bytes = _resources(compiled.asm["cubin"])
     telling = ("GEMM", "W_BITS", "ACT_GROUP", "GROUP", "BLOCK_M", "BLOCK_N", "NUM_STAGES", "PERSISTENT")
     return KernelReport(
@@ -176,4 +181,4 @@ def _fill_cache(work: tuple[Gpu, CompileJob]) -> None:
     s = job.shape
     sizes = (job.tokens, s.experts, s.top_k, s.hidden, s.intermediate, s.group_size)
     for launch in record_launches(gpu, job.scheme, *sizes, job.options):
-        launch.kernel.warmup(**launch.args, **launch.constexprs, num_warps=launch.num_warps, grid=launch.grid)
+        launch.kernel.warmup(**launch.args, **launch.constexprs, **launch.options, grid=launch.grid)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._device import to_bf16
+from ._device import launches_before, to_bf16
 
 
 @triton.jit
@@ -14,7 +14,7 @@ def moe_quantize_rows(
     q_ptr,  # int8 [rows, KP]
     scale_ptr,  # fp32 [rows, NUM_GROUPS]
     K: tl.constexpr, KP: tl.constexpr, ACT_GROUP: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS_POW2: tl.constexpr,
-    MAX_RATIO: tl.constexpr,
+    MAX_RATIO: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Quantise one row: q = round-half-even(x / scale), scale of a group = max |x| / 127, but at least that of the
     row's largest group / MAX_RATIO.
@@ -22,6 +22,7 @@ def moe_quantize_rows(
     Each token once, whatever its number of experts; the GEMM gathers the quantised rows. The middle two of every four
     values are swapped, as in the packed weights (packing.py).
     """
+    x_ptr += launches_before(PTX)
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS_POW2)
     offs = group[:, None] * ACT_GROUP + tl.arange(0, ACT_GROUP)[None, :]
@@ -44,6 +45,9 @@ def moe_sum_pairs(
     H: tl.constexpr, TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, BLOCK_H: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Sum a token's top_k pair outputs in fp32, always in the order of its choices."""
+    zero = launches_before(PTX)
+    y_ptr += zero
+    topk_ids_ptr += zero
     token = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask = offs < H

@@ -22,6 +22,7 @@ from ._device import (
     decode_int8,
     gated_activation,
     grouped_tile,
+    launches_before,
     load_groups,
     load_pairs,
     rows_of_pairs,
@@ -41,6 +42,19 @@ def load_weight_block(w_ptr, kb, offs_n, N: tl.constexpr, W_BITS: tl.constexpr, 
     else:
         half_ptr = w_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
         return tl.load(half_ptr + (kb * N + offs_n[:, None]) * 32 + tl.arange(0, 32)[None, :])
+
+
+@triton.jit
+def fetch_weights(
+    w_ptr, expert, n_block, split, N: tl.constexpr, KP: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr
+):  # fmt: skip
+    """Bring a tile's packed weights, the first blocks of K, into L2: they are read, and thrown away."""
+    KB: tl.constexpr = (KP // 128 + SPLIT_K - 1) // SPLIT_K
+    words_ptr = w_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + expert * (N * KP // 8)
+    offs = n_block * BLOCK_N * 16 + tl.arange(0, BLOCK_N * 16)
+    for step in tl.static_range(min(KB, 8)):
+        kb = split * KB + step
+        tl.load(words_ptr + kb * N * 16 + offs, mask=(offs >= 0) & (kb < KP // 128), volatile=True)
 
 
 @triton.jit
@@ -92,6 +106,31 @@ def weight_operand(
 
 
 @triton.jit
+def dot_f32(w, x, acc, PTX: tl.constexpr):
+    """acc + w [BN, K] @ x [BM, K].T, bf16 operands, fp32 accumulator."""
+    if PTX:
+        return tl.dot(w, x.trans(), acc)
+    else:  # the interpreter multiplies raw bf16 bits; fp32 holds the same values
+        return tl.dot(w.to(tl.float32), x.to(tl.float32).trans(), acc, input_precision="ieee")
+
+
+@triton.jit
+def dot_quarters(raw, x_ptr, inside, zero, BLOCK_N: tl.constexpr, PTX: tl.constexpr):
+    """`code_operand` times x [BM, 128].T, as four products that do not wait for each other.
+
+    With few tokens, the chain of MMAs on one accumulator is most of the time that a K block takes.
+
+    x_ptr: [BM, 32], addresses of the first quarter. zero: fp32 [BN, BM].
+    """
+    w0, w1, w2, w3 = decode_codes(natural_halfwords(raw, BLOCK_N), PTX)
+    low = dot_f32(w0, tl.load(x_ptr, mask=inside, other=0), zero, PTX)
+    low += dot_f32(w1, tl.load(x_ptr + 32, mask=inside, other=0), zero, PTX)
+    high = dot_f32(w2, tl.load(x_ptr + 64, mask=inside, other=0), zero, PTX)
+    high += dot_f32(w3, tl.load(x_ptr + 96, mask=inside, other=0), zero, PTX)
+    return low + high
+
+
+@triton.jit
 def code_operand(raw, BLOCK_N: tl.constexpr, PTX: tl.constexpr):
     """`weight_operand` without scales: the codes -8..7 as bf16, exact."""
     w0, w1, w2, w3 = decode_codes(natural_halfwords(raw, BLOCK_N), PTX)
@@ -108,15 +147,6 @@ def k_order(INT8_ORDER: tl.constexpr):
         return tl.max_contiguous(tl.multiple_of(k, 2), 2)
     else:
         return i
-
-
-@triton.jit
-def dot_f32(w, x, acc, PTX: tl.constexpr):
-    """acc + w [BN, K] @ x [BM, K].T, bf16 operands, fp32 accumulator."""
-    if PTX:
-        return tl.dot(w, x.trans(), acc)
-    else:  # the interpreter multiplies raw bf16 bits; fp32 holds the same values
-        return tl.dot(w.to(tl.float32), x.to(tl.float32).trans(), acc, input_precision="ieee")
 
 
 @triton.jit
@@ -176,7 +206,19 @@ def gemm_tile(
     # Behind the groups' multipliers, int8 fragments have the rows' scales.
     s_ptr = w_scale_ptr + expert * ((KP // GROUP + INT8_ORDER) * N)
     z_ptr = w_zero_ptr + expert * (KP // GROUP * N)
-    offs_k = tl.arange(0, 64) if INT8 else k_order(INT8_ORDER)
+    # Padded columns are masked by the K block, which four quarters at one mask cannot be.
+    QUARTERS: tl.constexpr = SCALE_AFTER and W_BITS == 4 and not INT8 and BLOCK_M <= 16 and K == KP
+    if QUARTERS:
+        offs_k = tl.arange(0, 32)
+    elif INT8:
+        offs_k = tl.arange(0, 64)
+    else:
+        offs_k = k_order(INT8_ORDER)
+
+    # A short tile waits for memory more than for registers: what is needed last is asked for first.
+    EARLY: tl.constexpr = GEMM == 2 and BLOCK_M <= 16
+    if EARLY:
+        pair_weight = tl.load(pair_weight_ptr + pair, mask=mask_m, other=0.0).to(tl.float32)
 
     first = split * KB
     last = KP // 128 if SPLIT_K == 1 else tl.minimum(first + KB, KP // 128)
@@ -202,7 +244,11 @@ def gemm_tile(
             else:  # the padded weights are zero, but what lies behind the row may be NaN
                 inside = mask_m[:, None] & (kb * 128 + offs_k < K)[None, :]
             x_block = x_ptr + kb * 128 + (x_offs[:, None] + offs_k[None, :])
-            x = tl.load(x_block, mask=inside, other=0)
+            if QUARTERS:
+                codes_x = dot_quarters(raw, x_block, inside, tl.zeros_like(acc), BLOCK_N, PTX)
+                acc += codes_x * rows_of_pairs(s0, BLOCK_N)[:, None]
+            else:
+                x = tl.load(x_block, mask=inside, other=0)
             if W_BITS == 16:
                 acc = dot_f32(raw, x, acc, PTX)
             elif INT8:
@@ -211,10 +257,10 @@ def gemm_tile(
                 low, high = int8_operands(raw, s0, s1, s2, s3, BLOCK_N, PTX)
                 acc = tl.dot(low, x.trans(), acc, out_dtype=tl.int32)
                 acc = tl.dot(high, x_high.trans(), acc, out_dtype=tl.int32)
-            elif SCALE_AFTER:
+            elif SCALE_AFTER and not QUARTERS:
                 codes = code_operand(raw, BLOCK_N, PTX)
                 acc += dot_f32(codes, x, tl.zeros_like(acc), PTX) * rows_of_pairs(s0, BLOCK_N)[:, None]
-            else:
+            elif not QUARTERS:
                 operand = weight_operand(raw, s0, s1, s2, s3, z0, z1, z2, z3, HAS_ZERO, INT8_ORDER, BLOCK_N, PTX)
                 acc = dot_f32(operand, x, acc, PTX)
             if W_BITS == 4:
@@ -238,7 +284,9 @@ def gemm_tile(
         value = gated_activation(gate, up, ACTIVATION).reshape(BLOCK_N // 2, BLOCK_M)
         offs_o = n_block * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
     else:
-        value = acc * tl.load(pair_weight_ptr + pair, mask=mask_m, other=0.0).to(tl.float32)[None, :]
+        if not EARLY:
+            pair_weight = tl.load(pair_weight_ptr + pair, mask=mask_m, other=0.0).to(tl.float32)
+        value = acc * pair_weight[None, :]
         offs_o = offs_n
     pointers = out_ptr + out_row.to(tl.int64)[None, :] * OUT_COLS + offs_o[:, None]
     wanted = mask_m[None, :]
@@ -251,22 +299,34 @@ def gemm_tile(
 
 
 @triton.jit
+def chosen_experts(
+    topk_ids_ptr, num_tokens, TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, TOKENS: tl.constexpr
+):  # fmt: skip
+    """int32 [TOKENS]: bit i of a token is set if its choice i is an expert that is there."""
+    token = tl.arange(0, TOKENS)
+    chosen = tl.zeros((TOKENS,), dtype=tl.int32)
+    for slot in tl.static_range(TOP_K):
+        expert = tl.load(topk_ids_ptr + token * TOP_K + slot, mask=token < num_tokens, other=-1)
+        chosen |= ((expert >= 0) & (expert < NUM_EXPERTS)).to(tl.int32) << slot
+    return chosen
+
+
+@triton.jit
 def sum_pairs_of_block(
-    y_ptr, topk_ids_ptr, out_ptr, num_tokens, num_pairs, n_block,
-    H: tl.constexpr, TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    y_ptr, chosen, out_ptr, num_tokens, num_pairs, n_block,
+    H: tl.constexpr, TOP_K: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_N: tl.constexpr,
     TOKENS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Sum over top_k (and the parts of K) for BLOCK_N columns of all tokens, in fixed order.
 
-    y: fp32 [SPLIT_K, P, H].
+    y: fp32 [SPLIT_K, P, H]. chosen: int32 [TOKENS], bit i of a token if its choice i is an expert that is there.
     """
     token = tl.arange(0, TOKENS)
     offs = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((TOKENS, BLOCK_N), dtype=tl.float32)
     for slot in tl.static_range(TOP_K):
         pair = token * TOP_K + slot
-        expert = tl.load(topk_ids_ptr + pair, mask=token < num_tokens, other=-1)
-        valid = ((expert >= 0) & (expert < NUM_EXPERTS))[:, None] & (offs < H)[None, :]
+        valid = (((chosen >> slot) & 1) != 0)[:, None] & (offs < H)[None, :]
         for split in tl.static_range(SPLIT_K):
             row = split * num_pairs + pair
             # .cg: what other multiprocessors wrote is in L2.
@@ -307,7 +367,8 @@ def moe_grouped_gemm(
     height, is the one for that many.
     """
     wanted = (num_pairs >= PAIRS_FROM) & (num_pairs <= PAIRS_TO)
-    num_row_blocks = tl.load(num_row_blocks_ptr, mask=wanted, other=0)
+    # All the rest is behind the number of tiles that is read here.
+    num_row_blocks = tl.load(num_row_blocks_ptr + launches_before(PTX), mask=wanted, other=0)
     num_tiles = num_row_blocks * (N // BLOCK_N)
     start = tl.program_id(0)
     # One CTA per tile is the same loop with a stride that ends it after one tile.
@@ -357,6 +418,9 @@ def moe_few_tokens_gemm(
     """
     n_block, first_pair, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_pairs = num_tokens * TOP_K
+    if GEMM == 1:
+        zero = launches_before(PTX)
+        topk_ids_ptr += zero
     expert = tl.load(topk_ids_ptr + first_pair).to(tl.int64)
     all_pairs = tl.arange(0, PAIRS)
     if TOKENS == 1:  # whose experts differ: each pair leads. (One that is named twice is read twice, no more.)
@@ -365,6 +429,13 @@ def moe_few_tokens_gemm(
     else:
         ids = tl.load(topk_ids_ptr + all_pairs, mask=all_pairs < num_pairs, other=-1)
         before, leads = leads_row_block(ids, expert, first_pair, NUM_EXPERTS, PAIRS, BLOCK_M)
+    if GEMM == 2:  # GEMM1 has waited for the experts, so they may be read, and these weights asked for, while it runs
+        if TOKENS <= 2 and W_BITS == 4 and leads:  # with more tokens the memory is busy anyway
+            fetch_weights(w_ptr, expert, n_block, split, N, KP, BLOCK_N, SPLIT_K)
+        chosen = chosen_experts(topk_ids_ptr, num_tokens, TOP_K, NUM_EXPERTS, TOKENS)
+        zero = launches_before(PTX)
+    x_ptr += zero
+    arrivals_ptr += zero
     if GEMM == 1:
         block = tl.arange(0, NUM_ARRIVALS)
         first_program = (n_block == 0) & (first_pair == 0)
@@ -390,6 +461,6 @@ def moe_few_tokens_gemm(
         arrived = tl.atomic_add(arrivals_ptr + n_block, 1, sem="acq_rel", scope="gpu")
         if arrived == num_pairs * SPLIT_K - 1:
             sum_pairs_of_block(
-                y_ptr, topk_ids_ptr, out_ptr, num_tokens, num_pairs, n_block,
-                OUT_COLS, TOP_K, NUM_EXPERTS, SPLIT_K, BLOCK_N, TOKENS, PTX,
+                y_ptr, chosen, out_ptr, num_tokens, num_pairs, n_block,
+                OUT_COLS, TOP_K, SPLIT_K, BLOCK_N, TOKENS, PTX,
             )  # fmt: skip

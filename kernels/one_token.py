@@ -14,13 +14,38 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._device import to_bf16
+from ._device import launches_before, to_bf16
 
 
 @triton.jit
 def bf16_round(x, PTX: tl.constexpr):
     """fp32 -> the nearest bf16, as fp32."""
     return to_bf16(x, PTX).to(tl.float32)
+
+
+@triton.jit
+def dot_bytes(a, b, PTX: tl.constexpr):
+    """int32 words of four int8 each -> the sum of the products of their bytes."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, 0;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        total = (a >> 24) * (b >> 24) + ((a << 8) >> 24) * ((b << 8) >> 24)
+        return total + ((a << 16) >> 24) * ((b << 16) >> 24) + ((a << 24) >> 24) * ((b << 24) >> 24)
+
+
+@triton.jit
+def two_bytes(x, unit, SIZE: tl.constexpr):
+    """fp32 [SIZE] as 256 * high + low units, int8 both: words of four highs and of four lows, int32 [SIZE/4] each."""
+    # Adding 1.5 * 2^23 leaves the nearest integer in the lowest bits.
+    units = (x / unit + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+    high = (units + 128) >> 8
+    low = units - (high << 8)
+    shifts = (8 * tl.arange(0, 4))[None, :]
+    high_words = tl.sum((high & 255).reshape(SIZE // 4, 4) << shifts, axis=1)
+    low_words = tl.sum((low & 255).reshape(SIZE // 4, 4) << shifts, axis=1)
+    return high_words, low_words
 
 
 @triton.jit
@@ -34,60 +59,107 @@ def moe_row_matvec(
     sum_ptr,  # bf16 [K], HAS_NORM only: x + add
     out_ptr,  # bf16 [N]
     arrivals_ptr,  # int32 [NUM_ARRIVALS], set to zero
+    position_ptr, key_ptr, value_ptr,  # HAS_AHEAD only: what the next launch reads without waiting for this one
     EPS: tl.constexpr,
-    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUM_ARRIVALS: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr, BLOCK_K: tl.constexpr,
+    NUM_ARRIVALS: tl.constexpr,
     HAS_ADD: tl.constexpr, HAS_NORM: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    PTX: tl.constexpr,
+    HAS_AHEAD: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """out = W @ norm(x + add) * scale + residual; program i does rows [i * BLOCK_N, (i + 1) * BLOCK_N).
 
-    The norm's factor is one number, so it is applied to the sums: the weights need not wait for it.
+    The norm's factor is one number, so it is applied to the sums. A chunk of K is STEPS pieces of BLOCK_K; the piece of
+    a row is a warp's, so no product is summed across warps. int8 weights stay as they are: x comes as 16-bit integers,
+    in units of the chunk's largest / 32512, which is finer than bf16 is for numbers from 1/64 of that on.
     """
+    INT8: tl.constexpr = (w_ptr.dtype.element_ty == tl.int8) & (K % 4 == 0)
+    CHUNK: tl.constexpr = STEPS * BLOCK_K
+    # Words of four weights, if they are int8.
+    WIDTH: tl.constexpr = 4 if INT8 else 1
     program = tl.program_id(0)
     offs_n = program * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = offs_n < N
-    acc = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    squares = tl.zeros((BLOCK_K,), dtype=tl.float32)
-    for step in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
-        offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+    columns = tl.arange(0, STEPS)[:, None] * (BLOCK_K // WIDTH) + tl.arange(0, BLOCK_K // WIDTH)[None, :]
+    if INT8:
+        words_ptr = w_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    else:
+        words_ptr = w_ptr
+    out = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    squares = 0.0
+    for chunk in tl.static_range((K + CHUNK - 1) // CHUNK):
+        columns_of_chunk = chunk * (CHUNK // WIDTH) + columns
+        w_offs = offs_n[:, None, None] * (K // WIDTH) + columns_of_chunk[None, :, :]
+        w_mask = rows[:, None, None] & (columns_of_chunk < K // WIDTH)[None, :, :]
+        w = tl.load(words_ptr + w_offs, mask=w_mask, other=0)
+        offs_k = chunk * CHUNK + tl.arange(0, CHUNK)
         inside = offs_k < K
-        w = tl.load(w_ptr + offs_n[:, None] * K + offs_k[None, :], mask=rows[:, None] & inside[None, :], other=0)
+        if HAS_NORM:
+            norm = tl.load(norm_ptr + offs_k, mask=inside, other=0.0).to(tl.float32)
+        if chunk == 0:  # the first weights are on their way by now
+            if HAS_SCALE:
+                scale = tl.load(scale_ptr + offs_n, mask=rows, other=0.0)
+            zero = launches_before(PTX)
+            x_ptr += zero
+            add_ptr += zero
+            residual_ptr += zero
+            arrivals_ptr += zero
+            if HAS_RESIDUAL:
+                residual = tl.load(residual_ptr + offs_n, mask=rows, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + offs_k, mask=inside, other=0.0).to(tl.float32)
         if HAS_ADD:
             x = bf16_round(x + tl.load(add_ptr + offs_k, mask=inside, other=0.0).to(tl.float32), PTX)
         if HAS_NORM:
             tl.store(sum_ptr + offs_k, to_bf16(x, PTX), mask=inside & (program == 0))
-            squares += x * x
-            x *= tl.load(norm_ptr + offs_k, mask=inside, other=0.0).to(tl.float32)
-        acc += tl.sum(w.to(tl.float32) * x[None, :], axis=1)
+            squares += tl.sum(x * x, axis=0)
+            x *= norm
+        if INT8:
+            unit = tl.maximum(tl.max(tl.abs(x), axis=0) / 32512.0, 1e-30)
+            high, low = two_bytes(x, unit, CHUNK)
+            high = high.reshape(STEPS, BLOCK_K // 4)[None, :, :]
+            low = low.reshape(STEPS, BLOCK_K // 4)[None, :, :]
+            units = tl.sum(dot_bytes(w, high, PTX), axis=1) * 256 + tl.sum(dot_bytes(w, low, PTX), axis=1)
+            out += tl.sum(units.to(tl.float32), axis=1) * unit
+        else:
+            out += tl.sum(tl.sum(w.to(tl.float32) * x.reshape(1, STEPS, BLOCK_K), axis=1), axis=1)
     if HAS_NORM:
-        acc *= tl.rsqrt(tl.sum(squares, axis=0) / K + EPS)
+        out *= tl.rsqrt(squares / K + EPS)
     if HAS_SCALE:
-        acc *= tl.load(scale_ptr + offs_n, mask=rows, other=0.0)
+        out *= scale
     if HAS_RESIDUAL:
-        acc = bf16_round(acc, PTX) + tl.load(residual_ptr + offs_n, mask=rows, other=0.0).to(tl.float32)
-    tl.store(out_ptr + offs_n, to_bf16(acc, PTX), mask=rows)
+        out = bf16_round(out, PTX) + residual
+    tl.store(out_ptr + offs_n, to_bf16(out, PTX), mask=rows)
     if NUM_ARRIVALS > 0:
         arrivals = tl.arange(0, NUM_ARRIVALS)
         tl.store(arrivals_ptr + arrivals, tl.zeros_like(arrivals), mask=(arrivals >= 0) & (program == 0))
+    if HAS_AHEAD and program == 0:
+        # Whoever orders the launches sees by this that they must be written before this one.
+        tl.load(position_ptr + zero, volatile=True)
+        tl.load(key_ptr + zero, volatile=True)
+        tl.load(value_ptr + zero, volatile=True)
+
+
+@triton.jit
+def load_halves(ptr, HALF: tl.constexpr):
+    """A vector of a head as two halves, fp32 [1, D/2] each."""
+    offs = tl.arange(0, HALF)[None, :]
+    return tl.load(ptr + offs).to(tl.float32), tl.load(ptr + HALF + offs).to(tl.float32)
 
 
 @triton.jit
 def normed_and_turned(
-    low, high, norm_ptr, cos_ptr, sin_ptr, EPS: tl.constexpr, HALF: tl.constexpr, PTX: tl.constexpr
+    low, high, norm_low, norm_high, cos_ptr, sin_ptr, EPS: tl.constexpr, HALF: tl.constexpr, PTX: tl.constexpr
 ):  # fmt: skip
     """RMS norm and rotation of rows given as two halves, fp32 [R, D/2] each; rounded to bf16 once, held as fp32.
 
     The rotation of (a, b) is (a cos - b sin, b cos + a sin).
     """
-    offs = tl.arange(0, HALF)
+    cos_low, cos_high = load_halves(cos_ptr, HALF)
+    sin_low, sin_high = load_halves(sin_ptr, HALF)
     factor = tl.rsqrt((tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1)) / (2 * HALF) + EPS)[:, None]
-    low = low * factor * tl.load(norm_ptr + offs).to(tl.float32)[None, :]
-    high = high * factor * tl.load(norm_ptr + HALF + offs).to(tl.float32)[None, :]
-    cos_low, cos_high = tl.load(cos_ptr + offs).to(tl.float32), tl.load(cos_ptr + HALF + offs).to(tl.float32)
-    sin_low, sin_high = tl.load(sin_ptr + offs).to(tl.float32), tl.load(sin_ptr + HALF + offs).to(tl.float32)
-    first = low * cos_low[None, :] - high * sin_low[None, :]
-    second = high * cos_high[None, :] + low * sin_high[None, :]
+    low = low * factor * norm_low
+    high = high * factor * norm_high
+    first = low * cos_low - high * sin_low
+    second = high * cos_high + low * sin_high
     return bf16_round(first, PTX), bf16_round(second, PTX)
 
 
@@ -101,16 +173,20 @@ def dot_bf16(a, b, acc, PTX: tl.constexpr):
 
 
 @triton.jit
-def load_positions(key_ptr, value_ptr, first, end, HALF: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Keys of BLOCK_T positions from `first` on as two halves, bf16 [BLOCK_T, D/2], and values, [BLOCK_T, D]."""
-    D: tl.constexpr = 2 * HALF
+def load_keys(key_ptr, first, end, HALF: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Keys of BLOCK_T positions from `first` on as two halves, bf16 [BLOCK_T, D/2] each."""
     offs_t = first + tl.arange(0, BLOCK_T)
+    offs = offs_t[:, None] * (2 * HALF) + tl.arange(0, HALF)[None, :]
     seen = (offs_t < end)[:, None]
-    offs_h, offs_d = tl.arange(0, HALF), tl.arange(0, D)
-    k_low = tl.load(key_ptr + offs_t[:, None] * D + offs_h[None, :], mask=seen, other=0.0)
-    k_high = tl.load(key_ptr + offs_t[:, None] * D + offs_h[None, :] + HALF, mask=seen, other=0.0)
-    v = tl.load(value_ptr + offs_t[:, None] * D + offs_d[None, :], mask=seen, other=0.0)
-    return k_low, k_high, v
+    return tl.load(key_ptr + offs, mask=seen, other=0.0), tl.load(key_ptr + offs + HALF, mask=seen, other=0.0)
+
+
+@triton.jit
+def load_values(value_ptr, first, end, D: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Values of BLOCK_T positions from `first` on, bf16 [BLOCK_T, D]."""
+    offs_t = first + tl.arange(0, BLOCK_T)
+    offs = offs_t[:, None] * D + tl.arange(0, D)[None, :]
+    return tl.load(value_ptr + offs, mask=(offs_t < end)[:, None], other=0.0)
 
 
 @triton.jit
@@ -121,90 +197,105 @@ def moe_row_attention(
     position_ptr,  # int64 [1]
     key_ptr, value_ptr,  # bf16 [KV_HEADS, C, D]: positions before this one
     new_ptr,  # bf16 [2, KV_HEADS, D]: this position's key and value, for the cache
-    partial_ptr,  # fp32 [SPLITS, KV_HEADS * G, D]: of each split, not yet divided
-    max_ptr, sum_ptr,  # fp32 [SPLITS, KV_HEADS * G]
+    partial_ptr,  # fp32 [SPLITS + 1, KV_HEADS * G, D]: of each part, not yet divided
+    max_ptr, sum_ptr,  # fp32 [SPLITS + 1, KV_HEADS * G]
     arrivals_ptr,  # int32 [KV_HEADS], zero
     out_ptr,  # bf16 [KV_HEADS * G * D]
     SCALING: tl.constexpr, EPS: tl.constexpr,
     C: tl.constexpr, KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, G_POW2: tl.constexpr, G_PAD: tl.constexpr,
     HALF: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one token: program (key/value head, split) does one part of the positions that were written.
+    """Attention of one token: program (key/value head, part) does every SPLITS-th block of the positions.
 
-    The first split also has the token itself, whose key and value are not in the cache yet.
+    The last part is the token itself, whose key and value are not in the cache yet.
     """
-    head, split = tl.program_id(0), tl.program_id(1)
+    head, part = tl.program_id(0), tl.program_id(1)
     D: tl.constexpr = 2 * HALF
     HEADS: tl.constexpr = KV_HEADS * GROUPS
-    length = tl.minimum(tl.load(position_ptr), C).to(tl.int32)  # positions in the cache
     group = tl.arange(0, G_PAD)
     real = group < GROUPS
     offs_h, offs_d = tl.arange(0, HALF), tl.arange(0, D)
 
-    part = ((length + SPLITS - 1) // SPLITS + 15) // 16 * 16
-    start = split * part
-    end = tl.minimum(start + part, length)
+    # The first keys and values are on their way before the query is.
+    length = tl.minimum(tl.load(position_ptr), C).to(tl.int32)  # positions in the cache
     key_ptr += head * C * D
     value_ptr += head * C * D
-    # The first keys and values are on their way while the query is made ready.
-    k_low, k_high, v = load_positions(key_ptr, value_ptr, start, end, HALF, BLOCK_T)
+    start = part * BLOCK_T
+    k_low, k_high = load_keys(key_ptr, start, length, HALF, BLOCK_T)
+    v = load_values(value_ptr, start, length, D, BLOCK_T)
+    norm_low, norm_high = load_halves(q_norm_ptr, HALF)
+    zero = launches_before(PTX)
+    qkv_ptr += zero
+    cos_ptr += zero
+    sin_ptr += zero
+    arrivals_ptr += zero
 
     q_rows = (head * GROUPS + group)[:, None] * D + offs_h[None, :]
     q_low = tl.load(qkv_ptr + q_rows, mask=real[:, None], other=0.0).to(tl.float32)
     q_high = tl.load(qkv_ptr + q_rows + HALF, mask=real[:, None], other=0.0).to(tl.float32)
-    q_low, q_high = normed_and_turned(q_low, q_high, q_norm_ptr, cos_ptr, sin_ptr, EPS, HALF, PTX)
+    q_low, q_high = normed_and_turned(q_low, q_high, norm_low, norm_high, cos_ptr, sin_ptr, EPS, HALF, PTX)
 
-    best = tl.full((G_PAD,), -float("inf"), dtype=tl.float32)
-    total = tl.zeros((G_PAD,), dtype=tl.float32)
-    acc = tl.zeros((G_PAD, D), dtype=tl.float32)
-    if split == 0:
-        one = tl.arange(0, 1)
-        k_rows = (HEADS + head + one)[:, None] * D + offs_h[None, :]
+    rows = part * HEADS + head * GROUPS + group
+    if part == SPLITS:
+        k_rows = (HEADS + head) * D + offs_h[None, :]
         new_low = tl.load(qkv_ptr + k_rows).to(tl.float32)
         new_high = tl.load(qkv_ptr + k_rows + HALF).to(tl.float32)
-        new_low, new_high = normed_and_turned(new_low, new_high, k_norm_ptr, cos_ptr, sin_ptr, EPS, HALF, PTX)
+        norm_low, norm_high = load_halves(k_norm_ptr, HALF)
+        new_low, new_high = normed_and_turned(new_low, new_high, norm_low, norm_high, cos_ptr, sin_ptr, EPS, HALF, PTX)
         new_v = tl.load(qkv_ptr + (HEADS + KV_HEADS + head) * D + offs_d)
-        new_rows = (head + one)[:, None] * D + offs_h[None, :]
+        new_rows = head * D + offs_h[None, :]
         tl.store(new_ptr + new_rows, to_bf16(new_low, PTX))
         tl.store(new_ptr + new_rows + HALF, to_bf16(new_high, PTX))
         tl.store(new_ptr + (KV_HEADS + head) * D + offs_d, new_v)
-        best = (tl.sum(q_low * new_low, axis=1) + tl.sum(q_high * new_high, axis=1)) * SCALING
-        total += 1.0
-        acc += new_v.to(tl.float32)[None, :]
-
-    q_low, q_high = to_bf16(q_low, PTX), to_bf16(q_high, PTX)
-    for first in tl.range(start, end, BLOCK_T, num_stages=1):
-        seen = first + tl.arange(0, BLOCK_T) < end
-        scores = dot_bf16(q_low, k_low.trans(), tl.zeros((G_PAD, BLOCK_T), dtype=tl.float32), PTX)
-        scores = dot_bf16(q_high, k_high.trans(), scores, PTX) * SCALING
-        scores = tl.where(seen[None, :], scores, -float("inf"))
-        higher = tl.maximum(best, tl.max(scores, axis=1))  # finite: a tile has a position that is seen
-        weights = tl.exp(scores - higher[:, None])
-        shrink = tl.exp(best - higher)
-        total = total * shrink + tl.sum(weights, axis=1)
-        acc = dot_bf16(to_bf16(weights, PTX), v, acc * shrink[:, None], PTX)
-        best = higher
-        k_low, k_high, v = load_positions(key_ptr, value_ptr, first + BLOCK_T, end, HALF, BLOCK_T)
-
-    rows = split * HEADS + head * GROUPS + group
-    tl.store(partial_ptr + rows[:, None] * D + offs_d[None, :], acc, mask=real[:, None])
-    tl.store(max_ptr + rows, best, mask=real)
-    tl.store(sum_ptr + rows, total, mask=real)
+        score = (tl.sum(q_low * new_low, axis=1) + tl.sum(q_high * new_high, axis=1)) * SCALING
+        acc = tl.zeros((G_PAD, D), dtype=tl.float32) + new_v.to(tl.float32)[None, :]
+        tl.store(partial_ptr + rows[:, None] * D + offs_d[None, :], acc, mask=real[:, None])
+        tl.store(max_ptr + rows, score, mask=real)
+        tl.store(sum_ptr + rows, tl.full((G_PAD,), 1.0, dtype=tl.float32), mask=real)
+    else:
+        best = tl.full((G_PAD,), -float("inf"), dtype=tl.float32)
+        total = tl.zeros((G_PAD,), dtype=tl.float32)
+        acc = tl.zeros((G_PAD, D), dtype=tl.float32)
+        q_low_bf16, q_high_bf16 = to_bf16(q_low, PTX), to_bf16(q_high, PTX)
+        for first in tl.range(start, length, SPLITS * BLOCK_T, num_stages=1):
+            seen = first + tl.arange(0, BLOCK_T) < length
+            scores = dot_bf16(q_low_bf16, k_low.trans(), tl.zeros((G_PAD, BLOCK_T), dtype=tl.float32), PTX)
+            scores = dot_bf16(q_high_bf16, k_high.trans(), scores, PTX) * SCALING
+            scores = tl.where(seen[None, :], scores, -float("inf"))
+            higher = tl.maximum(best, tl.max(scores, axis=1))  # finite: a block has a position that is seen
+            weights = tl.exp(scores - higher[:, None])
+            shrink = tl.exp(best - higher)
+            total = total * shrink + tl.sum(weights, axis=1)
+            acc = dot_bf16(to_bf16(weights, PTX), v, acc * shrink[:, None], PTX)
+            best = higher
+            k_low, k_high = load_keys(key_ptr, first + SPLITS * BLOCK_T, length, HALF, BLOCK_T)
+            v = load_values(value_ptr, first + SPLITS * BLOCK_T, length, D, BLOCK_T)
+        tl.store(partial_ptr + rows[:, None] * D + offs_d[None, :], acc, mask=real[:, None])
+        tl.store(max_ptr + rows, best, mask=real)
+        tl.store(sum_ptr + rows, total, mask=real)
     tl.debug_barrier()  # all threads' stores before the one thread's release
     arrived = tl.atomic_add(arrivals_ptr + head, 1, sem="acq_rel", scope="gpu")
-    if arrived == SPLITS - 1:
-        # All of it at once: one after the other, each split would cost a trip to L2. .cg: it was written by others.
-        query = tl.arange(0, G_POW2)
-        mine = query < GROUPS
-        every = tl.arange(0, SPLITS)[:, None] * HEADS + (head * GROUPS + query)[None, :]
-        maxima = tl.load(max_ptr + every, mask=mine[None, :], other=0.0, cache_modifier=".cg")
-        sums = tl.load(sum_ptr + every, mask=mine[None, :], other=1.0, cache_modifier=".cg")
-        cells = every[:, :, None] * D + offs_d[None, None, :]
-        parts = tl.load(partial_ptr + cells, mask=mine[None, :, None], other=0.0, cache_modifier=".cg")
-        factors = tl.exp(maxima - tl.max(maxima, axis=0)[None, :])
-        result = tl.sum(parts * factors[:, :, None], axis=0) / tl.sum(sums * factors, axis=0)[:, None]
-        out_rows = (head * GROUPS + query)[:, None] * D + offs_d[None, :]
-        tl.store(out_ptr + out_rows, to_bf16(result, PTX), mask=mine[:, None])
+    if arrived == SPLITS:
+        # A thread has the same numbers of every part, so nothing is summed across threads, and all loads can be on
+        # their way at once. .cg: it was written by others.
+        query = head * GROUPS + tl.arange(0, G_POW2)
+        mine = tl.arange(0, G_POW2) < GROUPS
+        highest = tl.full((G_POW2,), -float("inf"), dtype=tl.float32)
+        for i in tl.static_range(SPLITS + 1):
+            highest = tl.maximum(
+                highest, tl.load(max_ptr + i * HEADS + query, mask=mine, other=0.0, cache_modifier=".cg")
+            )
+        sums_of_all = tl.zeros((G_POW2,), dtype=tl.float32)
+        result = tl.zeros((G_POW2, D), dtype=tl.float32)
+        cells = query[:, None] * D + offs_d[None, :]
+        for i in tl.static_range(SPLITS + 1):
+            maxima = tl.load(max_ptr + i * HEADS + query, mask=mine, other=0.0, cache_modifier=".cg")
+            sums = tl.load(sum_ptr + i * HEADS + query, mask=mine, other=1.0, cache_modifier=".cg")
+            values = tl.load(partial_ptr + i * HEADS * D + cells, mask=mine[:, None], other=0.0, cache_modifier=".cg")
+            factor = tl.exp(maxima - highest)
+            sums_of_all += sums * factor
+            result += values * factor[:, None]
+        tl.store(out_ptr + cells, to_bf16(result / sums_of_all[:, None], PTX), mask=mine[:, None])
 
 
 @triton.jit
@@ -219,7 +310,7 @@ def moe_row_router(
     ids_ptr,  # int64 [TOP_K]
     EPS: tl.constexpr,
     H: tl.constexpr, E: tl.constexpr, E_POW2: tl.constexpr, TOP_K: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_H: tl.constexpr, RANK_BLOCK: tl.constexpr, PTX: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK_H: tl.constexpr, RANK_BLOCK: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """RMS norm, logits of BLOCK_E experts a program, then top-k and the softmax over the chosen by the last program.
 
@@ -227,16 +318,21 @@ def moe_row_router(
     """
     program = tl.program_id(0)
     PROGRAMS: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
-    offs_h = tl.arange(0, BLOCK_H)
+    offs_h = tl.arange(0, STEPS)[:, None] * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]  # as in moe_row_matvec
     inside = offs_h < H
     offs_e = program * BLOCK_E + tl.arange(0, BLOCK_E)
     rows = offs_e < E
-    w = tl.load(w_ptr + offs_e[:, None] * H + offs_h[None, :], mask=rows[:, None] & inside[None, :], other=0.0)
+    w_offs = offs_e[:, None, None] * H + offs_h[None, :, :]
+    w = tl.load(w_ptr + w_offs, mask=rows[:, None, None] & inside[None, :, :], other=0.0)
+    norm = tl.load(norm_ptr + offs_h, mask=inside, other=0.0).to(tl.float32)
+    zero = launches_before(PTX)
+    x_ptr += zero
+    arrivals_ptr += zero
     x = tl.load(x_ptr + offs_h, mask=inside, other=0.0).to(tl.float32)
-    factor = tl.rsqrt(tl.sum(x * x, axis=0) / H + EPS)
-    x = bf16_round(x * factor * tl.load(norm_ptr + offs_h, mask=inside, other=0.0).to(tl.float32), PTX)
+    factor = tl.rsqrt(tl.sum(tl.sum(x * x, axis=0), axis=0) / H + EPS)
+    x = bf16_round(x * factor * norm, PTX)
     tl.store(normed_ptr + offs_h, to_bf16(x, PTX), mask=inside & (program == 0))
-    logits = tl.sum(w.to(tl.float32) * x[None, :], axis=1)
+    logits = tl.sum(tl.sum(w.to(tl.float32) * x[None, :, :], axis=1), axis=1)
     tl.store(logits_ptr + offs_e, bf16_round(logits, PTX), mask=rows)
     tl.debug_barrier()
     arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu")

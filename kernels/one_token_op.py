@@ -19,8 +19,12 @@ from .gpus import gpu_of
 from .one_token import moe_row_attention, moe_row_matvec, moe_row_router
 from .plan import Launch
 
+ROUTER_ROWS = 4
+"""Experts of one program of the router."""
+POSITIONS = 128
+"""Positions that a program of attention takes at a time."""
 MAX_CELLS = 16384
-"""Numbers that a program of eight warps holds at once, 64 a thread."""
+"""Numbers that a program holds at once."""
 MAX_EXPERTS = 1024
 """The ranking is one program's work, quadratic in the experts."""
 MAX_HIDDEN = 8192
@@ -145,11 +149,16 @@ def linear_of_one(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def run_linear_of_one(
-    x: Tensor, weight: Tensor, scale: Tensor | None, *, submit: Callable[[Launch], None] = Launch.run
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    *,
+    gpu: Gpu | None = None,
+    submit: Callable[[Launch], None] = Launch.run,
 ) -> Tensor:
-    """One launch; `submit` as for `plan.run_fused_experts`."""
+    """One launch; `gpu` and `submit` as for `plan.run_fused_experts`."""
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    submit(_matvec(x, None, None, weight, scale, None, out, out, None, 0.0, _interpreted()))
+    submit(_matvec(x, None, None, weight, scale, None, out, out, None, 0.0, _ptx(gpu or _gpu(x))))
     return out
 
 
@@ -161,21 +170,22 @@ def run_attention_of_one(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Two launches; `gpu` and `submit` as for `plan.run_fused_experts`."""
     hidden, update, norm, weight, scale, q_norm, k_norm, cos, sin, position, key, value, scaling, eps = arguments
-    interpreted = _interpreted()
     gpu = gpu or _gpu(hidden)
+    ptx = _ptx(gpu)
     _, kv_heads, context, head_dim = key.shape
     heads = weight.shape[0] // head_dim - 2 * kv_heads
     groups = triton.next_power_of_2(heads // kv_heads)
     splits = splits_of(gpu, kv_heads, groups * head_dim)
     summed, qkv = torch.empty_like(hidden), hidden.new_empty(weight.shape[0])
     arrivals = torch.empty(triton.next_power_of_2(kv_heads), dtype=torch.int32, device=hidden.device)
-    submit(_matvec(hidden, update, norm, weight, scale, None, summed, qkv, arrivals, eps, interpreted))
+    ahead = (position, key, value)
+    submit(_matvec(hidden, update, norm, weight, scale, None, summed, qkv, arrivals, eps, ptx, ahead))
     out, new = hidden.new_empty(1, 1, heads * head_dim), hidden.new_empty(2, 1, kv_heads, 1, head_dim)
-    partial = torch.empty(splits, heads, head_dim, dtype=torch.float32, device=hidden.device)
-    maxima = torch.empty(splits, heads, dtype=torch.float32, device=hidden.device)
+    partial = torch.empty(splits + 1, heads, head_dim, dtype=torch.float32, device=hidden.device)
+    maxima = torch.empty(splits + 1, heads, dtype=torch.float32, device=hidden.device)
     attention = Launch(
         moe_row_attention,
-        (kv_heads, splits),
+        (kv_heads, splits + 1),
         {
             "qkv_ptr": qkv,
             "q_norm_ptr": q_norm,
@@ -202,8 +212,8 @@ def run_attention_of_one(
             "G_PAD": max(16, groups),
             "HALF": head_dim // 2,
             "SPLITS": splits,
-            "BLOCK_T": 64,
-            "PTX": not interpreted,
+            "BLOCK_T": POSITIONS,
+            "PTX": ptx,
         },
         num_warps=8,
     )
@@ -212,21 +222,21 @@ def run_attention_of_one(
 
 
 def run_route_one(
-    arguments: RouteArguments, *, submit: Callable[[Launch], None] = Launch.run
+    arguments: RouteArguments, *, gpu: Gpu | None = None, submit: Callable[[Launch], None] = Launch.run
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Two launches; `submit` as for `plan.run_fused_experts`."""
+    """Two launches; `gpu` and `submit` as for `plan.run_fused_experts`."""
     x, weight, scale, residual, norm, router, top_k, eps = arguments
-    interpreted = _interpreted()
+    ptx = _ptx(gpu or _gpu(x))
     (experts, hidden), device = router.shape, x.device
     out, normed = torch.empty_like(residual), residual.new_empty(1, hidden)
     arrivals = torch.empty(1, dtype=torch.int32, device=device)
-    submit(_matvec(x, None, None, weight, scale, residual, out, out, arrivals, eps, interpreted))
+    submit(_matvec(x, None, None, weight, scale, residual, out, out, arrivals, eps, ptx))
     weights = torch.empty(1, top_k, dtype=torch.float32, device=device)
     ids = torch.empty(1, top_k, dtype=torch.int64, device=device)
-    block_e = 4
+    steps, block_h = row_pieces(hidden, router.dtype.itemsize)
     routing = Launch(
         moe_row_router,
-        (-(-experts // block_e),),
+        (-(-experts // ROUTER_ROWS),),
         {
             "x_ptr": out,
             "norm_ptr": norm,
@@ -243,14 +253,21 @@ def run_route_one(
             "E": experts,
             "E_POW2": triton.next_power_of_2(experts),
             "TOP_K": top_k,
-            "BLOCK_E": block_e,
-            "BLOCK_H": triton.next_power_of_2(hidden),
+            "BLOCK_E": ROUTER_ROWS,
+            "STEPS": steps,
+            "BLOCK_H": block_h,
             "RANK_BLOCK": min(32, triton.next_power_of_2(experts)),
-            "PTX": not interpreted,
+            "PTX": ptx,
         },
     )
     submit(routing)
     return out, normed, weights, ids
+
+
+def row_pieces(columns: int, itemsize: int) -> tuple[int, int]:
+    """How many pieces a row is read in, a power of two, and columns of one: each thread of a warp reads 16 bytes."""
+    piece = min(512 // itemsize, triton.next_power_of_2(columns))
+    return triton.next_power_of_2(-(-columns // piece)), piece
 
 
 def splits_of(gpu: Gpu, kv_heads: int, width: int) -> int:
@@ -264,6 +281,10 @@ def splits_of(gpu: Gpu, kv_heads: int, width: int) -> int:
 
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _ptx(gpu: Gpu) -> int:
+    return 0 if _interpreted() else gpu.capability
 
 
 def _gpu(x: Tensor) -> Gpu:
@@ -281,12 +302,15 @@ def _matvec(
     out: Tensor,
     arrivals: Tensor | None,
     eps: float,
-    interpreted: bool,
+    ptx: int,
+    ahead: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Launch:
     """weight @ norm(x + add) * scale + residual; absent arguments are filled with a tensor that is never read."""
     n, k = weight.shape
-    # Rows of a program: enough programs to fill a large GPU at least once. A step of it is 8192 weights.
+    # Rows of a program: enough programs to fill a large GPU at least once. Weights of a chunk: 128 a thread.
     block_n = 8 if n > 4096 else 4
+    steps, block_k = row_pieces(k, weight.dtype.itemsize)
+    steps = min(steps, max(1, MAX_CELLS // (block_k * block_n)))
     return Launch(
         moe_row_matvec,
         (-(-n // block_n),),
@@ -300,19 +324,22 @@ def _matvec(
             "sum_ptr": summed,
             "out_ptr": out,
             "arrivals_ptr": out if arrivals is None else arrivals,
+            **dict(zip(("position_ptr", "key_ptr", "value_ptr"), ahead or (x, x, x), strict=True)),
         },
         {
             "EPS": eps,
             "N": n,
             "K": k,
             "BLOCK_N": block_n,
-            "BLOCK_K": min(8192 // block_n, triton.next_power_of_2(k)),
+            "STEPS": steps,
+            "BLOCK_K": block_k,
             "NUM_ARRIVALS": 0 if arrivals is None else arrivals.shape[0],
             "HAS_ADD": add is not None,
             "HAS_NORM": norm is not None,
             "HAS_SCALE": scale is not None,
             "HAS_RESIDUAL": residual is not None,
-            "PTX": not interpreted,
+            "HAS_AHEAD": ahead is not None,
+            "PTX": ptx,
         },
     )
 

@@ -35,8 +35,21 @@ class Launch:
     num_warps: int = 4
 
     def run(self) -> None:
+        """Run it, or record it if an operator is being traced."""
         kernel = wrap_triton(self.kernel) if isinstance(self.kernel, JITFunction) else self.kernel
-        kernel[self.grid](**self.args, **self.constexprs, num_warps=self.num_warps)
+        if kernel is self.kernel:
+            self.run_now()
+        else:
+            kernel[self.grid](**self.args, **self.constexprs, num_warps=self.num_warps)
+
+    def run_now(self) -> None:
+        """Run it, whether or not torch would trace it."""
+        self.kernel[self.grid](**self.args, **self.constexprs, **self.options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Triton's options. From sm_90 on the launch overlaps with the one before it; see `launches_before`."""
+        return {"num_warps": self.num_warps, **({"launch_pdl": True} if self.constexprs["PTX"] >= 90 else {})}
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,7 @@ class Problem:
 
     arguments: ExpertArguments
     gpu: Gpu
-    ptx: bool
+    ptx: int
     options: Options = field(default_factory=Options)
     submit: Callable[[Launch], None] = Launch.run
 
@@ -259,7 +272,7 @@ def run_routing(p: Problem, heights: Heights) -> Routing:
         block_row=p.empty((blocks,), torch.int32),
         num_row_blocks=p.empty((1,), torch.int32),
     )
-    shape = {"NUM_EXPERTS": p.num_experts, "E_POW2": e_pow2, "CHUNK": chunk}
+    shape = {"NUM_EXPERTS": p.num_experts, "E_POW2": e_pow2, "CHUNK": chunk, "PTX": p.ptx}
     counts = r.num_row_blocks
     if not one_chunk:
         counts = p.empty((num_chunks, e_pow2), torch.int32)
@@ -318,6 +331,7 @@ def quantize_rows(p: Problem, x: Tensor, rows: Any, k: int, act_group: int) -> t
                 "NUM_GROUPS": groups,
                 "GROUPS_POW2": groups_pow2,
                 "MAX_RATIO": max_scale_ratio(k_pad),
+                "PTX": p.ptx,
             },
             num_warps=min(16, max(4, groups_pow2 * act_group // 1024)),
         )
@@ -432,7 +446,7 @@ def run_fused_experts(
     num_tokens = hidden_states.shape[0]
     if isinstance(num_tokens, int) and num_tokens == 0:
         return torch.empty_like(hidden_states)
-    p = Problem(arguments, gpu, not interpreted, options, submit)
+    p = Problem(arguments, gpu, 0 if interpreted else gpu.capability, options, submit)
     path = options.path
     if path is None:
         few = (

@@ -17,6 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._device import launches_before
+
 
 @triton.jit
 def valid_experts(ids, NUM_EXPERTS: tl.constexpr):
@@ -38,9 +40,10 @@ def count_experts(ids, E_POW2: tl.constexpr):
 def moe_route_count(
     topk_ids_ptr,  # int32 or int64 [P]
     chunk_counts_ptr,  # int32 [num_chunks, E_POW2]
-    num_pairs, NUM_EXPERTS: tl.constexpr, E_POW2: tl.constexpr, CHUNK: tl.constexpr,
+    num_pairs, NUM_EXPERTS: tl.constexpr, E_POW2: tl.constexpr, CHUNK: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Count the experts of chunk `program_id(0)`."""
+    topk_ids_ptr += launches_before(PTX)
     chunk = tl.program_id(0)
     offs = chunk * CHUNK + tl.arange(0, CHUNK)
     ids = valid_experts(tl.load(topk_ids_ptr + offs, mask=offs < num_pairs, other=-1), NUM_EXPERTS)
@@ -60,12 +63,16 @@ def moe_route_scatter(
     NUM_EXPERTS: tl.constexpr, E_POW2: tl.constexpr, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr,
     COUNT_BLOCK: tl.constexpr, RANK_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, FEW: tl.constexpr, BLOCK_M_FEW: tl.constexpr, MANY: tl.constexpr, BLOCK_M_MANY: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     """Place the pairs of chunk `program_id(0)` and write this program's share of the row-block list.
 
     A row block has BLOCK_M rows, BLOCK_M_FEW with up to FEW pairs, BLOCK_M_MANY with more than MANY: a program that was
     exported for any number of tokens finds its tile height here.
     """
+    zero = launches_before(PTX)
+    topk_ids_ptr += zero
+    chunk_counts_ptr += zero
     chunk = tl.program_id(0)
     experts = tl.arange(0, E_POW2)
     offs = chunk * CHUNK + tl.arange(0, CHUNK)

@@ -54,14 +54,18 @@ class Trial:
 def few_token_candidates(layer: LayerShape, gemm: int, tokens: int) -> Iterator[GemmConfig]:
     """Configurations of the few-token path that are worth timing."""
     n, k = layer.rows_and_k(gemm)
-    splits = [s for s in (1, 2, 4, 8) if s == 1 or (gemm == 2 and k // 128 >= 14 * s)]
+    # Shorter parts pay while there are few programs.
+    least = 2 if tokens <= 2 else 14
+    splits = [s for s in (1, 2, 3, 4, 8) if s == 1 or (gemm == 2 and k // 128 >= least * s)]
     tiles: tuple[tuple[int, int], ...] = ((64, 2), (64, 4), (128, 4))
     if tokens <= 2:  # few programs: smaller ones spread more evenly over the multiprocessors
         tiles = ((32, 2), *tiles)
     if tokens >= 4:  # more rows a warp: fewer instructions a weight, fewer programs
         tiles += ((128, 2), (256, 4))
     # A program has few K blocks: with all of them on their way at once it waits for memory once.
-    pipelines = ((3, 1), (4, 1), (6, 1), (2, 2), (3, 2), (4, 2)) if tokens <= 4 else ((3, 1), (4, 1), (2, 2), (3, 2))
+    pipelines: tuple[tuple[int, int], ...] = ((3, 1), (4, 1), (2, 2), (3, 2))
+    if tokens <= 4:
+        pipelines += ((2, 1), (4, 2))
     for (block_n, warps), (stages, unroll), split_k in itertools.product(tiles, pipelines, splits):
         if n % block_n == 0 and k // 128 >= unroll:
             yield GemmConfig(
@@ -166,13 +170,13 @@ class Tuner:
 
             def record(launch: Launch, launches: list[Launch] = launches) -> None:
                 launches.append(launch)
-                launch.run()
+                launch.run_now()
 
             layer.run(_options(trial), submit=record)
             if trial.path == "few_tokens":  # GEMM2 ends with a sum that GEMM1 has to arm: time both
                 steps.append(partial(_run_all, launches))
             else:
-                steps.append(next(x for x in launches if x.constexprs.get("GEMM") == trial.gemm).run)
+                steps.append(next(x for x in launches if x.constexprs.get("GEMM") == trial.gemm).run_now)
         return time_graph(steps, self.replays)
 
     def _time_layer(self, inputs: list[LayerInputs], options: Options) -> float:
@@ -207,7 +211,7 @@ class Tuner:
 
 def _run_all(launches: list[Launch]) -> None:
     for launch in launches:
-        launch.run()
+        launch.run_now()
 
 
 def _time_of(timed: tuple[float, GemmConfig]) -> float:

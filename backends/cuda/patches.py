@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 
 from executorch_moe.backends.cuda import gpu_stand_ins, host_toolchain
+from executorch_moe.backends.cuda.overlapped_launches import overlapped_launches, unknown_host_code
 from executorch_moe.backends.cuda.static_choices import StaticChoices
 from executorch_moe.backends.cuda.weight_stand_ins import WeightStandIns
 from executorch_moe.kernels.gpus import GpuModel
@@ -43,6 +44,7 @@ REPLACED: dict[str, Parameters] = {
     "torch._inductor.codegen.wrapper:PythonWrapperCodegen.generate_and_run_autotune_block": ("self",),
     "torch._inductor.codegen.cpp_wrapper_cpu:CppWrapperCpu.codegen_device": ("self", "device"),
     "torch._inductor.codegen.cpp_wrapper_cpu:CppWrapperCpu.codegen_model_constructor": ("self",),
+    "torch._inductor.codegen.cuda.device_op_overrides:CUDADeviceOpOverrides.kernel_driver": ("self",),
     "torch._inductor.graph:GraphLowering.get_original_value_of_constant": ("self", "name"),
     "torch._inductor.graph:is_same_tensor": ("data", "value"),
     "triton.backends:backends": None,
@@ -140,6 +142,7 @@ def replaced(model: GpuModel, choices: StaticChoices, folder: Path) -> Iterator[
         _remember_accesses(stack)
         _replace_choices(stack, choices)
         _replace_weights(stack, choices)
+        stack.enter_context(overlapped_launches(model.capability))
         yield
 
 
@@ -151,7 +154,9 @@ def _problems() -> list[str]:
     unknown = [
         f"torch._inductor.config.{key}: is not there" for key in (*INDUCTOR_CONFIG, *_TARGET_CONFIG) if key not in keys
     ]
-    return found + unknown
+    if problems := found + unknown:
+        return problems
+    return [problem] if (problem := unknown_host_code()) else []
 
 
 def _problem(name: str, parameters: Parameters) -> str:

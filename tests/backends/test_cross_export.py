@@ -351,7 +351,7 @@ def test_what_a_kernel_writes_to_is_asked_once_for_each_kind_of_arguments() -> N
             "topk_ids_ptr": torch.empty(4, dtype=torch.int64),
             "out_ptr": torch.empty(4, dtype=torch.bfloat16),
         }
-        numbers = {"H": 128, "TOP_K": 2, "NUM_EXPERTS": 4, "BLOCK_H": block, "PTX": True}
+        numbers = {"H": 128, "TOP_K": 2, "NUM_EXPERTS": 4, "BLOCK_H": block, "PTX": 90}
         return triton_kernel_wrap.identify_accessed_tensors(kernel, {**tensors, **numbers}, {})
 
     with target_cuda("h200"):

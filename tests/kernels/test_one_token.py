@@ -193,9 +193,13 @@ def test_qwen3_30b_compiles_without_spills(capability: int) -> None:
         weight, scale = torch.empty(2048, 4096, dtype=torch.int8), torch.empty(2048)
         router, out = torch.empty(128, 2048, **bf16), torch.empty(1, 1, 4096, **bf16)
         route = ops.RouteArguments(out, weight, scale, row, norm, router, 8, EPS)
-        ops.run_route_one(route, submit=launches.append)
+        ops.run_route_one(route, gpu=gpu, submit=launches.append)
         ops.run_linear_of_one(
-            row, torch.empty(151936, 2048, dtype=torch.int8), torch.empty(151936), submit=launches.append
+            row,
+            torch.empty(151936, 2048, dtype=torch.int8),
+            torch.empty(151936),
+            gpu=gpu,
+            submit=launches.append,
         )
     assert [launch.kernel.__name__ for launch in launches[2:]] == [
         "moe_row_matvec", "moe_row_attention", "moe_row_matvec", "moe_row_router", "moe_row_matvec",

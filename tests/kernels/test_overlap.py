@@ -1,0 +1,137 @@
+"""Launches that overlap with the one before: the same bits as with a wait after each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from executorch_moe.kernels import one_token_op as ops
+from executorch_moe.kernels.benchmark import SHAPES, LayerInputs, make_layers
+from executorch_moe.kernels.compile import compile_kernel, record_launches
+from executorch_moe.kernels.configs import Gpu
+from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED, find_model
+from executorch_moe.kernels.plan import Launch, Options, run_fused_experts
+
+H, HEADS, KV_HEADS, HEAD_DIM, CONTEXT = 2048, 32, 4, 128, 640
+
+
+def launches_of_a_layer(capability: int) -> list[Launch]:
+    """All kernels of a decoder layer's token, and of several tokens' experts, on tensors without storage."""
+    gpu = Gpu(capability, 132, MAX_DYNAMIC_SHARED[capability])
+    launches: list[Launch] = []
+    with torch.device("meta"):
+        attention, route = token_arguments(torch.empty(1, 1, H, dtype=torch.bfloat16), None)
+        ops.run_attention_of_one(attention, gpu=gpu, submit=launches.append)
+        ops.run_route_one(route, gpu=gpu, submit=launches.append)
+    for tokens, scheme in ((1, "w4a16"), (600, "w4a8")):
+        launches += record_launches(gpu, scheme, tokens, 16, 8, H, 512, 128, Options())
+    return launches
+
+
+def token_arguments(
+    row: Tensor, update: Tensor | None, seed: int = 0
+) -> tuple[ops.AttentionArguments, ops.RouteArguments]:
+    """Arguments of both one-token operators on the row's device, from the seed."""
+    device = row.device.type
+    generator = torch.Generator("cpu" if device == "meta" else device).manual_seed(seed)
+
+    def random(*shape: int, deviation: float = 1.0) -> Tensor:
+        if device == "meta":
+            return torch.empty(*shape, dtype=torch.bfloat16)
+        return (torch.randn(*shape, device=device, generator=generator) * deviation).bfloat16()
+
+    def codes(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        weight = torch.empty(rows, columns, dtype=torch.int8, device=device)
+        if device != "meta":
+            weight.random_(-127, 128, generator=generator)
+        return weight, torch.full((rows,), 1 / (73 * columns**0.5), device=device)
+
+    wave = random(1, 1, HEAD_DIM)
+    attention = ops.AttentionArguments(
+        row, update, random(H), *codes((HEADS + 2 * KV_HEADS) * HEAD_DIM, H), random(HEAD_DIM), random(HEAD_DIM),
+        wave, wave, torch.full((1,), CONTEXT - 5, dtype=torch.int64, device=device),
+        random(1, KV_HEADS, CONTEXT, HEAD_DIM), random(1, KV_HEADS, CONTEXT, HEAD_DIM), HEAD_DIM**-0.5, 1e-6,
+    )  # fmt: skip
+    weight, scale = codes(H, HEADS * HEAD_DIM)
+    router = random(SHAPES["qwen3"].experts, H, deviation=H**-0.5)
+    return attention, ops.RouteArguments(random(1, 1, HEADS * HEAD_DIM), weight, scale, row, random(H), router, 8, 1e-6)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_all_kernels_wait_where_launches_can_overlap(capability: int) -> None:
+    seen = set()
+    for launch in launches_of_a_layer(capability):
+        if launch.kernel.__name__ in seen and "gemm" not in launch.kernel.__name__:
+            continue
+        seen.add(launch.kernel.__name__)
+        ptx = compile_kernel(launch, capability).asm["ptx"]
+        waits = ptx.count("griddepcontrol.wait")
+        assert waits == (1 if capability >= 90 else 0), launch.kernel.__name__
+        # Nothing is written before the wait.
+        assert "st.global" not in ptx.partition("griddepcontrol.wait")[0] or not waits, launch.kernel.__name__
+        assert launch.options.get("launch_pdl", False) == (capability >= 90)
+    assert len(seen) == 9, seen
+
+
+def token_through(layers: list[LayerInputs], row: Tensor, submit: Callable[[Launch], None]) -> Tensor:
+    """One token through decoder layers: each operator's result is the next one's input."""
+    update = None
+    for seed, layer in enumerate(layers):
+        attention, route = token_arguments(row, update, seed)
+        summed, out, _ = ops.run_attention_of_one(attention, submit=submit)
+        row, normed, weights, ids = ops.run_route_one(route._replace(x=out, residual=summed), submit=submit)
+        assert layer.packed is not None
+        arguments = layer.packed.arguments(normed, ids, weights, "silu")
+        update = run_fused_experts(arguments, submit=submit)[None]
+    assert update is not None
+    return row + update
+
+
+def run_and_wait(launch: Launch) -> None:
+    launch.run_now()
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+def test_a_token_through_many_layers_is_the_same_in_a_graph() -> None:
+    layers = make_layers(SHAPES["qwen3"], "w4a16", 1, 6)
+    row = torch.randn(1, 1, H, device="cuda", generator=torch.Generator("cuda").manual_seed(0)).bfloat16()
+    expected = token_through(layers, row, run_and_wait)
+    assert expected.isfinite().all()
+    graph = torch.cuda.CUDAGraph()
+    token_through(layers, row, Launch.run_now)
+    with torch.cuda.graph(graph):
+        found = token_through(layers, row, Launch.run_now)
+    for _ in range(50):
+        graph.replay()
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a8", "bf16"])
+@pytest.mark.parametrize("tokens", [1, 5, 64, 700])
+def test_layers_in_a_row_are_the_same(scheme: str, tokens: int) -> None:
+    layers = make_layers(SHAPES["qwen3"], scheme, tokens, 4 if scheme != "bf16" else 2)
+
+    def through(submit: Callable[[Launch], None]) -> Tensor:
+        x = layers[0].hidden_states
+        for layer in layers:
+            assert layer.packed is not None
+            arguments = layer.packed.arguments(x, layer.topk_ids, layer.topk_weights, "silu")
+            x = run_fused_experts(arguments, submit=submit)
+        return x
+
+    expected = through(run_and_wait)
+    for _ in range(20):
+        assert torch.equal(through(Launch.run_now), expected)
+
+
+def test_a_gpu_that_cannot_overlap_is_not_asked_to() -> None:
+    launches: list[Launch] = []
+    with torch.device("meta"):
+        attention, _ = token_arguments(torch.empty(1, 1, H, dtype=torch.bfloat16), None)
+        ops.run_attention_of_one(attention, gpu=find_model("a100").gpu, submit=launches.append)
+    assert all(launch.options == {"num_warps": launch.num_warps} for launch in launches)
