@@ -46,7 +46,7 @@ class Kernel:
 
 @dataclass
 class Share:
-    """One group of kernels, per token. `nbytes`: what it has to read, None where that is not known."""
+    """One group of kernels, per token: launches, own time (`own_times`), bytes that it has to read if that is known."""
 
     group: str
     launches: float
@@ -62,7 +62,7 @@ class Breakdown:
         steps: tokens that were profiled. token_us: time from token to token, gaps included.
         shares: by group, longest first. gap_us: time in which no kernel ran.
         bandwidth: measured bytes/s of a large copy. launch_us: measured time of an empty kernel within a CUDA graph.
-        longest: kernel name -> (launches, microseconds) per token, of the ten that take longest.
+        longest: kernel name -> (launches, own microseconds) per token, of the ten that take longest.
     """
 
     steps: int
@@ -171,13 +171,18 @@ def read_trace(trace: Mapping[str, Any]) -> list[Kernel]:
     return sorted(kernels, key=lambda kernel: kernel.start)
 
 
-def busy_us(kernels: Iterable[Kernel]) -> float:
-    """Time in which at least one kernel ran; they come by start and may overlap."""
-    busy, end = 0.0, float("-inf")
+def own_times(kernels: Iterable[Kernel]) -> list[float]:
+    """Of each kernel, the time that passed while it ran and those before it had ended.
+
+    They come by start. A launch may start before the one before it has ended and wait for it, so durations overlap; own
+    times do not, and add up to the time in which at least one kernel ran.
+    """
+    times, end = [], float("-inf")
     for kernel in kernels:
-        busy += max(0.0, kernel.start + kernel.duration - max(end, kernel.start))
-        end = max(end, kernel.start + kernel.duration)
-    return busy
+        own_end = kernel.start + kernel.duration
+        times.append(max(0.0, own_end - max(end, kernel.start)))
+        end = max(end, own_end)
+    return times
 
 
 def break_down(
@@ -192,21 +197,22 @@ def break_down(
     shares: dict[str, Share] = {}
     names: dict[str, list[float]] = {}
     second = False
-    for kernel in kernels:
+    own = own_times(kernels)
+    for kernel, microseconds in zip(kernels, own, strict=True):
         group = group_of(kernel)
         if _BOTH_GEMMS.search(kernel.name):
             group = "experts GEMM2" if second else "experts GEMM1"
             second = not second
         share = shares.setdefault(group, Share(group, 0, 0.0, nbytes.get(group)))
         share.launches += 1 / steps
-        share.microseconds += kernel.duration / steps
-        names.setdefault(kernel.name, []).append(kernel.duration)
+        share.microseconds += microseconds / steps
+        names.setdefault(kernel.name, []).append(microseconds)
     longest = sorted(names.items(), key=lambda item: -sum(item[1]))[:10]
     return Breakdown(
         steps=steps,
         token_us=span / steps,
         shares=sorted(shares.values(), key=lambda share: -share.microseconds),
-        gap_us=(span - busy_us(kernels)) / steps,
+        gap_us=(span - sum(own)) / steps,
         bandwidth=bandwidth,
         launch_us=launch_us,
         longest={name: (len(times) / steps, sum(times) / steps) for name, times in longest},

@@ -12,8 +12,8 @@ from executorch_moe.export.breakdown import (
     Kernel,
     Share,
     break_down,
-    busy_us,
     group_of,
+    own_times,
     read_trace,
     token_bytes,
 )
@@ -80,8 +80,8 @@ def test_kernels_of_a_trace_come_by_start() -> None:
         read_trace(trace())
 
 
-def test_overlapping_kernels_count_once() -> None:
-    assert busy_us([Kernel("a", 0, 10), Kernel("b", 2, 3), Kernel("c", 8, 6), Kernel("d", 20, 1)]) == 15
+def test_time_in_which_kernels_overlap_is_that_of_the_first() -> None:
+    assert own_times([Kernel("a", 0, 10), Kernel("b", 2, 3), Kernel("c", 8, 6), Kernel("d", 20, 1)]) == [10, 0, 4, 1]
 
 
 def example() -> Breakdown:
