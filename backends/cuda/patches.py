@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import importlib
 import inspect
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,9 @@ from executorch_moe.kernels.gpus import GpuModel
 
 VERSIONS = {"torch": ("2.11", "2.13"), "triton": ("3.6", "3.7"), "executorch": ("1.5.1",)}
 """Versions with which an export was made and looked into; others are refused."""
+
+SMALL = 4096
+"""Elements of a computation that may be done with others far away in the program: one launch instead of many."""
 
 Parameters = tuple[str, ...] | None
 
@@ -47,6 +51,7 @@ REPLACED: dict[str, Parameters] = {
     "torch._inductor.codegen.cuda.device_op_overrides:CUDADeviceOpOverrides.kernel_driver": ("self",),
     "torch._inductor.graph:GraphLowering.get_original_value_of_constant": ("self", "name"),
     "torch._inductor.graph:is_same_tensor": ("data", "value"),
+    "torch._inductor.scheduler:Scheduler.are_long_distant_nodes": ("self", "node1", "node2"),
     "triton.backends:backends": None,
     "triton.compiler.code_generator:get_jit_fn_file_line": ("fn",),
     "executorch.backends.cuda.cuda_backend:CudaBackend.move_program_to_device": (
@@ -318,10 +323,26 @@ def _replace_choices(stack: contextlib.ExitStack, choices: StaticChoices) -> Non
 
     block = "torch._inductor.codegen.wrapper:PythonWrapperCodegen.generate_and_run_autotune_block"
     _replace(stack, block, compile_kernels)
+    far = "torch._inductor.scheduler:Scheduler.are_long_distant_nodes"
+
+    def are_far(self: Any, node1: Any, node2: Any) -> bool:
+        # Inductor fears for memory, which a few thousand elements do not take.
+        return bool(stock_far(self, node1, node2)) and not (_is_small(node1) and _is_small(node2))
+
+    stock_far = _replace(stack, far, are_far)
     functions = select_algorithm.get_algorithm_selector_cache().preprocessing_fns
     choose = choices.choose_gemm  # one object: a bound method is made anew at each access
     select_algorithm.add_preprocessing_fn(choose)
     stack.callback(functions.remove, choose)
+
+
+def _is_small(node: Any) -> bool:
+    """Whether one of Inductor's computations runs over few elements, and it is known how many."""
+    _, sizes = getattr(node, "group", (None, None))
+    try:
+        return math.prod(int(size) for size in sizes) <= SMALL
+    except TypeError:  # no sizes, or symbols
+        return False
 
 
 def _replace_weights(stack: contextlib.ExitStack, choices: StaticChoices) -> None:

@@ -483,3 +483,23 @@ def test_lowered_constants_are_each_methods_own() -> None:
         assert is_local("_lifted_tensor_constant3") and is_local("_tensor_constant0")
         assert not is_local("model.norm.weight")
     assert not cuda_weight_collector._is_aoti_library_local_fqn("_lifted_tensor_constant3")
+
+
+@needs_cross_export
+def test_small_computations_are_joined_however_far_apart_they_are() -> None:
+    """Cos and sin of a decode step, and what writes its keys and values: a launch for all layers."""
+    from torch._inductor.scheduler import Scheduler
+
+    def node(order: int, *sizes: Any) -> Any:
+        return SimpleNamespace(min_order=order, max_order=order, group=("cuda", sizes))
+
+    def far(*nodes: Any) -> bool:
+        return Scheduler.are_long_distant_nodes(SimpleNamespace(), *nodes)  # type: ignore[arg-type]
+
+    symbol = torch.fx.experimental.symbolic_shapes.ShapeEnv().create_unbacked_symint().node.expr
+    with target_cuda("h200"):
+        assert not far(node(0, 128, 1), node(900, 128, 1)) and not far(node(0, 512), node(900, patches.SMALL))
+        assert far(node(0, 512), node(900, patches.SMALL + 1)) and far(node(0, symbol, 1), node(900, 128, 1))
+        assert far(node(0, 512), SimpleNamespace(min_order=900, max_order=900))
+        assert not far(node(0, 9999), node(9, 9999))
+    assert far(node(0, 128, 1), node(900, 128, 1))
