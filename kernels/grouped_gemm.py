@@ -186,13 +186,14 @@ def gemm_tile(
     GROUP: tl.constexpr, W_BITS: tl.constexpr, INT8_ORDER: tl.constexpr, ACT_GROUP: tl.constexpr,
     HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, GEMM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr, NUM_STAGES: tl.constexpr,
-    UNROLL: tl.constexpr, SCALE_AFTER: tl.constexpr, PTX: tl.constexpr,
+    UNROLL: tl.constexpr, SCALE_AFTER: tl.constexpr, SHORT: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """One output tile: BLOCK_N weight rows of one expert by up to BLOCK_M of its tokens.
 
     expert: int64. pair, x_row, out_row: int32 [BM], of each row its pair, its row in x and its row in out, 0 where
     mask_m is not set. Such rows are loaded as zeros, which costs no memory traffic, and are never stored.
-    split: which of the SPLIT_K parts of K.
+    split: which of the SPLIT_K parts of K. SHORT: with so few programs, the time is the chain of waits of each, and that
+    is what is shortened; with more of them it costs more than it saves.
     """
     INT8: tl.constexpr = ACT_GROUP > 0
     SEGMENTS: tl.constexpr = (KP + ACT_GROUP - 1) // ACT_GROUP if INT8 else 1
@@ -207,7 +208,7 @@ def gemm_tile(
     s_ptr = w_scale_ptr + expert * ((KP // GROUP + INT8_ORDER) * N)
     z_ptr = w_zero_ptr + expert * (KP // GROUP * N)
     # Padded columns are masked by the K block, which four quarters at one mask cannot be.
-    QUARTERS: tl.constexpr = SCALE_AFTER and W_BITS == 4 and not INT8 and BLOCK_M <= 16 and K == KP
+    QUARTERS: tl.constexpr = SHORT and SCALE_AFTER and W_BITS == 4 and not INT8 and K == KP
     if QUARTERS:
         offs_k = tl.arange(0, 32)
     elif INT8:
@@ -215,9 +216,8 @@ def gemm_tile(
     else:
         offs_k = k_order(INT8_ORDER)
 
-    # A short tile waits for memory more than for registers: what is needed last is asked for first.
-    EARLY: tl.constexpr = GEMM == 2 and BLOCK_M <= 16
-    if EARLY:
+    EARLY: tl.constexpr = GEMM == 2 and SHORT
+    if EARLY:  # what is needed last is asked for first
         pair_weight = tl.load(pair_weight_ptr + pair, mask=mask_m, other=0.0).to(tl.float32)
 
     first = split * KB
@@ -386,7 +386,7 @@ def moe_grouped_gemm(
             x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, bias_ptr, out_ptr, pair_weight_ptr,
             expert, pair, x_row, out_row, mask_m, n_block, 0,
             N, K, KP, OUT_COLS, STRIDE_X, GROUP, W_BITS, INT8_ORDER, ACT_GROUP, HAS_ZERO, HAS_BIAS, ACTIVATION, GEMM,
-            BLOCK_M, BLOCK_N, 1, NUM_STAGES, UNROLL, SCALE_AFTER, PTX,
+            BLOCK_M, BLOCK_N, 1, NUM_STAGES, UNROLL, SCALE_AFTER, False, PTX,
         )  # fmt: skip
 
 
@@ -409,7 +409,7 @@ def moe_few_tokens_gemm(
     TOP_K: tl.constexpr, GROUP: tl.constexpr, W_BITS: tl.constexpr, INT8_ORDER: tl.constexpr, ACT_GROUP: tl.constexpr,
     HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, GEMM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr, NUM_STAGES: tl.constexpr,
-    UNROLL: tl.constexpr, SCALE_AFTER: tl.constexpr, PTX: tl.constexpr,
+    UNROLL: tl.constexpr, SCALE_AFTER: tl.constexpr, SHORT: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """The same GEMMs without routing lists: program (n block, pair, part of K) does the row block that its pair leads.
 
@@ -430,9 +430,10 @@ def moe_few_tokens_gemm(
         ids = tl.load(topk_ids_ptr + all_pairs, mask=all_pairs < num_pairs, other=-1)
         before, leads = leads_row_block(ids, expert, first_pair, NUM_EXPERTS, PAIRS, BLOCK_M)
     if GEMM == 2:  # GEMM1 has waited for the experts, so they may be read, and these weights asked for, while it runs
-        if TOKENS <= 2 and W_BITS == 4 and leads:  # with more tokens the memory is busy anyway
+        if SHORT and W_BITS == 4 and leads:
             fetch_weights(w_ptr, expert, n_block, split, N, KP, BLOCK_N, SPLIT_K)
-        chosen = chosen_experts(topk_ids_ptr, num_tokens, TOP_K, NUM_EXPERTS, TOKENS)
+        if SHORT:
+            chosen = chosen_experts(topk_ids_ptr, num_tokens, TOP_K, NUM_EXPERTS, TOKENS)
         zero = launches_before(PTX)
     x_ptr += zero
     arrivals_ptr += zero
@@ -454,12 +455,14 @@ def moe_few_tokens_gemm(
             x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, bias_ptr, y_ptr, pair_weight_ptr,
             expert, pair, x_row, out_row, mask_m, n_block, split,
             N, K, KP, OUT_COLS, STRIDE_X, GROUP, W_BITS, INT8_ORDER, ACT_GROUP, HAS_ZERO, HAS_BIAS, ACTIVATION, GEMM,
-            BLOCK_M, BLOCK_N, SPLIT_K, NUM_STAGES, UNROLL, SCALE_AFTER, PTX,
+            BLOCK_M, BLOCK_N, SPLIT_K, NUM_STAGES, UNROLL, SCALE_AFTER, SHORT, PTX,
         )  # fmt: skip
     if GEMM == 2:
         tl.debug_barrier()  # all threads' stores before the one thread's release
         arrived = tl.atomic_add(arrivals_ptr + n_block, 1, sem="acq_rel", scope="gpu")
         if arrived == num_pairs * SPLIT_K - 1:
+            if not SHORT:
+                chosen = chosen_experts(topk_ids_ptr, num_tokens, TOP_K, NUM_EXPERTS, TOKENS)
             sum_pairs_of_block(
                 y_ptr, chosen, out_ptr, num_tokens, num_pairs, n_block,
                 OUT_COLS, TOP_K, SPLIT_K, BLOCK_N, TOKENS, PTX,

@@ -23,6 +23,9 @@ from .packing import fragment_order
 from .routing import moe_route_count, moe_route_scatter
 from .schemes import get_activation, get_scheme, max_scale_ratio, round_up
 
+SHORT_WAVE = 3
+"""Programs of a multiprocessor up to which few-token launches are made for latency."""
+
 
 @dataclass
 class Launch:
@@ -165,6 +168,7 @@ def run_few_tokens(p: Problem) -> Tensor:
     for gemm, config, x, made in ((1, configs[0], p.hidden_states, hidden), (2, configs[1], hidden, y)):
         constants = p.constants(gemm)
         parts = split_k if gemm == 2 else 1
+        programs = constants["N"] // config.block_n * p.num_pairs * parts
         p.submit(
             Launch(
                 moe_few_tokens_gemm,
@@ -190,6 +194,7 @@ def run_few_tokens(p: Problem) -> Tensor:
                     "STRIDE_X": int(x.shape[1]),
                     "ACT_GROUP": 0,  # a launch less, and more exact: here bytes are what counts
                     "SPLIT_K": parts,
+                    "SHORT": programs <= SHORT_WAVE * p.gpu.num_sms,
                 },
                 num_warps=config.num_warps,
             )

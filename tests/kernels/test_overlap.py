@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -80,7 +81,8 @@ def token_through(layers: list[LayerInputs], row: Tensor, submit: Callable[[Laun
     """One token through decoder layers: each operator's result is the next one's input."""
     update = None
     for seed, layer in enumerate(layers):
-        attention, route = token_arguments(row, update, seed)
+        attention, route = weights_of_layer(seed)  # made before a graph is recorded
+        attention = attention._replace(hidden=row, update=update)
         summed, out, _ = ops.run_attention_of_one(attention, submit=submit)
         row, normed, weights, ids = ops.run_route_one(route._replace(x=out, residual=summed), submit=submit)
         assert layer.packed is not None
@@ -93,6 +95,11 @@ def token_through(layers: list[LayerInputs], row: Tensor, submit: Callable[[Laun
 def run_and_wait(launch: Launch) -> None:
     launch.run_now()
     torch.cuda.synchronize()
+
+
+@functools.cache
+def weights_of_layer(seed: int) -> tuple[ops.AttentionArguments, ops.RouteArguments]:
+    return token_arguments(torch.empty(1, 1, H, dtype=torch.bfloat16, device="cuda"), None, seed)
 
 
 @pytest.mark.gpu
