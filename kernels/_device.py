@@ -24,25 +24,33 @@ def grouped_tile(tile, num_row_blocks, num_n_blocks, GROUP_SIZE_M: tl.constexpr)
 
 
 @triton.jit
-def launches_before(PTX: tl.constexpr):
-    """Wait for the launches before this one, and let the one behind it start, which waits in turn.
+def launches_before(NEXT_MAY_START: tl.constexpr, PTX: tl.constexpr):
+    """Wait for the launches before this one.
 
     A launch may start while the one before it still runs (programmatic dependent launch, from sm_90 on); elsewhere it
     has nothing to wait for. What stands before this call may write nothing, and read only weights and what was written
     before the launch before this one waited.
 
+    NEXT_MAY_START lets the launch behind this one start when all programs of this one have come here. That pays if they
+    are few: the programs of the next launch lie where there is room for them now, and not where there will be.
+
     Returns 0, a multiple of 16, to be added to the addresses of all that must be read or written after the wait. The
     compiler keeps the order by this, for a call with side effects would make torch take every tensor for written to.
     """
     if PTX >= 90:
-        zero = tl.inline_asm_elementwise(
-            "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, 0;",
-            "=r",
-            [],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
+        if NEXT_MAY_START:
+            zero = tl.inline_asm_elementwise(
+                "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, 0;",
+                "=r",
+                [],
+                dtype=tl.int32,
+                is_pure=True,
+                pack=1,
+            )
+        else:
+            zero = tl.inline_asm_elementwise(
+                "griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=True, pack=1
+            )
         return zero * 16
     else:
         return 0

@@ -22,7 +22,7 @@ def moe_quantize_rows(
     Each token once, whatever its number of experts; the GEMM gathers the quantised rows. The middle two of every four
     values are swapped, as in the packed weights (packing.py).
     """
-    x_ptr += launches_before(PTX)
+    x_ptr += launches_before(False, PTX)
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS_POW2)
     offs = group[:, None] * ACT_GROUP + tl.arange(0, ACT_GROUP)[None, :]
@@ -45,7 +45,7 @@ def moe_sum_pairs(
     H: tl.constexpr, TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, BLOCK_H: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Sum a token's top_k pair outputs in fp32, always in the order of its choices."""
-    zero = launches_before(PTX)
+    zero = launches_before(False, PTX)
     y_ptr += zero
     topk_ids_ptr += zero
     token = tl.program_id(0).to(tl.int64)

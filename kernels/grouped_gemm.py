@@ -186,14 +186,13 @@ def gemm_tile(
     GROUP: tl.constexpr, W_BITS: tl.constexpr, INT8_ORDER: tl.constexpr, ACT_GROUP: tl.constexpr,
     HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, GEMM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr, NUM_STAGES: tl.constexpr,
-    UNROLL: tl.constexpr, SCALE_AFTER: tl.constexpr, SHORT: tl.constexpr, PTX: tl.constexpr,
+    UNROLL: tl.constexpr, SCALE_AFTER: tl.constexpr, FEW: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """One output tile: BLOCK_N weight rows of one expert by up to BLOCK_M of its tokens.
 
     expert: int64. pair, x_row, out_row: int32 [BM], of each row its pair, its row in x and its row in out, 0 where
     mask_m is not set. Such rows are loaded as zeros, which costs no memory traffic, and are never stored.
-    split: which of the SPLIT_K parts of K. SHORT: with so few programs, the time is the chain of waits of each, and that
-    is what is shortened; with more of them it costs more than it saves.
+    split: which of the SPLIT_K parts of K. FEW: of few tokens, where the time is the chain of waits of each program.
     """
     INT8: tl.constexpr = ACT_GROUP > 0
     SEGMENTS: tl.constexpr = (KP + ACT_GROUP - 1) // ACT_GROUP if INT8 else 1
@@ -208,7 +207,7 @@ def gemm_tile(
     s_ptr = w_scale_ptr + expert * ((KP // GROUP + INT8_ORDER) * N)
     z_ptr = w_zero_ptr + expert * (KP // GROUP * N)
     # Padded columns are masked by the K block, which four quarters at one mask cannot be.
-    QUARTERS: tl.constexpr = SHORT and SCALE_AFTER and W_BITS == 4 and not INT8 and K == KP
+    QUARTERS: tl.constexpr = FEW and SCALE_AFTER and W_BITS == 4 and not INT8 and K == KP
     if QUARTERS:
         offs_k = tl.arange(0, 32)
     elif INT8:
@@ -216,7 +215,7 @@ def gemm_tile(
     else:
         offs_k = k_order(INT8_ORDER)
 
-    EARLY: tl.constexpr = GEMM == 2 and SHORT
+    EARLY: tl.constexpr = GEMM == 2 and FEW
     if EARLY:  # what is needed last is asked for first
         pair_weight = tl.load(pair_weight_ptr + pair, mask=mask_m, other=0.0).to(tl.float32)
 
@@ -368,7 +367,7 @@ def moe_grouped_gemm(
     """
     wanted = (num_pairs >= PAIRS_FROM) & (num_pairs <= PAIRS_TO)
     # All the rest is behind the number of tiles that is read here.
-    num_row_blocks = tl.load(num_row_blocks_ptr + launches_before(PTX), mask=wanted, other=0)
+    num_row_blocks = tl.load(num_row_blocks_ptr + launches_before(False, PTX), mask=wanted, other=0)
     num_tiles = num_row_blocks * (N // BLOCK_N)
     start = tl.program_id(0)
     # One CTA per tile is the same loop with a stride that ends it after one tile.
@@ -413,13 +412,14 @@ def moe_few_tokens_gemm(
 ):  # fmt: skip
     """The same GEMMs without routing lists: program (n block, pair, part of K) does the row block that its pair leads.
 
-    PAIRS and TOKENS: powers of two from P and T on. GEMM2 also sums over top_k: the last program of an n block to
-    arrive adds what all of them wrote, in fixed order, so the bits do not depend on which one it is.
+    PAIRS and TOKENS: powers of two from P and T on. SHORT: so few programs that they leave most of the GPU idle. GEMM2 also
+    sums over top_k: the last program of an n block to arrive adds what all of them wrote, in fixed order, so the bits do
+    not depend on which one it is.
     """
     n_block, first_pair, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_pairs = num_tokens * TOP_K
     if GEMM == 1:
-        zero = launches_before(PTX)
+        zero = launches_before(SHORT, PTX)
         topk_ids_ptr += zero
     expert = tl.load(topk_ids_ptr + first_pair).to(tl.int64)
     all_pairs = tl.arange(0, PAIRS)
@@ -434,7 +434,7 @@ def moe_few_tokens_gemm(
             fetch_weights(w_ptr, expert, n_block, split, N, KP, BLOCK_N, SPLIT_K)
         if SHORT:
             chosen = chosen_experts(topk_ids_ptr, num_tokens, TOP_K, NUM_EXPERTS, TOKENS)
-        zero = launches_before(PTX)
+        zero = launches_before(SHORT, PTX)
     x_ptr += zero
     arrivals_ptr += zero
     if GEMM == 1:
@@ -455,7 +455,7 @@ def moe_few_tokens_gemm(
             x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, bias_ptr, y_ptr, pair_weight_ptr,
             expert, pair, x_row, out_row, mask_m, n_block, split,
             N, K, KP, OUT_COLS, STRIDE_X, GROUP, W_BITS, INT8_ORDER, ACT_GROUP, HAS_ZERO, HAS_BIAS, ACTIVATION, GEMM,
-            BLOCK_M, BLOCK_N, SPLIT_K, NUM_STAGES, UNROLL, SCALE_AFTER, SHORT, PTX,
+            BLOCK_M, BLOCK_N, SPLIT_K, NUM_STAGES, UNROLL, SCALE_AFTER, True, PTX,
         )  # fmt: skip
     if GEMM == 2:
         tl.debug_barrier()  # all threads' stores before the one thread's release

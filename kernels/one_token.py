@@ -98,7 +98,7 @@ def moe_row_matvec(
         if chunk == 0:  # the first weights are on their way by now
             if HAS_SCALE:
                 scale = tl.load(scale_ptr + offs_n, mask=rows, other=0.0)
-            zero = launches_before(PTX)
+            zero = launches_before(True, PTX)
             x_ptr += zero
             add_ptr += zero
             residual_ptr += zero
@@ -224,7 +224,7 @@ def moe_row_attention(
     k_low, k_high = load_keys(key_ptr, start, length, HALF, BLOCK_T)
     v = load_values(value_ptr, start, length, D, BLOCK_T)
     norm_low, norm_high = load_halves(q_norm_ptr, HALF)
-    zero = launches_before(PTX)
+    zero = launches_before(True, PTX)
     qkv_ptr += zero
     cos_ptr += zero
     sin_ptr += zero
@@ -325,7 +325,7 @@ def moe_row_router(
     w_offs = offs_e[:, None, None] * H + offs_h[None, :, :]
     w = tl.load(w_ptr + w_offs, mask=rows[:, None, None] & inside[None, :, :], other=0.0)
     norm = tl.load(norm_ptr + offs_h, mask=inside, other=0.0).to(tl.float32)
-    zero = launches_before(PTX)
+    zero = launches_before(True, PTX)
     x_ptr += zero
     arrivals_ptr += zero
     x = tl.load(x_ptr + offs_h, mask=inside, other=0.0).to(tl.float32)

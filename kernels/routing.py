@@ -43,7 +43,7 @@ def moe_route_count(
     num_pairs, NUM_EXPERTS: tl.constexpr, E_POW2: tl.constexpr, CHUNK: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Count the experts of chunk `program_id(0)`."""
-    topk_ids_ptr += launches_before(PTX)
+    topk_ids_ptr += launches_before(False, PTX)
     chunk = tl.program_id(0)
     offs = chunk * CHUNK + tl.arange(0, CHUNK)
     ids = valid_experts(tl.load(topk_ids_ptr + offs, mask=offs < num_pairs, other=-1), NUM_EXPERTS)
@@ -70,7 +70,7 @@ def moe_route_scatter(
     A row block has BLOCK_M rows, BLOCK_M_FEW with up to FEW pairs, BLOCK_M_MANY with more than MANY: a program that was
     exported for any number of tokens finds its tile height here.
     """
-    zero = launches_before(PTX)
+    zero = launches_before(False, PTX)
     topk_ids_ptr += zero
     chunk_counts_ptr += zero
     chunk = tl.program_id(0)
