@@ -412,9 +412,9 @@ def moe_few_tokens_gemm(
 ):  # fmt: skip
     """The same GEMMs without routing lists: program (n block, pair, part of K) does the row block that its pair leads.
 
-    PAIRS and TOKENS: powers of two from P and T on. SHORT: so few programs that they leave most of the GPU idle. GEMM2 also
-    sums over top_k: the last program of an n block to arrive adds what all of them wrote, in fixed order, so the bits do
-    not depend on which one it is.
+    PAIRS and TOKENS: powers of two from P and T on. SHORT: so few programs that they leave most of the GPU idle.
+    GEMM2 also sums over top_k: the last program of an n block to arrive adds what all of them wrote, in fixed order, so
+    the bits do not depend on which one it is.
     """
     n_block, first_pair, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_pairs = num_tokens * TOP_K
