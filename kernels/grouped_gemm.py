@@ -115,6 +115,20 @@ def dot_f32(w, x, acc, PTX: tl.constexpr):
 
 
 @triton.jit
+def done_with_registers(acc, PTX: tl.constexpr):
+    """The product's sums, fp32; behind this its first operand's registers may be written to.
+
+    Left alone, Triton (3.6 and 3.7) lets up to seven wgmmas of a K block run on into the next iteration, which decodes
+    its weights into the registers that they still read: one tile in some 20,000 came out wrong. What uses the sums
+    waits for them.
+    """
+    if PTX:
+        return tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return acc
+
+
+@triton.jit
 def dot_quarters(raw, x_ptr, inside, zero, BLOCK_N: tl.constexpr, PTX: tl.constexpr):
     """`code_operand` times x [BM, 128].T, as four products that do not wait for each other.
 
@@ -261,7 +275,7 @@ def gemm_tile(
                 acc += dot_f32(codes, x, tl.zeros_like(acc), PTX) * rows_of_pairs(s0, BLOCK_N)[:, None]
             elif not QUARTERS:
                 operand = weight_operand(raw, s0, s1, s2, s3, z0, z1, z2, z3, HAS_ZERO, INT8_ORDER, BLOCK_N, PTX)
-                acc = dot_f32(operand, x, acc, PTX)
+                acc = done_with_registers(dot_f32(operand, x, acc, PTX), PTX)
             if W_BITS == 4:
                 s0, s1, s2, s3 = load_groups(s_ptr, ahead, n_block, N, GROUP, BLOCK_N)
                 if HAS_ZERO:
