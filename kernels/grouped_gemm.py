@@ -118,9 +118,9 @@ def dot_f32(w, x, acc, PTX: tl.constexpr):
 def done_with_registers(acc, PTX: tl.constexpr):
     """The product's sums, fp32; behind this its first operand's registers may be written to.
 
-    Left alone, Triton (3.6 and 3.7) lets up to seven wgmmas of a K block run on into the next iteration, which decodes
-    its weights into the registers that they still read: one tile in some 20,000 came out wrong. What uses the sums
-    waits for them.
+    Left alone, Triton lets wgmmas of a K block (3.6: up to seven) run on into the next iteration, which decodes its
+    weights into the registers that they still read: on an H200 one tile in some 500,000 came out wrong. What uses the
+    sums waits for them.
     """
     if PTX:
         return tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import math
 import os
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any
@@ -60,7 +64,8 @@ class StaticChoices:
             with mock.patch.object(CachingAutotuner, "precompile", wait):
                 exec(wrapper.kernel_autotune_defs.getvalue(), scope)
             tuners = [value for value in scope.values() if isinstance(value, CachingAutotuner)]
-            with ThreadPoolExecutor(os.cpu_count()) as pool:  # LLVM and the assembler do not hold the interpreter
+            # LLVM and the assembler do not hold the interpreter.
+            with one_parse_at_a_time(), ThreadPoolExecutor(os.cpu_count()) as pool:
                 for compiled in [pool.submit(copy_context().run, precompile, tuner) for tuner in tuners]:
                     compiled.result()
         except kernel_configs.UnknownConfigError:
@@ -98,6 +103,23 @@ class StaticChoices:
             f"({model.arch}, {model.max_shared} bytes of shared memory): {reason.rstrip('. ')}: "
             "choose another --target or scheme"
         )
+
+
+@contextlib.contextmanager
+def one_parse_at_a_time() -> Iterator[None]:
+    """Within it, threads parse Python one after the other, as Triton does with each kernel and what it calls.
+
+    CPython counts how deep it is in making a syntax tree once for all threads, and raises SystemError where two are at
+    it (python/cpython issue 106905).
+    """
+    lock, stock = threading.RLock(), ast.parse
+
+    def parse(*args: Any, **kwargs: Any) -> Any:
+        with lock:
+            return stock(*args, **kwargs)
+
+    with mock.patch.object(ast, "parse", parse):
+        yield
 
 
 def score_gemm(choice: Any, model: GpuModel) -> tuple[float, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import os
@@ -9,8 +10,10 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +33,7 @@ from executorch_moe.backends.cuda.cross_compile import target_cuda
 from executorch_moe.backends.cuda.cross_report import CrossCompileReport, KernelChoice
 from executorch_moe.backends.cuda.missing_operators import MissingOperatorsError
 from executorch_moe.backends.cuda.patches import check_versions
+from executorch_moe.backends.cuda.static_choices import one_parse_at_a_time
 from executorch_moe.backends.cuda.weight_metadata import parse_delegate
 from executorch_moe.backends.cuda.weight_stand_ins import own_storage
 from executorch_moe.backends.inspect import check_cuda_artifact, inspect_artifact
@@ -483,6 +487,22 @@ def test_lowered_constants_are_each_methods_own() -> None:
         assert is_local("_lifted_tensor_constant3") and is_local("_tensor_constant0")
         assert not is_local("model.norm.weight")
     assert not cuda_weight_collector._is_aoti_library_local_fqn("_lifted_tensor_constant3")
+
+
+def test_threads_parse_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, most = [], []
+
+    def parse(source: str) -> str:
+        inside.append(source)
+        most.append(len(inside))
+        time.sleep(0.01)
+        inside.pop()
+        return source
+
+    monkeypatch.setattr(ast, "parse", parse)
+    with one_parse_at_a_time(), ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ast.parse, map(str, range(8)))) == list(map(str, range(8)))
+    assert most == [1] * 8 and ast.parse is parse
 
 
 @needs_cross_export

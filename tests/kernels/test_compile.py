@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
 
 from executorch_moe.kernels import SCHEMES
-from executorch_moe.kernels.compile import KernelReport, compile_launch, record_launches
+from executorch_moe.kernels.compile import KernelReport, compile_kernel, compile_launch, record_launches
 from executorch_moe.kernels.gpus import (
     MAX_DYNAMIC_SHARED,
     MODELS,
@@ -93,3 +94,16 @@ def test_kernels_are_configured_for_the_target() -> None:
         with compile_for(find_model("sm_90").gpu):
             assert gpu_of(0).capability == 90
         assert gpu_of(0).capability == 89
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a8"])
+def test_decoded_weights_are_not_written_over_while_they_are_read(scheme: str) -> None:
+    """A wgmma whose first operand is in registers reads them until it is waited for; the next K block's go there."""
+    gpu, waits = find_model("h200").gpu, set()
+    for tokens in (300, 700, 8192):
+        for launch in record_launches(gpu, scheme, tokens, 128, 8, 2048, 768, 128, Options()):
+            if "gemm" in launch.kernel.__name__:
+                ptx = compile_kernel(launch, gpu.capability).asm["ptx"]
+                assert "wgmma.mma_async" in ptx
+                waits.update(re.findall(r"wgmma\.wait_group\S*\s+(\d+)", ptx))
+    assert waits == {"0"}
