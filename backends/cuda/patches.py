@@ -338,11 +338,12 @@ def _replace_choices(stack: contextlib.ExitStack, choices: StaticChoices) -> Non
 
 def _is_small(node: Any) -> bool:
     """Whether one of Inductor's computations runs over few elements, and it is known how many."""
-    _, sizes = getattr(node, "group", (None, None))
+    group: Any = getattr(node, "group", None)
     try:
-        return math.prod(int(size) for size in sizes) <= SMALL
+        sizes = [int(size) for size in group[1]]
     except TypeError:  # no sizes, or symbols
         return False
+    return math.prod(sizes) <= SMALL
 
 
 def _replace_weights(stack: contextlib.ExitStack, choices: StaticChoices) -> None:
