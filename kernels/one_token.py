@@ -49,6 +49,23 @@ def two_bytes(x, unit, SIZE: tl.constexpr):
 
 
 @triton.jit
+def load_pieces(
+    w_ptr, row, first,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Columns from `first` on of BLOCK_N rows from `row` on, of a matrix [N, K], in pieces: [STEPS, BLOCK_N, BLOCK_K].
+
+    Loaded as a matrix of STEPS * BLOCK_N rows, which warps take in turn: all pieces of a row are one warp's, and
+    nothing is summed across warps. Loaded as three dimensions, Triton 3.7 gives warps to the pieces.
+    """
+    index = tl.arange(0, STEPS * BLOCK_N)
+    rows = row + index % BLOCK_N
+    columns = first + (index // BLOCK_N)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    w = tl.load(w_ptr + rows[:, None] * K + columns, mask=(rows < N)[:, None] & (columns < K), other=0)
+    return w.reshape(STEPS, BLOCK_N, BLOCK_K)
+
+
+@triton.jit
 def moe_row_matvec(
     x_ptr,  # bf16 [K]
     add_ptr,  # bf16 [K], HAS_ADD only: x + add is what is multiplied
@@ -79,7 +96,6 @@ def moe_row_matvec(
     program = tl.program_id(0)
     offs_n = program * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = offs_n < N
-    columns = tl.arange(0, STEPS)[:, None] * (BLOCK_K // WIDTH) + tl.arange(0, BLOCK_K // WIDTH)[None, :]
     if INT8:
         words_ptr = w_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     else:
@@ -87,14 +103,13 @@ def moe_row_matvec(
     out = tl.zeros((BLOCK_N,), dtype=tl.float32)
     squares = 0.0
     for chunk in tl.static_range((K + CHUNK - 1) // CHUNK):
-        columns_of_chunk = chunk * (CHUNK // WIDTH) + columns
-        w_offs = offs_n[:, None, None] * (K // WIDTH) + columns_of_chunk[None, :, :]
-        w_mask = rows[:, None, None] & (columns_of_chunk < K // WIDTH)[None, :, :]
-        w = tl.load(words_ptr + w_offs, mask=w_mask, other=0)
+        w = load_pieces(
+            words_ptr, program * BLOCK_N, chunk * (CHUNK // WIDTH), N, K // WIDTH, BLOCK_N, STEPS, BLOCK_K // WIDTH
+        )
         offs_k = chunk * CHUNK + tl.arange(0, CHUNK)
         inside = offs_k < K
         if HAS_NORM:
-            norm = tl.load(norm_ptr + offs_k, mask=inside, other=0.0).to(tl.float32)
+            norm = tl.load(norm_ptr + offs_k, mask=inside, other=0.0)
         if chunk == 0:  # the first weights are on their way by now
             if HAS_SCALE:
                 scale = tl.load(scale_ptr + offs_n, mask=rows, other=0.0)
@@ -111,16 +126,16 @@ def moe_row_matvec(
         if HAS_NORM:
             tl.store(sum_ptr + offs_k, to_bf16(x, PTX), mask=inside & (program == 0))
             squares += tl.sum(x * x, axis=0)
-            x *= norm
+            x *= norm.to(tl.float32)
         if INT8:
             unit = tl.maximum(tl.max(tl.abs(x), axis=0) / 32512.0, 1e-30)
             high, low = two_bytes(x, unit, CHUNK)
-            high = high.reshape(STEPS, BLOCK_K // 4)[None, :, :]
-            low = low.reshape(STEPS, BLOCK_K // 4)[None, :, :]
-            units = tl.sum(dot_bytes(w, high, PTX), axis=1) * 256 + tl.sum(dot_bytes(w, low, PTX), axis=1)
+            high = high.reshape(STEPS, BLOCK_K // 4)[:, None, :]
+            low = low.reshape(STEPS, BLOCK_K // 4)[:, None, :]
+            units = tl.sum(dot_bytes(w, high, PTX), axis=0) * 256 + tl.sum(dot_bytes(w, low, PTX), axis=0)
             out += tl.sum(units.to(tl.float32), axis=1) * unit
         else:
-            out += tl.sum(tl.sum(w.to(tl.float32) * x.reshape(1, STEPS, BLOCK_K), axis=1), axis=1)
+            out += tl.sum(tl.sum(w.to(tl.float32) * x.reshape(STEPS, BLOCK_K)[:, None, :], axis=0), axis=1)
     if HAS_NORM:
         out *= tl.rsqrt(squares / K + EPS)
     if HAS_SCALE:
@@ -322,8 +337,7 @@ def moe_row_router(
     inside = offs_h < H
     offs_e = program * BLOCK_E + tl.arange(0, BLOCK_E)
     rows = offs_e < E
-    w_offs = offs_e[:, None, None] * H + offs_h[None, :, :]
-    w = tl.load(w_ptr + w_offs, mask=rows[:, None, None] & inside[None, :, :], other=0.0)
+    w = load_pieces(w_ptr, program * BLOCK_E, 0, E, H, BLOCK_E, STEPS, BLOCK_H)
     norm = tl.load(norm_ptr + offs_h, mask=inside, other=0.0).to(tl.float32)
     zero = launches_before(True, PTX)
     x_ptr += zero
@@ -332,7 +346,7 @@ def moe_row_router(
     factor = tl.rsqrt(tl.sum(tl.sum(x * x, axis=0), axis=0) / H + EPS)
     x = bf16_round(x * factor * norm, PTX)
     tl.store(normed_ptr + offs_h, to_bf16(x, PTX), mask=inside & (program == 0))
-    logits = tl.sum(tl.sum(w.to(tl.float32) * x[None, :, :], axis=1), axis=1)
+    logits = tl.sum(tl.sum(w.to(tl.float32) * x[:, None, :], axis=0), axis=1)
     tl.store(logits_ptr + offs_e, bf16_round(logits, PTX), mask=rows)
     tl.debug_barrier()
     arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu")

@@ -239,3 +239,23 @@ def test_linear_on_a_gpu(kind: str, rows: int, columns: int) -> None:
     found = ops.linear_of_one(*there)
     _assert_close((found.cpu(),), (ops.linear_of_one(x, weight, scale),))
     assert torch.equal(ops.linear_of_one(*there), found)
+
+
+@pytest.mark.parametrize(("kind", "rows", "columns"), [("int8", 5120, 2048), ("int8", 2048, 4096), ("bf16", 512, 1024)])
+def test_no_product_is_summed_across_warps(kind: str, rows: int, columns: int) -> None:
+    """Pieces of a row that were several warps' took ten times as long, and no result shows it."""
+    from executorch_moe.kernels.compile import compile_kernel
+    from executorch_moe.kernels.gpus import find_model
+
+    launches: list[Launch] = []
+    with torch.device("meta"):
+        weight = torch.empty(rows, columns, dtype=torch.int8 if kind == "int8" else torch.bfloat16)
+        ops.run_linear_of_one(
+            torch.empty(1, columns, dtype=torch.bfloat16),
+            weight,
+            torch.empty(rows) if kind == "int8" else None,
+            gpu=find_model("h200").gpu,
+            submit=launches.append,
+        )
+    # Five for each of the two rows of a warp, as many for the largest of x, and a few that change layouts.
+    assert compile_kernel(launches[0], 90).asm["ptx"].count("shfl.sync.bfly") <= 24
