@@ -29,18 +29,15 @@ WAITING_KERNELS = (
 
 LEAST_CAPABILITY = 90
 
+# Of both ways to launch.
+_PARAMETERS = """CUfunction func, uint32_t gridX, uint32_t gridY, uint32_t gridZ, uint32_t numWarps,
+                    uint32_t sharedMemBytes, void* args[], cudaStream_t stream"""
+
 # Must be in the text of `kernel_driver`, up to spaces: the new way to launch is this one with an attribute.
 _RELIED_ON = (
     "#define CUDA_DRIVER_CHECK(EXPR)",
-    """static inline void launchKernel(
-        CUfunction func,
-        uint32_t gridX,
-        uint32_t gridY,
-        uint32_t gridZ,
-        uint32_t numWarps,
-        uint32_t sharedMemBytes,
-        void* args[],
-        cudaStream_t stream) {
+    f"static inline void launchKernel({_PARAMETERS})"
+    """{
     CUDA_DRIVER_CHECK(cuLaunchKernel(
         func, gridX, gridY, gridZ, 32*numWarps, 1, 1, sharedMemBytes, stream, args, nullptr
     ));
@@ -62,14 +59,7 @@ _ADDED = r"""
             }
 
             static inline void launchOverlapped(
-                    CUfunction func,
-                    uint32_t gridX,
-                    uint32_t gridY,
-                    uint32_t gridZ,
-                    uint32_t numWarps,
-                    uint32_t sharedMemBytes,
-                    void* args[],
-                    cudaStream_t stream) {
+                    PARAMETERS) {
                 CUlaunchAttribute attribute{};
                 attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
                 attribute.value.programmaticStreamSerializationAllowed = 1;
@@ -90,7 +80,7 @@ _ADDED = r"""
             #define launchKernel(kernel, ...) \
                 (std::bool_constant<waitsForLaunchesBefore(#kernel)>::value ? launchOverlapped : launchKernel)( \
                     kernel, __VA_ARGS__)
-        """.replace("NAMES", ", ".join(f'"{name}_"' for name in WAITING_KERNELS))
+        """.replace("NAMES", ", ".join(f'"{name}_"' for name in WAITING_KERNELS)).replace("PARAMETERS", _PARAMETERS)
 
 
 def unknown_host_code() -> str:
