@@ -23,6 +23,10 @@ DEMO := demo
 GPU_TARGETS ?= sm_80,sm_90
 PROMPT ?= The import statement
 
+# GPU machines often have an older Triton: tests that read what its compiler makes of the kernels run with both.
+OLDEST_TRITON ?= 3.6.0
+OLDEST := build/triton-$(OLDEST_TRITON)
+
 .PHONY: demo test test-gpu export-check lint clean install
 .DELETE_ON_ERROR:
 
@@ -57,10 +61,17 @@ lint: $(STAMP)
 	@for layer in kernels backends export examples; do ln -sfn ../../../$$layer build/mypy/executorch_moe/$$layer; done
 	$(BIN)/mypy
 
-# Twice, for Triton decides at import whether kernels are compiled or interpreted.
-test: lint
+# Three runs, for Triton decides at import whether kernels are compiled or interpreted, and there are two Tritons.
+test: lint $(OLDEST)/.installed
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter -n $(JOBS) $(PYTEST_FLAGS)
 	$(BIN)/python -m pytest -m "not gpu and not interpreter" -n $(JOBS) --dist loadgroup $(PYTEST_FLAGS)
+	PYTHONPATH=$(OLDEST) $(BIN)/python -c "import triton; assert triton.__version__ == '$(OLDEST_TRITON)', triton"
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -m compiler -n $(JOBS) $(PYTEST_FLAGS)
+
+$(OLDEST)/.installed: | $(STAMP)
+	rm -rf $(OLDEST)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) triton==$(OLDEST_TRITON)
+	touch $@
 
 # The environment's own torch, Triton and transformers are used as they are: nothing but this package is installed.
 # The results file names the versions and the GPU; commit it.

@@ -40,6 +40,7 @@ def reports(scheme: str, capability: int) -> list[KernelReport]:
     return list(compiled.values())
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("capability", USUAL, ids=lambda c: f"sm_{c}")
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_kernels_fit_the_target(scheme: str, capability: int, record_property: Callable[[str, object], None]) -> None:
@@ -62,6 +63,7 @@ def test_kernels_fit_the_target(scheme: str, capability: int, record_property: C
         assert r.spill_bytes <= 128, r
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("tokens", [1, 512])
 def test_clamped_swiglu_with_biases(tokens: int) -> None:
     """GPT-OSS's layer on an H100: its hidden size is no power of two."""
@@ -96,6 +98,7 @@ def test_kernels_are_configured_for_the_target() -> None:
         assert gpu_of(0).capability == 89
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("scheme", ["w4a16", "w4a8"])
 def test_decoded_weights_are_not_written_over_while_they_are_read(scheme: str) -> None:
     """A wgmma whose first operand is in registers reads them until it is waited for; the next K block's go there."""

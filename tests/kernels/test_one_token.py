@@ -171,6 +171,7 @@ def test_interpreted_linear(kind: str, rows: int, columns: int) -> None:
     _assert_close((ops.run_linear_of_one(*arguments),), (ops.linear_of_one_aten(*arguments),))
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("capability", [80, 90, 120])
 def test_qwen3_30b_compiles_without_spills(capability: int) -> None:
     from executorch_moe.kernels.compile import compile_launch
@@ -241,6 +242,7 @@ def test_linear_on_a_gpu(kind: str, rows: int, columns: int) -> None:
     assert torch.equal(ops.linear_of_one(*there), found)
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize(("kind", "rows", "columns"), [("int8", 5120, 2048), ("int8", 2048, 4096), ("bf16", 512, 1024)])
 def test_no_product_is_summed_across_warps(kind: str, rows: int, columns: int) -> None:
     """Pieces of a row that were several warps' took ten times as long, and no result shows it."""

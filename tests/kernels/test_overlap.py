@@ -61,6 +61,7 @@ def token_arguments(
     return attention, ops.RouteArguments(random(1, 1, HEADS * HEAD_DIM), weight, scale, row, random(H), router, 8, 1e-6)
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("capability", [80, 90])
 def test_all_kernels_wait_where_launches_can_overlap(capability: int) -> None:
     seen = set()
