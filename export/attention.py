@@ -25,6 +25,7 @@ def grouped_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface.
@@ -35,7 +36,12 @@ def grouped_attention(
 
     Returns:
         [B, T, heads, head_dim], and None for the attention weights.
+
+    Raises:
+        NotImplementedError: attention sinks (`s_aux`).
     """
+    if s_aux is not None:
+        raise NotImplementedError("attention with sinks: use attn_implementation='eager'")
     out = nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
     )
@@ -53,6 +59,7 @@ class MergedAttention(nn.Module):
         """Takes the weights of a `Qwen3MoeAttention` over."""
         super().__init__()
         self.layer_idx, self.scaling, self.head_dim = attention.layer_idx, attention.scaling, attention.head_dim
+        self.sliding_window = attention.sliding_window
         linears = [attention.q_proj, attention.k_proj, attention.v_proj]
         heads, kv_heads, _ = (linear.out_features // self.head_dim for linear in linears)
         self.heads, self.kv_heads = heads, kv_heads

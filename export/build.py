@@ -22,7 +22,7 @@ from . import attention, dense_torchao, synthetic
 from .decoder_layer import streamline_layers_
 from .dense import quantize_dense_
 from .options import DTYPES, ExportOptions
-from .pretrained import TINY, check_supported, load_model, require_transformers, resolve
+from .pretrained import TINY, WITH_SINKS, check_supported, load_model, require_transformers, resolve
 from .router import replace_routers_
 from .streaming import StreamedModel
 from .upstream_experts import UpstreamMoE, pack, random_weights
@@ -41,10 +41,10 @@ def check_folder(options: ExportOptions) -> Path:
     return folder
 
 
-def precision(options: ExportOptions) -> tuple[torch.dtype, str]:
+def precision(options: ExportOptions, folder: Path) -> tuple[torch.dtype, str]:
     """Type of everything but the experts, and an attention (transformers' name) that the target has in it."""
     dtype = options.resolved_dtype()
-    return DTYPES[dtype], attention_of(options.resolved_target(), dtype)
+    return DTYPES[dtype], attention_of(options.resolved_target(), dtype, check_supported(folder)["model_type"])
 
 
 def stream(options: ExportOptions, folder: Path) -> StreamedModel:
@@ -53,7 +53,7 @@ def stream(options: ExportOptions, folder: Path) -> StreamedModel:
     Raises:
         ValueError, NotImplementedError, FileNotFoundError: see `StreamedModel`.
     """
-    return StreamedModel(folder, *precision(options), options.fusion())
+    return StreamedModel(folder, *precision(options, folder), options.fusion())
 
 
 def load_whole(options: ExportOptions, folder: Path) -> nn.Module:
@@ -64,12 +64,13 @@ def load_whole(options: ExportOptions, folder: Path) -> nn.Module:
     """
     if synthetic.is_synthetic(options.model):
         return build_synthetic(options, options.resolved_target(), options.resolved_dtype())
-    return streamline(load_model(folder, *precision(options)), options)
+    return streamline(load_model(folder, *precision(options, folder)))
 
 
-def streamline(model: nn.Module, options: ExportOptions) -> nn.Module:
-    """The same model, changed in place to what the target can do in fewer kernels."""
-    return streamline_(model) if precision(options)[1] == attention.NAME else model
+def streamline(model: nn.Module) -> nn.Module:
+    """The same model, changed in place to what its target can do in fewer kernels."""
+    config: Any = model.config
+    return streamline_(model) if config._attn_implementation == attention.NAME else model
 
 
 def needs_whole_model(options: ExportOptions) -> bool:
@@ -110,8 +111,10 @@ def load_packed(options: ExportOptions, folder: Path, report: FusionReport) -> n
     return model
 
 
-def attention_of(target: str, dtype: str) -> str:
+def attention_of(target: str, dtype: str, model_type: str = "") -> str:
     """transformers' `attn_implementation` for a target, "cpu" or any GPU."""
+    if model_type in WITH_SINKS:  # which transformers has in plain PyTorch only
+        return "eager"
     if target == "cpu":
         return "sdpa"
     # ExecuTorch's Triton attention for CUDA writes bf16 whatever it is given.

@@ -16,6 +16,8 @@ from .dense import OneRowLinears
 from .sampling import Sampler, greedy, sample
 
 MIN_CONTEXT = 8
+KINDS = {"full_attention", "sliding_attention"}
+"""Of attention, in transformers' names. A layer with a window has a cache of all positions too, and another mask."""
 EXAMPLE_TOKENS = 1024
 """Prefill is traced with a prompt of one less, which nothing divides: compilers size their tiles by it."""
 
@@ -81,6 +83,7 @@ class CausalLM(nn.Module):
         super().__init__()
         config: Any = model.config
         check_context(config, max_context)
+        self.kinds = attention_kinds(config)
         self.model = model
         self.max_context = max_context
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -101,21 +104,29 @@ class CausalLM(nn.Module):
         Returns:
             fp32 [1, V].
         """
-        # True = may be seen. A query sees the positions up to its own, all of which are written; the rest of the cache
-        # holds zeros or what a longer, earlier text left there.
-        positions = torch.arange(self.max_context, device=cache_position.device)
-        mask = positions[None, :] <= cache_position[:, None]
-        if self.model.config._attn_implementation == "eager":  # which adds the mask to the scores
-            mask = torch.zeros_like(mask, dtype=self.kv_cache.key_0.dtype).masked_fill(~mask, -1e9)
+        masks = {kind: self._mask(kind, cache_position) for kind in self.kinds}
         output = self.model(
             input_ids=input_ids,
-            attention_mask=mask[None, None],  # [1, 1, T, C]: 4-D masks are used as they are
+            # 4-D masks are used as they are; models whose layers differ take one for each kind.
+            attention_mask=masks if len(masks) > 1 else masks[self.kinds[0]],
             position_ids=cache_position[None],
             past_key_values=self.kv_cache.at(cache_position),
             use_cache=True,
             logits_to_keep=1,
         )
         return output.logits[:, -1].float()
+
+    def _mask(self, kind: str, cache_position: Tensor) -> Tensor:
+        """[1, 1, T, C] for layers of a kind: bool, true = may be seen, or what eager attention adds to the scores."""
+        # A query sees the positions up to its own, all of which are written; the rest of the cache holds zeros or what
+        # a longer, earlier text left there.
+        positions, own = torch.arange(self.max_context, device=cache_position.device)[None, :], cache_position[:, None]
+        mask = positions <= own
+        if kind == "sliding_attention":
+            mask = mask & (positions > own - self.model.config.sliding_window)
+        if self.model.config._attn_implementation == "eager":
+            mask = torch.zeros_like(mask, dtype=self.kv_cache.key_0.dtype).masked_fill(~mask, -1e9)
+        return mask[None, None]
 
     def reset(self) -> None:
         """Forgets the text: the cache back to its initial values."""
@@ -127,7 +138,7 @@ def check_context(config: Any, max_context: int) -> None:
 
     Raises:
         ValueError: `max_context` below 8 or beyond the positions that the model was made for.
-        NotImplementedError: a model with sliding-window layers.
+        NotImplementedError: attention that is neither full nor of a sliding window.
     """
     limit = config.max_position_embeddings
     if not MIN_CONTEXT <= max_context <= limit:
@@ -135,10 +146,9 @@ def check_context(config: Any, max_context: int) -> None:
             f"max_context={max_context} must be between {MIN_CONTEXT} and the model's "
             f"max_position_embeddings={limit}: choose a value in that range"
         )
-    if _has_sliding_window(config):
+    if others := sorted(set(attention_kinds(config)) - KINDS):
         raise NotImplementedError(
-            f"sliding_window={config.sliding_window} is not supported yet: "
-            "use a model with full attention in every layer"
+            f"layers of type {', '.join(others)} are not supported: use a model whose layers are {' or '.join(KINDS)}"
         )
 
 
@@ -173,12 +183,11 @@ BY_OUTPUT: dict[str, type[CausalLM]] = {"token": SamplingLM, "greedy": GreedyLM,
 """What the methods return -> the module that is exported."""
 
 
-def _has_sliding_window(config: Any) -> bool:
-    """True if some layer sees a window only. Some configurations give a window that no layer uses."""
-    if not getattr(config, "sliding_window", None):
-        return False
-    kinds = getattr(config, "layer_types", None)
-    return kinds is None or "sliding_attention" in kinds
+def attention_kinds(config: Any) -> list[str]:
+    """The kinds of attention that a model's layers have. Some configurations give a window that no layer uses."""
+    if kinds := getattr(config, "layer_types", None):
+        return sorted(set(kinds))
+    return ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
 
 
 def export_methods(module: CausalLM, *, one_row_linears: bool = False) -> dict[str, ExportedProgram]:

@@ -56,6 +56,7 @@ class StreamlinedLayer(nn.Module):
             is_one_row(hidden)
             and hidden.dtype == torch.bfloat16
             and isinstance(cache, CacheView)
+            and not self.self_attn.sliding_window
             and fits_one_token(self.self_attn.head_dim, hidden.shape[-1], len(self.mlp.gate.weight))
             and all(_weights(linear) for linear in (self.self_attn.qkv_proj, self.self_attn.o_proj))
         )

@@ -104,4 +104,4 @@ def _pack_layers(
     with steps.counted("pack", f"packing the experts as {options.scheme}", len(streamed.layers)) as advance:
         for record in streamed.load(work, advance):
             report.add(record)
-    return streamline(streamed.model, options), max_context, work
+    return streamline(streamed.model), max_context, work

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 # model_type of config.json. Their experts are fused by any of our partitioners; here they must fit `CausalLM` as well,
-# whose cache knows plain attention only (neither sliding windows nor DeepSeek's latent attention).
-SUPPORTED_MODEL_TYPES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "glm4_moe")
+# whose cache does not know DeepSeek's latent attention.
+SUPPORTED_MODEL_TYPES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "glm4_moe", "gpt_oss")
+WITH_SINKS = ("gpt_oss",)
 TINY = "tiny"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 

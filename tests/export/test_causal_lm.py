@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
+from executorch_moe.export.build import attention_of
 from executorch_moe.export.causal_lm import CausalLM, GreedyLM, SamplingLM, export_methods
 from executorch_moe.export.pretrained import load_model, resolve
 from executorch_moe.export.quantize import quantize_experts_
 from executorch_moe.export.sampling import Sampler
 
 from .conftest import MAX_CONTEXT, eager_greedy, eager_model
+from .families import by_name, tokens
 
 TEXT = list(b"The import statement combines two operations")
 
@@ -131,8 +135,38 @@ def test_context_out_of_range(max_context: int) -> None:
         CausalLM(inner, max_context)
 
 
-def test_sliding_window_is_refused() -> None:
+WINDOWS = {
+    "mixtral": {"sliding_window": 5},
+    "qwen3_moe": {"sliding_window": 5, "use_sliding_window": True},
+    # in some layers only; a prompt is longer than the window, a chunk of it shorter
+    "qwen2_moe": {"sliding_window": 5, "use_sliding_window": True, "num_hidden_layers": 2, "max_window_layers": 9},
+    "gpt_oss": {"sliding_window": 5, "num_hidden_layers": 2},  # and sinks
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("chunks", [(12, 1, 1, 1), (3, 9, 1, 2)])
+@torch.no_grad()
+def test_a_sliding_window_is_that_of_transformers(name: str, chunks: tuple[int, ...]) -> None:
+    family = by_name(name)
+    family = dataclasses.replace(family, options=family.options | WINDOWS[name])
+    inner = family.model("eager", attention=attention_of("cpu", "fp32", name))
+    ids = tokens(sum(chunks))
+    expected = inner(input_ids=ids, use_cache=False).logits[0]
+    model, start = CausalLM(inner, 24), 0
+    for size in chunks:
+        end = start + size
+        logits = model(ids[:, start:end], torch.arange(start, end))
+        torch.testing.assert_close(logits[0], expected[end - 1], rtol=1e-4, atol=1e-4)
+        start = end
+    # The window is what makes the difference: with a wider one other logits come out.
+    inner.config.sliding_window = 24
+    wider = CausalLM(inner, 24)(ids, torch.arange(len(ids[0])))
+    assert not torch.allclose(wider[0], expected[-1], rtol=1e-4, atol=1e-4)
+
+
+def test_other_kinds_of_attention_are_refused() -> None:
     inner = load_model(resolve("tiny"), torch.float32)
-    inner.config.sliding_window = 64
-    with pytest.raises(NotImplementedError, match="sliding_window=64"):
+    inner.config.layer_types = ["chunked_attention", "full_attention"]
+    with pytest.raises(NotImplementedError, match="layers of type chunked_attention are not supported: use a model"):
         CausalLM(inner, 64)

@@ -70,6 +70,13 @@ def test_what_the_operators_do_not_take_is_done_as_before(dense: str, dtype: tor
     assert sum("scaled_dot_product_attention" in name for name in found) == 3
 
 
+def test_a_sliding_window_is_done_as_before() -> None:
+    lm = model("int8")
+    for layer in lm.model.model.layers:
+        layer.self_attn.sliding_window = 4
+    assert not any("attention_of_one" in name for name in operators(lm, "decode"))
+
+
 def test_only_the_last_layer_adds_up() -> None:
     layers = model("none").model.model.layers
     assert [layer.last for layer in layers] == [False, False, True]
