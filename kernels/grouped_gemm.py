@@ -129,18 +129,21 @@ def done_with_registers(acc, PTX: tl.constexpr):
 
 
 @triton.jit
-def dot_quarters(raw, x_ptr, inside, zero, BLOCK_N: tl.constexpr, PTX: tl.constexpr):
+def dot_quarters(raw, x_ptr, inside, zero, INT8_ORDER: tl.constexpr, BLOCK_N: tl.constexpr, PTX: tl.constexpr):
     """`code_operand` times x [BM, 128].T, as four products that do not wait for each other.
 
     With few tokens, the chain of MMAs on one accumulator is most of the time that a K block takes.
 
-    x_ptr: [BM, 32], addresses of the first quarter. zero: fp32 [BN, BM].
+    x_ptr: [BM, 32], addresses of the first quarter, in `k_order`. zero: fp32 [BN, BM].
     """
+    # Where the other quarters' columns are from those of the first, by `k_order`.
+    ODD: tl.constexpr = 64 if INT8_ORDER else 32
+    LATER: tl.constexpr = 2 if INT8_ORDER else 64
     w0, w1, w2, w3 = decode_codes(natural_halfwords(raw, BLOCK_N), PTX)
     low = dot_f32(w0, tl.load(x_ptr, mask=inside, other=0), zero, PTX)
-    low += dot_f32(w1, tl.load(x_ptr + 32, mask=inside, other=0), zero, PTX)
-    high = dot_f32(w2, tl.load(x_ptr + 64, mask=inside, other=0), zero, PTX)
-    high += dot_f32(w3, tl.load(x_ptr + 96, mask=inside, other=0), zero, PTX)
+    low += dot_f32(w1, tl.load(x_ptr + ODD, mask=inside, other=0), zero, PTX)
+    high = dot_f32(w2, tl.load(x_ptr + LATER, mask=inside, other=0), zero, PTX)
+    high += dot_f32(w3, tl.load(x_ptr + (ODD + LATER), mask=inside, other=0), zero, PTX)
     return low + high
 
 
@@ -152,9 +155,9 @@ def code_operand(raw, BLOCK_N: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def k_order(INT8_ORDER: tl.constexpr):
-    """Position in its K block of each column of `weight_operand`: int32 [128]."""
-    i = tl.arange(0, 128)
+def k_order(INT8_ORDER: tl.constexpr, COLUMNS: tl.constexpr):
+    """Position in its K block of each of the first columns of `weight_operand`: int32 [COLUMNS]."""
+    i = tl.arange(0, COLUMNS)
     if INT8_ORDER:
         # Column (n, c, h, t, l) of the bf16 fragments holds k = (n % 2, c, h, t, n // 2, l) of the int8 ones.
         k = ((i >> 5) & 1) * 64 + ((i >> 3) & 3) * 16 + ((i >> 1) & 3) * 4 + (i >> 6) * 2 + (i & 1)
@@ -223,11 +226,11 @@ def gemm_tile(
     # Padded columns are masked by the K block, which four quarters at one mask cannot be.
     QUARTERS: tl.constexpr = FEW and SCALE_AFTER and W_BITS == 4 and not INT8 and K == KP
     if QUARTERS:
-        offs_k = tl.arange(0, 32)
+        offs_k = k_order(INT8_ORDER, 32)
     elif INT8:
         offs_k = tl.arange(0, 64)
     else:
-        offs_k = k_order(INT8_ORDER)
+        offs_k = k_order(INT8_ORDER, 128)
 
     EARLY: tl.constexpr = GEMM == 2 and FEW
     if EARLY:  # what is needed last is asked for first
@@ -258,7 +261,7 @@ def gemm_tile(
                 inside = mask_m[:, None] & (kb * 128 + offs_k < K)[None, :]
             x_block = x_ptr + kb * 128 + (x_offs[:, None] + offs_k[None, :])
             if QUARTERS:
-                codes_x = dot_quarters(raw, x_block, inside, tl.zeros_like(acc), BLOCK_N, PTX)
+                codes_x = dot_quarters(raw, x_block, inside, tl.zeros_like(acc), INT8_ORDER, BLOCK_N, PTX)
                 acc += codes_x * rows_of_pairs(s0, BLOCK_N)[:, None]
             else:
                 x = tl.load(x_block, mask=inside, other=0)

@@ -36,6 +36,7 @@ class Case:
 
 CASES = (
     Case("one token", tokens=1),
+    Case("one token and scales of whole K blocks", tokens=1, hidden=256, group_size=128),
     Case("a partial block", tokens=15),
     Case("one past a block", tokens=17, experts=3, top_k=1),
     Case("hidden size not a multiple of 128", tokens=9, hidden=160, intermediate=96),
