@@ -90,6 +90,27 @@ def test_a_token_that_names_an_expert_twice(experts: int) -> None:
 
 
 @pytest.mark.parametrize("path", ["grouped", "few_tokens"])
+@pytest.mark.parametrize("scale_after", [False, True])
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "group_size"),
+    [(256, 256, 32), (256, 256, 64), (256, 256, 128), (256, 256, 256), (160, 96, 32)],
+)
+@pytest.mark.parametrize(("scheme", "zero"), [("w4a16", False), ("w4a16", True), ("w4a8", False)])
+def test_every_way_of_scaling(
+    scheme: str, zero: bool, hidden: int, intermediate: int, group_size: int, scale_after: bool, path: str
+) -> None:
+    """Each order of the codes with each place of the scales: no path is right because another one is."""
+    case = Case("ways", tokens=3, experts=3, hidden=hidden, intermediate=intermediate, group_size=group_size, zero=zero)
+    problem = make(case, scheme)
+    tile = GemmConfig(block_m=8, block_n=128, scale_after=scale_after)
+    out = run_fused_experts(problem.args(), options=Options(path=path, gemm1=tile, gemm2=tile))
+    # What rounds activations as this path does: the bound is then that of bf16, three times as tight as w4a8's.
+    rounded = path == "grouped" and scheme == "w4a8"
+    expected = fused_experts_cpu(problem.args()).float() if rounded else problem.expected
+    assert relative_error(out, expected) <= BOUNDS["w4a16"]
+
+
+@pytest.mark.parametrize("path", ["grouped", "few_tokens"])
 def test_zero_points(path: str) -> None:
     problem = make(ZERO_CASE, "w4a16")
     options = Options(path=path, gemm1=SMALL, gemm2=SMALL)
