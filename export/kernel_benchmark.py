@@ -15,6 +15,7 @@ from executorch_moe.kernels.benchmark import (
     H200_BYTES,
     H200_FLOPS,
     SHAPES,
+    Answer,
     LayerInputs,
     Shape,
     floor_us,
@@ -145,6 +146,9 @@ class KernelBenchmark:
                 # The same tokens and routing for every implementation.
                 routing = torch.Generator("cuda").manual_seed(tokens)
                 inputs = [with_tokens(p, shape, tokens, self.routing, routing) for p in packed]
+                if implementation in OURS:
+                    result = steps[0](inputs[0])
+                    Answer(inputs[0]).check(result, f"{implementation} {scheme} at {tokens} tokens")
                 us = time_graph(
                     [partial(step, layer) for step, layer in zip(steps, inputs, strict=True)],
                     self.replays,

@@ -16,6 +16,7 @@ from torch import Tensor
 from .arguments import ExpertArguments
 from .packing import PackedExperts, fragment_order
 from .plan import Launch, Options, run_fused_experts
+from .reference import reference_experts
 from .schemes import get_scheme, round_up
 
 H200_FLOPS = 790e12
@@ -128,6 +129,42 @@ class LayerInputs:
         w2 = dequantize(p.w2[at], s2, None, fragment_order(p.scheme, 2))[0]
         i_pad, h, i = w2.shape[1], p.hidden_size, p.intermediate_size
         return torch.cat((w13[:i, :h], w13[i_pad : i_pad + i, :h])), w2[:h, :i]
+
+
+class Answer:
+    """What two tokens of a layer should come out as: enough to see that what was timed is right.
+
+    Attributes:
+        rows: which tokens. expected: fp32 [len(rows), H], in fp32 from the dequantised weights.
+    """
+
+    LARGEST_ERROR = 0.03
+    """Relative L2: more than any scheme rounds, and far less than anything that is out of order."""
+
+    def __init__(self, layer: LayerInputs) -> None:
+        self.rows = sorted({0, len(layer.hidden_states) - 1})
+        ids = layer.topk_ids[self.rows]
+        chosen = ids.unique().tolist()
+        matrices = [layer.dequantized(expert) for expert in chosen]
+        self.expected = reference_experts(
+            layer.hidden_states[self.rows],
+            torch.searchsorted(torch.tensor(chosen, device=ids.device), ids),
+            layer.topk_weights[self.rows],
+            torch.stack([gate_up for gate_up, _ in matrices]),
+            torch.stack([down for _, down in matrices]),
+        )
+
+    def check(self, out: Tensor, what: str) -> None:
+        """`out` is the layer's result, [T, H].
+
+        Raises:
+            RuntimeError: it is wrong; names `what` was run.
+        """
+        error = float((out[self.rows].float() - self.expected).norm() / self.expected.norm())
+        if not error <= self.LARGEST_ERROR:
+            raise RuntimeError(
+                f"{what} gives wrong results (relative error {error:.2g}), so its time means nothing: report this"
+            )
 
 
 def make_layers(
