@@ -15,7 +15,6 @@ from executorch_moe.kernels.benchmark import (
     H200_BYTES,
     H200_FLOPS,
     SHAPES,
-    Answer,
     LayerInputs,
     Shape,
     floor_us,
@@ -148,7 +147,7 @@ class KernelBenchmark:
                 inputs = [with_tokens(p, shape, tokens, self.routing, routing) for p in packed]
                 if implementation in OURS:
                     result = steps[0](inputs[0])
-                    Answer(inputs[0]).check(result, f"{implementation} {scheme} at {tokens} tokens")
+                    inputs[0].answer.check(result, f"{implementation} {scheme} at {tokens} tokens")
                 us = time_graph(
                     [partial(step, layer) for step, layer in zip(steps, inputs, strict=True)],
                     self.replays,

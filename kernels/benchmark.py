@@ -6,6 +6,7 @@ warm-up the graph is replayed and timed with events; the figure is the median ov
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -116,6 +117,11 @@ class LayerInputs:
 
     def run(self, options: Options = Options(), submit: Callable[[Launch], None] = Launch.run_now) -> Tensor:
         return run_fused_experts(self.args(), options=options, submit=submit)
+
+    @functools.cached_property
+    def answer(self) -> Answer:
+        """What to compare results with, computed once."""
+        return Answer(self)
 
     def dequantized(self, expert: int) -> tuple[Tensor, Tensor]:
         """fp32 gate_up [2I, H] and down [H, I] of one expert."""

@@ -111,19 +111,21 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], An
     return signature, constants, attributes
 
 
-def _cuobjdump() -> Path:
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and local memory bytes of the one kernel of a cubin, read by the cuobjdump that Triton ships."""
+def cuobjdump(cubin: bytes, option: str) -> str:
+    """What the cuobjdump that Triton ships prints of a cubin: "-sass" its instructions, "-res-usage" its registers."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     handle, path = tempfile.mkstemp(suffix=".cubin")
     try:
         with os.fdopen(handle, "wb") as f:
             f.write(cubin)
-        text = subprocess.run([_cuobjdump(), "-res-usage", path], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
     finally:
         os.unlink(path)
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and local memory bytes of the one kernel of a cubin."""
+    text = cuobjdump(cubin, "-res-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {text!r}")

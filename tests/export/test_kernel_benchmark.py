@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from executorch_moe.export import kernel_benchmark as kb
 from executorch_moe.export.cli import app
 from executorch_moe.kernels.aten import fused_experts_cpu
-from executorch_moe.kernels.benchmark import SHAPES, Answer, Shape, floor_us, make_layers, random_routing, work
+from executorch_moe.kernels.benchmark import SHAPES, Shape, floor_us, make_layers, random_routing, work
 
 ROWS = [
     kb.Row("s", "uniform", 8, "w4a16", "ours", 50.0, 1.0, 2.0, 2.5),
@@ -91,7 +91,7 @@ def test_without_a_gpu_the_reason_is_given() -> None:
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_what_is_wrong_is_not_timed(scheme: str, tokens: int) -> None:
     (layer,) = make_layers(Shape("s", 4, 2, 256, 128, 128), scheme, tokens, 1, device="cpu")
-    answer, right = Answer(layer), fused_experts_cpu(layer.args())
+    answer, right = layer.answer, fused_experts_cpu(layer.args())
     answer.check(right, "ours")
     wrong = layer.hidden_states.roll(1, dims=1)
     with pytest.raises(RuntimeError, match=r"ours gives wrong results \(relative error [0-9.]+\), so its time means"):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
+from dataclasses import astuple
 
 import pytest
 
 from executorch_moe.kernels import SCHEMES
-from executorch_moe.kernels.compile import KernelReport, compile_kernel, compile_launch, record_launches
+from executorch_moe.kernels.choose import LayerShape
+from executorch_moe.kernels.compile import KernelReport, compile_kernel, compile_launch, cuobjdump, record_launches
 from executorch_moe.kernels.gpus import (
     MAX_DYNAMIC_SHARED,
     MODELS,
@@ -20,8 +23,11 @@ from executorch_moe.kernels.gpus import (
     target_names,
 )
 from executorch_moe.kernels.plan import Options
+from executorch_moe.kernels.tables import table_path
+from executorch_moe.kernels.tune import PAIRS_PER_EXPERT
 
 from .conftest import PROPERTY
+from .wgmma_registers import hazards, parse
 
 # Tokens on both sides of the few-token path and of every tile height the heuristic chooses.
 TOKENS = (1, 8, 64, 512, 4096)
@@ -98,15 +104,50 @@ def test_kernels_are_configured_for_the_target() -> None:
         assert gpu_of(0).capability == 89
 
 
+def tuned_layers() -> list[tuple[str, LayerShape]]:
+    """Scheme and layer of each entry of the H200's table, and one that has none."""
+    stored = json.loads(table_path(find_model("h200").gpu).read_text())["layers"]
+    layers = [(layer.pop("scheme"), LayerShape(**layer)) for layer in (entry["layer"] for entry in stored)]
+    return [*layers, ("w4a8", LayerShape(60, 4, 2048, 1408, 128))]
+
+
 @pytest.mark.compiler
-@pytest.mark.parametrize("scheme", ["w4a16", "w4a8"])
-def test_decoded_weights_are_not_written_over_while_they_are_read(scheme: str) -> None:
-    """A wgmma whose first operand is in registers reads them until it is waited for; the next K block's go there."""
-    gpu, waits = find_model("h200").gpu, set()
-    for tokens in (300, 700, 8192):
-        for launch in record_launches(gpu, scheme, tokens, 128, 8, 2048, 768, 128, Options()):
-            if "gemm" in launch.kernel.__name__:
-                ptx = compile_kernel(launch, gpu.capability).asm["ptx"]
-                assert "wgmma.mma_async" in ptx
-                waits.update(re.findall(r"wgmma\.wait_group\S*\s+(\d+)", ptx))
-    assert waits == {"0"}
+@pytest.mark.parametrize(("scheme", "layer"), tuned_layers(), ids=str)
+def test_decoded_weights_are_not_written_over_while_they_are_read(scheme: str, layer: LayerShape) -> None:
+    """A wgmma whose first operand is in registers reads them until it is waited for; the next K block's go there.
+
+    For every tile that the grouped path of a layer can take.
+    """
+    gpu, seen = find_model("h200").gpu, set()
+    for tokens in (64, *(ratio * layer.experts // layer.top_k for ratio in PAIRS_PER_EXPERT)):
+        options = Options(path="grouped")
+        for launch in record_launches(gpu, scheme, tokens, *astuple(layer), options):
+            if "gemm" not in launch.kernel.__name__ or (key := str((launch.constexprs, launch.num_warps))) in seen:
+                continue
+            seen.add(key)
+            compiled = compile_kernel(launch, gpu.capability)
+            ptx, code = compiled.asm["ptx"], parse(cuobjdump(compiled.asm["cubin"], "-sass"))
+            assert "wgmma.mma_async" in ptx and any(instruction.is_wgmma for instruction in code)
+            assert not list(hazards(code))
+            assert set(re.findall(r"wgmma\.wait_group\S*\s+(\d+)", ptx)) == {"0"}
+    assert len(seen) >= 6
+
+
+def test_a_wgmma_without_a_wait_in_its_step_is_a_hazard() -> None:
+    """What the test above looks for, in a loop that has it."""
+    loop = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   LOP3.LUT R152, R8, 0xf000f, R9, 0x6a, !PT ;
+        /*0020*/                   HGMMA.64x128x16.F32.BF16 R24, R152, gdesc[UR4], R24, gsb0 ;
+        /*0030*/                   LDS.128 R160, [R2] ;
+        /*0040*/                   {wait} ;
+        /*0050*/              @!P0 BRA 0x10 ;
+        /*0060*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0070*/                   STG.E [R4.64], R24 ;
+        /*0080*/                   EXIT ;
+    """
+    waited, not_waited = (
+        list(hazards(parse(loop.replace("{wait}", wait)))) for wait in ("WARPGROUP.DEPBAR.LE gsb0, 0x0", "NOP")
+    )
+    assert waited == []
+    assert not_waited == ["10 LOP3.LUT R152, R8, 0xf000f, R9, 0x6a, !PT: writes R152, an operand that is read"]
