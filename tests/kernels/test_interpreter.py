@@ -68,11 +68,11 @@ def test_few_tokens_path_against_the_oracle(case: Case, scheme: str) -> None:
     assert relative_error(out, problem.expected) <= min(BOUNDS[scheme], 4.5e-3)
 
 
-@pytest.mark.parametrize(("split_k", "block_n"), [(1, 64), (3, 64), (1, 32)])
+@pytest.mark.parametrize(("split_k", "block_n", "bias"), [(1, 64, False), (3, 64, True), (1, 32, False)])
 @pytest.mark.parametrize("tokens", [2, 16, 18])
-def test_few_tokens_of_which_several_share_an_expert(tokens: int, split_k: int, block_n: int) -> None:
+def test_few_tokens_of_which_several_share_an_expert(tokens: int, split_k: int, block_n: int, bias: bool) -> None:
     """More pairs than experts, more rows than a tile has, K in parts."""
-    problem = make(Case("shared", tokens=tokens, experts=3, intermediate=384, group_size=128), "w4a16")
+    problem = make(Case("shared", tokens=tokens, experts=3, intermediate=384, group_size=128, bias=bias), "w4a16")
     tile = GemmConfig(8, block_n, unroll=2, split_k=split_k, scale_after=True)
     out = run_fused_experts(problem.args(), options=Options(path="few_tokens", gemm1=tile, gemm2=tile))
     assert relative_error(out, problem.expected) <= BOUNDS["w4a16"]
