@@ -22,7 +22,7 @@ from . import attention, dense_torchao, synthetic
 from .decoder_layer import streamline_layers_
 from .dense import quantize_dense_
 from .options import DTYPES, ExportOptions
-from .pretrained import TINY, WITH_SINKS, check_supported, load_model, require_transformers, resolve
+from .pretrained import TINY, WITH_LATENTS, WITH_SINKS, check_supported, load_model, require_transformers, resolve
 from .router import replace_routers_
 from .streaming import StreamedModel
 from .upstream_experts import UpstreamMoE, pack, random_weights
@@ -117,8 +117,8 @@ def attention_of(target: str, dtype: str, model_type: str = "") -> str:
         return "eager"
     if target == "cpu":
         return "sdpa"
-    # ExecuTorch's Triton attention for CUDA writes bf16 whatever it is given.
-    return "eager" if dtype == "fp32" else attention.register()
+    # ExecuTorch's Triton attention for CUDA writes bf16 whatever it is given, and takes keys and values of one width.
+    return "eager" if dtype == "fp32" or model_type in WITH_LATENTS else attention.register()
 
 
 def streamline_(module: nn.Module) -> nn.Module:

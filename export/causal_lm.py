@@ -23,17 +23,20 @@ EXAMPLE_TOKENS = 1024
 
 
 class StaticKVCache(nn.Module):
-    """Keys and values of all layers as named buffers `key_L` and `value_L`, each [1, num_key_value_heads, C, head_dim].
+    """Keys and values of all layers as named buffers `key_L` and `value_L`, each [1, heads, C, width].
 
+    For latent attention the latents and the rotated part of the keys, which all heads share, are what is kept.
     Named buffers are what lets two exported methods share one cache: runtimes match mutated buffers by name.
     """
 
-    def __init__(self, num_layers: int, num_heads: int, max_context: int, head_dim: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, num_layers: int, num_heads: int, max_context: int, widths: tuple[int, int], dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.num_layers = num_layers
         for layer in range(num_layers):
-            for kind in ("key", "value"):
-                zeros = torch.zeros(1, num_heads, max_context, head_dim, dtype=dtype)
+            for kind, width in zip(("key", "value"), widths, strict=True):
+                zeros = torch.zeros(1, num_heads, max_context, width, dtype=dtype)
                 self.register_buffer(f"{kind}_{layer}", zeros, persistent=True)
 
     def at(self, cache_position: Tensor) -> CacheView:
@@ -60,11 +63,11 @@ class CacheView:
         self.cache_position = cache_position
 
     def layer(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer, [1, heads, C, head_dim] each."""
+        """Keys and values of a layer, [1, heads, C, width] each."""
         return getattr(self.cache, f"key_{layer_idx}"), getattr(self.cache, f"value_{layer_idx}")
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """key, value [1, heads, T, head_dim] -> the layer's whole cache, [1, heads, C, head_dim] each."""
+        """key, value [1, heads, T, width] -> the layer's whole cache, [1, heads, C, width] each."""
         keys, values = self.layer(layer_idx)
         keys[:, :, self.cache_position] = key.to(keys.dtype)
         values[:, :, self.cache_position] = value.to(values.dtype)
@@ -86,12 +89,10 @@ class CausalLM(nn.Module):
         self.kinds = attention_kinds(config)
         self.model = model
         self.max_context = max_context
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         # Of a norm: matrices may be quantised.
         dtype = next(parameter.dtype for parameter in model.parameters() if parameter.dim() == 1)
-        self.kv_cache = StaticKVCache(
-            config.num_hidden_layers, config.num_key_value_heads, max_context, head_dim, dtype
-        )
+        heads, *widths = cache_sizes(model)
+        self.kv_cache = StaticKVCache(config.num_hidden_layers, heads, max_context, (widths[0], widths[1]), dtype)
         self.kv_cache.to(next(model.parameters()).device)
 
     def forward(self, input_ids: Tensor, cache_position: Tensor) -> Tensor:
@@ -150,6 +151,23 @@ def check_context(config: Any, max_context: int) -> None:
         raise NotImplementedError(
             f"layers of type {', '.join(others)} are not supported: use a model whose layers are {' or '.join(KINDS)}"
         )
+
+
+def cache_sizes(model: nn.Module) -> tuple[int, int, int]:
+    """Heads that a layer's cache has, and the widths of a key and of a value.
+
+    Raises:
+        NotImplementedError: latent attention that caches what it expands the latents to, as older transformers' does.
+    """
+    config: Any = model.config
+    if rank := getattr(config, "kv_lora_rank", None):
+        if not all(hasattr(m, "expand_kv") for m in model.modules() if type(m).__name__.endswith("Attention")):
+            raise NotImplementedError(
+                "latent attention needs a transformers that caches the latents: pip install --upgrade 'transformers<6'"
+            )
+        return 1, rank, config.qk_rope_head_dim
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_key_value_heads, width, width
 
 
 class SamplingLM(CausalLM):

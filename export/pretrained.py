@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-# model_type of config.json. Their experts are fused by any of our partitioners; here they must fit `CausalLM` as well,
-# whose cache does not know DeepSeek's latent attention.
-SUPPORTED_MODEL_TYPES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "glm4_moe", "gpt_oss")
+# model_type of config.json. Any model's experts are fused by our partitioners; these fit `CausalLM` as well.
+SUPPORTED_MODEL_TYPES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "glm4_moe", "gpt_oss", "deepseek_v3")
 WITH_SINKS = ("gpt_oss",)
+WITH_LATENTS = ("deepseek_v3",)
+"""Attention whose keys and values differ in width."""
 TINY = "tiny"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 

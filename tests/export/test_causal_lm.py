@@ -144,14 +144,11 @@ WINDOWS = {
 }
 
 
-@pytest.mark.parametrize("name", WINDOWS)
-@pytest.mark.parametrize("chunks", [(12, 1, 1, 1), (3, 9, 1, 2)])
-@torch.no_grad()
-def test_a_sliding_window_is_that_of_transformers(name: str, chunks: tuple[int, ...]) -> None:
-    family = by_name(name)
-    family = dataclasses.replace(family, options=family.options | WINDOWS[name])
-    inner = family.model("eager", attention=attention_of("cpu", "fp32", name))
-    ids = tokens(sum(chunks))
+CHUNKS = [(12, 1, 1, 1), (3, 9, 1, 2)]
+
+
+def check_chunks(inner: torch.nn.Module, ids: torch.Tensor, chunks: tuple[int, ...]) -> torch.Tensor:
+    """Logits after each chunk are those of the unmodified model; returns the last."""
     expected = inner(input_ids=ids, use_cache=False).logits[0]
     model, start = CausalLM(inner, 24), 0
     for size in chunks:
@@ -159,10 +156,32 @@ def test_a_sliding_window_is_that_of_transformers(name: str, chunks: tuple[int, 
         logits = model(ids[:, start:end], torch.arange(start, end))
         torch.testing.assert_close(logits[0], expected[end - 1], rtol=1e-4, atol=1e-4)
         start = end
+    return expected[-1]
+
+
+@pytest.mark.parametrize("chunks", CHUNKS)
+@pytest.mark.parametrize("target", ["cpu", "sm_90"])
+@torch.no_grad()
+def test_latent_attention_keeps_latents(target: str, chunks: tuple[int, ...]) -> None:
+    inner = by_name("deepseek_v3").model("eager", attention=attention_of(target, "bf16", "deepseek_v3"))
+    check_chunks(inner, tokens(sum(chunks)), chunks)
+    cache = CausalLM(inner, 24).kv_cache
+    assert cache.key_0.shape == (1, 1, 24, 32) and cache.value_0.shape == (1, 1, 24, 16)
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("chunks", CHUNKS)
+@torch.no_grad()
+def test_a_sliding_window_is_that_of_transformers(name: str, chunks: tuple[int, ...]) -> None:
+    family = by_name(name)
+    family = dataclasses.replace(family, options=family.options | WINDOWS[name])
+    inner = family.model("eager", attention=attention_of("cpu", "fp32", name))
+    ids = tokens(sum(chunks))
+    expected = check_chunks(inner, ids, chunks)
     # The window is what makes the difference: with a wider one other logits come out.
     inner.config.sliding_window = 24
     wider = CausalLM(inner, 24)(ids, torch.arange(len(ids[0])))
-    assert not torch.allclose(wider[0], expected[-1], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(wider[0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_other_kinds_of_attention_are_refused() -> None:
