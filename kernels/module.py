@@ -63,6 +63,12 @@ class FusedExperts(nn.Module):
             raise ValueError(
                 f"hidden_states has dtype {hidden_states.dtype}, expected bfloat16 or float32: convert the model"
             )
+        # Padded weights take narrower rows too: that these are not the model's, only the module can tell.
+        if hidden_states.dim() == 2 and hidden_states.shape[1] != self.hidden_size:
+            raise ValueError(
+                f"hidden_states has {hidden_states.shape[1]} columns, but these experts are packed for hidden size "
+                f"H={self.hidden_size}: pass [T, {self.hidden_size}], or pack the experts of this model"
+            )
         tensors = (getattr(self, name) for name in TENSORS)
         x = hidden_states.to(torch.bfloat16)
         out: Tensor = fused_experts(x, topk_ids, topk_weights, *tensors, self.scheme, self.activation, self.group_size)

@@ -116,6 +116,18 @@ def test_module_keeps_packed_dtypes_and_accepts_fp32() -> None:
     assert relative_error(out, problem.expected) <= BOUNDS["w4a16"]
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_module_refuses_rows_of_another_width_that_the_padded_weights_would_take(scheme: str) -> None:
+    problem = make(Case("width", tokens=4), scheme)
+    module, hidden = FusedExperts(problem.packed), problem.hidden_states
+    for width in (32, 64, 96, 160):
+        other = hidden.new_zeros(4, width)
+        with pytest.raises(ValueError, match=f"hidden_states has {width} columns, .* hidden size H=128: pass "):
+            module(other, problem.topk_ids, problem.topk_weights)
+    with pytest.raises(ValueError, match="hidden_states has rank 3, expected 2"):
+        module(hidden[None], problem.topk_ids, problem.topk_weights)
+
+
 def bad(index: int, value: object) -> object:
     """An argument list with one entry replaced."""
     args = list(make(Case("bad", tokens=5), "w4a16").args())
