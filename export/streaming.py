@@ -193,7 +193,11 @@ class StreamedModel:
             run = slice(start, min(start + step, count))
             # A reader of its own: the files' pages are given back before the next run is read.
             with self.shards.reader() as reader:
-                part = _pack_run(self.fusion, *layer.layout.canonical(self._read(reader, layer.name, run)))
+                weights = layer.layout.canonical(self._read(reader, layer.name, run))
+                try:
+                    part = _pack_run(self.fusion, *weights, first_expert=start)
+                except ValueError as error:
+                    raise ValueError(f"experts {layer.exported_name} ({layer.family}) not packed: {error}") from error
             if whole is None:
                 whole = replace(part, **_for_all(part, lambda t: t.new_empty(count, *t.shape[1:])))
             for into, of in zip(whole.tensors().values(), part.tensors().values(), strict=True):
@@ -234,9 +238,14 @@ def _check_group_size(fusion: FusionOptions, hidden_size: int, intermediate_size
 
 
 def _pack_run(
-    fusion: FusionOptions, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None, down_bias: Tensor | None
+    fusion: FusionOptions,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    first_expert: int = 0,
 ) -> PackedExperts:
-    """Some experts of a layer."""
+    """Some experts of a layer, from number `first_expert` on."""
     return pack_experts(
         gate_up,
         down,
@@ -245,6 +254,7 @@ def _pack_run(
         algorithm=fusion.algorithm,
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
+        first_expert=first_expert,
     )
 
 

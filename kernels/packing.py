@@ -33,6 +33,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn.functional import pad
 
 from .arguments import ExpertArguments
@@ -230,6 +231,38 @@ def _check_weights(gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None, d
     for name, t, shape in (("gate_up_bias", gate_up_bias, (e, n)), ("down_bias", down_bias, (e, h))):
         if t is not None and t.shape != shape:
             raise ValueError(f"{name} has shape {list(t.shape)}, expected {list(shape)}")
+    for name, t in (("down", down), ("gate_up_bias", gate_up_bias), ("down_bias", down_bias)):
+        if t is not None and t.device != gate_up.device:
+            raise ValueError(f"{name} is on {t.device} but gate_up is on {gate_up.device}: move both to one device")
+
+
+def _check_floats(**tensors: Tensor | None) -> None:
+    """Integers would be packed as if they were values, and of complex numbers only the real part."""
+    for name, t in tensors.items():
+        if t is not None and not t.is_floating_point():
+            raise ValueError(
+                f"{name} has dtype {str(t.dtype).removeprefix('torch.')}, expected floats: dequantise the weights "
+                "first, or pass 4-bit codes to pack_codes"
+            )
+
+
+def _check_finite(expert: int, **tensors: Tensor | Int4Codes | None) -> None:
+    """Check what was rounded, which is less to read than the weights: a scale is finite only if all of its group is.
+
+    Raises:
+        ValueError: NaN or Inf, of which rounding would make a group of NaN; names the first tensor with one.
+    """
+    for name, rounded in tensors.items():
+        if isinstance(rounded, Int4Codes):
+            rounded = rounded.scale if rounded.row_scale is None else rounded.row_scale
+        # Of weights without values (meta, fake) nothing can be said. Both ends are NaN where any value is.
+        if rounded is None or rounded.is_meta or is_fake(rounded):
+            continue
+        if not torch.stack(rounded.aminmax()).isfinite().all():
+            raise ValueError(
+                f"{name} of expert {expert} holds NaN, Inf or values that bfloat16 cannot hold: download the model "
+                "again, or convert the original weights to bfloat16 (float16 ends at 65504)"
+            )
 
 
 @torch.no_grad()
@@ -242,6 +275,7 @@ def pack_experts(
     algorithm: str = "minmax",
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    first_expert: int = 0,
 ) -> PackedExperts:
     """Quantise (4-bit schemes) and pack the experts of one layer, one expert at a time.
 
@@ -253,30 +287,36 @@ def pack_experts(
         algorithm: "minmax" or "hqq", see `rounding`; hqq gives zero points where the scheme takes them (w4a16).
             Ignored by scheme bf16.
         gate_up_bias, down_bias: float [E, 2I] and [E, H], or None.
+        first_expert: number of the first one in its layer, for errors that name an expert.
 
     Returns:
         PackedExperts on the device of `gate_up`.
 
     Raises:
-        ValueError: unknown scheme or algorithm, shapes that disagree, or a group size that is unsupported or does not
-            divide K.
+        ValueError: unknown scheme or algorithm, shapes or devices that disagree, weights that are no floats or hold NaN
+            or Inf, or a group size that is unsupported or does not divide K.
     """
     kind = get_scheme(scheme)
     check_algorithm(algorithm)
     _check_weights(gate_up, down, gate_up_bias, down_bias)
+    _check_floats(gate_up=gate_up, down=down, gate_up_bias=gate_up_bias, down_bias=down_bias)
     if kind.packed:
         check_group_size(group_size, gate_up.shape[2], "hidden size H")
         check_group_size(group_size, down.shape[2], "intermediate size I")
 
     def one(e: int) -> PackedExperts:
         w13, w2 = gate_up[e], down[e]
-        biases = (None if bias is None else bias[e : e + 1] for bias in (gate_up_bias, down_bias))
+        biases = [None if bias is None else bias[e : e + 1].float() for bias in (gate_up_bias, down_bias)]
+        _check_finite(first_expert + e, gate_up_bias=biases[0], down_bias=biases[1])
         if not kind.packed:
+            w13, w2 = w13.bfloat16(), w2.bfloat16()
+            _check_finite(first_expert + e, gate_up=w13, down=w2)
             return _pack_floats(w13[None], w2[None], scheme, *biases)
         q13, q2 = (
             round_weights(weight, group_size, algorithm, kind.takes_zeros, kind.row_scaled(gemm))
             for gemm, weight in ((1, w13), (2, w2))
         )
+        _check_finite(first_expert + e, gate_up=q13, down=q2)
         return _pack_codes(q13[None], q2[None], scheme, *biases)
 
     return stack_experts(map(one, range(gate_up.shape[0])), gate_up.shape[0])
@@ -304,8 +344,8 @@ def pack_codes(
         PackedExperts on the device of `gate_up`. One side's missing zero points become zeros.
 
     Raises:
-        ValueError: unknown scheme or one without codes, shapes that disagree, a group size that is unsupported, or
-            zero points or scales that w4a8 does not have.
+        ValueError: unknown scheme or one without codes, shapes or devices that disagree, a group size that is
+            unsupported, or zero points or scales that w4a8 does not have.
     """
     kind = get_scheme(scheme)
     if not kind.packed:

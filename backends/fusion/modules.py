@@ -93,6 +93,7 @@ def pack_layer(
             algorithm=algorithm,
             gate_up_bias=gate_up_bias,
             down_bias=down_bias,
+            first_expert=expert,
         )
 
     return stack_experts(map(one, range(num_experts)), num_experts)

@@ -17,7 +17,7 @@ from executorch_moe.export.preflight import dequantised
 from executorch_moe.export.shards import INDEX_FILE
 from executorch_moe.export.streaming import StreamedModel
 from executorch_moe.export.work_folder import MANIFEST, WorkFolder
-from executorch_moe.kernels import pack_experts
+from executorch_moe.kernels import SCHEMES, pack_experts
 
 from .families import FAMILIES, Logits, by_name, tokens
 
@@ -215,6 +215,16 @@ def test_a_damaged_checkpoint_is_named(spoiled: Path, damage: Callable[[Path], o
     damage(spoiled)
     with pytest.raises((ValueError, NotImplementedError, FileNotFoundError), match=message):
         stream(spoiled)
+
+
+def test_nan_and_inf_are_named(spoiled: Path) -> None:
+    edit_shard(spoiled, GATE, lambda weights: weights[GATE].view(-1)[-1:].fill_(float("inf")))
+    named = (
+        r"experts model.model.layers.1.mlp.experts \(Qwen3MoeExperts\) not packed: gate_up of expert 2 holds NaN, Inf"
+    )
+    for scheme in SCHEMES:
+        with pytest.raises(ValueError, match=named):
+            stream(spoiled, scheme).load()
 
 
 def test_group_size_is_checked_before_anything_is_read(sharded: Path) -> None:

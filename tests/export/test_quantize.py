@@ -98,6 +98,14 @@ def test_weights_that_do_not_belong_together(model: nn.Module) -> None:
     assert len(list(find_experts(model))) == 2
 
 
+def test_nan_and_inf_are_named(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj[5, 3, 2] = float("nan")
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts: down of expert 5 holds NaN, Inf"):
+        quantize_experts_(model)
+    assert len(list(find_experts(model))) == 2
+
+
 def test_another_activation(model: nn.Module) -> None:
     model.model.layers[1].mlp.experts.act_fn = nn.GELU()
     with pytest.raises(

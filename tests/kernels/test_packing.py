@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from executorch_moe.kernels import pack_experts, unpack_experts
+from executorch_moe.kernels import ALGORITHMS, SCHEMES, pack_experts, unpack_experts
 from executorch_moe.kernels.packing import (
     deinterleave_gate_up,
     interleave_gate_up,
@@ -107,6 +108,12 @@ def test_biases_are_stored_in_packed_row_order() -> None:
         ({"down": torch.zeros(2, 192, 32)}, "do not belong together"),
         ({"down": torch.zeros(192, 64)}, "must be 3-D"),
         ({"gate_up_bias": torch.zeros(2, 64)}, "gate_up_bias has shape"),
+        ({"gate_up": torch.zeros(2, 128, 192, dtype=torch.int8)}, "gate_up has dtype int8, expected floats: dequant"),
+        ({"down": torch.zeros(2, 192, 64, dtype=torch.bool)}, "down has dtype bool, expected floats"),
+        ({"down": torch.zeros(2, 192, 64, dtype=torch.complex64)}, "down has dtype complex64, expected floats"),
+        ({"down_bias": torch.zeros(2, 192, dtype=torch.int32)}, "down_bias has dtype int32, expected floats"),
+        ({"down": torch.zeros(2, 192, 64, device="meta")}, "down is on meta but gate_up is on cpu: move both"),
+        ({"gate_up_bias": torch.zeros(2, 128, device="meta")}, "gate_up_bias is on meta but gate_up is on cpu"),
     ],
 )
 def test_bad_weights_get_a_reason_and_a_remedy(change: dict[str, object], message: str) -> None:
@@ -118,3 +125,28 @@ def test_bad_weights_get_a_reason_and_a_remedy(change: dict[str, object], messag
     arguments |= change
     with pytest.raises(ValueError, match=message):
         pack_experts(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_weights_that_are_no_numbers_are_named(scheme: str, algorithm: str, value: float) -> None:
+    shapes = {"gate_up": (4, 128, 192), "down": (4, 192, 64), "gate_up_bias": (4, 128), "down_bias": (4, 192)}
+    for name in shapes:
+        weights = {other: torch.randn(shape) for other, shape in shapes.items()}
+        for expert in (2, 3):
+            weights[name][expert].view(-1)[-1] = value
+        with pytest.raises(ValueError, match=f"^{name} of expert 12 holds NaN, Inf or values that bfloat16 cannot"):
+            pack_experts(**weights, scheme=scheme, group_size=64, algorithm=algorithm, first_expert=10)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_large_weights_and_weights_without_values_are_packed(scheme: str) -> None:
+    gate_up, down = torch.randn(2, 128, 64), torch.randn(2, 64, 64)
+    gate_up[0, 0, 0], down[1, 2, 3] = 3e38, -3e38
+    assert all(t.isfinite().all() for t in unpack_experts(pack_experts(gate_up, down, scheme=scheme, group_size=32)))
+    packed = pack_experts(gate_up.to("meta"), down.to("meta"), scheme=scheme, group_size=32)
+    assert packed.w13.is_meta
+    with FakeTensorMode() as mode:
+        packed = pack_experts(mode.from_tensor(gate_up), mode.from_tensor(down), scheme=scheme, group_size=32)
+    assert packed.num_experts == 2
