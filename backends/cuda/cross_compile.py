@@ -35,7 +35,7 @@ def target_cuda(target: str) -> Iterator[CrossCompileReport]:
     """Within it, `to_edge_transform_and_lower` compiles CUDA delegates for `target`; no GPU is needed or used.
 
     It replaces functions of torch, Triton and ExecuTorch for the whole process and puts them back at the end; nothing
-    else may compile with Inductor meanwhile. The exported programs are on the CPU.
+    else may compile with Inductor meanwhile, and it can be active once at a time. The exported programs are on the CPU.
 
     Args:
         target: "sm_90", "h200" or another of `kernels.gpus.target_names()`.
@@ -45,7 +45,8 @@ def target_cuda(target: str) -> Iterator[CrossCompileReport]:
 
     Raises:
         ValueError: unknown target.
-        RuntimeError: no compiler, or versions of torch, Triton or ExecuTorch that are not known to work.
+        RuntimeError: no compiler, versions of torch, Triton or ExecuTorch that are not known to work, or it is active
+            already, in this thread or another one.
     """
     report = CrossCompileReport(check_target(target))
     # Kept until the process ends: ExecuTorch leaves weights in files here and reads them to write the .ptd.

@@ -12,6 +12,7 @@ import importlib
 import inspect
 import math
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -106,14 +107,47 @@ INDUCTOR_CONFIG = {
 _TARGET_CONFIG = ("cpp.cxx", "cuda.arch", "cuda.version")
 
 
+_CLAIMING = threading.Lock()
+"""Held for as long as somebody checks what is there, so that nothing is replaced meanwhile."""
+
+_owner: int | None = None
+"""The thread that has replaced functions now."""
+
+
 def check_versions() -> None:
     """Check that torch, Triton and ExecuTorch are what this module was made for; changes nothing.
 
     Raises:
-        RuntimeError: another version, or a function that is not as expected; the message names all of them.
+        RuntimeError: another version, or a function that is not as expected; the message names all of them. Or they
+            are replaced now.
     """
+    with _CLAIMING:
+        _check_originals()
+
+
+@contextlib.contextmanager
+def _claimed() -> Iterator[None]:
+    """Within it, nobody else replaces anything: two that did would put back each other's functions."""
+    global _owner
+    with _CLAIMING:
+        _check_originals()
+        _owner = threading.get_ident()
+    try:
+        yield
+    finally:
+        _owner = None
+
+
+def _check_originals() -> None:
     from importlib import metadata
 
+    if _owner == threading.get_ident():
+        raise RuntimeError("target_cuda is active already: leave it first, and enter it once for each GPU")
+    if _owner is not None:
+        raise RuntimeError(
+            "target_cuda is active in another thread, and changes the whole process: wait until that one is done, or "
+            "export in another process"
+        )
     wrong = []
     for package, accepted in VERSIONS.items():
         version = metadata.version(package)
@@ -137,8 +171,7 @@ def replaced(model: GpuModel, choices: StaticChoices, folder: Path) -> Iterator[
     Raises:
         RuntimeError: see `check_versions`.
     """
-    check_versions()
-    with contextlib.ExitStack() as stack:
+    with _claimed(), contextlib.ExitStack() as stack:
         _forget_devices()
         stack.callback(_forget_devices)
         _replace_toolchain(stack, model, folder)

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from triton.compiler.compiler import max_shared_mem
 
 from executorch_moe.backends.artifact import PTD_IDENTITY_KEY, check, save
 from executorch_moe.backends.cuda import host_toolchain, patches
-from executorch_moe.backends.cuda.cross_compile import target_cuda
+from executorch_moe.backends.cuda.cross_compile import check_target, target_cuda
 from executorch_moe.backends.cuda.cross_report import CrossCompileReport, KernelChoice
 from executorch_moe.backends.cuda.missing_operators import MissingOperatorsError
 from executorch_moe.backends.cuda.patches import check_versions
@@ -338,6 +339,37 @@ def test_everything_is_put_back() -> None:
             if broken:
                 raise KeyError
         assert replaced() == before
+
+
+@needs_cross_export
+def test_it_is_active_once_at_a_time() -> None:
+    before = replaced()
+    with pytest.raises(RuntimeError, match="is active already: leave it first"), target_cuda("h200"), target_cuda("l4"):
+        pass
+    assert replaced() == before
+
+    def enter(target: str) -> None:
+        with target_cuda(target):
+            entered.set()
+            left.wait(60)
+
+    entered, left = threading.Event(), threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(enter, "h200")
+        entered.wait(60)
+        for use in (lambda: enter("a100"), check_versions, lambda: check_target("sm_90")):
+            with pytest.raises(RuntimeError, match=r"active in another thread, .*: wait until that one is done"):
+                use()
+        left.set()
+        other.result(60)
+    assert replaced() == before
+    # At the same moment: one of them, or one after the other.
+    with ThreadPoolExecutor(4) as pool:
+        errors = [future.exception(60) for future in [pool.submit(enter, "h200") for _ in range(8)]]
+    assert None in errors
+    assert all(error is None or "in another thread" in str(error) for error in errors)
+    assert replaced() == before
+    enter("l4")
 
 
 def test_what_a_kernel_writes_to_is_asked_once_for_each_kind_of_arguments() -> None:
