@@ -66,13 +66,20 @@ class MethodReport:
 
 @dataclass(frozen=True)
 class ArtifactReport:
-    """What `inspect_artifact` found; `weights` is the .ptd: key -> bytes."""
+    """What `inspect_artifact` found.
+
+    Attributes:
+        pte, ptd: the files. methods, constants: by name.
+        weights: the .ptd: key -> bytes.
+        outside: keys of weights that are used outside every delegate; they are fully qualified names.
+    """
 
     pte: Path
     ptd: Path | None
     methods: dict[str, MethodReport]
     constants: tuple[str, ...]
     weights: dict[str, int]
+    outside: tuple[str, ...] = ()
 
     @property
     def archs(self) -> tuple[str, ...]:
@@ -81,21 +88,29 @@ class ArtifactReport:
         return tuple(sorted({arch for delegate in delegates for arch in delegate.archs}))
 
     def sizes(self) -> dict[str, int]:
-        """Bytes by part: `host code METHOD`, `GPU code METHOD`, `experts`, `state`, `other weights`, and both files."""
+        """Bytes by part: `host code METHOD`, `GPU code METHOD`, `experts`, `state`, `other weights`, and both files.
+
+        Only CUDA delegates say what is state: without them it lies in no file, and if they do not, it is not known what
+        of their weights it is. Such parts are left out.
+        """
         sizes: dict[str, int] = {}
-        storages: dict[str, int] = {}
-        mutated: set[str] = set()
-        for name, method in self.methods.items():
-            for delegate in method.delegates:
-                gpu = sum(code.size for code in delegate.gpu_code)
+        storages = {name: self.weights[name] for name in self.outside}
+        delegates = [(name, delegate) for name, method in self.methods.items() for delegate in method.delegates]
+        for name, delegate in delegates:
+            gpu = sum(code.size for code in delegate.gpu_code)
+            if delegate.backend == CUDA_BACKEND:
                 for part, size in {"host": delegate.library_bytes - gpu, "GPU": gpu}.items():
                     sizes[f"{part} code {name}"] = sizes.get(f"{part} code {name}", 0) + size
-                storages.update(delegate.weights)
-                mutated.update(delegate.mutated or ())
+            storages.update(delegate.weights)
         experts = {name for name in storages if name.rpartition(".")[2].removeprefix("packed_") in _PACKED}
         sizes["experts"] = sum(storages[name] for name in experts)
-        sizes["state"] = sum(storages[name] for name in mutated & storages.keys())
-        sizes["other weights"] = sum(self.weights.values()) - sizes["experts"] - sizes["state"]
+        mutated = [delegate.mutated for _, delegate in delegates if delegate.backend == CUDA_BACKEND]
+        if None not in mutated:
+            state = {name for names in mutated for name in names or ()} & storages.keys()
+            state_bytes = sum(storages[name] for name in state)
+            if mutated:
+                sizes["state"] = state_bytes
+            sizes["other weights"] = sum(self.weights.values()) - sizes["experts"] - state_bytes
         sizes[".pte"] = self.pte.stat().st_size
         sizes[".ptd"] = self.ptd.stat().st_size if self.ptd is not None else 0
         return sizes
@@ -115,6 +130,7 @@ def inspect_artifact(pte: str | Path, ptd: str | Path | None = None) -> Artifact
         methods={name: _method(program, name) for name in program.method_names},
         constants=tuple(program.constant_names),
         weights=data.sizes() if data is not None else {},
+        outside=tuple(program.external_tensors()),
     )
 
 

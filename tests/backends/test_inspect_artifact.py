@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import struct
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from cached_experts import CachedExperts, methods
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from executorch_moe.backends.artifact import Artifact
+from executorch_moe.backends.artifact import Artifact, save
 from executorch_moe.backends.cuda.cubin import GpuCode, find_gpu_code
 from executorch_moe.backends.cuda.delegate_host import check_arch
 from executorch_moe.backends.elf import ElfImage, UndefinedSymbol
@@ -24,6 +26,7 @@ from executorch_moe.backends.inspect import (
     check_cuda_artifact,
     inspect_artifact,
 )
+from executorch_moe.backends.targets import lower
 
 
 @triton.jit
@@ -133,6 +136,27 @@ def test_report_of_a_cpu_program(linear: Artifact) -> None:
     assert report.weights["weight"] == 48
     with pytest.raises(ValueError, match=r"forward: no delegate; forward: operators outside the delegates: aten::"):
         check_cuda_artifact(report)
+
+
+def test_experts_of_a_cpu_program_are_counted_by_name(tmp_path: Path) -> None:
+    module = CachedExperts("w4a16", torch.float32).eval()
+    report = inspect_artifact(save(lower(methods(module, torch.float32), "cpu"), tmp_path / "model").pte)
+    sizes = report.sizes()
+    assert sizes["experts"] == module.experts.packed().nbytes()
+    # The cache lies in no file, and nothing says which of the planned memory it is.
+    assert sizes.keys() == {"experts", "other weights", ".pte", ".ptd"}
+    assert sizes["experts"] + sizes["other weights"] == sum(report.weights.values())
+
+
+def test_state_is_counted_where_it_is_recorded(emulated: Artifact) -> None:
+    report = inspect_artifact(emulated.pte)
+    sizes = report.sizes()
+    assert sizes["experts"] == 0 and sizes["state"] > 0
+    assert sizes["state"] + sizes["other weights"] == sum(report.weights.values())
+    method = report.methods["peek"]
+    unrecorded = replace(method, delegates=tuple(replace(delegate, mutated=None) for delegate in method.delegates))
+    untold = replace(report, methods={**report.methods, "peek": unrecorded}).sizes()
+    assert sizes.keys() - untold.keys() == {"state", "other weights"} and untold.items() <= sizes.items()
 
 
 def test_report_of_delegates(emulated: Artifact) -> None:

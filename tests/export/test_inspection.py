@@ -60,6 +60,8 @@ def test_inspect_and_report_of_an_export(exported: Callable[..., Path], tmp_path
     inside = json.loads(runner.invoke(app, ["inspect", str(pte), "--format", "json"]).stdout)
     assert set(inside["methods"]) == {"prefill", "decode"} and inside["archs"] == []
     assert inside["sizes"][".pte"] == pte.stat().st_size
+    assert inside["sizes"]["experts"] == 2 * (131072 + 65536 + 16384 + 8192) and "state" not in inside["sizes"]
+    assert "442,368" in result.stdout
     report = json.loads(report_json(FusionReport().json(), [compiled()], pte))
     assert report["sizes"] == inside["sizes"] and report["layers"] == []
     (target,) = report["compiled"]
