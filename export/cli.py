@@ -186,20 +186,23 @@ def export(
     quiet_unless(verbose)
     from executorch_moe.backends.inspect import inspect_artifact
 
-    from .files import check_writable, write_aside
+    from .files import write_aside
     from .inspection import kernels_table, report_json, sizes_table
+    from .metadata import check_report
     from .options import ExportOptions
     from .pipeline import export_model
 
     if out is None and not check:
         raise ValueError("--out is missing: give the .pte to write, as in -o model.pte, or --check to write nothing")
     out = Path("unused.pte") if out is None else out
-    if report is not None:
-        check_writable("report", report)
+    if check and report is not None:
+        raise ValueError(f"report={str(report)!r} is of an export, and --check makes none: leave one of the two out")
     options = ExportOptions(
         model, out, target, scheme, group_size, max_context, dtype, output, experts, dense, lm_head, embedding, layers,
         seed, thin, algorithm, check, None if kernel_configs is None else str(kernel_configs),
     )  # fmt: skip
+    if report is not None:
+        check_report(report, options)
     if check:
         from .preflight import preflight
 

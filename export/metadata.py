@@ -8,7 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .files import check_writable
 from .options import ExportOptions
+from .pretrained import resolve
+from .synthetic import is_synthetic
+from .work_folder import work_folder_path
 
 MADE_FROM = "get_synthetic_options"
 TOKENIZER_DIGEST = "get_tokenizer_digest"
@@ -22,6 +26,42 @@ def tokenizer_path(pte: Path) -> Path:
 def record_path(pte: Path) -> Path:
     """Where the record of an export lies: beside it, NAME.export.json."""
     return pte.with_suffix(".export.json")
+
+
+def check_report(report: Path, options: ExportOptions) -> None:
+    """Check the name of an export's report before anything is done: the report is written last, over what is there.
+
+    Raises:
+        ValueError: a place that cannot be written, or a file that the export reads or writes itself.
+    """
+    check_writable("report", report)
+    pte, place = options.out, _place(report)
+    folder = None if is_synthetic(options.model) else _place(resolve(options.model) / "config.json").parent
+    if place in map(_place, (pte, pte.with_suffix(".ptd"), tokenizer_path(pte), record_path(pte))):
+        whose = "is a file of the artifact"
+    elif place.is_relative_to(_place(work_folder_path(pte) / "any").parent):
+        whose = "lies in the folder of packed layers"
+    elif options.kernel_configs is not None and place == _place(Path(options.kernel_configs)):
+        whose = "is the file of kernel_configs"
+    elif folder is not None and place.is_relative_to(folder) and place.exists() and not _is_report(place):
+        whose = "is a file of the model"
+    else:
+        return
+    raise ValueError(f"report={str(report)!r} {whose}: choose another, for example {pte.with_suffix('.report.json')}")
+
+
+def _place(path: Path) -> Path:
+    """What is replaced when `path` is written: links in its folder are followed, the file itself may be one."""
+    return path.parent.resolve() / path.name
+
+
+def _is_report(path: Path) -> bool:
+    """True for a report of another export."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"compiled", "sizes"} <= content.keys()
 
 
 def tokenizer_digest(text: str) -> str:

@@ -43,7 +43,7 @@ class ExportOptions:
         experts: "ours"; "ours-tile": the one-CTA-per-tile schedule; "upstream": ExecuTorch's own operators.
         dense: linear layers: "none" (as they are), "int8" or "int4"; on the CPU, embeddings too. lm_head: the last one;
             None: as dense. embedding: "none" or "int8".
-        layers, seed: of a synthetic model.
+        layers, seed: of a synthetic model; the seed is at least 0.
         thin: write no large weights; of synthetic models, which are made again on the GPU that loads them.
         algorithm: how experts are rounded to 4 bits, "minmax" or "hqq"; see `kernels.rounding`.
         check: nothing is exported, only checked (`preflight`): "cuda" needs no GPU, and "auto" is "cuda".
@@ -117,6 +117,10 @@ class ExportOptions:
                 f"layers={self.layers} is for synthetic models, {self.model!r} has its own: leave it out, "
                 f"or use {synthetic.PREFIX}{next(iter(synthetic.PRESETS))}"
             )
+        if self.seed != 0 and not made_here:
+            raise ValueError(f"seed={self.seed} is for synthetic models, {self.model!r} has its weights: leave it out")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be at least 0: choose another")
         if target == "cpu":
             for what, usual in (("experts", "ours"), ("lm_head", None), ("embedding", "none")):
                 if (value := getattr(self, what)) != usual:

@@ -18,6 +18,8 @@ import torch
 from typer.testing import CliRunner
 
 from executorch_moe.export.cli import app
+from executorch_moe.export.metadata import check_report
+from executorch_moe.export.options import ExportOptions
 from executorch_moe.export.pretrained import resolve
 
 runner = CliRunner()
@@ -114,7 +116,6 @@ def test_export_for_another_gpu_runs_in_its_own_process(tmp_path: Path, monkeypa
     assert command[command.index("--algorithm") + 1] == "hqq"
     # The other process is asked for the same options, all of them.
     from executorch_moe.export.cli import export_in_own_process
-    from executorch_moe.export.options import ExportOptions
 
     options = ExportOptions(
         "synthetic:tiny", tmp_path / "y.pte", "sm_90", "w4a8", 64, 77, "bf16", "logits", "upstream", "int4", "int8",
@@ -176,6 +177,36 @@ def test_export_reports_that_cannot_be_written(tmp_path: Path) -> None:
     line = refused(*command, tmp_path / "file" / "r.json")
     assert "report=" in line and "is no writable folder: choose another" in line
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_export_reports_over_files_of_the_export(model_folder: Path, tmp_path: Path) -> None:
+    """Nothing is begun, and what the model or an earlier export wrote is left as it was."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    names = ["x.pte", "x.ptd", "x.tokenizer.json", "x.export.json", "x.work/manifest.json", "model/config.json"]
+    before = (model_folder / "config.json").read_bytes()
+    for report in (*names, "link/x.ptd", "link/model/model.safetensors"):
+        line = refused(
+            "export", model_folder, "-o", tmp_path / "x.pte", "--target", "cpu", "--report", tmp_path / report
+        )
+        assert f"report='{tmp_path / report}' " in line and line.endswith("x.report.json")
+    assert (model_folder / "config.json").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "link"}
+    # A report of before may be replaced, wherever it is.
+    (model_folder / "r.json").write_text('{"compiled": [], "sizes": {}}')
+    check_report(model_folder / "r.json", ExportOptions(str(model_folder), tmp_path / "x.pte", "cpu"))
+
+
+def test_export_options_without_an_effect(tmp_path: Path) -> None:
+    line = refused("export", "tiny", "--check", "--report", tmp_path / "r.json")
+    assert "is of an export, and --check makes none: leave one of the two out" in line
+    command = ("export", "tiny", "-o", tmp_path / "x.pte", "--target", "cpu")
+    for seed in (-5, 7):
+        assert f"seed={seed} is for synthetic models, 'tiny' has its weights: leave it out" in refused(
+            *command, "--seed", seed
+        )
+    line = refused("export", "synthetic:tiny", "-o", tmp_path / "x.pte", "--target", "cpu", "--seed", -5)
+    assert "seed=-5 must be at least 0" in line
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("command", [("bench", "model", "x.pte", "--profile"), ("bench", "kernel")])
