@@ -113,11 +113,11 @@ def _files(shape: Shape) -> list[dict[str, tuple[int, ...]]]:
 def measure_load(folder: Path, out: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Packs and loads a checkpoint in this process; peak memory after each layer, and of all."""
     streamed = stream(ExportOptions(str(folder), out, **options), folder)
-    work = WorkFolder(out.with_suffix(".work"), streamed.manifest())
-    restart_peak()
-    peaks = [peak_rss()]
-    records = streamed.load(work, lambda record: peaks.append(peak_rss()))
-    work.remove()
+    with WorkFolder(out.with_suffix(".work"), streamed.manifest()) as work:
+        restart_peak()
+        peaks = [peak_rss()]
+        records = streamed.load(work, lambda record: peaks.append(peak_rss()))
+        work.remove()
     dense = sum(parameter.nbytes for parameter in streamed.model.parameters())
     packed = sum(record.bytes_after for record in records)
     return {"start": peaks[0], "layers": peaks[1:], "loaded": peak_rss(), "packed": packed, "dense": dense}

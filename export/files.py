@@ -33,10 +33,10 @@ def check_writable(what: str, path: Path, suffixes: Sequence[str] = ()) -> None:
 def written_aside(path: Path) -> Iterator[Path]:
     """Yields a path beside `path`, with its ending: renamed to `path` at the end, removed after an error.
 
-    The folder is made if it is not there.
+    The folder is made if it is not there. Processes that write the same file do not write the same path.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.stem}{_ASIDE}{path.suffix}")
+    aside = path.with_name(f".{path.stem}.{os.getpid()}{_ASIDE}{path.suffix}")
     try:
         yield aside
         with open(aside, "rb") as file:

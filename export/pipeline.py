@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from torch import nn
@@ -32,15 +34,11 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
         OSError: a file cannot be written; what was there before is left as it was.
     """
     steps = Steps(console)
-    try:
-        return _export(options, steps)
-    except KeyboardInterrupt:
-        if (work := work_folder_path(options.out)).is_dir():
-            steps.say(f"packed layers are kept in {work}: the same command goes on from there")
-        raise
+    with ExitStack() as held:
+        return _export(options, steps, held)
 
 
-def _export(options: ExportOptions, steps: Steps) -> ExportSummary:
+def _export(options: ExportOptions, steps: Steps, held: ExitStack) -> ExportSummary:
     from executorch_moe.backends.artifact import save
     from executorch_moe.backends.targets import lower
 
@@ -54,7 +52,7 @@ def _export(options: ExportOptions, steps: Steps) -> ExportSummary:
             model = load_packed(options, folder, fuser.report)
             max_context = options.context(model.config)
     else:
-        model, max_context, work = _pack_layers(options, folder, fuser.report, steps)
+        model, max_context, work = _pack_layers(options, folder, fuser.report, steps, held)
     if not options.leaves_dense:
         with steps.step("dense", "quantising linear layers"):
             quantize_dense(model, options, target)
@@ -93,14 +91,29 @@ def _export(options: ExportOptions, steps: Steps) -> ExportSummary:
     return summary
 
 
+@contextmanager
+def _kept(options: ExportOptions, manifest: dict[str, Any], steps: Steps) -> Iterator[WorkFolder]:
+    """The export's work folder, for it alone; after an error, says that the folder stays."""
+    with WorkFolder(work_folder_path(options.out), manifest) as work:
+        try:
+            yield work
+        except BaseException:
+            if work.path.is_dir():
+                steps.say(f"packed layers are kept in {work.path}: the same command goes on from there")
+            raise
+
+
 def _pack_layers(
-    options: ExportOptions, folder: Path, report: FusionReport, steps: Steps
+    options: ExportOptions, folder: Path, report: FusionReport, steps: Steps, held: ExitStack
 ) -> tuple[nn.Module, int, WorkFolder]:
-    """The model with its experts packed layer by layer, kept in a work folder; positions in its cache; that folder."""
+    """The model with its experts packed layer by layer, kept in a work folder; positions in its cache; that folder.
+
+    The folder is left to others when `held` is closed.
+    """
     with steps.step("check", f"checking {folder.name if options.model != 'tiny' else 'the tiny model'}"):
         streamed = stream(options, folder)
         max_context = options.context(streamed.model.config)
-    work = WorkFolder(work_folder_path(options.out), streamed.manifest())
+    work = held.enter_context(_kept(options, streamed.manifest(), steps))
     with steps.counted("pack", f"packing the experts as {options.scheme}", len(streamed.layers)) as advance:
         for record in streamed.load(work, advance):
             report.add(record)

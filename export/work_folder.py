@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import shutil
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import Tensor
 
@@ -20,7 +21,14 @@ from executorch_moe.kernels.schemes import LAYOUT_VERSION
 from .files import is_aside, write_aside, written_aside
 from .shards import Shards
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 MANIFEST = "manifest.json"
+_LOCK = ".lock"
+_LAYERS = "model.*.safetensors"
 _FORMAT = 1
 
 
@@ -42,34 +50,73 @@ def manifest_of(shards: Shards, fusion: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class WorkFolder:
-    """A folder of packed layers, one safetensors file each, that belong to one manifest.
+    """A folder of packed layers, one safetensors file each, that belong to one manifest; one export has it at a time.
 
-    A folder that was left by another checkpoint or by other options is emptied.
+    Layers that were left by another checkpoint or by other options are removed. A context manager: the folder is free
+    for others after it, or when the process ends, however it ends.
 
     Args:
         path: the folder; made if it is not there.
         manifest: see `manifest_of`.
 
     Raises:
-        ValueError: there is something else at `path`.
+        ValueError: there is something else at `path`, or files in it that no export wrote.
+        RuntimeError: another export has the folder.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
-        known = self._read_manifest()
-        if known is None and path.exists() and not _is_empty(path):
-            raise ValueError(
-                f"{path} is in the way, it is no work folder of an export: remove it, or choose another -o"
-            )
-        if known is not None and known != manifest:
-            self.remove()
-        write_aside(path / MANIFEST, json.dumps(manifest, indent=2))
+        self._lock: IO[str] | None = None
+        self._check_ours()  # before anything is made in it
+        self._lock = _locked(path / _LOCK)
+        try:
+            self._check_ours()
+            for file in self._files() if self._read_manifest() != manifest else filter(_is_unfinished, path.iterdir()):
+                file.unlink()
+            write_aside(path / MANIFEST, json.dumps(manifest, indent=2))
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> WorkFolder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leaves the folder to others; what is in it stays."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def _read_manifest(self) -> Any:
         try:
             return json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        except (OSError, ValueError):
             return None
+
+    def _check_ours(self) -> None:
+        """Check that nobody else keeps anything here: it would not survive the export."""
+        if not (self.path.exists() or self.path.is_symlink()):
+            return
+        if not self.path.is_dir():
+            raise ValueError(f"{self.path} is in the way, it is no folder: remove it, or choose another -o")
+        manifest = self._read_manifest()
+        ours = isinstance(manifest, dict) and {"format", "layout_version"} <= manifest.keys()
+        known = set(self._files()) if ours else set(filter(_is_unfinished, self.path.iterdir()))
+        if others := sorted({*self.path.iterdir()} - known - {self.path / _LOCK}):
+            raise ValueError(
+                f"{self.path} is in the way, it is no work folder of an export or has other files in it "
+                f"({others[0].name}): move them, or choose another -o"
+            )
+
+    def _files(self) -> list[Path]:
+        """What is in the folder of what is written here, the manifest last: layers without it would be no one's."""
+        files = (
+            {*filter(_is_unfinished, self.path.iterdir()), *self.path.glob(_LAYERS)} if self.path.is_dir() else set()
+        )
+        return [*files, *filter(Path.exists, [self.path / MANIFEST])]
 
     def _file(self, module: str) -> Path:
         return self.path / f"{module}.safetensors"
@@ -103,10 +150,53 @@ class WorkFolder:
             save_file(tensors, aside, metadata={"layer": json.dumps(asdict(layer))})
 
     def remove(self) -> None:
-        """Removes the folder. Layers that were loaded from it stay usable."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Removes the folder, if nobody put anything else there. Layers that were loaded from it stay usable."""
+        with contextlib.suppress(OSError):
+            for file in (*self._files(), self.path / _LOCK):
+                file.unlink()
+            self.path.rmdir()
+        self.close()
 
 
-def _is_empty(path: Path) -> bool:
-    """True for a folder without files, but for one that was not finished."""
-    return path.is_dir() and all(map(is_aside, path.iterdir()))
+def _locked(path: Path) -> IO[str]:
+    """The open lock file of a work folder, which this process alone has; the system frees it when the process ends.
+
+    Raises:
+        RuntimeError: another one has it.
+    """
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = open(path, "w")  # noqa: SIM115
+        except FileNotFoundError:  # whoever had it removed the folder just now
+            continue
+        try:
+            _lock(file)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+            file.close()  # the same, between opening and locking
+        except BlockingIOError:
+            file.close()
+            raise RuntimeError(
+                f"another export is writing there, it has {path.parent}: wait until it is done, or choose another -o"
+            ) from None
+        except BaseException:
+            file.close()
+            raise
+
+
+def _lock(file: IO[str]) -> None:
+    """Raises BlockingIOError if another process has it; does nothing where files cannot be locked."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # some network file systems
+        pass
+
+
+def _is_unfinished(path: Path) -> bool:
+    """True for a file of ours that was being written when its process was killed."""
+    return is_aside(path) and path.name.startswith((".manifest.", ".model."))
