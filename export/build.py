@@ -20,7 +20,7 @@ from executorch_moe.kernels.plan import Options
 
 from . import attention, dense_torchao, synthetic
 from .decoder_layer import streamline_layers_
-from .dense import quantize_dense_
+from .dense import check_widths, quantize_dense_
 from .options import DTYPES, ExportOptions
 from .pretrained import TINY, WITH_LATENTS, WITH_SINKS, check_supported, load_model, require_transformers, resolve
 from .router import replace_routers_
@@ -51,9 +51,11 @@ def stream(options: ExportOptions, folder: Path) -> StreamedModel:
     """The model, to be loaded with packed experts; reads headers only.
 
     Raises:
-        ValueError, NotImplementedError, FileNotFoundError: see `StreamedModel`.
+        ValueError, NotImplementedError, FileNotFoundError: see `StreamedModel` and `check_dense`.
     """
-    return StreamedModel(folder, *precision(options, folder), options.fusion())
+    streamed = StreamedModel(folder, *precision(options, folder), options.fusion())
+    check_dense(streamed.model, options, options.resolved_target())
+    return streamed
 
 
 def load_whole(options: ExportOptions, folder: Path) -> nn.Module:
@@ -90,6 +92,7 @@ def load_packed(options: ExportOptions, folder: Path, report: FusionReport) -> n
         for name, module in find_experts(model)
     }
     if not synthetic.is_synthetic(options.model):
+        check_dense(model, options, options.resolved_target())
         use_upstream_(model, options.scheme, options.group_size)
     config: Any = model.config
     for name, module in model.named_modules():
@@ -159,6 +162,18 @@ def build_synthetic(
         make_experts=upstream if options.experts == "upstream" else None,
         prepare=prepare,
     )
+
+
+def check_dense(module: nn.Module, options: ExportOptions, target: str) -> None:
+    """Check, before anything is packed, that `quantize_dense` will find layers that fit; reads shapes only.
+
+    Raises:
+        ValueError: layers whose width does not fit.
+    """
+    if target == "cpu":
+        dense_torchao.check_widths(module, options.dense)
+        return
+    check_widths(module, options.dense, options.group_size, lm_head=options.lm_head)
 
 
 def quantize_dense(module: nn.Module, options: ExportOptions, target: str) -> None:

@@ -161,15 +161,31 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return qdata, scale
 
 
-def _quantized(weight: Tensor, bias: Tensor | None, kind: str, group_size: int, name: str) -> nn.Module:
+def _quantized(weight: Tensor, bias: Tensor | None, kind: str, group_size: int) -> nn.Module:
     if kind == "int8":
         return Int8Linear(weight, bias)
-    if weight.shape[1] % group_size or group_size % 2:
-        raise ValueError(
-            f"{name} has {weight.shape[1]} inputs, which group_size={group_size} does not divide: "
-            "choose another group_size, or dense='int8'"
-        )
     return Int4Linear(weight, group_size, bias)
+
+
+def _wanted(name: str, kind: str, lm_head: str | None) -> str:
+    """The kind of a linear layer, by its name."""
+    return (lm_head or kind) if name.rpartition(".")[2] == "lm_head" else kind
+
+
+def check_widths(module: nn.Module, kind: str, group_size: int, *, lm_head: str | None = None) -> None:
+    """Check the layers that `quantize_dense_` replaces; shapes are enough, so the weights may be on the meta device.
+
+    Raises:
+        ValueError: a group size that does not divide a layer's inputs.
+    """
+    for name, child in module.named_modules():
+        if type(child) is not nn.Linear or _wanted(name, kind, lm_head) != "int4":
+            continue
+        if child.weight.shape[1] % group_size or group_size % 2:
+            raise ValueError(
+                f"{name} has {child.weight.shape[1]} inputs, which group_size={group_size} does not divide: "
+                "choose another group_size, or dense='int8'"
+            )
 
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -194,7 +210,7 @@ def quantize_dense_(
         The same module.
 
     Raises:
-        ValueError: unknown kind, or a group size that does not divide a layer's inputs.
+        ValueError: unknown kind, or a group size that does not divide a layer's inputs; the module is as it was then.
     """
     for what, value, known in (
         ("dense", kind, KINDS),
@@ -203,27 +219,26 @@ def quantize_dense_(
     ):
         if value not in known:
             raise ValueError(f"{what}={value!r} is unknown: use one of {', '.join(known)}")
+    check_widths(module, kind, group_size, lm_head=lm_head)
     if kind != "none":
-        for name, child in list(module.named_modules()):
+        for child in list(module.modules()):
             if all(type(getattr(child, projection, None)) is nn.Linear for projection in QKV):
-                _merge_qkv(child, kind, group_size, name)
+                _merge_qkv(child, kind, group_size)
     for name, child in list(module.named_modules()):
-        wanted = (lm_head or kind) if name.rpartition(".")[2] == "lm_head" else kind
+        wanted = _wanted(name, kind, lm_head)
         if type(child) is nn.Linear and wanted != "none":
-            _replace(module, name, _quantized(child.weight, child.bias, wanted, group_size, name))
+            _replace(module, name, _quantized(child.weight, child.bias, wanted, group_size))
         elif type(child) is nn.Embedding and embedding == "int8":
             _replace(module, name, Int8Embedding(child.weight))
     return module
 
 
-def _merge_qkv(attention: nn.Module, kind: str, group_size: int, name: str) -> None:
+def _merge_qkv(attention: nn.Module, kind: str, group_size: int) -> None:
     linears = [attention.get_submodule(projection) for projection in QKV]
     weights: list[Tensor] = [linear.weight for linear in linears]  # type: ignore[misc]
     biases = [linear.bias for linear in linears]
     bias = None if biases[0] is None else torch.cat(biases)  # type: ignore[arg-type]
-    merged = MergedLinear(
-        _quantized(torch.cat(weights), bias, kind, group_size, f"{name}.q_proj"), [len(weight) for weight in weights]
-    )
+    merged = MergedLinear(_quantized(torch.cat(weights), bias, kind, group_size), [len(weight) for weight in weights])
     for projection, replacement in zip(QKV, (merged, *merged.followers), strict=True):
         setattr(attention, projection, replacement)
 

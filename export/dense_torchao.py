@@ -33,19 +33,32 @@ def quantize_dense_(model: nn.Module, dense: str) -> nn.Module:
         raise ValueError(f"dense={dense!r} is unknown: use one of {', '.join(KINDS)}")
     if dense == "none":
         return model
-    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Embedding))]
-    for name, layer in layers:
+    check_widths(model, dense)
+    quantised: dict[Tensor, nn.Parameter] = {}
+    for _, layer in _layers(model):
+        if layer.weight not in quantised:
+            quantised[layer.weight] = nn.Parameter(_quantise(layer.weight.detach(), dense), requires_grad=False)
+        layer.weight = quantised[layer.weight]
+    return model
+
+
+def check_widths(model: nn.Module, dense: str) -> None:
+    """Check the layers that `quantize_dense_` replaces; shapes are enough, so the weights may be on the meta device.
+
+    Raises:
+        ValueError: a layer whose width is not a multiple of 32.
+    """
+    for name, layer in _layers(model) if dense != "none" else ():
         if layer.weight.shape[1] % DENSE_GROUP_SIZE:
             raise ValueError(
                 f"{name} has a weight {list(layer.weight.shape)}, and dense={dense!r} needs a multiple of "
                 f"{DENSE_GROUP_SIZE} columns: use dense='none'"
             )
-    quantised: dict[Tensor, nn.Parameter] = {}
-    for _, layer in layers:
-        if layer.weight not in quantised:
-            quantised[layer.weight] = nn.Parameter(_quantise(layer.weight.detach(), dense), requires_grad=False)
-        layer.weight = quantised[layer.weight]
-    return model
+
+
+def _layers(model: nn.Module) -> list[tuple[str, nn.Linear | nn.Embedding]]:
+    """What is quantised, by name."""
+    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Embedding))]
 
 
 def stored_bytes(weight: Tensor) -> int:

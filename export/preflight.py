@@ -27,6 +27,7 @@ from .build import check_folder, stream
 from .causal_lm import CausalLM, export_methods
 from .checkpoint import empty_model, set_weight
 from .options import ExportOptions
+from .pretrained import tokenizer_json
 from .streaming import ExpertLayer, StreamedModel
 from .summary import size
 
@@ -85,6 +86,7 @@ def preflight(options: ExportOptions, console: Console | None = None) -> Preflig
     """
     result = Preflight(options)
     folder = check_folder(options)
+    tokenizer_json(folder)
     note(console, "reading headers")
     streamed = stream(options, folder)
     context = options.context(streamed.model.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from typer.testing import CliRunner
 from executorch_moe.backends.fusion.recognise import ExpertLayout
 from executorch_moe.export import preflight
 from executorch_moe.export.cli import app
+from executorch_moe.export.pretrained import resolve
+
+from .families import COMMON, by_name
 
 pytest.importorskip("transformers")
 
 
-def check(*arguments: str) -> Any:
-    return CliRunner().invoke(app, ["export", "tiny", "--check", *arguments], terminal_width=200)
+def check(*arguments: str, model: Path | str = "tiny") -> Any:
+    return CliRunner().invoke(app, ["export", str(model), "--check", *arguments], terminal_width=200)
 
 
 def findings(output: str) -> dict[str, str]:
@@ -67,6 +71,49 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     result = check("--group-size", "256")
     assert result.exit_code == 2
     assert "must be a multiple of group_size=256" in result.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("spoil", [None, "no tokenizer"])
+def test_a_tokenizer_that_export_would_refuse(spoil: str | None, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(resolve("tiny"), tmp_path / "model"))
+    for path in folder.glob("tokenizer*"):
+        path.unlink() if spoil is None else path.write_text(spoil)
+    result = check(model=folder)
+    assert result.exit_code == 2
+    assert "has no usable tokenizer" in result.stderr and "put the model's tokenizer.json there" in result.stderr
+
+
+@pytest.fixture
+def odd(tmp_path: Path) -> Path:
+    """A model whose o_proj has 48 columns."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {**COMMON, **by_name("qwen3_moe").options, "num_attention_heads": 3, "num_key_value_heads": 1}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes | {"head_dim": 16}))
+    model.save_pretrained(tmp_path / "odd")
+    return Path(shutil.copy(resolve("tiny") / "tokenizer.json", tmp_path / "odd")).parent
+
+
+@pytest.mark.parametrize(
+    ("target", "dense", "message"),
+    [
+        ("cpu", "int8", "o_proj has a weight [64, 48], and dense='int8' needs a multiple of 32 columns: use"),
+        ("cpu", "int4", "o_proj has a weight [64, 48], and dense='int4' needs a multiple of 32 columns: use"),
+        ("cuda", "int4", "o_proj has 48 inputs, which group_size=32 does not divide: choose another"),
+    ],
+)
+def test_widths_that_dense_does_not_fit(
+    target: str, dense: str, message: str, odd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By --check and by an export before it packs anything."""
+    result = check("--target", target, "--dense", dense, model=odd)
+    assert result.exit_code == 2 and message in result.stderr
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    out = tmp_path / "x.pte"
+    command = ["export", str(odd), "-o", str(out), "--target", target, "--dense", dense]
+    result = CliRunner().invoke(app, command, terminal_width=200)
+    assert result.exit_code == 2 and message in result.stderr and "packing" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["odd"]
 
 
 @pytest.mark.parametrize("order", ["gate, up", "interleaved", "up, gate"])
