@@ -18,6 +18,8 @@ from .sampling import Sampler, greedy, sample
 MIN_CONTEXT = 8
 KINDS = {"full_attention", "sliding_attention"}
 """Of attention, in transformers' names. A layer with a window has a cache of all positions too, and another mask."""
+CHANGING_ROPE = ("dynamic", "longrope")
+"""RoPE types whose frequencies are chosen anew by the length of the text, which a traced method cannot do."""
 EXAMPLE_TOKENS = 1024
 """Prefill is traced with a prompt of one less, which nothing divides: compilers size their tiles by it."""
 
@@ -139,9 +141,15 @@ def check_context(config: Any, max_context: int) -> None:
 
     Raises:
         ValueError: `max_context` below 8 or beyond the positions that the model was made for.
-        NotImplementedError: attention that is neither full nor of a sliding window.
+        NotImplementedError: attention that is neither full nor of a sliding window, or positions that are encoded in
+            another way in longer texts.
     """
     limit = config.max_position_embeddings
+    if limit < MIN_CONTEXT:
+        raise ValueError(
+            f"the model's max_position_embeddings={limit} is less than the smallest cache, {MIN_CONTEXT}: "
+            "use another model"
+        )
     if not MIN_CONTEXT <= max_context <= limit:
         raise ValueError(
             f"max_context={max_context} must be between {MIN_CONTEXT} and the model's "
@@ -150,6 +158,11 @@ def check_context(config: Any, max_context: int) -> None:
     if others := sorted(set(attention_kinds(config)) - KINDS):
         raise NotImplementedError(
             f"layers of type {', '.join(others)} are not supported: use a model whose layers are {' or '.join(KINDS)}"
+        )
+    if changing := sorted(rope_types(config) & set(CHANGING_ROPE)):
+        raise NotImplementedError(
+            f"RoPE of type {', '.join(changing)} is not supported, its frequencies change with the length of the text: "
+            "use a model with another rope_type (default, linear, llama3, yarn)"
         )
 
 
@@ -206,6 +219,13 @@ def attention_kinds(config: Any) -> list[str]:
     if kinds := getattr(config, "layer_types", None):
         return sorted(set(kinds))
     return ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
+
+
+def rope_types(config: Any) -> set[str]:
+    """How a model's layers encode positions, in transformers' names; some configurations say it for kinds of layers."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    parts = [part for part in (parameters, *parameters.values()) if isinstance(part, dict)]
+    return {part["rope_type"] for part in parts if "rope_type" in part}
 
 
 def export_methods(module: CausalLM, *, one_row_linears: bool = False) -> dict[str, ExportedProgram]:

@@ -140,7 +140,7 @@ class TextGenerator:
             raise ValueError(
                 f"the prompt has {prompt_tokens} tokens but the model was exported with "
                 f"max_context={self.max_context}: "
-                f"shorten the prompt, or export again with --max-context {prompt_tokens + (max_new_tokens or 128)}"
+                "shorten the prompt, or export again with a larger --max-context, up to the model's own limit"
             )
         if max_new_tokens is None:
             return min(128, room)
@@ -149,7 +149,8 @@ class TextGenerator:
         if max_new_tokens > room:
             raise ValueError(
                 f"max_new_tokens={max_new_tokens} after a prompt of {prompt_tokens} tokens do not fit into "
-                f"max_context={self.max_context}: ask for {room} at most, or export again with a larger --max-context"
+                f"max_context={self.max_context}: ask for {room} at most, or export again with a larger --max-context, "
+                "up to the model's own limit"
             )
         return max_new_tokens
 

@@ -25,14 +25,14 @@ from executorch_moe.export.pretrained import resolve
 runner = CliRunner()
 
 
-def refused(*arguments: object) -> str:
+def refused(*arguments: object, steps: tuple[str, ...] = ()) -> str:
     """The one line that a refused command prints; asserts status 2, no traceback, nothing on stdout."""
     result = runner.invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
     # Above the error may stand the steps that went well.
-    *steps, line = result.stderr.strip().splitlines()
-    assert line.startswith("error: ") and all(step.startswith("done ") for step in steps), result.stderr
+    *before, line = result.stderr.strip().splitlines()
+    assert line.startswith("error: ") and all(step.startswith(("done ", *steps)) for step in before), result.stderr
     return line
 
 
@@ -273,6 +273,37 @@ def test_export_of_a_router_that_chooses_more_experts_than_there_are(model_folde
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+ROPE = {"factor": 4.0, "rope_theta": 10000.0}
+FACTORS = {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16, "original_max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("dynamic", {"rope_parameters": {**ROPE, "rope_type": "dynamic"}}),
+        ("longrope", {"rope_parameters": {**ROPE, **FACTORS, "rope_type": "longrope"}}),
+        ("dynamic", {"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": {"type": "dynamic", "factor": 4.0}}),
+    ],
+    ids=["dynamic", "longrope", "as before transformers 5"],
+)
+def test_export_of_positions_that_are_encoded_by_length(
+    kind: str, change: dict[str, object], model_folder: Path, tmp_path: Path
+) -> None:
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps(config | change))
+    for how in (("-o", tmp_path / "x.pte"), ("--check",)):
+        line = refused("export", model_folder, "--target", "cpu", *how, steps=("reading headers",))
+        assert f"RoPE of type {kind} is not supported, its frequencies change with the length of the text: use" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_export_of_a_model_for_very_short_texts(model_folder: Path, tmp_path: Path) -> None:
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4}))
+    line = refused("export", model_folder, "-o", tmp_path / "x.pte", "--target", "cpu")
+    assert "the model's max_position_embeddings=4 is less than the smallest cache, 8: use another model" in line
+
+
 def test_export_with_another_version_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib import metadata
 
@@ -307,6 +338,7 @@ def test_generate_refuses_what_does_not_fit(exported: Callable[[str, str], Path]
     assert "prompt='' has no tokens" in refused("generate", pte, "-p", "")
     line = refused("generate", pte, "-p", "x" * 129)
     assert "the prompt has 129 tokens but the model was exported with max_context=128" in line
+    assert line.endswith("shorten the prompt, or export again with a larger --max-context, up to the model's own limit")
     assert "ask for 126 at most" in refused("generate", pte, "-p", "abc", "--max-new-tokens", 127)
     assert "temperature=-1.0" in refused("generate", pte, "-p", "abc", "--temperature", -1)
     assert "runtime 'tvm' is unknown" in refused("generate", pte, "-p", "abc", "--runtime", "tvm")
