@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -176,13 +177,19 @@ def export(
         bool,
         typer.Option("--verbose", "-v", help="Show each fused layer, kernels, sizes, and other packages' warnings."),
     ] = False,
-    own_process: Annotated[bool, typer.Option("--own-process", hidden=True)] = False,
+    own_process: Annotated[
+        int | None, typer.Option("--own-process", hidden=True, help="Id of the process that started this one.")
+    ] = None,
 ) -> None:
     """Export a model: quantise and fuse its experts, lower it, write .pte + .ptd + tokenizer.
 
     Weights are read and packed layer by layer, so memory need not hold the model. Packed layers are kept in NAME.work
     beside the output until it is written: the same command goes on from there after an interruption.
     """
+    if own_process is not None:
+        from .own_process import end_with_parent
+
+        end_with_parent(own_process)
     quiet_unless(verbose)
     from executorch_moe.backends.inspect import inspect_artifact
 
@@ -211,7 +218,7 @@ def export(
         if verbose:
             console.print("\n".join(str(missing) for missing in result.missing), soft_wrap=True, highlight=False)
         raise typer.Exit(0 if result.passed else 2)
-    if options.crosses and not own_process:
+    if options.crosses and own_process is None:
         # Compiling for a GPU that is not here replaces functions of torch and Triton for a whole process.
         raise typer.Exit(export_in_own_process(options, report, verbose))
     summary = export_model(options, console)
@@ -226,9 +233,15 @@ def export(
 
 
 def export_in_own_process(options: Any, report: Path | None, verbose: bool) -> int:
-    """The same export by another Python; returns its exit status."""
+    """The same export by another Python; returns its exit status.
+
+    Raises:
+        RuntimeError: a signal ended it.
+    """
+    from .own_process import why_killed
+
     command = [sys.executable, "-m", "executorch_moe.export.cli", *(["--debug"] if debug else [])]
-    command += ["export", options.model, "--own-process"]
+    command += ["export", options.model, "--own-process", str(os.getpid())]
     for name, value in asdict(options).items():
         option = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
@@ -237,7 +250,10 @@ def export_in_own_process(options: Any, report: Path | None, verbose: bool) -> i
             command += [option, str(value)]
     command += ["--report", str(report)] if report is not None else []
     command += ["--verbose"] if verbose else []
-    return run_to_the_end(command)
+    status = run_to_the_end(command)
+    if status < 0:
+        raise RuntimeError(why_killed(-status, options.out))
+    return status
 
 
 def run_to_the_end(command: list[str]) -> int:

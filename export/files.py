@@ -30,6 +30,17 @@ def check_writable(what: str, path: Path, suffixes: Sequence[str] = ()) -> None:
 
 
 @contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Errors of the system within it name a file; of themselves, those of writing (a full disk) name none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
     """Yields a path beside `path`, with its ending: renamed to `path` at the end, removed after an error.
 
@@ -38,10 +49,11 @@ def written_aside(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.stem}.{os.getpid()}{_ASIDE}{path.suffix}")
     try:
-        yield aside
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        aside.replace(path)
+        with named(path):
+            yield aside
+            with open(aside, "rb") as file:
+                os.fsync(file.fileno())
+            aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
 

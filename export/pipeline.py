@@ -17,7 +17,7 @@ from executorch_moe.backends.fusion import ExpertFuser, FusionReport
 
 from .build import check_folder, forced_schedule, load_packed, needs_whole_model, quantize_dense, stream, streamline
 from .causal_lm import BY_OUTPUT, export_methods
-from .files import write_aside
+from .files import named, write_aside
 from .metadata import constant_methods, record_path, tokenizer_path
 from .options import ExportOptions
 from .pretrained import tokenizer_json
@@ -66,7 +66,7 @@ def _export(options: ExportOptions, steps: Steps, held: ExitStack) -> ExportSumm
     configs = given_configs(options.known_configs())
     with steps.step("lower", doing), forced_schedule(options.experts), weights, configs:
         manager = lower(programs, target, constants, fuser, on_report=compiled.append)
-    with steps.step("write", f"writing {options.out}"):
+    with steps.step("write", f"writing {options.out}"), named(options.out):
         beside = tokenizer_path(options.out)
         artifact = save(manager, options.out, {beside: tokenizer.encode()})
         if work is not None:

@@ -49,7 +49,7 @@ class Steps:
     def say(self, text: str) -> None:
         """A line for the reader."""
         if self.console is not None:
-            self.console.print(text, highlight=False)
+            self.console.print(text, highlight=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def _measured(self, name: str, doing: str) -> Iterator[None]:

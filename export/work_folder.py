@@ -142,12 +142,20 @@ class WorkFolder:
         return layer, packed
 
     def save(self, layer: FusedLayer, packed: PackedExperts) -> None:
-        """Keeps a layer."""
+        """Keeps a layer.
+
+        Raises:
+            OSError: its file cannot be written.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors = {name: tensor for name, tensor in packed.tensors().items() if tensor is not None}
-        with written_aside(self._file(layer.module)) as aside:
-            save_file(tensors, aside, metadata={"layer": json.dumps(asdict(layer))})
+        with written_aside(path := self._file(layer.module)) as aside:
+            try:
+                save_file(tensors, aside, metadata={"layer": json.dumps(asdict(layer))})
+            except SafetensorError as error:
+                raise OSError(f"{path} cannot be written ({error}): make room, or choose another -o") from None
 
     def remove(self) -> None:
         """Removes the folder, if nobody put anything else there. Layers that were loaded from it stay usable."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -117,12 +118,14 @@ def test_export_for_another_gpu_runs_in_its_own_process(tmp_path: Path, monkeypa
     # The other process is asked for the same options, all of them.
     from executorch_moe.export.cli import export_in_own_process
 
+    assert command[command.index("--own-process") + 1] == str(os.getpid())
     options = ExportOptions(
         "synthetic:tiny", tmp_path / "y.pte", "sm_90", "w4a8", 64, 77, "bf16", "logits", "upstream", "int4", "int8",
         "int8", 3, 11,
     )  # fmt: skip
     export_in_own_process(options, None, False)
     received: list[ExportOptions] = []
+    monkeypatch.setattr("executorch_moe.export.own_process.end_with_parent", lambda parent: None)
     monkeypatch.setattr("executorch_moe.export.pipeline.export_model", lambda given, _: received.append(given))
     runner.invoke(app, commands[1][3:])
     assert received == [options]
@@ -156,6 +159,79 @@ def test_an_interrupted_export_in_its_own_process_cleans_up(tmp_path: Path, grou
     (os.killpg if group else os.kill)(process.pid, how)
     assert process.wait(60) != 0
     assert (tmp_path / "cleaned").exists()
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (signal.SIGKILL, "the export was ended by SIGKILL: memory may have run out: export where there is more"),
+        (signal.SIGSEGV, "the export was ended by SIGSEGV: start it again"),
+    ],
+)
+def test_a_killed_export_in_its_own_process_is_told_of(
+    how: signal.Signals, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("executorch_moe.backends.cuda.cross_compile.check_target", lambda target: None)
+    monkeypatch.setattr("executorch_moe.export.cli.run_to_the_end", lambda command: -how)
+    command = ("export", "tiny", "-o", tmp_path / "x.pte", "--target", "sm_90")
+    assert refused(*command).endswith(message)
+    (tmp_path / "x.work").mkdir()
+    assert f"packed layers are kept in {tmp_path / 'x.work'}: the same" in refused(*command)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_an_export_in_its_own_process_ends_with_its_parent(tmp_path: Path) -> None:
+    child = (
+        "import os, pathlib, sys, time\n"
+        "from executorch_moe.export.own_process import end_with_parent\n"
+        "end_with_parent(int(sys.argv[1]))\n"
+        "pathlib.Path(sys.argv[2], 'pid').write_text(str(os.getpid())); time.sleep(60)"
+    )
+    parent = (
+        "import os, sys\n"
+        "from executorch_moe.export.cli import run_to_the_end\n"
+        "run_to_the_end([sys.executable, '-c', sys.argv[1], str(os.getpid()), sys.argv[2]])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent, child, str(tmp_path)])
+    pid = tmp_path / "pid"
+    while not (pid.exists() and pid.read_text()) and process.poll() is None:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    stat = Path("/proc", pid.read_text(), "stat")
+    deadline = time.monotonic() + 30
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert time.monotonic() < deadline
+    # Of a parent that had ended before the system was asked, nothing is heard any more.
+    late = subprocess.run([sys.executable, "-c", child, "1", str(tmp_path)], timeout=60)
+    assert late.returncode == 1
+
+
+@pytest.mark.parametrize("where", ["packing", "writing"])
+def test_an_export_to_a_full_disk_names_the_file(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither Python nor safetensors name it; and what stays is told of after every error."""
+    from safetensors import SafetensorError
+
+    def full(*_: object, **__: object) -> None:
+        if where == "packing":
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def lowered(*_: object, **__: object) -> None:
+        return None
+
+    monkeypatch.setattr("executorch_moe.backends.targets.lower", lowered)
+    monkeypatch.setattr(
+        "safetensors.torch.save_file" if where == "packing" else "executorch_moe.backends.artifact.save", full
+    )
+    kept = "packed layers are kept in "
+    line = refused("export", "tiny", "-o", tmp_path / "x.pte", "--target", "cpu", steps=(kept,))
+    assert "No space left on device" in line
+    file = "x.work/model.model.layers.0.mlp.experts.safetensors" if where == "packing" else "x.pte"
+    assert str(tmp_path / file) in line
+    assert [path.name for path in tmp_path.iterdir()] == ["x.work"]
+    assert not list(tmp_path.glob("x.work/.*.new*"))
 
 
 @pytest.mark.parametrize("moment", ["build.StreamedModel.load", "pipeline.export_methods"])
