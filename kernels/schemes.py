@@ -111,17 +111,26 @@ def get_activation(name: str) -> int:
         ) from None
 
 
-def check_group_size(group_size: int, k: int, what: str) -> None:
-    """Check that a weight group size is supported and divides K.
+def check_any_group_size(group_size: int) -> None:
+    """Check a weight group size before it is known what it must divide.
 
     Raises:
-        ValueError: it is not one of GROUP_SIZES nor a multiple of K_BLOCK, or it does not divide `k`.
+        ValueError: it is not one of GROUP_SIZES nor a multiple of K_BLOCK.
     """
     if group_size not in GROUP_SIZES and (group_size <= 0 or group_size % K_BLOCK):
         raise ValueError(
             f"group_size={group_size} is not supported: "
             f"use {', '.join(map(str, GROUP_SIZES))} or a multiple of {K_BLOCK}"
         )
+
+
+def check_group_size(group_size: int, k: int, what: str) -> None:
+    """Check that a weight group size is supported and divides K.
+
+    Raises:
+        ValueError: it is not one of GROUP_SIZES nor a multiple of K_BLOCK, or it does not divide `k`.
+    """
+    check_any_group_size(group_size)
     if k % group_size:
         fits = [g for g in GROUP_SIZES if k % g == 0]
         remedy = f"requantise with group_size={fits[-1]}" if fits else f"pad {what} to a multiple of {GROUP_SIZES[0]}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Any
 
 import torch
 from executorch.backends.aoti.aoti_backend import COMPILE_SPEC_KEYS
@@ -35,12 +36,15 @@ class MoECudaPartitioner(FusingPartitioner, AotiPartitioner):
         compile_spec: compile specs of CudaBackend. `method_name` defaults to "forward" (name each method of a program
             with several: the runtime finds per-method options by it), `target_device` to "cuda:0".
         fusion: scheme and group size, or the fuser that all methods of a program share.
+
+    Raises:
+        TypeError: `compile_spec` is something else, as the options that the CPU partitioner takes first.
     """
 
     def __init__(
         self, compile_spec: list[CompileSpec] | None = None, fusion: FusionOptions | ExpertFuser | None = None
     ) -> None:
-        specs = list(compile_spec or [])
+        specs = _listed(compile_spec)
         given = {spec.key for spec in specs}
         if COMPILE_SPEC_KEYS.METHOD_NAME.value not in given:
             specs.append(CudaBackend.generate_method_name_compile_spec("forward"))
@@ -101,6 +105,17 @@ def check_state(exported_program: ExportedProgram, mutated: Collection[str]) -> 
                 f"mutated buffer {spec.target!r} has shape {list(buffer.shape)}: AOTInductor would compile its initial "
                 f"value in. Give it more than {_INLINED_ELEMENTS} elements, or pass it to the method as an input"
             )
+
+
+def _listed(compile_spec: Any) -> list[CompileSpec]:
+    if compile_spec is None:
+        return []
+    if not isinstance(compile_spec, list | tuple) or not all(isinstance(spec, CompileSpec) for spec in compile_spec):
+        raise TypeError(
+            f"compile_spec is a {type(compile_spec).__name__}, expected a list of CompileSpec: pass how to fuse by "
+            "name, as MoECudaPartitioner(fusion=FusionOptions('w4a16'))"
+        )
+    return list(compile_spec)
 
 
 def _with_spec(delegation: DelegationSpec, spec: CompileSpec) -> DelegationSpec:

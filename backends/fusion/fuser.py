@@ -10,7 +10,7 @@ from torch.export.exported_program import ExportedProgram
 
 from executorch_moe.kernels import PackedExperts
 from executorch_moe.kernels.rounding import check_algorithm
-from executorch_moe.kernels.schemes import get_scheme
+from executorch_moe.kernels.schemes import check_any_group_size, get_scheme
 
 from .modules import pack_layer
 from .recognise import ExpertLayout, Roles, find_roles, fingerprint, recognise
@@ -28,6 +28,9 @@ class FusionOptions:
         group_size: weights that share one scale; divides the hidden and the expert width. Ignored by scheme bf16.
         algorithm: how weights are rounded to 4 bits, "minmax" or "hqq"; see `kernels.rounding`.
         require_fused: an expert region that cannot be fused is an error; else it stays as it was and is reported.
+
+    Raises:
+        ValueError: an unknown scheme or algorithm, or another value that no model can be fused with.
     """
 
     scheme: str = "w4a16"
@@ -36,8 +39,14 @@ class FusionOptions:
     algorithm: str = "minmax"
 
     def __post_init__(self) -> None:
-        get_scheme(self.scheme)
+        kind = get_scheme(self.scheme)
         check_algorithm(self.algorithm)
+        if kind.packed:
+            if not isinstance(self.group_size, int):
+                raise ValueError(f"group_size={self.group_size!r} is no whole number: write group_size=32")
+            check_any_group_size(self.group_size)
+        if not isinstance(self.require_fused, bool):
+            raise ValueError(f"require_fused={self.require_fused!r} is neither True nor False: write one of them")
 
 
 @dataclass
@@ -52,10 +61,18 @@ class ExpertFuser:
     Attributes:
         options: how to fuse.
         report: what was fused so far, over all programs.
+
+    Raises:
+        TypeError: options that are no `FusionOptions`.
     """
 
     def __init__(self, options: FusionOptions | None = None) -> None:
-        self.options = options or FusionOptions()
+        if not isinstance(options, FusionOptions | None):
+            raise TypeError(
+                f"how to fuse is given as a {type(options).__name__}, expected FusionOptions or an ExpertFuser: write "
+                "FusionOptions('w4a16', group_size=32)"
+            )
+        self.options = FusionOptions() if options is None else options
         self.report = FusionReport()
         self._packed: dict[tuple[object, ...], _Packed] = {}
         self._layouts: dict[str, ExpertLayout | str] = {}

@@ -172,9 +172,37 @@ def test_the_cuda_partitioner_fuses() -> None:
     assert partitioner.report.layers[0].module == "inner.zorg"
 
 
-def test_an_unknown_scheme() -> None:
-    with pytest.raises(ValueError, match="scheme='int3' is unknown: use one of"):
-        FusionOptions("int3")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scheme": "int3"}, "scheme='int3' is unknown: use one of"),
+        ({"group_size": -5}, "group_size=-5 is not supported: use 32, 64, 128 or a multiple of 128"),
+        ({"group_size": 48}, "group_size=48 is not supported"),
+        ({"group_size": "abc"}, "group_size='abc' is no whole number: write group_size=32"),
+        ({"group_size": 32.0}, "group_size=32.0 is no whole number"),
+        ({"require_fused": "no"}, "require_fused='no' is neither True nor False"),
+    ],
+)
+def test_bad_options_are_refused_when_they_are_made(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FusionOptions(**options)  # type: ignore[arg-type]
+
+
+def test_a_group_size_that_is_not_used_may_be_anything() -> None:
+    FusionOptions("bf16", 0)
+
+
+@pytest.mark.parametrize("wrong", ["w4a16", [], {"scheme": "w4a16"}, 32])
+def test_partitioners_refuse_what_is_no_option(wrong: object) -> None:
+    for make in (MoECpuPartitioner, lambda fusion: MoECudaPartitioner(fusion=fusion), ExpertFuser):
+        with pytest.raises(TypeError, match=rf"as a {type(wrong).__name__}, expected FusionOptions .*: write Fusion"):
+            make(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [FusionOptions(), ExpertFuser(), "w4a16", ["w4a16"]])
+def test_the_cuda_partitioner_takes_options_by_name(wrong: object) -> None:
+    with pytest.raises(TypeError, match=r"expected a list of CompileSpec: .* MoECudaPartitioner\(fusion=FusionOptions"):
+        MoECudaPartitioner(wrong)  # type: ignore[arg-type]
 
 
 def test_programs_without_experts_are_left_alone() -> None:
