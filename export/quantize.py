@@ -46,7 +46,7 @@ def quantize_experts_(
 
     Raises:
         ValueError: an unknown scheme or algorithm, a group size that does not fit, 4-bit weights that the scheme cannot
-            hold, or a model without experts.
+            hold, or a model without experts or with fused ones.
         NotImplementedError: experts that compute something else, or tensors of another kind. In both cases the model is
             left as it was.
     """
@@ -54,7 +54,7 @@ def quantize_experts_(
     check_algorithm(algorithm)
     found = list(find_experts(model))
     if not found:
-        raise ValueError(f"{type(model).__name__} has no experts modules: pass a Mixture-of-Experts model")
+        raise ValueError(_why_none(model))
     fused = []
     for name, module in found:
         try:
@@ -67,6 +67,15 @@ def quantize_experts_(
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, experts)
     return model
+
+
+def _why_none(model: nn.Module) -> str:
+    """Why a model has no experts to quantise."""
+    kind = type(model).__name__
+    for name, module in model.named_modules():
+        if isinstance(module, FusedExperts):
+            return f"{kind} is quantised already ({name or 'all of it'}): load the model again to quantise it otherwise"
+    return f"{kind} has no experts modules: pass a Mixture-of-Experts model"
 
 
 def holds_codes(module: nn.Module) -> bool:

@@ -79,6 +79,13 @@ def test_a_model_without_experts() -> None:
         quantize_experts_(nn.Sequential(nn.Linear(4, 4)))
 
 
+def test_a_second_time(model: nn.Module) -> None:
+    first = quantize_experts_(model).model.layers[0].mlp.experts
+    with pytest.raises(ValueError, match=r"is quantised already \(model\.layers\.0\.mlp\.experts\): load the model"):
+        quantize_experts_(model, "w4a8")
+    assert model.model.layers[0].mlp.experts is first
+
+
 def test_modules_that_are_no_experts_of_ours() -> None:
     class MixtralExperts(nn.Module):
         pass
