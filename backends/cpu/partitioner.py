@@ -11,10 +11,14 @@ from torch import Tensor
 from torch.export.exported_program import ExportedProgram
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from executorch_moe.backends.fusion import ExpertFuser, FusingPartitioner, FusionOptions
+from executorch_moe.backends.fusion import ExpertFuser, FusingPartitioner, FusionOptions, FusionReport
+from executorch_moe.backends.fusion.regions import find_regions
 from executorch_moe.kernels import fused_experts as _fused_experts  # noqa: F401  registers torch.ops.executorch_moe
 from executorch_moe.kernels.arguments import ExpertArguments
 from executorch_moe.kernels.aten import fused_experts_aten
+
+_WITHOUT_KERNEL = {"aten.histc", "aten._grouped_mm", "transformers.grouped_mm_fallback"}
+"""Operators of transformers' experts (experts_implementation="grouped_mm") that ExecuTorch's CPU runtime lacks."""
 
 
 def _right_shift(x: Tensor, bits: int) -> Tensor:
@@ -74,6 +78,22 @@ def _dequantisers() -> dict[Any, Any]:
     return {getattr(ops, name).default: function for name, function in known.items() if hasattr(ops, name)}
 
 
+def _check_unfused(program: ExportedProgram, report: FusionReport) -> None:
+    """Check that experts that stayed as they were can run: transformers' default way to compute them cannot.
+
+    Raises:
+        NotImplementedError: they hold operators that ExecuTorch has no CPU kernel for; names the first module.
+    """
+    reasons = {region.module: region.reason for region in report.unfused}
+    for region in find_regions(program):
+        if lacking := sorted({str(node.target).removesuffix(".default") for node in region.nodes} & _WITHOUT_KERNEL):
+            raise NotImplementedError(
+                f"experts {region.module} ({region.family}) are not fused ({reasons[region.module]}), "
+                f"and ExecuTorch's CPU runtime has no {', '.join(lacking)}: change what keeps them from being "
+                "fused, or load the model with experts_implementation='batched_mm'"
+            )
+
+
 class MoECpuPartitioner(FusingPartitioner, Partitioner):
     """Replaces `fused_experts` by plain ATen and delegates nothing: the program runs on ExecuTorch's CPU kernels.
 
@@ -93,9 +113,12 @@ class MoECpuPartitioner(FusingPartitioner, Partitioner):
         Other operators are left to ExecuTorch's own decompositions.
 
         Raises:
-            NotImplementedError: experts that cannot be fused, unless `require_fused` is off.
+            NotImplementedError: experts that cannot be fused, unless `require_fused` is off; experts that stay unfused
+                and hold operators that the runtime lacks.
         """
         exported_program = self.fuse_experts(exported_program)
+        if self.report.unfused:
+            _check_unfused(exported_program, self.report)
         op = torch.ops.executorch_moe.fused_experts.default
         quantised = any(is_traceable_wrapper_subclass(tensor) for tensor in exported_program.state_dict.values())
         if not quantised and not any(node.target is op for node in exported_program.graph.nodes):

@@ -14,7 +14,7 @@ from executorch_moe.kernels.schemes import check_any_group_size, get_scheme
 
 from .modules import pack_layer
 from .recognise import ExpertLayout, Roles, find_roles, fingerprint, recognise
-from .regions import NotFusable, Region, find_regions, parameter_targets, tensor_of
+from .regions import NotFusable, NotPackable, Region, find_regions, parameter_targets, tensor_of
 from .report import FusedLayer, FusionReport, UnfusedRegion
 from .rewrite import ProgramEditor
 
@@ -94,10 +94,10 @@ class ExpertFuser:
                 layer = self._fuse_region(editor, region)
             except NotFusable as error:
                 if self.options.require_fused:
-                    raise NotImplementedError(
-                        f"experts {region.module} ({region.family}) not fused: {error}. "
-                        "FusionOptions(require_fused=False) leaves such experts as they are"
-                    ) from error
+                    message = f"experts {region.module} ({region.family}) not fused: {error}"
+                    if not isinstance(error, NotPackable):  # else another option is the better remedy
+                        message += ". FusionOptions(require_fused=False) leaves such experts as they are"
+                    raise NotImplementedError(message) from error
                 self.report.add(UnfusedRegion(region.module, region.family, str(error)))
             else:
                 self.report.add(layer)
@@ -147,6 +147,6 @@ class ExpertFuser:
         try:
             weights = pack_layer(layout, sources, options.scheme, options.group_size, options.algorithm)
         except ValueError as error:
-            raise NotFusable(str(error)) from error
+            raise NotPackable(str(error)) from error
         self._packed[key] = _Packed([weakref.ref(source) for source in sources.values()], weights)
         return weights

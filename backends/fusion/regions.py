@@ -21,6 +21,10 @@ class NotFusable(Exception):
     """A region cannot be fused; the message is the reason, with a remedy."""
 
 
+class NotPackable(NotFusable):
+    """The experts are known, but their weights, or scheme and group size, are such that they cannot be packed."""
+
+
 @dataclass
 class Region:
     """One call of one experts module.

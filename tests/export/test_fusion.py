@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from executorch.exir import to_edge_transform_and_lower
 from torch import Tensor, nn
 from torch.export import Dim, export
 
@@ -161,8 +162,32 @@ def test_an_unfused_region_is_an_error_that_names_module_and_reason(experts: typ
 @pytest.mark.parametrize("partitioner", [MoECpuPartitioner, MoECudaPartitioner])
 def test_a_group_size_that_does_not_divide(partitioner: type) -> None:
     chosen = partitioner(fusion=FusionOptions("w4a16", 64))
-    with pytest.raises(NotImplementedError, match=r"inner\.zorg .*intermediate size I=32 must be a multiple"):
+    with pytest.raises(NotImplementedError, match=r"inner\.zorg .*size I=32 must be a multiple .* group_size=32$"):
         chosen.transform_for_pre_decomposition(program_of(Zorg()))
+
+
+def test_leaving_experts_unfused_is_offered_where_it_helps() -> None:
+    with pytest.raises(NotImplementedError, match=r"computes something .*require_fused=False\) leaves such experts as"):
+        ExpertFuser().fuse(program_of(Gelu()))
+    experts = Zorg()
+    with torch.no_grad():
+        experts.second[3] = float("inf")
+    with pytest.raises(NotImplementedError, match=r"inner\.zorg .*down of expert 3 holds NaN, Inf .*ends at 65504\)$"):
+        ExpertFuser().fuse(program_of(experts))
+
+
+def test_unfused_experts_that_the_cpu_runtime_cannot_run() -> None:
+    family, options = by_name("qwen3_moe"), FusionOptions("w4a16", 128, require_fused=False)
+    named = (
+        r"^experts model\.model\.layers\.0\.mlp\.experts \(Qwen3MoeExperts\) are not fused \(hidden size .*\), "
+        r"and ExecuTorch's CPU runtime has no aten\.histc, transformers\.grouped_mm_fallback: .*'batched_mm'$"
+    )
+    with pytest.raises(NotImplementedError, match=named):
+        MoECpuPartitioner(options).transform_for_pre_decomposition(export_logits(family.model("grouped_mm")))
+    partitioner = MoECpuPartitioner(options)
+    program = export_logits(family.model("batched_mm"))
+    lowered = to_edge_transform_and_lower(program, partitioner=[partitioner])
+    assert len(partitioner.report.unfused) == family.moe_layers and lowered.methods == {"forward"}
 
 
 def test_the_cuda_partitioner_fuses() -> None:
