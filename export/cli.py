@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable
@@ -67,6 +68,15 @@ def is_users(error: Exception) -> bool:
     return raised_in == __name__ or raised_in.startswith("executorch_moe.")
 
 
+def lost_reader(error: Exception) -> bool:
+    """True if whoever read stdout (`| head`) has enough: typer ends the program without a word then, status 1."""
+    if not isinstance(error, BrokenPipeError) or not hasattr(select, "poll"):
+        return False
+    poll = select.poll()
+    poll.register(1, 0)  # errors are reported unasked
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 def one_line_errors(command: Command) -> Command:
     """A user's mistake becomes one line and exit status 2; an error of the program itself keeps its traceback."""
 
@@ -77,7 +87,7 @@ def one_line_errors(command: Command) -> Command:
         except typer.Exit:  # a RuntimeError too
             raise
         except Exception as error:
-            if debug or not is_users(error):
+            if debug or not is_users(error) or lost_reader(error):
                 raise
             # soft_wrap: one line stays one line, whatever the width of the terminal.
             console.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True, highlight=False)
@@ -298,10 +308,11 @@ def generate(
 ) -> None:
     """Generate text with an exported model; shows the runtime and its speed."""
     quiet_unless(verbose)
-    from .generation import TextGenerator, TextStream
+    from .generation import TextGenerator, TextStream, check_text
     from .quiet import hold_native_notes
     from .sampling import Sampler
 
+    check_text(prompt)
     sampler = Sampler(temperature, seed, top_p)
     with hold_native_notes() as terminal:
         with terminal.status("loading"):
@@ -322,10 +333,11 @@ def generate(
     show(prompt)
     result = generator.generate(ids, max_new_tokens, sampler, on_token=lambda token: show(text.push(token)))
     show(text.end() + "\n")
+    steps = len(result.tokens) - 1
+    decode = f"decode {result.decode_rate:,.1f} tok/s ({steps} tokens in {result.decode_seconds:.3f} s), "
     console.print(
         f"prefill {result.prefill_rate:,.1f} tok/s ({result.prompt_tokens} tokens in {result.prefill_seconds:.3f} s), "
-        f"decode {result.decode_rate:,.1f} tok/s ({max(len(result.tokens) - 1, 0)} tokens in "
-        f"{result.decode_seconds:.3f} s), stopped by {result.stopped_by}\n"
+        f"{decode if steps > 0 else ''}stopped by {result.stopped_by}\n"
         "[dim]batch 1, after a warm-up run; prefill: up to the first new token; decode: each further one[/dim]",
         highlight=False,
     )
@@ -354,9 +366,10 @@ def bench_model(
     quiet_unless(verbose)
     from .benchmark import FORMATS, benchmark_model
     from .breakdown import check_profile
-    from .generation import TextGenerator
+    from .generation import TextGenerator, pte_path
     from .quiet import hold_native_notes
 
+    artifact = pte_path(artifact)
     if output_format not in FORMATS:
         raise ValueError(f"format={output_format!r} is unknown: use one of {', '.join(FORMATS)}")
     if plot is not None and not profile:

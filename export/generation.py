@@ -101,6 +101,7 @@ class TextGenerator:
         """
         from executorch_moe.backends.runtime import load
 
+        pte = pte_path(pte)
         if not pte.is_file():
             raise FileNotFoundError(
                 f"artifact={str(pte)!r} is not a file: give the .pte that `executorch-moe export` made"
@@ -116,8 +117,9 @@ class TextGenerator:
         """Token ids of a prompt.
 
         Raises:
-            ValueError: an empty prompt, or a token that the model does not have.
+            ValueError: an empty prompt, one that is no text, or a token that the model does not have.
         """
+        check_text(prompt)
         ids: list[int] = self.tokenizer.encode(prompt).ids
         if not ids:
             raise ValueError(f"prompt={prompt!r} has no tokens: give at least one character")
@@ -247,6 +249,27 @@ class TextGenerator:
             return out if self.output != "logits" else torch.tensor([[sampler(out, end)]], device=device)
 
         return pick
+
+
+def pte_path(artifact: Path) -> Path:
+    """The .pte that is meant by its name with or without the ending, as `inspect` takes it."""
+    from executorch_moe.backends.artifact import artifact_paths
+
+    return artifact if artifact.is_file() else artifact_paths(artifact).pte
+
+
+def check_text(prompt: str) -> None:
+    """Check that a prompt is text: Python keeps bytes of a command line that are not UTF-8 as lone surrogates.
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"prompt={prompt!r} is not valid UTF-8 at character {error.start}: give the text in UTF-8"
+        ) from None
 
 
 def synthetic_weights(program: PteFile, device: torch.device) -> MakeWeights | None:

@@ -13,12 +13,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from executorch_moe.export.cli import app
+from executorch_moe.export.generation import Generation
 from executorch_moe.export.metadata import check_report
 from executorch_moe.export.options import ExportOptions
 from executorch_moe.export.pretrained import resolve
@@ -406,6 +408,66 @@ def test_generate_missing_and_foreign_files(tmp_path: Path) -> None:
     assert "tokenizer.json is missing" in refused("generate", pte, "-p", "a")
     shutil.copy(resolve("tiny") / "tokenizer.json", tmp_path / "x.tokenizer.json")
     assert "x.pte" in refused("generate", pte, "-p", "a")
+
+
+def test_generate_takes_text_only(tmp_path: Path) -> None:
+    (tmp_path / "x.pte").touch()
+    assert "is not valid UTF-8" in refused("generate", tmp_path / "x.pte", "-p", "a\udcff")
+
+
+class OneToken:
+    """Stands for a `TextGenerator` that is told to stop at once."""
+
+    program = SimpleNamespace(runtime="stand-in")
+    tokenizer = None
+
+    @classmethod
+    def load(cls, *_: object, **__: object) -> OneToken:
+        return cls()
+
+    def encode(self, prompt: str) -> list[int]:
+        return [1]
+
+    def check_length(self, *_: object) -> None: ...
+
+    def warm_up(self, *_: object) -> None: ...
+
+    def generate(self, *_: object, **__: object) -> Generation:
+        return Generation(1, [5], 0.5, 0.0, "max_new_tokens")
+
+
+def test_generate_of_one_token_has_no_speed_of_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("executorch_moe.export.generation.TextGenerator", OneToken)
+    monkeypatch.setattr("executorch_moe.export.generation.TextStream.end", lambda self: "")
+    result = runner.invoke(app, ["generate", "x.pte", "-p", "a", "--max-new-tokens", "1"], terminal_width=200)
+    assert result.exit_code == 0, result.output
+    assert "prefill 2.0 tok/s (1 tokens in 0.500 s), stopped by max_new_tokens" in result.stderr
+    assert "nan" not in result.stderr
+
+
+def test_a_reader_that_has_enough_ends_the_program_without_a_word() -> None:
+    code = (
+        "import sys\n"
+        "from executorch_moe.export import cli\n"
+        "@cli.app.command()\n"
+        "@cli.one_line_errors\n"
+        "def shout() -> None:\n"
+        "    while True:\n"
+        "        sys.stdout.write('a' * 1000); sys.stdout.flush()\n"
+        "@cli.app.command()\n"
+        "@cli.one_line_errors\n"
+        "def lose_worker() -> None:\n"
+        "    raise BrokenPipeError(32, 'Broken pipe')\n"
+        "cli.app()"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen([*command, "shout"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.read(5) == b"aaaaa"
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(60) == 1
+    other = subprocess.run([*command, "lose-worker"], capture_output=True)  # another pipe than ours
+    assert other.returncode == 2 and b"error: [Errno 32] Broken pipe" in other.stderr
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from executorch_moe.export.generation import TextGenerator, TextStream, read_tokenizer
+from executorch_moe.export.generation import TextGenerator, TextStream, pte_path, read_tokenizer
 from executorch_moe.export.pretrained import resolve
 from executorch_moe.export.sampling import Sampler
 
@@ -218,6 +218,24 @@ def test_empty_prompt_and_foreign_tokenizer(tokenizer: Tokenizer) -> None:
     generator, _ = make(tokenizer, get_vocab_size=100)
     with pytest.raises(ValueError, match="token 122 but the model's vocabulary ends at 99"):
         generator.encode("z")
+
+
+def test_a_prompt_that_is_no_text(tokenizer: Tokenizer) -> None:
+    """As Python has `$'a\\xff'` of a command line."""
+    generator, _ = make(tokenizer)
+    with pytest.raises(
+        ValueError, match=r"prompt='a\\udcff' is not valid UTF-8 at character 1: give the text in UTF-8"
+    ):
+        generator.encode("a\udcff")
+    assert generator.encode("naïve 😀")
+
+
+def test_an_artifact_is_named_with_or_without_its_ending(tmp_path: Path) -> None:
+    for name in ("x.pte", "model.v1.pte"):
+        (tmp_path / name).touch()
+        assert pte_path(tmp_path / name) == pte_path(tmp_path / name.removesuffix(".pte")) == tmp_path / name
+    with pytest.raises(FileNotFoundError, match=r"y\.pte' is not a file: give the \.pte"):
+        TextGenerator.load(tmp_path / "y")
 
 
 @pytest.mark.parametrize("text", ["plain", "naïve café", "emoji 😀 and 中文", "tab\tnew\nline  spaces"])
