@@ -107,6 +107,10 @@ class CausalLM(nn.Module):
         Returns:
             fp32 [1, V].
         """
+        return self.logits(input_ids, cache_position, 1)[:, -1].float()
+
+    def logits(self, input_ids: Tensor, cache_position: Tensor, last: int) -> Tensor:
+        """[1, last, V] after the last so many tokens, [1, T, V] for 0; arguments as for `forward`."""
         masks = {kind: self._mask(kind, cache_position) for kind in self.kinds}
         output = self.model(
             input_ids=input_ids,
@@ -115,9 +119,9 @@ class CausalLM(nn.Module):
             position_ids=cache_position[None],
             past_key_values=self.kv_cache.at(cache_position),
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=last,
         )
-        return output.logits[:, -1].float()
+        return output.logits  # type: ignore[no-any-return]
 
     def _mask(self, kind: str, cache_position: Tensor) -> Tensor:
         """[1, 1, T, C] for layers of a kind: bool, true = may be seen, or what eager attention adds to the scores."""

@@ -7,6 +7,8 @@ written.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +22,15 @@ from torch.export import ExportedProgram
 
 from executorch_moe.backends.cuda.missing_operators import MissingOperator, missing_operators
 from executorch_moe.backends.fusion import ExpertFuser, ExpertLayout
+from executorch_moe.backends.fusion.modules import find_experts
 from executorch_moe.kernels import PackedExperts
 from executorch_moe.kernels.packing import deinterleave_gate_up, unpack_experts
 
-from .build import check_folder, stream
+from .build import attention_of, check_folder, stream
 from .causal_lm import CausalLM, export_methods
 from .checkpoint import empty_model, set_weight
 from .options import ExportOptions
-from .pretrained import tokenizer_json
+from .pretrained import check_supported, tokenizer_json
 from .streaming import ExpertLayer, StreamedModel
 from .summary import size
 
@@ -167,13 +170,37 @@ def check_operators(result: Preflight, programs: dict[str, ExportedProgram]) -> 
 def check_numerics(result: Preflight, options: ExportOptions, folder: Path) -> None:
     """The first layers, exported, on the CPU against the unmodified model in fp32 on the dequantised weights."""
     fused, reference, layers = probe_models(options, folder)
-    error = logits_error(fused, reference)
+    with chosen_experts(reference) as chosen:
+        error = logits_error(fused, reference)
     bound = BOUNDS[options.scheme]
+    covered, all_of_them = sum(len(ids) for ids, _ in chosen.values()), sum(count for _, count in chosen.values())
     found = (
         f"{error:.1e}, bound {bound:.1e} (relative L2 error of the logits of prefill and decode, first {layers} "
-        f"layer{'s' if layers > 1 else ''}, {PROBE_TOKENS} tokens, fp32 on the dequantised weights)"
+        f"layer{'s' if layers > 1 else ''}, {PROBE_TOKENS} tokens, which chose {covered} of {all_of_them} experts, "
+        "fp32 on the dequantised weights)"
     )
     result.add("numerics", error <= bound, found)
+
+
+@contextlib.contextmanager
+def chosen_experts(model: nn.Module) -> Iterator[dict[str, tuple[set[int], int]]]:
+    """Experts module -> those that a model's tokens choose within it, and how many there are."""
+    chosen: dict[str, tuple[set[int], int]] = {}
+
+    def watch(name: str, count: int) -> Callable[..., None]:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            ids = next(tensor for tensor in tensors if not tensor.is_floating_point())
+            chosen.setdefault(name, (set(), count))[0].update(ids.flatten().tolist())
+
+        return before
+
+    with contextlib.ExitStack() as hooks:
+        for name, experts in find_experts(model):
+            count = next(p.shape[0] for p in experts.parameters() if p.dim() == 3)
+            handle = experts.register_forward_pre_hook(watch(name, count), with_kwargs=True)
+            hooks.callback(handle.remove)
+        yield chosen
 
 
 def probe_models(options: ExportOptions, folder: Path) -> tuple[nn.Module, nn.Module, int]:
@@ -181,11 +208,12 @@ def probe_models(options: ExportOptions, folder: Path) -> tuple[nn.Module, nn.Mo
 
     As many layers as it takes to have one of each kind of expert layer.
     """
-    streamed = StreamedModel(folder, torch.float32, "sdpa", options.fusion())
+    attention = attention_of("cpu", "fp32", check_supported(folder)["model_type"])
+    streamed = StreamedModel(folder, torch.float32, attention, options.fusion())
     layers = _layers_for_all_kinds(streamed)
     later = tuple(f"{_layers_name(streamed.model)}.{i}" for i in range(layers, _num_layers(streamed.model)))
     streamed.load(skip=later)
-    reference = empty_model(folder, torch.float32, "sdpa")
+    reference = empty_model(folder, torch.float32, attention)
     names = reference.state_dict().keys()
     for name, tensor in streamed.model.state_dict(keep_vars=True).items():
         if name in names and not tensor.is_meta:
@@ -243,20 +271,27 @@ def _layers_for_all_kinds(streamed: StreamedModel) -> int:
 
 
 def logits_error(fused: nn.Module, reference: nn.Module) -> float:
-    """Relative L2 error of the exported methods' logits, the first tokens by prefill and the last by decode."""
+    """Relative L2 error of the exported methods' logits after each token: the last by decode, the others by prefill."""
     vocabulary = fused.config.vocab_size  # type: ignore[union-attr]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=generator)
     positions = torch.arange(PROBE_TOKENS)
-    module = CausalLM(fused, _PROBE_CONTEXT)
-    programs = export_methods(module)
+    programs = export_methods(_EveryToken(fused, _PROBE_CONTEXT))
     prefill = programs["prefill"].module()
     first: Tensor = prefill(ids[:, :-1], positions[:-1])
     decode: Any = programs["decode"].module()
     _copy_cache(prefill, decode)
     second: Tensor = decode(ids[:, -1:], positions[-1:])
-    expected: Tensor = reference(input_ids=ids, use_cache=False).logits[0, -2:].float()
+    expected: Tensor = reference(input_ids=ids, use_cache=False).logits[0].float()
     return float((torch.cat([first, second]) - expected).norm() / expected.norm())
+
+
+class _EveryToken(CausalLM):
+    """`CausalLM` with the logits after every token: an expert that only early ones choose shows in no other."""
+
+    def forward(self, input_ids: Tensor, cache_position: Tensor) -> Tensor:
+        """fp32 [T, V]; arguments as for `CausalLM`."""
+        return self.logits(input_ids, cache_position, 0)[0].float()
 
 
 def _copy_cache(source: nn.Module, target: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from executorch_moe.backends.fusion.recognise import ExpertLayout
 from executorch_moe.export import preflight
 from executorch_moe.export.cli import app
+from executorch_moe.export.options import ExportOptions
 from executorch_moe.export.pretrained import resolve
 
 from .families import COMMON, by_name
@@ -41,6 +43,7 @@ def test_a_good_model_passes_and_nothing_is_written(tmp_path: Path, monkeypatch:
     assert result.exit_code == 0, result.output
     expected = [*NAMES, "operators, prefill", "operators, decode", "numerics"]
     assert findings(result.stderr) == dict.fromkeys(expected, "ok")
+    assert re.search(r"16 tokens, which chose \d of 8 experts", " ".join(result.stderr.replace("│", " ").split()))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -65,6 +68,38 @@ def test_operators_and_numerics_that_fail(monkeypatch: pytest.MonkeyPatch) -> No
     }
     for layer in range(2):
         assert f"aten.histc in model.model.layers.{layer}.mlp.gate (Qwen3MoeTopKRouter)" in result.stderr
+
+
+@torch.no_grad()
+def test_an_expert_of_an_early_token_counts() -> None:
+    """The logits after each token are compared: one that only the first tokens choose shows in no others."""
+    options = ExportOptions("tiny", Path("unused.pte"), "cpu", check=True)
+    fused, reference, layers = preflight.probe_models(options, resolve("tiny"))
+    per_token: list[list[int]] = []
+    experts: Any = reference.get_submodule("model.layers.0.mlp.experts")
+    hook = experts.register_forward_pre_hook(lambda _, args: per_token.extend(args[1].tolist()))
+    with preflight.chosen_experts(reference) as chosen:
+        assert preflight.logits_error(fused, reference) < preflight.BOUNDS["w4a16"]
+    hook.remove()
+    assert layers == 1 and len(per_token) == preflight.PROBE_TOKENS
+    assert chosen == {"model.layers.0.mlp.experts": ({e for ids in per_token for e in ids}, 8)}
+    # An expert whose weights say nothing of the last two tokens. In the reference, it alone is spoiled.
+    counts = {e: sum(e in ids for ids in per_token) for e in range(8)}
+    unseen = [e for e in range(8) if counts[e] and not any(e in ids for ids in per_token[-2:])]
+    experts.down_proj[max(unseen, key=counts.__getitem__)] *= 3
+    assert preflight.logits_error(fused, reference) > preflight.BOUNDS["w4a16"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_the_numerics_of_other_families(name: str, tmp_path: Path) -> None:
+    model: Any = by_name(name).model()
+    model.save_pretrained(tmp_path)
+    options = ExportOptions(str(tmp_path), Path("unused.pte"), "cpu", check=True)
+    result = preflight.Preflight(options)
+    preflight.check_numerics(result, options, tmp_path)
+    (finding,) = result.findings
+    assert finding.passed and "which chose 4 of 4 experts" in finding.found
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
