@@ -226,6 +226,7 @@ def probe_models(options: ExportOptions, folder: Path) -> tuple[nn.Module, nn.Mo
                 set_weight(reference, f"{layer.name}.{name}", value)
     for model in (streamed.model, reference):
         model.config.num_hidden_layers = layers  # type: ignore[union-attr]
+        del model.get_submodule(_layers_name(model))[layers:]  # type: ignore[operator]
     return streamed.model, reference, layers
 
 

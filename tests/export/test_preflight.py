@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +94,14 @@ def test_an_expert_of_an_early_token_counts() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_the_numerics_of_other_families(name: str, tmp_path: Path) -> None:
-    model: Any = by_name(name).model()
+    family = by_name(name)
+    model: Any = replace(family, options=family.options | {"num_hidden_layers": 2}).model()
     model.save_pretrained(tmp_path)
     options = ExportOptions(str(tmp_path), Path("unused.pte"), "cpu", check=True)
     result = preflight.Preflight(options)
     preflight.check_numerics(result, options, tmp_path)
     (finding,) = result.findings
-    assert finding.passed and "which chose 4 of 4 experts" in finding.found
+    assert finding.passed and re.search(r"which chose [34] of 4 experts", finding.found)
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
