@@ -108,7 +108,10 @@ def progress_on(terminal: Console) -> Any:
     """A progress bar that is gone at the end; none where nobody looks, and no empty line instead of it."""
     from rich.progress import Progress
 
-    return Progress(console=terminal, transient=True, disable=not terminal.is_terminal)
+    # sys.stderr is left alone: see `progress.spinner`.
+    return Progress(
+        console=terminal, transient=True, disable=not terminal.is_terminal, redirect_stdout=False, redirect_stderr=False
+    )
 
 
 @app.command()
@@ -309,19 +312,20 @@ def generate(
     """Generate text with an exported model; shows the runtime and its speed."""
     quiet_unless(verbose)
     from .generation import TextGenerator, TextStream, check_text
+    from .progress import spinner
     from .quiet import hold_native_notes
     from .sampling import Sampler
 
     check_text(prompt)
     sampler = Sampler(temperature, seed, top_p)
     with hold_native_notes() as terminal:
-        with terminal.status("loading"):
+        with spinner(terminal, "loading"):
             generator = TextGenerator.load(
                 artifact, runtime=runtime, cuda_graph=cuda_graph, prefill_chunk=prefill_chunk
             )
             ids = generator.encode(prompt)
             generator.check_length(len(ids), max_new_tokens)
-        with terminal.status("warming up"):
+        with spinner(terminal, "warming up"):
             generator.warm_up(len(ids))
     console.print(f"runtime: {generator.program.runtime}", highlight=False)
 
@@ -453,6 +457,7 @@ def tune(
     layers: Annotated[int, typer.Option(help="Layers with different weights in one CUDA graph.")] = 3,
 ) -> None:
     """Find the fastest configurations of an expert layer on this GPU, and write them into a table."""
+    quiet_unless(False)
     from .kernel_tuning import tune_layer
 
     path = tune_layer(shape, scheme, out, layers, console)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from torch import nn
 
 from executorch_moe.backends.cuda.cross_report import CrossCompileReport
@@ -61,10 +62,10 @@ def _export(options: ExportOptions, steps: Steps, held: ExitStack) -> ExportSumm
         programs = export_methods(module, one_row_linears=target != "cpu")
     compiled: list[CrossCompileReport] = []
     constants = constant_methods(options, model.config, max_context, tokenizer)
-    doing = f"lowering to {target}" + (" (compiles kernels: minutes)" if target != "cpu" else "")
+    note = " (compiles kernels: minutes)" if target != "cpu" else ""
     weights = without_weights() if options.thin else nullcontext()
     configs = given_configs(options.known_configs())
-    with steps.step("lower", doing), forced_schedule(options.experts), weights, configs:
+    with steps.step("lower", f"lowering to {target}", note), forced_schedule(options.experts), weights, configs:
         manager = lower(programs, target, constants, fuser, on_report=compiled.append)
     with steps.step("write", f"writing {options.out}"), named(options.out):
         beside = tokenizer_path(options.out)
@@ -99,7 +100,7 @@ def _kept(options: ExportOptions, manifest: dict[str, Any], steps: Steps) -> Ite
             yield work
         except BaseException:
             if work.path.is_dir():
-                steps.say(f"packed layers are kept in {work.path}: the same command goes on from there")
+                steps.say(f"packed layers are kept in {escape(str(work.path))}: the same command goes on from there")
             raise
 
 

@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.spinner import Spinner
 
 from .memory import peak_rss, restart_peak
 
@@ -27,10 +30,11 @@ class Steps:
     peaks: dict[str, int] = field(default_factory=dict)
 
     @contextlib.contextmanager
-    def step(self, name: str, doing: str) -> Iterator[None]:
-        """One step, with a spinner."""
-        spinner = self.console.status(doing) if self.console is not None else contextlib.nullcontext()
-        with self._measured(name, doing), spinner:
+    def step(self, name: str, doing: str, note: str = "") -> Iterator[None]:
+        """One step, with a spinner; the note is what to know while it lasts."""
+        shown = escape(doing + note)
+        waiting = self.console.status(shown) if self.console is not None else contextlib.nullcontext()
+        with self._measured(name, doing, note), waiting:
             yield
 
     @contextlib.contextmanager
@@ -52,9 +56,23 @@ class Steps:
             self.console.print(text, highlight=False, soft_wrap=True)
 
     @contextlib.contextmanager
-    def _measured(self, name: str, doing: str) -> Iterator[None]:
+    def _measured(self, name: str, doing: str, note: str = "") -> Iterator[None]:
+        if self.console is not None and not self.console.is_terminal:
+            self.say(f"{escape(doing + note)} ...")  # nobody sees a spinner, and a step may take minutes
         start = time.perf_counter()
         restart_peak()
         yield
         self.seconds[name], self.peaks[name] = time.perf_counter() - start, peak_rss()
-        self.say(f"[green]done[/green] {doing} ({self.seconds[name]:.1f} s)")
+        self.say(f"[green]done[/green] {escape(doing)} ({self.seconds[name]:.1f} s)")
+
+
+def spinner(console: Console, doing: str) -> Live:
+    """A spinner that is gone at the end, and that leaves sys.stderr alone.
+
+    `Console.status` puts a writer of its own there, by which ExecuTorch's C++ code, whose notes go through sys.stderr,
+    would reach the terminal although file descriptor 2 leads elsewhere (`quiet.hold_native_notes`).
+    """
+    turning = Spinner("dots", text=doing, style="status.spinner")
+    return Live(
+        turning, console=console, transient=True, refresh_per_second=12.5, redirect_stdout=False, redirect_stderr=False
+    )

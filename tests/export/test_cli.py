@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import os
 import re
@@ -17,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from executorch_moe.export.cli import app
@@ -24,6 +27,7 @@ from executorch_moe.export.generation import Generation
 from executorch_moe.export.metadata import check_report
 from executorch_moe.export.options import ExportOptions
 from executorch_moe.export.pretrained import resolve
+from executorch_moe.export.progress import Steps
 
 runner = CliRunner()
 
@@ -33,9 +37,10 @@ def refused(*arguments: object, steps: tuple[str, ...] = ()) -> str:
     result = runner.invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
-    # Above the error may stand the steps that went well.
+    # Above the error may stand the steps that went well, and the one that did not.
     *before, line = result.stderr.strip().splitlines()
-    assert line.startswith("error: ") and all(step.startswith(("done ", *steps)) for step in before), result.stderr
+    expected = all(step.startswith(("done ", *steps)) or step.endswith(" ...") for step in before)
+    assert line.startswith("error: ") and expected, result.stderr
     return line
 
 
@@ -246,6 +251,60 @@ def test_an_interrupted_export_says_what_it_keeps(moment: str, tmp_path: Path, m
     assert result.exit_code != 0 and "Traceback" not in result.stderr
     assert "x.work:thesamecommandgoesonfromthere" in "".join(result.stderr.split())  # however it is wrapped
     assert [path.name for path in tmp_path.iterdir()] == ["x.work"]
+
+
+def test_steps_are_told_of_when_they_begin() -> None:
+    """Without a terminal nothing turns, and a step may take minutes."""
+    shown = io.StringIO()
+    steps = Steps(Console(file=shown))
+    with steps.step("lower", "lowering to sm_90", " (compiles kernels: minutes)"):
+        assert shown.getvalue() == "lowering to sm_90 (compiles kernels: minutes) ...\n"
+    with steps.counted("pack", "packing [a]", 2) as advance:
+        assert shown.getvalue().endswith("s)\npacking [a] ...\n")
+        advance(None)
+    lines = shown.getvalue().splitlines()
+    assert re.fullmatch(r"done lowering to sm_90 \(\d\.\d s\)", lines[1])
+    assert re.fullmatch(r"done packing \[a\] \(\d\.\d s\)", lines[3]) and len(lines) == 4
+    on_terminal = io.StringIO()
+    with Steps(Console(file=on_terminal, force_terminal=True)).step("write", "writing"):
+        pass
+    assert "writing ..." not in on_terminal.getvalue() and "done" in on_terminal.getvalue()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs pseudo-terminals")
+def test_notes_of_native_code_are_held_back_on_a_terminal() -> None:
+    """ExecuTorch's C++ code writes through sys.stderr, in whose place rich likes to put itself."""
+    import pty
+
+    code = (
+        "import sys\n"
+        "from executorch_moe.export.cli import progress_on\n"
+        "from executorch_moe.export.progress import spinner\n"
+        "from executorch_moe.export.quiet import hold_native_notes\n"
+        "with hold_native_notes() as terminal:\n"
+        "    assert terminal.is_terminal\n"
+        "    with spinner(terminal, 'loading'): print('a note', file=sys.stderr, flush=True)\n"
+        "    with progress_on(terminal): print('a note', file=sys.stderr, flush=True)\n"
+        "print('the end', file=sys.stderr)"
+    )
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm"}
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while piece := os.read(ours, 4096):
+            shown += piece
+    os.close(ours)
+    assert process.wait(60) == 0, shown
+    assert b"loading" in shown and b"the end" in shown and b"note" not in shown
+
+
+def test_tune_keeps_other_packages_quiet(tmp_path: Path) -> None:
+    code = "from executorch_moe.export.cli import main; main()"
+    command = [sys.executable, "-c", code, "tune", "--shape", "qwen35", "--layers", "0", "--out", str(tmp_path / "t")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr == "error: layers=0 must be at least 1\n"
 
 
 def test_export_reports_that_cannot_be_written(tmp_path: Path) -> None:
