@@ -33,6 +33,7 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
     Raises:
         ValueError, NotImplementedError, FileNotFoundError: input that cannot be exported; nothing is written then.
         OSError: a file cannot be written; what was there before is left as it was.
+        RuntimeError: another export is writing there.
     """
     steps = Steps(console)
     with ExitStack() as held:

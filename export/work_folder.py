@@ -67,7 +67,8 @@ class WorkFolder:
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
         self._lock: IO[str] | None = None
-        self._check_ours()  # before anything is made in it
+        if not (path / _LOCK).exists():
+            self._check_ours()  # before anything is made in it
         self._lock = _locked(path / _LOCK)
         try:
             self._check_ours()
@@ -98,14 +99,13 @@ class WorkFolder:
 
     def _check_ours(self) -> None:
         """Check that nobody else keeps anything here: it would not survive the export."""
-        if not (self.path.exists() or self.path.is_symlink()):
-            return
-        if not self.path.is_dir():
+        if (self.path.exists() or self.path.is_symlink()) and not self.path.is_dir():
             raise ValueError(f"{self.path} is in the way, it is no folder: remove it, or choose another -o")
+        present = sorted(self.path.glob("*"))  # before the manifest, for another export may begin at this moment
         manifest = self._read_manifest()
         ours = isinstance(manifest, dict) and {"format", "layout_version"} <= manifest.keys()
-        known = set(self._files()) if ours else set(filter(_is_unfinished, self.path.iterdir()))
-        if others := sorted({*self.path.iterdir()} - known - {self.path / _LOCK}):
+        known = _is_written_here if ours else _is_unfinished
+        if others := [file for file in present if not known(file) and file.name != _LOCK]:
             raise ValueError(
                 f"{self.path} is in the way, it is no work folder of an export or has other files in it "
                 f"({others[0].name}): move them, or choose another -o"
@@ -113,10 +113,7 @@ class WorkFolder:
 
     def _files(self) -> list[Path]:
         """What is in the folder of what is written here, the manifest last: layers without it would be no one's."""
-        files = (
-            {*filter(_is_unfinished, self.path.iterdir()), *self.path.glob(_LAYERS)} if self.path.is_dir() else set()
-        )
-        return [*files, *filter(Path.exists, [self.path / MANIFEST])]
+        return sorted(filter(_is_written_here, self.path.glob("*")), key=lambda file: file.name == MANIFEST)
 
     def _file(self, module: str) -> Path:
         return self.path / f"{module}.safetensors"
@@ -175,7 +172,7 @@ def _locked(path: Path) -> IO[str]:
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            file = open(path, "w")  # noqa: SIM115
+            file = open(path, "a")  # noqa: SIM115
         except FileNotFoundError:  # whoever had it removed the folder just now
             continue
         try:
@@ -208,3 +205,8 @@ def _lock(file: IO[str]) -> None:
 def _is_unfinished(path: Path) -> bool:
     """True for a file of ours that was being written when its process was killed."""
     return is_aside(path) and path.name.startswith((".manifest.", ".model."))
+
+
+def _is_written_here(path: Path) -> bool:
+    """True for layers, the manifest, and files that were not finished."""
+    return path.name == MANIFEST or path.match(_LAYERS) or _is_unfinished(path)

@@ -289,6 +289,8 @@ def test_a_folder_of_someone_else_is_left_alone(sharded: Path, tmp_path: Path, m
     work = tmp_path / "x.work"
     work.mkdir()
     (work / "notes.txt").write_text("mine")
+    if manifest == "[]":
+        (work / ".lock").write_text("mine too")
     if manifest is not None:
         (work / MANIFEST).write_text(manifest)
     before = {path.name: path.read_text() for path in work.iterdir()}
