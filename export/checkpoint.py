@@ -35,6 +35,9 @@ def empty_model(folder: Path, dtype: torch.dtype, attention: str) -> nn.Module:
     transformers = require_transformers()
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        # Weights that are stored in fp8 are read as bf16; the model's layers are plain ones.
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
         with _parameters_on_meta():
             model: nn.Module = transformers.AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention
@@ -162,10 +165,10 @@ class CheckpointPlan:
     def _check_experts(self, source: Source) -> None:
         """The stored tensors of a weight: plain floats, of one shape, and none missing between the first and last."""
         for name in source.all_names():
-            dtype = self.shards.tensors[name].dtype
-            if dtype not in _FLOATS and self.state[source.target].is_floating_point():
+            stored = self.shards.tensors[name]
+            if stored.dtype not in _FLOATS and stored.scale is None and self.state[source.target].is_floating_point():
                 raise ValueError(
-                    f"{name} of {self.shards.folder} is stored as {dtype}, expected {', '.join(_FLOATS)}: "
+                    f"{name} of {self.shards.folder} is stored as {stored.dtype}, expected {', '.join(_FLOATS)}: "
                     "use the checkpoint in bf16"
                 )
         if not source.stacks_experts():

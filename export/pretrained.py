@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .shards import fp8_block, read_config
+
 # model_type of config.json. Any model's experts are fused by our partitioners; these fit `CausalLM` as well.
 SUPPORTED_MODEL_TYPES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "glm4_moe", "gpt_oss", "deepseek_v3")
 WITH_SINKS = ("gpt_oss",)
@@ -86,7 +88,7 @@ def check_supported(folder: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: config.json is unreadable, or of a model without experts.
-        NotImplementedError: another architecture, or weights that are quantised already.
+        NotImplementedError: another architecture, or weights that are quantised already, but for fp8 in blocks.
     """
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text())
@@ -105,7 +107,8 @@ def check_supported(folder: Path) -> dict[str, Any]:
             f"model_type={kind!r} in {folder / 'config.json'} is not supported yet: "
             f"use a model of type {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
-    if method := (config.get("quantization_config") or {}).get("quant_method"):
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method and fp8_block(config) is None:
         raise NotImplementedError(
             f"the weights in {folder} are quantised ({method}), which is not supported yet: use the model in bf16"
         )
@@ -123,8 +126,11 @@ def load_model(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> nn.
 
     Raises:
         ValueError: the weights are unreadable or do not fit the configuration.
+        NotImplementedError: weights in fp8, which only `StreamedModel` reads.
     """
     transformers = require_transformers()
+    if fp8_block(read_config(folder)) is not None:
+        raise NotImplementedError(f"the weights in {folder} are in fp8, which only --experts ours reads: leave --experts out")
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, attn_implementation=attention

@@ -1,4 +1,9 @@
-"""Safetensors files of a model folder: what is in which file, checked against the index, read tensor by tensor."""
+"""Safetensors files of a model folder: what is in which file, checked against the index, read tensor by tensor.
+
+Weights in fp8 with a scale for each block, as DeepSeek-V3 and Qwen3's FP8 models are published, are read as bf16: X is
+stored as float8 e4m3, X_scale_inv holds what each block is to be multiplied by (the name is DeepSeek's), config.json
+the size of a block. Source: `weight_dequant` of DeepSeek-V3's inference code, and transformers' fine-grained FP8.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +12,11 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 SINGLE_FILE = "model.safetensors"
@@ -18,15 +24,23 @@ INDEX_FILE = "model.safetensors.index.json"
 # A file of this name belongs to a set of shards. Others (Mistral's "consolidated.safetensors") are not ours to read.
 _SHARD_NAME = re.compile(r"-\d+-of-\d+\.safetensors$")
 _AGAIN = "download the model again"
+FP8 = "F8_E4M3"
+_SCALE = "_scale_inv"
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor is stored and what its file's header says of it; `dtype` as safetensors writes it ("BF16")."""
+    """Where a tensor is stored and what its file's header says of it; `dtype` as safetensors writes it ("BF16").
+
+    Attributes:
+        scale: of a weight in fp8, where the scales of its blocks are stored. block: rows and columns of a block.
+    """
 
     file: str
     shape: tuple[int, ...]
     dtype: str
+    scale: StoredTensor | None = None
+    block: tuple[int, int] = (1, 1)
 
     @property
     def nbytes(self) -> int:
@@ -40,11 +54,11 @@ class Shards:
 
     Attributes:
         folder: the folder.
-        tensors: by name, all tensors of all files.
+        tensors: by name, all tensors of all files; scales of fp8 weights are with their weights.
 
     Raises:
-        ValueError: no index for several files, an index that cannot be read, a damaged file, or an index and files that
-            disagree about a tensor.
+        ValueError: no index for several files, an index that cannot be read, a damaged file, an index and files that
+            disagree about a tensor, or scales that do not fit their weight.
         FileNotFoundError: no weights, or a file that the index names is not there.
     """
 
@@ -61,11 +75,29 @@ class Shards:
                 self.tensors[name] = stored
         if index is not None:
             self._check_index(index)
+        self._pair_scales()
 
     @property
     def files(self) -> list[str]:
         """Names of the files, sorted."""
         return sorted({stored.file for stored in self.tensors.values()})
+
+    def _pair_scales(self) -> None:
+        """Gives weights in fp8 their scales, which are no tensors of the model."""
+        for name, stored in list(self.tensors.items()):
+            if stored.dtype != FP8 or len(stored.shape) < 2 or (scale := self.tensors.get(name + _SCALE)) is None:
+                continue
+            block = fp8_block(read_config(self.folder))
+            if block is None:
+                continue  # refused as a type that is not known
+            rows, columns = (-(-size // of) for size, of in zip(stored.shape[-2:], block, strict=True))
+            if scale.shape != (*stored.shape[:-2], rows, columns):
+                raise ValueError(
+                    f"{name}{_SCALE} of {self.folder} has shape {list(scale.shape)}, but {name} {list(stored.shape)} "
+                    f"has {rows} x {columns} blocks of {block[0]} x {block[1]}: {_AGAIN}"
+                )
+            self.tensors[name] = replace(stored, scale=scale, block=block)
+            del self.tensors[name + _SCALE]
 
     def _check_index(self, index: dict[str, str]) -> None:
         where = self.folder / INDEX_FILE
@@ -97,16 +129,48 @@ class ShardReader:
         self._open: dict[str, Any] = {}
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """A tensor, or those rows of its first dimension."""
+        """A tensor, or those rows of its first dimension; weights in fp8 as bf16, which do not lie in the file."""
+        stored = self._shards.tensors[name]
+        if stored.scale is None:
+            return self._stored(stored.file, name, rows)
+        # Of a matrix, rows share blocks; stacked matrices do not.
+        part = rows if len(stored.shape) > 2 else None
+        codes = self._stored(stored.file, name, part)
+        scale = self._stored(stored.scale.file, name + _SCALE, part).float()
+        for dim, size in ((-2, stored.block[0]), (-1, stored.block[1])):
+            scale = scale.repeat_interleave(size, dim)
+        weight = (codes.float() * scale[..., : codes.shape[-2], : codes.shape[-1]]).to(torch.bfloat16)
+        return weight if rows is None or part is not None else weight[rows]
+
+    def _stored(self, file: str, name: str, rows: slice | None) -> Tensor:
         from safetensors import safe_open
 
-        file = self._shards.tensors[name].file
         if file not in self._open:
             handle = safe_open(self._shards.folder / file, framework="pt", device="cpu")
             self._open[file] = self._stack.enter_context(handle)
         handle = self._open[file]
         tensor: Tensor = handle.get_tensor(name) if rows is None else handle.get_slice(name)[rows]
         return tensor
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder, which was read before; an unreadable one is empty."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def fp8_block(config: dict[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns that share a scale in a model whose weights are stored in fp8, None for another model."""
+    quantization = config.get("quantization_config") or {}
+    block = quantization.get("weight_block_size")
+    if quantization.get("quant_method") != "fp8" or not isinstance(block, list) or len(block) != 2:
+        return None
+    if not all(isinstance(size, int) and size > 0 for size in block):
+        return None
+    return block[0], block[1]
 
 
 def listed(names: Iterable[str], shown: int = 3) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import torch
 from executorch_moe.backends.fusion import FusedLayer, FusionOptions
 from executorch_moe.export.files import is_aside, written_aside
 from executorch_moe.export.preflight import dequantised
+from executorch_moe.export.pretrained import check_supported, load_model
 from executorch_moe.export.shards import INDEX_FILE
 from executorch_moe.export.streaming import StreamedModel
 from executorch_moe.export.work_folder import MANIFEST, WorkFolder
@@ -81,6 +83,82 @@ def test_streamed_equals_loaded_whole(name: str, save: Callable[..., Any], tmp_p
         expected, actual = Logits(model)(tokens(9)), Logits(streamed.model)(tokens(9))
     # The experts' weights are such that 4 bits hold them.
     assert (actual - expected).norm() / expected.norm() < 1.5e-2
+
+
+BLOCK = (16, 24)  # neither divides the sizes of the weights
+
+
+def in_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """fp8 codes, the scales of blocks, and the bf16 weight that they stand for, element by element."""
+    rows, columns = (-(-size // of) for size, of in zip(weight.shape, BLOCK, strict=True))
+    codes, scales = torch.empty_like(weight, dtype=torch.float8_e4m3fn), torch.empty(rows, columns)
+    exact = torch.empty_like(weight, dtype=torch.bfloat16)
+    for i, j in itertools.product(range(rows), range(columns)):
+        part = slice(i * BLOCK[0], (i + 1) * BLOCK[0]), slice(j * BLOCK[1], (j + 1) * BLOCK[1])
+        scales[i, j] = weight[part].abs().max() / 448
+        codes[part] = (weight[part] / scales[i, j]).to(torch.float8_e4m3fn)
+        exact[part] = (codes[part].float() * scales[i, j]).bfloat16()
+    return codes, scales, exact
+
+
+def save_fp8(name: str, folder: Path) -> Path:
+    """A model in fp8 as it would be published, and beside it the same in bf16; returns the folder of the latter."""
+    save_hub(name, folder)
+    plain = folder.parent / "plain"
+    shutil.copytree(folder, plain)
+    index = json.loads((folder / INDEX_FILE).read_text())
+    for file in sorted(set(index["weight_map"].values())):
+        quantised, exact = {}, {}
+        for key, tensor in load_file(folder / file).items():
+            quantised[key] = exact[key] = tensor
+            if key.endswith("_proj.weight"):
+                quantised[key], quantised[f"{key}_scale_inv"], exact[key] = in_blocks(tensor)
+                index["weight_map"][f"{key}_scale_inv"] = file
+        save_file(quantised, folder / file, {"format": "pt"})
+        save_file(exact, plain / file, {"format": "pt"})
+    (folder / INDEX_FILE).write_text(json.dumps(index))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(BLOCK)}
+    (folder / "config.json").write_text(json.dumps(config))
+    return plain
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_fp8_in_blocks_is_read_as_the_bf16_it_stands_for(name: str, tmp_path: Path) -> None:
+    plain = save_fp8(name, tmp_path / "fp8")
+    check_supported(tmp_path / "fp8")
+    found, expected = stream(tmp_path / "fp8"), stream(plain)
+    assert found.shards.tensors.keys() == expected.shards.tensors.keys()
+    for model in (found, expected):
+        model.load()
+    state = expected.model.state_dict()
+    assert found.model.state_dict().keys() == state.keys()
+    for key, value in found.model.state_dict().items():
+        assert torch.equal(value, state[key]), key
+
+
+def test_fp8_that_is_not_whole_or_of_another_kind(tmp_path: Path) -> None:
+    save_fp8("qwen3_moe", folder := tmp_path / "fp8")
+    with pytest.raises(NotImplementedError, match="are in fp8, which only --experts ours reads"):
+        load_model(folder, torch.float32)
+    config, text = folder / "config.json", (folder / "config.json").read_text()
+    config.write_text(text.replace("[16, 24]", "[8, 24]"))
+    with pytest.raises(
+        ValueError, match=r"_scale_inv of .* has shape \[\d, \d\], but .* has \d+ x \d blocks of 8 x 24"
+    ):
+        stream(folder)
+    config.write_text(text.replace("[16, 24]", "null"))
+    with pytest.raises(NotImplementedError, match=r"are quantised \(fp8\), which is not supported yet"):
+        check_supported(folder)
+    config.write_text(text)
+    index = json.loads((folder / INDEX_FILE).read_text())
+    name, file = next(item for item in index["weight_map"].items() if item[0].endswith("_scale_inv"))
+    kept = {key: tensor for key, tensor in load_file(folder / file).items() if key != name}
+    save_file(kept, folder / file, {"format": "pt"})
+    del index["weight_map"][name]
+    (folder / INDEX_FILE).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="is stored as F8_E4M3, expected BF16"):
+        stream(folder)
 
 
 def test_tied_embeddings(tmp_path: Path) -> None:

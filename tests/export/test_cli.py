@@ -218,6 +218,7 @@ def test_an_export_in_its_own_process_ends_with_its_parent(tmp_path: Path) -> No
 @pytest.mark.parametrize("where", ["packing", "writing"])
 def test_an_export_to_a_full_disk_names_the_file(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither Python nor safetensors name it; and what stays is told of after every error."""
+    import transformers.modeling_utils  # noqa: F401  imported below, it would keep what is put in save_file's place
     from safetensors import SafetensorError
 
     def full(*_: object, **__: object) -> None:
