@@ -130,7 +130,9 @@ def load_model(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> nn.
     """
     transformers = require_transformers()
     if fp8_block(read_config(folder)) is not None:
-        raise NotImplementedError(f"the weights in {folder} are in fp8, which only --experts ours reads: leave --experts out")
+        raise NotImplementedError(
+            f"the weights in {folder} are in fp8, which only --experts ours reads: leave --experts out"
+        )
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, attn_implementation=attention
