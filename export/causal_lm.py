@@ -16,7 +16,7 @@ from .dense import OneRowLinears
 from .sampling import Sampler, greedy, sample
 
 MIN_CONTEXT = 8
-KINDS = {"full_attention", "sliding_attention"}
+KINDS = ("full_attention", "sliding_attention")
 """Of attention, in transformers' names. A layer with a window has a cache of all positions too, and another mask."""
 CHANGING_ROPE = ("dynamic", "longrope")
 """RoPE types whose frequencies are chosen anew by the length of the text, which a traced method cannot do."""
@@ -93,8 +93,8 @@ class CausalLM(nn.Module):
         self.max_context = max_context
         # Of a norm: matrices may be quantised.
         dtype = next(parameter.dtype for parameter in model.parameters() if parameter.dim() == 1)
-        heads, *widths = cache_sizes(model)
-        self.kv_cache = StaticKVCache(config.num_hidden_layers, heads, max_context, (widths[0], widths[1]), dtype)
+        heads, key_width, value_width = cache_sizes(model)
+        self.kv_cache = StaticKVCache(config.num_hidden_layers, heads, max_context, (key_width, value_width), dtype)
         self.kv_cache.to(next(model.parameters()).device)
 
     def forward(self, input_ids: Tensor, cache_position: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ def check_context(config: Any, max_context: int) -> None:
             f"max_context={max_context} must be between {MIN_CONTEXT} and the model's "
             f"max_position_embeddings={limit}: choose a value in that range"
         )
-    if others := sorted(set(attention_kinds(config)) - KINDS):
+    if others := sorted(set(attention_kinds(config)) - set(KINDS)):
         raise NotImplementedError(
             f"layers of type {', '.join(others)} are not supported: use a model whose layers are {' or '.join(KINDS)}"
         )

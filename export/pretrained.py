@@ -16,8 +16,9 @@ from .shards import fp8_block, read_config
 # model_type of config.json. Any model's experts are fused by our partitioners; these fit `CausalLM` as well.
 SUPPORTED_MODEL_TYPES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "glm4_moe", "gpt_oss", "deepseek_v3")
 WITH_SINKS = ("gpt_oss",)
+"""Of these, those whose attention has a sink for each head."""
 WITH_LATENTS = ("deepseek_v3",)
-"""Attention whose keys and values differ in width."""
+"""Of these, those whose attention has keys and values of different widths, made of latents."""
 TINY = "tiny"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 

@@ -220,7 +220,7 @@ def test_a_mask_keeps_to_the_bounds() -> None:
 
 
 def test_a_write_after_reads_of_others_is_found() -> None:
-    """In an order in which nobody reads what was written, for the one that writes first comes last."""
+    """The program that writes comes last, so that none of the others reads what it wrote."""
 
     @triton.jit
     def kernel(x_ptr, out_ptr, counter_ptr, SIZE: tl.constexpr, LIMIT: tl.constexpr):
