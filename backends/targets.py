@@ -25,6 +25,7 @@ from executorch_moe.backends.cpu.uncopied_weights import uncopied_weights
 from executorch_moe.backends.cuda import MoECudaPartitioner
 from executorch_moe.backends.cuda.cross_compile import target_cuda
 from executorch_moe.backends.cuda.cross_report import CrossCompileReport
+from executorch_moe.backends.cuda.generated_kernels import checked_kernels
 from executorch_moe.backends.cuda.method_targets import method_for
 from executorch_moe.backends.cuda.missing_operators import MissingOperatorsError, check_operators, find_operators
 from executorch_moe.backends.cuda.overlapped_launches import overlapped_launches
@@ -32,6 +33,7 @@ from executorch_moe.backends.cuda.own_outputs import own_outputs
 from executorch_moe.backends.cuda.partitioner import check_state
 from executorch_moe.backends.cuda.runtime_symbols import missing_functions
 from executorch_moe.backends.cuda.shared_weights import shared_weights
+from executorch_moe.backends.cuda.torch_defects import defects_avoided
 from executorch_moe.backends.fusion import ExpertFuser, FusionOptions
 from executorch_moe.kernels.gpus import GpuModel, find_models, target_names
 
@@ -66,6 +68,7 @@ def lower(
             A GPU that is not here: no compiler, or versions that are not known to work.
         NotImplementedError: a CUDA target and a mutated buffer that AOTInductor would take for a constant, or
             operators that the CUDA runtime lacks, all of them and where they come from; experts that cannot be fused.
+        OutOfBoundsError: a kernel that torch generated would read or write outside of a buffer.
     """
     constants = dict(constant_methods or {})
     if any(name not in TARGETS for name in target.split(",")):
@@ -140,7 +143,7 @@ def _delegate_cuda(
         name: [MoECudaPartitioner([CudaBackend.generate_method_name_compile_spec(name)], fuser)] for name in programs
     }
     try:
-        with shared_weights(), own_outputs():
+        with shared_weights(), own_outputs(), defects_avoided(), checked_kernels():
             edge = to_edge_transform_and_lower(
                 {name: _with_own_tables(program) for name, program in programs.items()},
                 partitioner=partitioners,

@@ -67,9 +67,10 @@ class StreamlinedLayer(nn.Module):
         """hidden and update bf16 [1, 1, H], to be added up -> the same of the next layer."""
         attention, norm, router = self.self_attn, self.post_attention_layernorm, self.mlp.gate
         key, value = cache.layer(attention.layer_idx)
+        cos, sin = (part[..., : attention.head_dim // 2] for part in position_embeddings)  # both halves are equal
         hidden, out, new = torch.ops.executorch_moe.attention_of_one(
             hidden, update, self.input_layernorm.weight, *(_weights(attention.qkv_proj) or ()), attention.q_norm,
-            attention.k_norm, *position_embeddings, cache.cache_position, key, value, attention.scaling, attention.eps,
+            attention.k_norm, cos, sin, cache.cache_position, key, value, attention.scaling, attention.eps,
         )  # fmt: skip
         cache.update(new[0], new[1], attention.layer_idx)
         hidden, normed, weights, experts = torch.ops.executorch_moe.route_one(

@@ -18,6 +18,7 @@ from torch.export.graph_signature import InputKind
 
 import executorch_moe.kernels  # noqa: F401  registers torch.ops.executorch_moe
 from executorch_moe.backends.cuda.missing_operators import check_operators
+from executorch_moe.backends.cuda.torch_defects import avoid_defects
 from executorch_moe.backends.cuda.weight_metadata import MUTATED_BUFFERS_KEY
 from executorch_moe.backends.fusion import ExpertFuser, FusingPartitioner, FusionOptions
 
@@ -31,6 +32,8 @@ class MoECudaPartitioner(FusingPartitioner, AotiPartitioner):
     Expert layers of the program, those of unmodified transformers models too, become `fused_experts` nodes on packed
     weights. Such a node reaches AOTInductor as one node, which opens it and embeds our kernels.
     CudaPartitioner is final, so this derives from its base and gives the same delegate id and compile specs.
+
+    Partitioning switches off, for the process, settings of Inductor that make wrong programs (`torch_defects`).
 
     Args:
         compile_spec: compile specs of CudaBackend. `method_name` defaults to "forward" (name each method of a program
@@ -75,6 +78,7 @@ class MoECudaPartitioner(FusingPartitioner, AotiPartitioner):
         """
         mutated = sorted(set(exported_program.graph_signature.buffers_to_mutate.values()))
         check_state(exported_program, mutated)
+        avoid_defects()  # the delegate is compiled after this returns
         result = super().partition(exported_program)
         spec = CompileSpec(MUTATED_BUFFERS_KEY, "\n".join(mutated).encode())
         tags = {tag: _with_spec(delegation, spec) for tag, delegation in result.partition_tags.items()}
