@@ -27,14 +27,36 @@ def version(distribution: str) -> str:
 
 
 def commit() -> str:
-    """The commit under test and whether the tree differs from it; 'unknown' outside a checkout."""
+    """The commit under test and whether the tree differs from it; outside a checkout, what COMMIT says."""
     git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        told = os.environ.get("COMMIT")
+        return f"{told} (a copy of the tree, without git)" if told else "unknown"
     return head + (" with uncommitted changes" if dirty.strip() else "")
+
+
+def header(command: str, title: str) -> list[str]:
+    """First lines of a record: when, what, of which code, on which GPU, with which packages."""
+    import torch
+
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return [
+        f"{title} of executorch-moe, {now:%Y-%m-%d %H:%M} UTC",
+        f"command: {command}",
+        f"commit: {commit()}",
+        f"GPU: {torch.cuda.get_device_name()}; Python {platform.python_version()}; CUDA {torch.version.cuda}",
+        "; ".join(f"{name} {version(name)}" for name in DISTRIBUTIONS),
+        "",
+    ]
+
+
+def results_folder() -> Path:
+    folder = ROOT / "tests" / "results"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def main() -> int:
@@ -43,19 +65,10 @@ def main() -> int:
     if not torch.cuda.is_available():
         print(f"error: no CUDA device for torch {torch.__version__}: run this on a GPU machine, or use `make test`.")
         return 2
+    given = f' GPU_PYTEST_FLAGS="{" ".join(sys.argv[1:])}"' if sys.argv[1:] else ""
     now = datetime.datetime.now(datetime.timezone.utc)
-    header = [
-        f"GPU tests of executorch-moe, {now:%Y-%m-%d %H:%M} UTC",
-        "command: make test-gpu" + (f' GPU_PYTEST_FLAGS="{" ".join(sys.argv[1:])}"' if sys.argv[1:] else ""),
-        f"commit: {commit()}",
-        f"GPU: {torch.cuda.get_device_name()}; Python {platform.python_version()}; CUDA {torch.version.cuda}",
-        "; ".join(f"{name} {version(name)}" for name in DISTRIBUTIONS),
-        "",
-    ]
-    folder = ROOT / "tests" / "results"
-    folder.mkdir(exist_ok=True)
-    out = folder / f"{now:%Y-%m-%d}-gpu.txt"
-    out.write_text("\n".join(header))
+    out = results_folder() / f"{now:%Y-%m-%d}-gpu.txt"
+    out.write_text("\n".join(header(f"make test-gpu{given}", "GPU tests")))
     status = run_pytest([*PYTEST, "-m", "gpu", "--results-file", str(out), *sys.argv[1:]])
     print(f"written: {out.relative_to(ROOT)}")
     return status

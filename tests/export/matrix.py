@@ -1,0 +1,69 @@
+"""One artifact of the tiny model for each scheme and each storage of dense layers, which return logits.
+
+python -m tests.export.matrix FOLDER [TARGET]     from the root of the repository
+
+FOLDER is what EXECUTORCH_MOE_CROSS names for the GPU tests; TARGET is sm_90 if not given. What is there already stays.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from executorch_moe.export.build import load_whole, quantize_dense
+from executorch_moe.export.causal_lm import CausalLM
+from executorch_moe.export.options import ExportOptions
+from executorch_moe.export.pipeline import export_model
+from executorch_moe.export.pretrained import resolve
+from executorch_moe.export.quantize import quantize_experts_
+
+MAX_CONTEXT = 128
+GROUP_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What an artifact holds."""
+
+    scheme: str
+    dense: str
+
+    def __str__(self) -> str:
+        return f"{self.scheme}-{self.dense}"
+
+    def options(self, target: str, folder: Path) -> ExportOptions:
+        return ExportOptions(
+            "tiny", folder / f"matrix-{self}.pte", target, self.scheme, GROUP_SIZE, MAX_CONTEXT,
+            dense=self.dense, output="logits",
+        )  # fmt: skip
+
+    def write(self, target: str, folder: Path) -> Path:
+        """Exports it, unless it is there."""
+        options = self.options(target, folder)
+        if not options.out.is_file():
+            export_model(options)
+        return options.out
+
+    @torch.no_grad()
+    def eager(self) -> CausalLM:
+        """The same model in PyTorch, on the current GPU."""
+        options = self.options("cuda", Path("unused"))
+        model = quantize_experts_(load_whole(options, resolve("tiny")), self.scheme, GROUP_SIZE)
+        quantize_dense(model, options, "cuda")
+        return CausalLM(model.cuda(), MAX_CONTEXT)
+
+
+CELLS = [Cell(scheme, dense) for scheme in ("w4a16", "w4a8", "bf16") for dense in ("none", "int8", "int4")]
+
+
+def main(folder: str, target: str = "sm_90") -> None:
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for cell in CELLS:
+        print(cell.write(target, Path(folder)), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
