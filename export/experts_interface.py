@@ -87,7 +87,8 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
             f"{kind} uses activation {activation}, but experts_implementation={NAME!r} computes silu(gate) * up: "
             "use experts_implementation='grouped_mm'"
         )
-    if not module.has_gate or module.has_post_expert_norm:
+    # Experts of transformers 5.17 have no attribute for the norm.
+    if not module.has_gate or getattr(module, "has_post_expert_norm", False):
         raise NotImplementedError(
             f"{kind} has no gate, or a norm after each expert: use experts_implementation='grouped_mm'"
         )

@@ -21,7 +21,13 @@ class ExecutorchExperts(FusedExperts):
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, top_k: int
     ) -> Tensor:
-        """[T, H] -> [T, H]; weights and ids are [T, top_k]."""
+        """[T, H] -> [T, H]; weights and ids are [T, top_k].
+
+        Raises:
+            ValueError: ids of another width than `top_k`.
+        """
+        if topk_ids.shape[1] != top_k:
+            raise ValueError(f"topk_ids has {topk_ids.shape[1]} columns, but top_k={top_k}: pass [T, top_k]")
         return super().forward(hidden_states, topk_ids, topk_weights)
 
 
