@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .keywords import check, take_cache
+from .pretrained import require_transformers
 
 NAME = "executorch_moe_grouped"
 
@@ -140,7 +141,12 @@ def merge_attention_(module: nn.Module) -> nn.Module:
 
 
 def register() -> str:
-    """Makes it known to transformers; returns the name for `attn_implementation`."""
+    """Makes it known to transformers; returns the name for `attn_implementation`.
+
+    Raises:
+        RuntimeError: see `require_transformers`.
+    """
+    require_transformers()
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 

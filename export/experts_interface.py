@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .pretrained import require_transformers
+
 NAME = "executorch_moe"
 
 
@@ -110,7 +112,12 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
 
 
 def register() -> None:
-    """Make `experts_implementation="executorch_moe"` known to transformers."""
+    """Make `experts_implementation="executorch_moe"` known to transformers.
+
+    Raises:
+        RuntimeError: see `require_transformers`.
+    """
+    require_transformers()
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)

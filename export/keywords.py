@@ -106,9 +106,7 @@ def cache_name(model: nn.Module) -> str:
     for name in CACHE_NAMES:
         if name in parameters:
             return name
-    raise ValueError(
-        f"{type(model).__name__}.forward takes no {' or '.join(CACHE_NAMES)}: use a causal language model of transformers"
-    )
+    raise ValueError(f"{type(model).__name__}.forward takes no {' or '.join(CACHE_NAMES)}: use a model of transformers")
 
 
 def _shown(value: Any) -> str:

@@ -177,7 +177,7 @@ def test_the_name_that_a_model_has_for_its_cache() -> None:
 
     name = cache_name(tiny())
     assert name in inspect.signature(transformers.Qwen3MoeForCausalLM.forward).parameters
-    with pytest.raises(ValueError, match="Linear.forward takes no cache or past_key_values"):
+    with pytest.raises(ValueError, match=r"Linear\.forward takes no cache or past_key_values"):
         cache_name(nn.Linear(2, 2))
 
 
