@@ -3,6 +3,7 @@
 # make test-gpu   in the active Python environment (CUDA build of torch): run the tests that need a GPU
 # make export-check  what CI can do of a GPU export: export the tiny model, inspect it; export for the CPU, run
 # make lint       ruff and mypy only
+# make constraints  write constraints.txt again, with the newest versions that pyproject.toml allows
 # make clean      remove .venv and everything built
 
 PYTHON ?= python3
@@ -10,7 +11,13 @@ GPU_PYTHON ?= python3
 GPU_PYTEST_FLAGS ?=
 # torch is named first and alone, so that pip takes this build and does not choose another one with the dependencies.
 # On a GPU machine, name its CUDA build: make demo TORCH="torch==2.11.0+cu130 --index-url ..."
-TORCH ?= torch==2.13.0
+# What another build brings along (Triton, setuptools, ...) stays; all else is as in constraints.txt.
+PINNED_TORCH := torch==2.13.0
+TORCH ?= $(PINNED_TORCH)
+# Knows --build-constraint, which pins setuptools where packages are built.
+PIP ?= pip==26.3
+# Resolves constraints.txt for all Pythons and platforms at once.
+UV ?= uv==0.13.9
 # pytest processes; the suite is CPU-bound
 JOBS ?= 2
 PYTEST_FLAGS ?= --timeout 900
@@ -23,11 +30,17 @@ DEMO := demo
 GPU_TARGETS ?= sm_80,sm_90
 PROMPT ?= The import statement
 
+# constraints.txt has the newest transformers of the range in pyproject.toml; this is the oldest, and what it needs that
+# is not in constraints.txt.
+OLDEST_TRANSFORMERS ?= 5.17.0
+OLDEST_HUB ?= huggingface-hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
+OLD_TRANSFORMERS := build/transformers-$(OLDEST_TRANSFORMERS)
+
 # GPU machines often have an older Triton: tests that read what its compiler makes of the kernels run with both.
 OLDEST_TRITON ?= 3.6.0
 OLDEST := build/triton-$(OLDEST_TRITON)
 
-.PHONY: demo test test-gpu export-check lint clean install
+.PHONY: demo test test-gpu export-check lint constraints clean install
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -36,11 +49,24 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # Again only when the requirements change.
-$(STAMP): setup.py pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
-	$(BIN)/python -m pip install $(TORCH)
-	$(BIN)/python -m pip install -e ".[test,bench]"
+$(STAMP): setup.py pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet $(PIP)
+	$(BIN)/python -m pip install $(TORCH) $(if $(filter $(PINNED_TORCH),$(TORCH)),-c constraints.txt)
+	$(BIN)/python -m pip freeze --all | grep == > $(VENV)/with-torch.txt
+	awk '{ name = tolower($$0); sub(/[ =].*/, "", name); gsub(/[-_.]+/, "-", name) } \
+	  NR == FNR { known[name]; print } NR != FNR && !/^ *#/ && !(name in known)' \
+	  $(VENV)/with-torch.txt constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt --build-constraint constraints.txt -e ".[test,bench]"
 	touch $@
+
+# In an environment of its own; needs a package index, and nothing is installed but uv.
+constraints:
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/python -m pip install --quiet $(UV)
+	(sed -n '/^# /p' constraints.txt; \
+	  echo "$(PINNED_TORCH)" | build/uv/bin/uv pip compile pyproject.toml - --extra test --extra bench --universal \
+	    --python-version 3.10 --no-annotate --no-header --quiet) > build/constraints.txt
+	mv build/constraints.txt constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/executorch-moe export tiny -o $(DEMO)/tiny.pte --target auto
@@ -61,16 +87,26 @@ lint: $(STAMP)
 	@for layer in kernels backends export examples; do ln -sfn ../../../$$layer build/mypy/executorch_moe/$$layer; done
 	$(BIN)/mypy
 
-# Three runs, for Triton decides at import whether kernels are compiled or interpreted, and there are two Tritons.
-test: lint $(OLDEST)/.installed
+# Four runs, for Triton decides at import whether kernels are compiled or interpreted, and there are two Tritons and two
+# transformers: the newest that pyproject.toml allows is in constraints.txt, so the main run is with that one.
+test: lint $(OLDEST)/.installed $(OLD_TRANSFORMERS)/.installed
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter -n $(JOBS) $(PYTEST_FLAGS)
 	$(BIN)/python -m pytest -m "not gpu and not interpreter" -n $(JOBS) --dist loadgroup $(PYTEST_FLAGS)
 	PYTHONPATH=$(OLDEST) $(BIN)/python -c "import triton; assert triton.__version__ == '$(OLDEST_TRITON)', triton"
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -m compiler -n $(JOBS) $(PYTEST_FLAGS)
+	PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/python -c \
+	  "import transformers as t; assert t.__version__ == '$(OLDEST_TRANSFORMERS)', t"
+	PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/python -m pytest -m transformers -n $(JOBS) $(PYTEST_FLAGS)
 
 $(OLDEST)/.installed: | $(STAMP)
 	rm -rf $(OLDEST)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) triton==$(OLDEST_TRITON)
+	touch $@
+
+$(OLD_TRANSFORMERS)/.installed: | $(STAMP)
+	rm -rf $(OLD_TRANSFORMERS)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(OLD_TRANSFORMERS) \
+	  transformers==$(OLDEST_TRANSFORMERS) $(OLDEST_HUB)
 	touch $@
 
 # The environment's own torch, Triton and transformers are used as they are: nothing but this package is installed.

@@ -19,6 +19,7 @@ from executorch_moe.backends.cuda.placeholders import MakeWeights
 from executorch_moe.backends.cuda.weight_metadata import CUDA_BACKEND, parse_delegate
 from executorch_moe.backends.pte import PteFile
 from executorch_moe.backends.pybindings import why_not_pybindings
+from executorch_moe.backends.versions import check_versions
 
 NO_GRAPH_SETTER = (
     "its Python bindings cannot set the backend option enable_cuda_graph_for_method: set it from C++, or use runtime "
@@ -116,10 +117,12 @@ def load(
         FileNotFoundError: a file is not there.
         ValueError: unknown runtime, a damaged file, a .ptd of another program, or a runtime not for this program.
         RuntimeError: this machine cannot run the program; the message gives the reason for each runtime. Its GPU is of
-            another architecture than those that the program was exported for.
+            another architecture than those that the program was exported for. Packages outside the range that this
+            package requires.
         NotImplementedError: the delegate host meets something that it does not run; a CUDA graph in another runtime.
         MemoryError: the weights do not fit into the GPU.
     """
+    check_versions()
     if runtime not in RUNTIMES:
         raise ValueError(f"runtime {runtime!r} is unknown: choose one of {', '.join(RUNTIMES)}")
     program, data = open_artifact(pte, ptd)

@@ -35,6 +35,7 @@ from executorch_moe.backends.cuda.runtime_symbols import missing_functions
 from executorch_moe.backends.cuda.shared_weights import shared_weights
 from executorch_moe.backends.cuda.torch_defects import defects_avoided
 from executorch_moe.backends.fusion import ExpertFuser, FusionOptions
+from executorch_moe.backends.versions import check_versions
 from executorch_moe.kernels.gpus import GpuModel, find_models, target_names
 
 TARGETS = ("cuda", "cpu", *target_names())
@@ -66,10 +67,12 @@ def lower(
         ValueError: unknown target, two targets of one architecture, no method, or a name used twice.
         RuntimeError: target "cuda" on a machine without a GPU.
             A GPU that is not here: no compiler, or versions that are not known to work.
+            Packages outside the range that this package requires.
         NotImplementedError: a CUDA target and a mutated buffer that AOTInductor would take for a constant, or
             operators that the CUDA runtime lacks, all of them and where they come from; experts that cannot be fused.
         OutOfBoundsError: a kernel that torch generated would read or write outside of a buffer.
     """
+    check_versions()
     constants = dict(constant_methods or {})
     if any(name not in TARGETS for name in target.split(",")):
         raise ValueError(f"target {target!r} is unknown: choose one of {', '.join(TARGETS)}")

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .keywords import check, take_cache
+from .pretrained import require_transformers
+
 NAME = "executorch_moe_grouped"
 
 
@@ -25,25 +28,39 @@ def grouped_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    is_causal: bool | None = None,
     s_aux: Tensor | None = None,
-    **_: Any,
+    **keywords: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface.
 
     Args:
         query: [B, heads, T, head_dim]. key, value: [B, key_value_heads, C, head_dim].
-        attention_mask: bool [B, 1, T, C], true = may be seen.
+        attention_mask: bool [B, 1, T, C], true = may be seen. None: causal attention, unless `is_causal` or the
+            module's attribute of that name is false; `sdpa_mask` leaves a mask out that would say no more.
+        keywords: see `keywords.HARMLESS`.
 
     Returns:
         [B, T, heads, head_dim], and None for the attention weights.
 
     Raises:
         NotImplementedError: attention sinks (`s_aux`).
+        ValueError: an argument that is unknown or asks for something else.
     """
+    check("grouped_attention", keywords)
     if s_aux is not None:
         raise NotImplementedError("attention with sinks: use attn_implementation='eager'")
+    causal = attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     out = nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
+        query,
+        key,
+        value,
+        attn_mask=attention_mask,
+        dropout_p=dropout,
+        scale=scaling,
+        # One token sees the whole cache.
+        is_causal=causal and query.shape[2] > 1,
+        enable_gqa=True,
     )
     return out.transpose(1, 2).contiguous(), None
 
@@ -59,7 +76,7 @@ class MergedAttention(nn.Module):
         """Takes the weights of a `Qwen3MoeAttention` over."""
         super().__init__()
         self.layer_idx, self.scaling, self.head_dim = attention.layer_idx, attention.scaling, attention.head_dim
-        self.sliding_window = attention.sliding_window
+        self.sliding_window, self.is_causal = attention.sliding_window, attention.is_causal
         linears = [attention.q_proj, attention.k_proj, attention.v_proj]
         heads, kv_heads, _ = (linear.out_features // self.head_dim for linear in linears)
         self.heads, self.kv_heads = heads, kv_heads
@@ -74,10 +91,14 @@ class MergedAttention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
-        past_key_values: Any = None,
-        **_: Any,
+        **keywords: Any,
     ) -> tuple[Tensor, None]:
-        """transformers' interface of an attention module: hidden_states [1, T, H] -> [1, T, H], and None."""
+        """transformers' interface of an attention module: hidden_states [1, T, H] -> [1, T, H], and None.
+
+        Raises:
+            ValueError: an argument that is unknown or asks for something else, see `keywords.take_cache`.
+        """
+        cache = take_cache(type(self).__name__, keywords)
         shape = hidden_states.shape[:-1]
         qkv = self.qkv_proj(hidden_states).view(*shape, self.heads + 2 * self.kv_heads, 2, self.head_dim // 2)
         turned = self.heads + self.kv_heads
@@ -87,8 +108,8 @@ class MergedAttention(nn.Module):
         query = self._normed_and_turned(qkv[:, :, : self.heads], self.q_norm, cos, sin)
         key = self._normed_and_turned(qkv[:, :, self.heads : turned], self.k_norm, cos, sin)
         value = qkv[:, :, turned:].flatten(-2).transpose(1, 2)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         out, _weights = grouped_attention(self, query, key, value, attention_mask, scaling=self.scaling)
         return self.o_proj(out.flatten(-2)), None
 
@@ -120,7 +141,12 @@ def merge_attention_(module: nn.Module) -> nn.Module:
 
 
 def register() -> str:
-    """Makes it known to transformers; returns the name for `attn_implementation`."""
+    """Makes it known to transformers; returns the name for `attn_implementation`.
+
+    Raises:
+        RuntimeError: see `require_transformers`.
+    """
+    require_transformers()
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from executorch_moe.backends.cuda.placeholders import MakeWeights
 from executorch_moe.backends.fusion import FusedLayer, FusionReport
@@ -19,6 +20,7 @@ from executorch_moe.kernels.op import forced
 from executorch_moe.kernels.plan import Options
 
 from . import attention, dense_torchao, synthetic
+from .causal_lm import BY_OUTPUT, CausalLM, export_methods
 from .decoder_layer import streamline_layers_
 from .dense import check_widths, quantize_dense_
 from .options import DTYPES, ExportOptions
@@ -33,11 +35,11 @@ def check_folder(options: ExportOptions) -> Path:
 
     Raises:
         ValueError, NotImplementedError, FileNotFoundError: see `resolve` and `check_supported`.
-        ModuleNotFoundError, RuntimeError: no transformers, or another version.
+        RuntimeError: see `require_transformers`.
     """
+    require_transformers()
     folder = resolve(TINY if synthetic.is_synthetic(options.model) else options.model)
     check_supported(folder)
-    require_transformers()
     return folder
 
 
@@ -73,6 +75,29 @@ def streamline(model: nn.Module) -> nn.Module:
     """The same model, changed in place to what its target can do in fewer kernels."""
     config: Any = model.config
     return streamline_(model) if config._attn_implementation == attention.NAME else model
+
+
+def prepare_(model: nn.Module, options: ExportOptions) -> None:
+    """Changes, in place, everything of a model but its experts to what its target computes. Twice is as once.
+
+    Raises:
+        ValueError: layers whose width does not fit.
+    """
+    streamline(model)
+    if not options.leaves_dense:
+        quantize_dense(model, options, options.resolved_target())
+
+
+def trace_methods(
+    model: nn.Module, options: ExportOptions, max_context: int
+) -> tuple[CausalLM, dict[str, ExportedProgram]]:
+    """A model that `prepare_` changed, with its cache, and the methods that an export lowers.
+
+    Raises:
+        ValueError, NotImplementedError: see `causal_lm.check_context`.
+    """
+    module = BY_OUTPUT[options.output](model, max_context)
+    return module, export_methods(module, one_row_linears=options.resolved_target() != "cpu")
 
 
 def needs_whole_model(options: ExportOptions) -> bool:
@@ -197,8 +222,7 @@ def use_upstream_(model: nn.Module, scheme: str, group_size: int) -> nn.Module:
     """
     config: Any = model.config
     for name, module in list(find_experts(model)):
-        if type(module).__name__ != "Qwen3MoeExperts":
-            raise ValueError(f"experts='upstream' is not for {type(module).__name__}: use a Qwen3-MoE model")
+        check_upstream(type(module).__name__)
         experts: Any = module
         try:
             weights = pack(experts.gate_up_proj, experts.down_proj, group_size)
@@ -208,6 +232,16 @@ def use_upstream_(model: nn.Module, scheme: str, group_size: int) -> nn.Module:
         replacement = UpstreamMoE(weights, config.num_experts_per_tok, scheme, group_size)
         setattr(model.get_submodule(parent), attribute, replacement)
     return model
+
+
+def check_upstream(family: str) -> None:
+    """Check that upstream's operators compute what an experts class does.
+
+    Raises:
+        ValueError: another layout than Qwen3-MoE's.
+    """
+    if family != "Qwen3MoeExperts":
+        raise ValueError(f"experts='upstream' is not for {family}: use a Qwen3-MoE model")
 
 
 def made_again(options: ExportOptions, device: torch.device) -> MakeWeights:

@@ -6,6 +6,7 @@ Letters: T tokens of one call, C positions in the cache (max_context), V vocabul
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from .dense import OneRowLinears
+from .keywords import cache_name, check
 from .sampling import Sampler, greedy, sample
 
 MIN_CONTEXT = 8
@@ -68,8 +70,18 @@ class CacheView:
         """Keys and values of a layer, [1, heads, C, width] each."""
         return getattr(self.cache, f"key_{layer_idx}"), getattr(self.cache, f"value_{layer_idx}")
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """key, value [1, heads, T, width] -> the layer's whole cache, [1, heads, C, width] each."""
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, kwargs: Mapping[str, Any] | None = None, **keywords: Any
+    ) -> tuple[Tensor, Tensor]:
+        """key, value [1, heads, T, width] -> the layer's whole cache, [1, heads, C, width] each.
+
+        Args:
+            kwargs: keyword arguments of the attention layer, which transformers passes on from 5.24 on.
+
+        Raises:
+            ValueError: an argument that is unknown or asks for something else, see `keywords.check`.
+        """
+        check(f"{type(self).__name__}.update", {**(kwargs or {}), **keywords})
         keys, values = self.layer(layer_idx)
         keys[:, :, self.cache_position] = key.to(keys.dtype)
         values[:, :, self.cache_position] = value.to(values.dtype)
@@ -90,6 +102,7 @@ class CausalLM(nn.Module):
         check_context(config, max_context)
         self.kinds = attention_kinds(config)
         self.model = model
+        self.cache_name = cache_name(model)
         self.max_context = max_context
         # Of a norm: matrices may be quantised.
         dtype = next(parameter.dtype for parameter in model.parameters() if parameter.dim() == 1)
@@ -117,9 +130,9 @@ class CausalLM(nn.Module):
             # 4-D masks are used as they are; models whose layers differ take one for each kind.
             attention_mask=masks if len(masks) > 1 else masks[self.kinds[0]],
             position_ids=cache_position[None],
-            past_key_values=self.kv_cache.at(cache_position),
             use_cache=True,
             logits_to_keep=last,
+            **{self.cache_name: self.kv_cache.at(cache_position)},
         )
         return output.logits  # type: ignore[no-any-return]
 

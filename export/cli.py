@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from executorch_moe.backends.versions import check_versions
+
 app = typer.Typer(
     name="executorch-moe",
     help="Export Mixture-of-Experts language models to ExecuTorch with fused experts, and run them.",
@@ -83,6 +85,8 @@ def one_line_errors(command: Command) -> Command:
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
+            if command.__name__ != "doctor":  # which shows all of them
+                check_versions()
             return command(*args, **kwargs)
         except typer.Exit:  # a RuntimeError too
             raise

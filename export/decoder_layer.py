@@ -15,6 +15,7 @@ from executorch_moe.kernels.one_token_op import fits_one_token
 from .attention import MergedAttention
 from .causal_lm import CacheView
 from .dense import Int8Linear, is_one_row
+from .keywords import take_cache
 from .router import TopKFirstRouter
 
 
@@ -37,18 +38,22 @@ class StreamlinedLayer(nn.Module):
         hidden_states: Tensor | tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Any = None,
-        **_: Any,
+        **keywords: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """transformers' interface of a decoder layer; hidden_states [1, T, H], or what `_one_token` returned."""
+        """transformers' interface of a decoder layer; hidden_states [1, T, H], or what `_one_token` returned.
+
+        Raises:
+            ValueError: an argument that is unknown or asks for something else, see `keywords.take_cache`.
+        """
+        cache = take_cache(type(self).__name__, keywords)
         hidden, update = hidden_states if isinstance(hidden_states, tuple) else (hidden_states, None)
         assert position_embeddings is not None
-        if self._does_one_token(hidden, past_key_values):
-            hidden, update = self._one_token(hidden, update, position_embeddings, past_key_values)
+        if self._does_one_token(hidden, cache):
+            hidden, update = self._one_token(hidden, update, position_embeddings, cache)
             return hidden + update if self.last else (hidden, update)
         assert update is None, "layers of one model all do one token in one way"
         normed = self.input_layernorm(hidden)
-        hidden = hidden + self.self_attn(normed, position_embeddings, attention_mask, past_key_values)[0]
+        hidden = hidden + self.self_attn(normed, position_embeddings, attention_mask, cache=cache)[0]
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
     def _does_one_token(self, hidden: Tensor, cache: Any) -> bool:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-DISTRIBUTION = "executorch-moe"
+from executorch_moe.backends import versions
+
 OK, WARN, FAIL = "ok", "warn", "fail"
 
 
@@ -29,38 +30,29 @@ def run_checks() -> list[Check]:
     """All checks, in the order in which a problem should be solved."""
     checks = [Check("python", OK, sys.version.split()[0])]
     checks += pins()
-    checks += gpu()
-    checks += cross_export()
-    checks += runtimes()
+    for name, section in (("GPU", gpu), ("export for other GPUs", cross_export), ("runtimes", runtimes)):
+        try:
+            checks += section()
+        except Exception as error:  # of a package that is missing, or has another version than is known
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+            checks.append(Check(name, FAIL, f"{type(error).__name__}: {reason}", "see the versions above"))
     return checks
 
 
 def pins() -> Iterator[Check]:
     """Installed versions against the requirements of this package's own metadata."""
-    from packaging.requirements import Requirement
-
     try:
-        requirements = [Requirement(line) for line in metadata.requires(DISTRIBUTION) or []]
+        found = list(versions.pins())
     except metadata.PackageNotFoundError:
-        yield Check(DISTRIBUTION, FAIL, "not installed", "pip install . in the repository")
+        yield Check(versions.DISTRIBUTION, FAIL, "not installed", "pip install . in the repository")
         return
-    for requirement in requirements:
-        optional = requirement.marker is not None and "extra" in str(requirement.marker)
-        if optional and not requirement.marker.evaluate({"extra": "hf"}):  # type: ignore[union-attr]
-            continue
-        if requirement.marker is not None and not optional and not requirement.marker.evaluate():
-            continue
-        wanted = f"{requirement.name}{requirement.specifier}"
-        try:
-            version = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
-            remedy = "pip install 'executorch-moe[hf]'" if optional else f"pip install '{wanted}'"
-            yield Check(requirement.name, WARN if optional else FAIL, "not installed", remedy)
-            continue
-        if requirement.specifier.contains(version, prereleases=True):
-            yield Check(requirement.name, OK, version)
+    for pin in found:
+        if pin.fits:
+            yield Check(pin.name, OK, pin.version or "")
+        elif pin.version is None:
+            yield Check(pin.name, WARN if pin.optional else FAIL, "not installed", pin.remedy)
         else:
-            yield Check(requirement.name, FAIL, version, f"supported: {requirement.specifier}; pip install '{wanted}'")
+            yield Check(pin.name, FAIL, pin.version, f"works with {pin.wanted}: {pin.remedy}")
 
 
 def gpu() -> Iterator[Check]:

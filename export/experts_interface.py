@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .pretrained import require_transformers
+
 NAME = "executorch_moe"
 
 
@@ -87,7 +89,8 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
             f"{kind} uses activation {activation}, but experts_implementation={NAME!r} computes silu(gate) * up: "
             "use experts_implementation='grouped_mm'"
         )
-    if not module.has_gate or module.has_post_expert_norm:
+    # Experts of transformers 5.17 have no attribute for the norm.
+    if not module.has_gate or getattr(module, "has_post_expert_norm", False):
         raise NotImplementedError(
             f"{kind} has no gate, or a norm after each expert: use experts_implementation='grouped_mm'"
         )
@@ -109,7 +112,12 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
 
 
 def register() -> None:
-    """Make `experts_implementation="executorch_moe"` known to transformers."""
+    """Make `experts_implementation="executorch_moe"` known to transformers.
+
+    Raises:
+        RuntimeError: see `require_transformers`.
+    """
+    require_transformers()
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)

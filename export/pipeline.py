@@ -16,8 +16,7 @@ from executorch_moe.backends.cuda.kernel_configs import given_configs
 from executorch_moe.backends.cuda.placeholders import without_weights
 from executorch_moe.backends.fusion import ExpertFuser, FusionReport
 
-from .build import check_folder, forced_schedule, load_packed, needs_whole_model, quantize_dense, stream, streamline
-from .causal_lm import BY_OUTPUT, export_methods
+from .build import check_folder, forced_schedule, load_packed, needs_whole_model, prepare_, stream, trace_methods
 from .files import named, write_aside
 from .metadata import constant_methods, record_path, tokenizer_path
 from .options import ExportOptions
@@ -55,12 +54,10 @@ def _export(options: ExportOptions, steps: Steps, held: ExitStack) -> ExportSumm
             max_context = options.context(model.config)
     else:
         model, max_context, work = _pack_layers(options, folder, fuser.report, steps, held)
-    if not options.leaves_dense:
-        with steps.step("dense", "quantising linear layers"):
-            quantize_dense(model, options, target)
-    module = BY_OUTPUT[options.output](model, max_context)
+    with nullcontext() if options.leaves_dense else steps.step("dense", "quantising linear layers"):
+        prepare_(model, options)
     with steps.step("trace", "tracing prefill and decode"):
-        programs = export_methods(module, one_row_linears=target != "cpu")
+        module, programs = trace_methods(model, options, max_context)
     compiled: list[CrossCompileReport] = []
     constants = constant_methods(options, model.config, max_context, tokenizer)
     note = " (compiles kernels: minutes)" if target != "cpu" else ""
@@ -119,4 +116,4 @@ def _pack_layers(
     with steps.counted("pack", f"packing the experts as {options.scheme}", len(streamed.layers)) as advance:
         for record in streamed.load(work, advance):
             report.add(record)
-    return streamline(streamed.model), max_context, work
+    return streamed.model, max_context, work

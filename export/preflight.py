@@ -26,13 +26,14 @@ from executorch_moe.backends.fusion.modules import find_experts
 from executorch_moe.kernels import PackedExperts
 from executorch_moe.kernels.packing import deinterleave_gate_up, unpack_experts
 
-from .build import attention_of, check_folder, stream
+from .build import attention_of, check_folder, check_upstream, needs_whole_model, prepare_, stream, trace_methods
 from .causal_lm import CausalLM, export_methods
 from .checkpoint import empty_model, set_weight
 from .options import ExportOptions
-from .pretrained import check_supported, tokenizer_json
+from .pretrained import check_loadable, check_supported, tokenizer_json
 from .streaming import ExpertLayer, StreamedModel
-from .summary import size
+from .summary import size, stored_bytes
+from .upstream_experts import UpstreamMoE, empty_weights
 
 BOUNDS = {"bf16": 1.5e-2, "w4a16": 1.5e-2, "w4a8": 4e-2}
 """Largest relative L2 error of the logits that passes, by scheme. The reference is fp32 on the dequantised weights; our
@@ -90,15 +91,16 @@ def preflight(options: ExportOptions, console: Console | None = None) -> Preflig
     result = Preflight(options)
     folder = check_folder(options)
     tokenizer_json(folder)
+    if needs_whole_model(options):
+        check_loadable(folder)
     note(console, "reading headers")
     streamed = stream(options, folder)
     context = options.context(streamed.model.config)
     check_checkpoint(result, streamed)
     note(console, "tracing prefill and decode")
-    streamed.load_empty()
     with torch.no_grad():
         programs = trace(result, streamed, context, options)
-        if options.resolved_target() != "cpu":
+        if programs is not None and options.resolved_target() != "cpu":
             note(console, "looking for operators without a kernel")
             check_operators(result, programs)
         del programs, streamed
@@ -133,25 +135,59 @@ def _kind(layer: ExpertLayer) -> tuple[str, int, int, int, int, str]:
 
 def trace(
     result: Preflight, streamed: StreamedModel, context: int, options: ExportOptions
-) -> dict[str, ExportedProgram]:
-    """Both methods, traced and fused."""
-    module = CausalLM(streamed.model, context)
-    dense = sum(parameter.nbytes for parameter in streamed.model.parameters())
-    packed = sum(p.nbytes for name, p in streamed.model.named_buffers() if ".experts." in name)
+) -> dict[str, ExportedProgram] | None:
+    """Both methods as an export for the same options traces them, fused; None if they cannot be traced."""
+    load_prepared(streamed, options)
+    try:
+        module, traced = trace_methods(streamed.model, options, context)
+    except Exception as error:  # whatever a layer raises under torch.export
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+        result.add("trace", False, f"{type(error).__name__}: {reason}")
+        return None
     fuser = ExpertFuser(options.fusion())
-    programs = {name: fuser.fuse(program) for name, program in export_methods(module).items()}
-    fused = torch.ops.executorch_moe.fused_experts.default
-    counts = {name: sum(node.target is fused for node in program.graph.nodes) for name, program in programs.items()}
+    programs = {name: fuser.fuse(program) for name, program in traced.items()}
     nodes = ", ".join(f"{name} {len(program.graph.nodes)} nodes" for name, program in programs.items())
     result.add("trace", True, f"{nodes}; prefill takes 2 to {context} tokens")
+    operator = "triton.fused_moe" if options.experts == "upstream" else "executorch_moe.fused_experts."
+    counts = {
+        name: sum(str(node.target).startswith(operator) for node in program.graph.nodes)
+        for name, program in programs.items()
+    }
     result.add(
         "fuse",
         all(count == len(streamed.layers) for count in counts.values()),
         ", ".join(f"{count} of {len(streamed.layers)} layers in {name}" for name, count in counts.items()),
     )
+    stored = {
+        name: stored_bytes(tensor) for name, tensor in (*module.model.named_parameters(), *module.model.named_buffers())
+    }
+    packed = sum(nbytes for name, nbytes in stored.items() if ".experts." in name)
     cache = sum(buffer.nbytes for buffer in module.kv_cache.buffers())
-    result.add("weights", True, f"experts {size(packed)}, all else {size(dense)}, KV cache {size(cache)}")
+    others = sum(stored.values()) - packed
+    result.add("weights", True, f"experts {size(packed)}, all else {size(others)}, KV cache {size(cache)}")
     return programs
+
+
+def load_prepared(streamed: StreamedModel, options: ExportOptions) -> None:
+    """The model that an export traces, without the values of its weights.
+
+    Raises:
+        ValueError: experts that upstream's operators do not compute.
+    """
+    if options.resolved_target() == "cpu":
+        streamed.load_empty()
+        prepare_(streamed.model, options)  # torchao's tensors are not made on the meta device
+    else:
+        streamed.load_empty(lambda model: prepare_(model, options))
+    if options.experts != "upstream":
+        return
+    for layer in streamed.layers:
+        check_upstream(layer.family)
+        sizes = layer.num_experts, layer.hidden_size, layer.intermediate_size
+        weights = empty_weights(*sizes, options.group_size)
+        parent, _, attribute = layer.name.rpartition(".")
+        experts = UpstreamMoE(weights, layer.top_k, options.scheme, options.group_size)
+        setattr(streamed.model.get_submodule(parent), attribute, experts)
 
 
 def check_operators(result: Preflight, programs: dict[str, ExportedProgram]) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from executorch_moe.backends.versions import check_versions
 
 from .shards import fp8_block, read_config
 
@@ -27,42 +28,14 @@ def require_transformers() -> Any:
     """The transformers package, silenced.
 
     Raises:
-        ModuleNotFoundError: it is not installed.
-        RuntimeError: a version outside the range that this package requires.
+        RuntimeError: it or a package that this package requires is missing or has a version outside its range.
     """
-    check_version("transformers")
-    try:
-        import transformers
-    except ModuleNotFoundError as error:
-        if error.name != "transformers":
-            raise
-        raise ModuleNotFoundError(
-            "transformers is not installed: reading a model folder needs it; pip install 'executorch-moe[hf]'"
-        ) from None
+    check_versions("transformers", "tokenizers", "safetensors")
+    import transformers
+
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
-
-
-def check_version(package: str) -> None:
-    """Check an installed package against this package's own requirements, the one place where ranges are stated.
-
-    Raises:
-        RuntimeError: a version outside the range. A package that is not installed is no error here.
-    """
-    from packaging.requirements import Requirement
-
-    try:
-        lines = metadata.requires("executorch-moe") or []
-        version = metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return
-    for requirement in map(Requirement, lines):
-        if requirement.name == package and not requirement.specifier.contains(version, prereleases=True):
-            raise RuntimeError(
-                f"{package} {version} is installed, but {requirement.specifier} is needed: "
-                f"pip install '{package}{requirement.specifier}'"
-            )
 
 
 def resolve(model: str | Path) -> Path:
@@ -122,6 +95,18 @@ def _all_keys(config: dict[str, Any]) -> set[str]:
     return {*config, *(key for keys in inner for key in keys)}
 
 
+def check_loadable(folder: Path) -> None:
+    """Check that `load_model` reads weights of this format.
+
+    Raises:
+        NotImplementedError: weights in fp8, which only `StreamedModel` reads.
+    """
+    if fp8_block(read_config(folder)) is not None:
+        raise NotImplementedError(
+            f"the weights in {folder} are in fp8, which only --experts ours reads: leave --experts out"
+        )
+
+
 def load_model(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
     """The model on the CPU in `dtype`, in eval mode; `attention` is transformers' `attn_implementation`.
 
@@ -130,10 +115,7 @@ def load_model(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> nn.
         NotImplementedError: weights in fp8, which only `StreamedModel` reads.
     """
     transformers = require_transformers()
-    if fp8_block(read_config(folder)) is not None:
-        raise NotImplementedError(
-            f"the weights in {folder} are in fp8, which only --experts ours reads: leave --experts out"
-        )
+    check_loadable(folder)
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, attn_implementation=attention

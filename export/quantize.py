@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from executorch_moe.backends.fusion.modules import find_experts, pack_layer, recognise_module
 from executorch_moe.backends.fusion.regions import NotFusable
+from executorch_moe.backends.versions import check_versions
 from executorch_moe.kernels import FusedExperts, PackedExperts
 from executorch_moe.kernels.rounding import check_algorithm
 from executorch_moe.kernels.schemes import get_scheme
@@ -21,7 +22,13 @@ class ExecutorchExperts(FusedExperts):
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, top_k: int
     ) -> Tensor:
-        """[T, H] -> [T, H]; weights and ids are [T, top_k]."""
+        """[T, H] -> [T, H]; weights and ids are [T, top_k].
+
+        Raises:
+            ValueError: ids of another width than `top_k`.
+        """
+        if topk_ids.shape[1] != top_k:
+            raise ValueError(f"topk_ids has {topk_ids.shape[1]} columns, but top_k={top_k}: pass [T, top_k]")
         return super().forward(hidden_states, topk_ids, topk_weights)
 
 
@@ -49,7 +56,9 @@ def quantize_experts_(
             hold, or a model without experts or with fused ones.
         NotImplementedError: experts that compute something else, or tensors of another kind. In both cases the model is
             left as it was.
+        RuntimeError: see `check_versions`.
     """
+    check_versions()
     get_scheme(scheme)
     check_algorithm(algorithm)
     found = list(find_experts(model))

@@ -5,6 +5,7 @@ Experts are read and packed in runs of a few, so that not even one layer is ever
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from executorch_moe.backends.fusion.modules import find_experts, recognise_modul
 from executorch_moe.kernels import SCHEMES, FusedExperts, PackedExperts, pack_experts
 from executorch_moe.kernels.schemes import check_group_size
 
-from .checkpoint import CheckpointPlan, below, empty_model, set_weight
+from .checkpoint import CheckpointPlan, below, empty_model
 from .shards import ShardReader, Shards
 from .work_folder import WorkFolder, manifest_of
 
@@ -159,10 +160,14 @@ class StreamedModel:
         self.plan.load(except_below=(*skip, *(layer.name for layer in self.layers)))
         return records
 
-    def load_empty(self) -> None:
+    def load_empty(self, prepare: Callable[[nn.Module], None] | None = None) -> None:
         """Puts weights of the right shapes and types into `model`, but no values: enough to trace it.
 
         Nothing is read, and memory that nothing writes to is never taken, so this works for a model of any size.
+
+        Args:
+            prepare: changes the model while everything but its experts is on the meta device, where that takes no
+                memory either.
         """
         for layer in self.layers:
             one = _pack_run(self.fusion, *layer.layout.canonical(self._zeros(layer)))
@@ -170,10 +175,10 @@ class StreamedModel:
             parent, _, attribute = layer.name.rpartition(".")
             experts = FusedExperts(replace(one, **empty), layer.layout.activation)
             setattr(self.model.get_submodule(parent), attribute, experts)
-        for name, parameter in self.model.named_parameters():
-            if parameter.is_meta:
-                set_weight(self.model, name, torch.empty_like(parameter, device="cpu"))
         self.model.tie_weights()  # type: ignore[operator]
+        if prepare is not None:
+            prepare(self.model)
+        _fill_with_zeros(self.model)
 
     def _zeros(self, layer: ExpertLayer) -> dict[str, Tensor]:
         """Parameters of the first expert of a layer, all zero."""
@@ -229,6 +234,27 @@ class StreamedModel:
             target.removeprefix(f"{module}."): self.plan.read_experts(reader, target, run)
             for target in self.plan.targets_below(module)
         }
+
+
+def _fill_with_zeros(model: nn.Module) -> None:
+    """Puts zeros in the place of tensors on the meta device; those that are shared stay so."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, tensor in module._parameters.items():
+            if tensor is not None and tensor.is_meta:
+                if id(tensor) not in made:
+                    made[id(tensor)] = nn.Parameter(_zeros(tensor), requires_grad=False)
+                module._parameters[name] = made[id(tensor)]  # type: ignore[assignment]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = made.setdefault(id(buffer), _zeros(buffer))
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """Zeros on the CPU that take memory only where they are written; torch.zeros writes them all."""
+    if like.numel() == 0:
+        return torch.empty(like.shape, dtype=like.dtype)
+    return torch.frombuffer(mmap.mmap(-1, like.numel() * like.element_size()), dtype=like.dtype).reshape(like.shape)
 
 
 def _check_group_size(fusion: FusionOptions, hidden_size: int, intermediate_size: int) -> None:

@@ -101,6 +101,17 @@ def pack(gate_up: Tensor, down: Tensor, group_size: int) -> UpstreamWeights:
     return UpstreamWeights(w13, s13, w2, s2)
 
 
+def empty_weights(experts: int, hidden: int, intermediate: int, group_size: int) -> UpstreamWeights:
+    """Weights without values, on the CPU: enough to trace a model."""
+
+    def matrix(n: int, k: int) -> tuple[Tensor, Tensor]:
+        codes = torch.empty(experts, n, k // 2, dtype=torch.int8)
+        return codes, torch.empty(experts, n, k // group_size, dtype=torch.bfloat16)
+
+    (w13, s13), (w2, s2) = matrix(2 * intermediate, hidden), matrix(hidden, intermediate)
+    return UpstreamWeights(w13, s13, w2, s2)
+
+
 def random_weights(shape: Shape, device: str, generator: torch.Generator) -> UpstreamWeights:
     """Random codes, made on the device; a uniform nibble has a standard deviation of 4.6."""
     e, h, i, g = shape.experts, shape.hidden, shape.intermediate, shape.group_size

@@ -316,8 +316,12 @@ def _elements(node: Node) -> int:
 # ------------------------------------------------------------------ running a region in fp32
 
 
-def _grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`aten._grouped_mm` of [S, K] and [E, K, N]: on the CPU it takes bf16 only."""
+def _grouped_mm(
+    x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """`aten._grouped_mm` of [S, K] and [E, K, N]: on the CPU it takes bf16 only. `out_dtype` is fp32 here."""
+    if bias is not None:
+        raise NotImplementedError("aten._grouped_mm with a bias: add the bias after it")
     out, start = x.new_zeros(x.shape[0], weight.shape[2]), 0
     for expert, end in enumerate(offsets.tolist()):
         if end > start:

@@ -29,6 +29,7 @@ def run(model: CausalLM, ids: list[int], position: int) -> torch.Tensor:
         return model(torch.tensor([ids]), torch.arange(position, position + len(ids)))
 
 
+@pytest.mark.transformers
 def test_same_tokens_as_transformers(model: CausalLM) -> None:
     ids = torch.tensor([TEXT])
     expected = model.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False)
@@ -159,6 +160,7 @@ def check_chunks(inner: torch.nn.Module, ids: torch.Tensor, chunks: tuple[int, .
     return expected[-1]
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize("chunks", CHUNKS)
 @pytest.mark.parametrize("target", ["cpu", "sm_90"])
 @torch.no_grad()
@@ -169,6 +171,7 @@ def test_latent_attention_keeps_latents(target: str, chunks: tuple[int, ...]) ->
     assert cache.key_0.shape == (1, 1, 24, 32) and cache.value_0.shape == (1, 1, 24, 16)
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize("name", WINDOWS)
 @pytest.mark.parametrize("chunks", CHUNKS)
 @torch.no_grad()

@@ -52,6 +52,7 @@ def stream(folder: Path, scheme: str = "w4a16", group_size: int = 32) -> Streame
     return StreamedModel(folder, torch.float32, "eager", FusionOptions(scheme, group_size))
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize("save", [save_hub, save_stacked])
 @pytest.mark.parametrize("name", [family.name for family in FAMILIES])
 def test_streamed_equals_loaded_whole(name: str, save: Callable[..., Any], tmp_path: Path) -> None:
@@ -123,6 +124,7 @@ def save_fp8(name: str, folder: Path) -> Path:
     return plain
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
 def test_fp8_in_blocks_is_read_as_the_bf16_it_stands_for(name: str, tmp_path: Path) -> None:
     plain = save_fp8(name, tmp_path / "fp8")
@@ -161,6 +163,7 @@ def test_fp8_that_is_not_whole_or_of_another_kind(tmp_path: Path) -> None:
         stream(folder)
 
 
+@pytest.mark.transformers
 def test_tied_embeddings(tmp_path: Path) -> None:
     family = by_name("qwen3_moe")
     tied = replace(family, options={**family.options, "tie_word_embeddings": True})

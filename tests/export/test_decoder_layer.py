@@ -14,6 +14,8 @@ from executorch_moe.export.dense import quantize_dense_
 TEXT = [5, 17, 200, 33, 33, 8, 91]
 CONTEXT = 16
 
+pytestmark = pytest.mark.transformers
+
 
 def model(dense: str, dtype: torch.dtype = torch.bfloat16, shape: str = "synthetic:tiny,layers=3") -> CausalLM:
     def prepare(part: torch.nn.Module) -> None:

@@ -77,6 +77,7 @@ def test_runs_in_executorch(family: Family, scheme: str, tmp_path: Path, executo
         assert relative_error(actual, expected) < BOUND
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_our_own_experts_implementation(family: Family) -> None:
     """One node a layer, equal to the model's own implementation, and fused like any other."""

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from executorch_moe.backends.fusion.recognise import ExpertLayout
-from executorch_moe.export import preflight
+from executorch_moe.export import build, keywords, preflight
 from executorch_moe.export.cli import app
 from executorch_moe.export.options import ExportOptions
+from executorch_moe.export.pipeline import export_model
 from executorch_moe.export.pretrained import resolve
 
 from .families import COMMON, by_name
@@ -48,17 +49,84 @@ def test_a_good_model_passes_and_nothing_is_written(tmp_path: Path, monkeypatch:
     assert list(tmp_path.iterdir()) == []
 
 
+class Traced(Exception):
+    """Ends an export that has traced its methods."""
+
+
+def calls(programs: Any) -> dict[str, list[tuple[str, str, str]]]:
+    """Method -> what it calls in order, and on what."""
+    return {
+        name: [(node.op, str(node.target), _kind(node.meta.get("val"))) for node in program.graph.nodes]
+        for name, program in programs.items()
+    }
+
+
+def _kind(value: Any) -> str:
+    return f"{list(value.shape)} {value.dtype}" if isinstance(value, Tensor) else str(value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("choices", "one_token"),
+    [
+        ({"target": "sm_90"}, True),
+        ({"target": "sm_90", "dense": "int8", "embedding": "int8", "output": "greedy"}, True),
+        ({"target": "sm_90", "dense": "int4", "lm_head": "int8", "output": "logits", "dtype": "fp32"}, False),
+        ({"target": "sm_90", "experts": "upstream"}, True),
+        ({"target": "cpu", "dense": "int8"}, False),
+    ],
+    ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else "",
+)
+def test_what_is_traced_is_what_an_export_traces(
+    choices: dict[str, Any], one_token: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`one_token`: decode has the operators that only CUDA targets use."""
+    exported: list[Any] = []
+    checked: list[Any] = []
+
+    def lower(programs: Any, *_: object, **__: object) -> None:
+        exported.append(calls(programs))
+        raise Traced
+
+    def traced(*arguments: Any) -> Any:
+        module, programs = build.trace_methods(*arguments)
+        checked.append(calls(programs))
+        return module, programs
+
+    monkeypatch.setattr("executorch_moe.backends.targets.lower", lower)
+    monkeypatch.setattr(preflight, "trace_methods", traced)
+    monkeypatch.setattr(preflight, "check_numerics", lambda *_: None)
+    options = ExportOptions("tiny", tmp_path / "x.pte", max_context=64, **choices)
+    with pytest.raises(Traced):
+        export_model(options)
+    result = preflight.preflight(replace(options, check=True))
+    assert result.passed, result.findings
+    assert exported == checked
+    assert one_token == any("attention_of_one" in target for _, target, _ in checked[0]["decode"])
+
+
+def test_a_layer_of_ours_that_refuses_an_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another version of transformers would call it."""
+    monkeypatch.delitem(keywords.HARMLESS, "position_ids")  # type: ignore[arg-type]
+    monkeypatch.setattr(preflight, "check_numerics", lambda *_: None)
+    result = check("--target", "sm_90", "--max-context", "64")
+    assert result.exit_code == 2
+    assert findings(result.stderr) == {"checkpoint": "ok", "experts": "ok", "trace": "fail"}
+    said = " ".join(result.stderr.replace("│", " ").split())
+    assert "ValueError: StreamlinedLayer was called with the unknown argument 'position_ids'" in said
+
+
 @pytest.mark.slow
 def test_operators_and_numerics_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 
-    real, unpack = Qwen3MoeTopKRouter.forward, preflight.unpack_experts
+    real, unpack = Qwen3MoeRMSNorm.forward, preflight.unpack_experts
 
-    def forward(self: nn.Module, hidden_states: Tensor) -> Any:
-        logits, weights, ids = real(self, hidden_states)
-        return logits, weights + 0 * torch.histc(logits.float(), 4).sum().to(weights.dtype), ids
+    def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+        normed: Tensor = real(self, hidden_states)
+        return normed + 0 * torch.histc(normed.float(), 4).sum().to(normed.dtype)
 
-    monkeypatch.setattr(Qwen3MoeTopKRouter, "forward", forward)
+    monkeypatch.setattr(Qwen3MoeRMSNorm, "forward", forward)
     # A reference that is not what was packed.
     monkeypatch.setattr(preflight, "unpack_experts", lambda packed: (unpack(packed)[0] * 1.5, unpack(packed)[1]))
     result = check("--max-context", "64", "--verbose")
@@ -67,8 +135,9 @@ def test_operators_and_numerics_that_fail(monkeypatch: pytest.MonkeyPatch) -> No
         **dict.fromkeys(NAMES, "ok"),
         **dict.fromkeys(["operators, prefill", "operators, decode", "numerics"], "fail"),
     }
+    assert "aten.histc in model.model.norm (Qwen3MoeRMSNorm)" in result.stderr
     for layer in range(2):
-        assert f"aten.histc in model.model.layers.{layer}.mlp.gate (Qwen3MoeTopKRouter)" in result.stderr
+        assert f"aten.histc in model.model.layers.{layer}.input_layernorm (Qwen3MoeRMSNorm)" in result.stderr
 
 
 @torch.no_grad()

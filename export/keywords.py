@@ -1,0 +1,114 @@
+"""The keyword arguments with which transformers calls layers, attention, and caches: one place for our replacements.
+
+A module or function that takes the place of one of transformers must not ignore an argument that it does not know: a
+renamed or new one may change the result. `check` accepts an argument by its name and value.
+The table covers transformers 5.17 to 5.24.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""Names of the cache argument: `cache` from transformers 5.24 on, `past_key_values` before."""
+
+Accepts = Callable[[Any], bool]
+
+
+def _anything(value: Any) -> bool:
+    return True
+
+
+def _no(value: Any) -> bool:
+    return value is None or value is False
+
+
+def _none(value: Any) -> bool:
+    return value is None
+
+
+def _causal(value: Any) -> bool:
+    return value is None or value is True
+
+
+HARMLESS: Mapping[str, Accepts] = {
+    # The rotation comes as position_embeddings, which transformers computed from these.
+    "position_ids": _anything,
+    # A cache that is given is used, whatever this says; so do transformers' own layers.
+    "use_cache": _anything,
+    # The mask holds the window; transformers leaves the mask out only where the text is shorter than the window.
+    "sliding_window": _anything,
+    # Our modules compute causal attention.
+    "is_causal": _causal,
+    # Outputs that our modules do not compute.
+    "output_attentions": _no,
+    "output_hidden_states": _no,
+    "output_router_logits": _no,
+    # Several texts in one row, training, attention with further terms.
+    "cu_seq_lens_q": _none,
+    "cu_seq_lens_k": _none,
+    "max_length_q": _none,
+    "max_length_k": _none,
+    "seq_idx": _none,
+    "num_items_in_batch": _none,
+    "position_bias": _none,
+    "softcap": _none,
+}
+"""Keyword -> whether a value changes nothing of what our modules compute."""
+
+
+def check(owner: str, keywords: Mapping[str, Any]) -> None:
+    """Check the keyword arguments of a call that the signature of the called function does not name.
+
+    Args:
+        owner: what was called, for the message.
+        keywords: the arguments.
+
+    Raises:
+        ValueError: an unknown argument, or a value that would change the result.
+    """
+    for name, value in keywords.items():
+        if name not in HARMLESS:
+            raise ValueError(
+                f"{owner} was called with the unknown argument {name!r}, it accepts {', '.join(HARMLESS)}: "
+                "install a transformers version that `executorch-moe doctor` accepts"
+            )
+        if not HARMLESS[name](value):
+            raise ValueError(
+                f"{owner} was called with {name}={_shown(value)}, which it does not compute: leave the argument out"
+            )
+
+
+def take_cache(owner: str, keywords: Mapping[str, Any]) -> Any:
+    """The cache among such arguments, under either name, or None; the others are checked.
+
+    Raises:
+        ValueError: see `check`; or two caches.
+    """
+    check(owner, {name: value for name, value in keywords.items() if name not in CACHE_NAMES})
+    caches = [keywords[name] for name in CACHE_NAMES if keywords.get(name) is not None]
+    if len(caches) > 1:
+        raise ValueError(f"{owner} was called with both {' and '.join(CACHE_NAMES)}: give one of them")
+    return caches[0] if caches else None
+
+
+def cache_name(model: nn.Module) -> str:
+    """The name that the forward method of a transformers model has for its cache.
+
+    Raises:
+        ValueError: it has neither name.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    for name in CACHE_NAMES:
+        if name in parameters:
+            return name
+    raise ValueError(f"{type(model).__name__}.forward takes no {' or '.join(CACHE_NAMES)}: use a model of transformers")
+
+
+def _shown(value: Any) -> str:
+    """A value in a message; a tensor by its shape."""
+    return f"tensor {list(value.shape)}" if hasattr(value, "shape") else repr(value)

@@ -1,0 +1,56 @@
+"""constraints.txt and the Makefile against the requirements in pyproject.toml."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from executorch_moe.backends import versions
+
+ROOT = Path(__file__).resolve().parents[1]
+LINES = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
+
+
+def environment(python: str) -> dict[str, str]:
+    return {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux"}
+
+
+def pinned(python: str) -> dict[str, str]:
+    """Package -> version for a Python on Linux."""
+    found: dict[str, str] = {}
+    for requirement in map(Requirement, LINES):
+        if requirement.marker is None or requirement.marker.evaluate(environment(python)):
+            name = canonicalize_name(requirement.name)
+            assert name not in found, f"{name} has two versions for Python {python}"
+            (pin,) = requirement.specifier
+            assert pin.operator == "==" and "*" not in pin.version, requirement
+            found[name] = pin.version
+    return found
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_every_requirement_has_one_version_in_its_range(python: str) -> None:
+    found = pinned(python)
+    for pin in versions.pins():
+        wanted = Requirement(pin.wanted)
+        assert wanted.specifier.contains(found[canonicalize_name(wanted.name)]), (wanted, python)
+    for name in ("pytest", "ruff", "mypy", "hypothesis", "matplotlib", "setuptools"):
+        assert name in found
+
+
+def test_both_ends_of_the_range_of_transformers_are_run() -> None:
+    """The newest is pinned, the Makefile names the oldest."""
+    (pin,) = (pin for pin in versions.pins() if pin.name == "transformers")
+    bounds = {str(bound.operator): bound.version for bound in Requirement(pin.wanted).specifier}
+    makefile = (ROOT / "Makefile").read_text()
+    oldest = re.search(r"^OLDEST_TRANSFORMERS \?= (\S+)$", makefile, re.M)
+    assert oldest is not None and oldest[1] == f"{bounds['>=']}.0"
+    major, minor = map(int, bounds["<"].split("."))
+    assert pinned("3.11")["transformers"].startswith(f"{major}.{minor - 1}.")
+    torch = re.search(r"^PINNED_TORCH := torch==(\S+)$", makefile, re.M)
+    assert torch is not None and torch[1] == pinned("3.11")["torch"]
