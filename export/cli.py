@@ -340,7 +340,7 @@ def generate(
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    text = TextStream(generator.tokenizer)
+    text = TextStream(generator.tokenizer, ids)
     show(prompt)
     result = generator.generate(ids, max_new_tokens, sampler, on_token=lambda token: show(text.push(token)))
     show(text.end() + "\n")
