@@ -170,10 +170,10 @@ class StreamedModel:
             parent, _, attribute = layer.name.rpartition(".")
             experts = FusedExperts(replace(one, **empty), layer.layout.activation)
             setattr(self.model.get_submodule(parent), attribute, experts)
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
             if parameter.is_meta:
                 set_weight(self.model, name, torch.empty_like(parameter, device="cpu"))
-        self.model.tie_weights()  # type: ignore[operator]
+        self.plan.share_weights(self.model)
 
     def _zeros(self, layer: ExpertLayer) -> dict[str, Tensor]:
         """Parameters of the first expert of a layer, all zero."""
