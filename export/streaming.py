@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from executorch_moe.backends.fusion import ExpertLayout, FusedLayer, FusionOptions, NotFusable
-from executorch_moe.backends.fusion.modules import find_experts, recognise_module
+from executorch_moe.backends.fusion.modules import find_experts, kind_of, recognise_module
 from executorch_moe.kernels import SCHEMES, FusedExperts, PackedExperts, pack_experts
 from executorch_moe.kernels.schemes import check_group_size
 
@@ -86,9 +86,7 @@ class StreamedModel:
     def _expert_layers(self) -> Iterator[ExpertLayer]:
         layouts: dict[tuple[object, ...], ExpertLayout] = {}
         for name, experts in find_experts(self.model):
-            shapes = {key: tuple(parameter.shape) for key, parameter in experts.named_parameters()}
-            # Layers that look the same are recognised once.
-            kind = (type(experts), repr(experts), *shapes.items())
+            kind = kind_of(experts)  # equal layers are recognised once
             try:
                 if kind not in layouts:
                     layouts[kind] = recognise_module(experts)
