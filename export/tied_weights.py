@@ -33,7 +33,7 @@ def shared(model: nn.Module, stored: Collection[str], equal: Callable[[str, str]
         stored: names of weights that the checkpoint stores.
         equal: says whether two stored weights are the same.
     """
-    found = {}
+    found: dict[str, str] = {}
     for group in groups(model):
         first = next((name for name in group if name in stored), None)
         if first is not None:
