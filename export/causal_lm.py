@@ -15,6 +15,7 @@ from torch.export import Dim, ExportedProgram
 
 from .dense import OneRowLinears
 from .keywords import cache_name, check
+from .pretrained import plain_outputs_
 from .sampling import Sampler, greedy, sample
 
 MIN_CONTEXT = 8
@@ -92,7 +93,7 @@ class CausalLM(nn.Module):
     """Model plus cache; `forward` is what both methods compute."""
 
     def __init__(self, model: nn.Module, max_context: int) -> None:
-        """Wraps `model` (a transformers `*ForCausalLM`), keeping its device and dtype.
+        """Wraps `model` (a transformers `*ForCausalLM`), keeping its device and dtype; see `plain_outputs_`.
 
         Raises:
             ValueError, NotImplementedError: see `check_context`.
@@ -100,6 +101,7 @@ class CausalLM(nn.Module):
         super().__init__()
         config: Any = model.config
         check_context(config, max_context)
+        plain_outputs_(config)
         self.kinds = attention_kinds(config)
         self.model = model
         self.cache_name = cache_name(model)

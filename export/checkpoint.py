@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,23 +19,32 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from .pretrained import require_transformers
+from . import tied_weights
+from .pretrained import plain_outputs_, require_transformers, special_tokens
 from .shards import ShardReader, Shards, listed
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
 # Buffers that older transformers versions wrote and newer ones compute.
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+# Layers that predict further tokens (multi-token prediction), which transformers does not run. They are stored behind
+# the decoder layers, and have weights that no decoder layer has, or under a name of their own.
+_NUMBERED = re.compile(r"^(?P<list>.*\blayers)\.(?P<number>\d+)\.(?P<rest>.*)$")
+_OF_PREDICTION = re.compile(r"^(eh_proj|enorm|hnorm|shared_head)\.")
+_PREDICTION = re.compile(r"(^|\.)mtp(_layers|_block|_heads)?\.")
+COMPARED_ROWS = 4096
+"""Rows of two stored matrices that are compared at a time."""
 
 
 def empty_model(folder: Path, dtype: torch.dtype, attention: str) -> nn.Module:
     """The model of config.json in eval mode, its parameters on the meta device, its buffers as made.
 
     Raises:
-        ValueError: a configuration that transformers refuses.
+        ValueError: a configuration that transformers refuses, or see `special_tokens`.
     """
     transformers = require_transformers()
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        plain_outputs_(config)
         # Weights that are stored in fp8 are read as bf16; the model's layers are plain ones.
         if hasattr(config, "quantization_config"):
             del config.quantization_config
@@ -45,6 +55,7 @@ def empty_model(folder: Path, dtype: torch.dtype, attention: str) -> nn.Module:
     except Exception as error:  # transformers, its dataclasses and torch each raise their own kinds here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{folder / 'config.json'} makes no model ({reason}): download the model again") from error
+    special_tokens(folder, config)
     return model.eval()
 
 
@@ -98,8 +109,8 @@ class CheckpointPlan:
         self.model, self.shards = model, shards
         self.state: dict[str, Tensor] = model.state_dict(keep_vars=True)
         self.sources = self._match()
-        made = self._check_shapes()
-        self._check_missing(made)
+        self.made = self._check_shapes()
+        self._check_missing()
 
     # ------------------------------------------------------------------ matching, before anything is read
 
@@ -129,7 +140,9 @@ class CheckpointPlan:
             converter = by_pattern[pattern] if pattern is not None else None
             source = sources.setdefault(target, Source(target, converter))
             source.names.setdefault(pattern or "", []).append(name)
-        if unexpected := [name for name in unexpected if not self._is_ignored(name, "unexpected")]:
+        further = self._prediction_layers(unexpected)
+        unexpected = [name for name in unexpected if not self._is_ignored(name, "unexpected")]
+        if unexpected := [name for name in unexpected if not (_PREDICTION.search(name) or name.startswith(further))]:
             raise ValueError(
                 f"{self.shards.folder} has {_tensors(unexpected)} that {type(model).__name__} has no use for: "
                 "check that config.json and weights are of the same model"
@@ -141,6 +154,16 @@ class CheckpointPlan:
         attribute = f"_keys_to_ignore_on_load_{kind}"
         patterns = {p for module in self.model.modules() for p in getattr(module, attribute, None) or ()}
         return bool(_IGNORED.search(name)) or any(re.search(pattern, name) for pattern in patterns)
+
+    def _prediction_layers(self, names: list[str]) -> tuple[str, ...]:
+        """Prefixes of stored layers that only predict further tokens; each comes after the model's last layer."""
+        model: Any = self.model
+        found = {
+            f"{match['list']}.{match['number']}."
+            for match in map(_NUMBERED.match, names)
+            if match and _OF_PREDICTION.match(match["rest"]) and int(match["number"]) >= model.config.num_hidden_layers
+        }
+        return tuple(sorted(found))
 
     def _check_shapes(self) -> set[str]:
         """Makes every weight of tensors without data; returns the names of the weights."""
@@ -204,16 +227,12 @@ class CheckpointPlan:
     def _shape(self, name: str) -> tuple[int, ...]:
         return self.shards.tensors[name].shape
 
-    def _check_missing(self, made: set[str]) -> None:
-        model: Any = self.model
-        tied: dict[str, str] = dict(model.all_tied_weights_keys)
-        missing = [
-            name
-            for name in self.state
-            if name not in made and tied.get(name) not in made and not self._is_ignored(name, "missing")
-        ]
+    def _check_missing(self) -> None:
+        made = self.made | tied_weights.supplied(self.model, self.made)
+        missing = [name for name in self.state if name not in made and not self._is_ignored(name, "missing")]
         if missing:
-            raise ValueError(f"{self.shards.folder} lacks {_tensors(missing)}: download the model again")
+            remedy = tied_weights.untied_remedy(self.model, missing, made) or "download the model again"
+            raise ValueError(f"{self.shards.folder} lacks {_tensors(missing)}: {remedy}")
 
     # ------------------------------------------------------------------ reading
 
@@ -258,15 +277,35 @@ class CheckpointPlan:
 
     def load(self, except_below: tuple[str, ...] = ()) -> None:
         """Reads every weight into the model, in the model's types, but those below some modules."""
-        model: Any = self.model
         for target in self.sources:
             if any(below(target, module) for module in except_below):
                 continue
             # A reader of its own: the file's pages are given back before the next weight is read.
             with self.shards.reader() as reader:
                 for name, tensor in self.read(reader, target).items():
-                    set_weight(model, name, tensor.to(self.state[name].dtype, copy=True))
-        model.tie_weights()
+                    set_weight(self.model, name, tensor.to(self.state[name].dtype, copy=True))
+        self.share_weights(self.model)
+
+    def share_weights(self, model: nn.Module) -> None:
+        """Makes one weight of those that are one in this checkpoint, in a model whose weights are set."""
+        tied_weights.share(model, self._shared)
+
+    @functools.cached_property
+    def _shared(self) -> dict[str, str]:
+        return tied_weights.shared(self.model, self.made, self._are_equal)
+
+    def _are_equal(self, first: str, second: str) -> bool:
+        """True for two stored weights that are the same in the model's types."""
+        dtype, shape = self.state[first].dtype, self.state[first].shape
+        if shape != self.state[second].shape:
+            return False
+        for start in range(0, shape[0], COMPARED_ROWS):
+            rows = slice(start, start + COMPARED_ROWS)
+            with self.shards.reader() as reader:
+                one, other = (self.read_experts(reader, name, rows).to(dtype) for name in (first, second))
+                if not torch.equal(one, other):
+                    return False
+        return True
 
 
 def below(name: str, module: str) -> bool:

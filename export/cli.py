@@ -308,7 +308,12 @@ def generate(
     runtime: RuntimeOption = "auto",
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that together reach this.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the random choice, for temperatures above 0.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Seed of the random choice, for temperatures above 0; by default a fresh one, which is shown."
+        ),
+    ] = None,
     cuda_graph: CudaGraphOption = False,
     prefill_chunk: PrefillChunkOption = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show other packages' warnings.")] = False,
@@ -318,10 +323,10 @@ def generate(
     from .generation import TextGenerator, TextStream, check_text
     from .progress import spinner
     from .quiet import hold_native_notes
-    from .sampling import Sampler
+    from .sampling import Sampler, fresh_seed
 
     check_text(prompt)
-    sampler = Sampler(temperature, seed, top_p)
+    sampler = Sampler(temperature, fresh_seed() if seed is None else seed, top_p)
     with hold_native_notes() as terminal:
         with spinner(terminal, "loading"):
             generator = TextGenerator.load(
@@ -332,12 +337,14 @@ def generate(
         with spinner(terminal, "warming up"):
             generator.warm_up(len(ids))
     console.print(f"runtime: {generator.program.runtime}", highlight=False)
+    if temperature > 0 and seed is None:
+        console.print(f"seed: {sampler.seed} (--seed {sampler.seed} gives this text again)", highlight=False)
 
     def show(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    text = TextStream(generator.tokenizer)
+    text = TextStream(generator.tokenizer, ids)
     show(prompt)
     result = generator.generate(ids, max_new_tokens, sampler, on_token=lambda token: show(text.push(token)))
     show(text.end() + "\n")

@@ -23,7 +23,7 @@ class StreamlinedLayer(nn.Module):
     """Takes the place of a Qwen3-MoE decoder layer whose attention and router were replaced; the names stay.
 
     For one token the layers hand on two tensors: the experts' output is added by the next layer's first kernel. Only
-    the `last` adds it itself.
+    the `last` of several in a row adds it itself.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -95,18 +95,23 @@ def _weights(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
 
 
 def streamline_layers_(module: nn.Module) -> nn.Module:
-    """Replaces every layer whose attention and router were replaced, in place; marks the last one of a whole model."""
+    """Replaces every layer whose attention and router were replaced, in place; marks those that add up themselves."""
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             for index, layer in enumerate(child):
                 if _fits(layer):
                     child[index] = StreamlinedLayer(layer)
+            for layer, following in zip(child, [*child[1:], None], strict=True):
+                if isinstance(layer, StreamlinedLayer):
+                    layer.last = not _takes_two(following)
         else:
             streamline_layers_(child)
-    layers = getattr(module, "layers", None)
-    if isinstance(layers, nn.ModuleList) and isinstance(layers[-1], StreamlinedLayer):
-        layers[-1].last = True
     return module
+
+
+def _takes_two(layer: nn.Module | None) -> bool:
+    """True for a layer that takes hidden states and update apart if the layer before it does one token."""
+    return isinstance(layer, StreamlinedLayer) and not layer.self_attn.sliding_window
 
 
 def _fits(layer: nn.Module) -> bool:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from .pretrained import require_transformers
 
 NAME = "executorch_moe"
+_TRANSFORMERS_MOE = "transformers.integrations.moe"
+"""Where the gating of experts is that have none of their own."""
 
 
 @torch.library.custom_op("executorch_moe::experts", mutates_args=())
@@ -78,10 +80,16 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     """Forward of an experts module of transformers.
 
     Raises:
-        NotImplementedError: experts without gate, with a norm of their own, or with another activation.
+        NotImplementedError: experts without gate, with a norm or a gating of their own, or with another activation.
     """
     kind = type(module).__name__
     clamped = hasattr(module, "alpha") and hasattr(module, "limit")
+    gate: Any = getattr(type(module), "_apply_gate", None)
+    if not clamped and gate is not None and gate.__module__ != _TRANSFORMERS_MOE:
+        raise NotImplementedError(
+            f"{kind} gates in a way of its own ({gate.__qualname__}), but experts_implementation={NAME!r} computes "
+            "silu(gate) * up: use experts_implementation='grouped_mm'"
+        )
     activation = type(getattr(module, "act_fn", None)).__name__
     # transformers has its own SiLUActivation beside torch's SiLU.
     if not clamped and activation not in ("SiLU", "SiLUActivation"):

@@ -17,6 +17,7 @@ from torch import Tensor
 from .build import made_again
 from .metadata import MADE_FROM, TOKENIZER_DIGEST, tokenizer_digest, tokenizer_path
 from .sampling import Sampler
+from .text_stream import TextStream as TextStream
 
 if TYPE_CHECKING:
     from executorch_moe.backends.cuda.placeholders import MakeWeights
@@ -317,33 +318,3 @@ def read_tokenizer(path: Path) -> Any:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the bindings raise plain Exception
         raise ValueError(f"{path} is not a tokenizer ({error}): export the model again") from None
-
-
-class TextStream:
-    """Turns tokens into text as they come; holds back bytes of a character that is not whole yet."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        # Tokens before `start` are settled; those up to `shown` are on the screen and give the next ones their context.
-        self.start = 0
-        self.shown = 0
-
-    def push(self, token: int) -> str:
-        """The new text that `token` completes, often a part of a word, sometimes nothing yet."""
-        self.ids.append(token)
-        before, after = self._decode(self.ids[self.start : self.shown]), self._decode(self.ids[self.start :])
-        # A character has at most four bytes: after that, the bytes are simply not UTF-8.
-        if after.endswith("\ufffd") and len(self.ids) - self.shown < 4:
-            return ""
-        self.start, self.shown = self.shown, len(self.ids)
-        return after[len(before) :]
-
-    def end(self) -> str:
-        """What was held back."""
-        before, after = self._decode(self.ids[self.start : self.shown]), self._decode(self.ids[self.start :])
-        return after[len(before) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return text

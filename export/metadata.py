@@ -10,7 +10,7 @@ from typing import Any
 
 from .files import check_writable
 from .options import ExportOptions
-from .pretrained import resolve
+from .pretrained import resolve, special_tokens
 from .synthetic import is_synthetic
 from .work_folder import work_folder_path
 
@@ -77,14 +77,17 @@ def constant_methods(options: ExportOptions, config: Any, max_context: int, toke
         config: the model's configuration in transformers.
         max_context: positions in the cache.
         tokenizer: text of the tokenizer.json.
+
+    Raises:
+        ValueError: see `special_tokens`.
     """
-    eos = config.eos_token_id
+    ends, begins = special_tokens(None if is_synthetic(options.model) else resolve(options.model), config)
     constants = {
         "get_max_context_len": max_context,
         "get_max_seq_len": max_context,
         "get_vocab_size": config.vocab_size,
-        "get_bos_id": -1 if config.bos_token_id is None else config.bos_token_id,
-        "get_eos_ids": list(eos) if isinstance(eos, (list, tuple)) else [-1 if eos is None else eos],
+        "get_bos_id": -1 if begins is None else begins,
+        "get_eos_ids": ends or [-1],
         "get_n_layers": config.num_hidden_layers,
         "use_kv_cache": True,
         "enable_dynamic_shape": True,

@@ -254,7 +254,7 @@ def probe_models(options: ExportOptions, folder: Path) -> tuple[nn.Module, nn.Mo
     for name, tensor in streamed.model.state_dict(keep_vars=True).items():
         if name in names and not tensor.is_meta:
             set_weight(reference, name, tensor)
-    reference.tie_weights()  # type: ignore[operator]
+    streamed.plan.share_weights(reference)
     for layer in streamed.layers:
         experts: Any = streamed.model.get_submodule(layer.name)
         if hasattr(experts, "packed"):

@@ -12,7 +12,7 @@ from torch import nn
 
 from executorch_moe.backends.versions import check_versions
 
-from .shards import fp8_block, read_config
+from .shards import fp8_block, listed, read_config
 
 # model_type of config.json. Any model's experts are fused by our partitioners; these fit `CausalLM` as well.
 SUPPORTED_MODEL_TYPES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "glm4_moe", "gpt_oss", "deepseek_v3")
@@ -89,6 +89,73 @@ def check_supported(folder: Path) -> dict[str, Any]:
     return config
 
 
+def plain_outputs_(config: Any) -> None:
+    """Changes a configuration of transformers so that the model returns logits in an output object, and nothing else.
+
+    Fine-tuned checkpoints keep what their training asked for, for example `output_router_logits`: with it a model also
+    computes a loss, of the routers of all layers, which cannot be traced with a cache.
+    """
+    for name in ("output_router_logits", "output_attentions", "output_hidden_states"):
+        if getattr(config, name, None):
+            setattr(config, name, False)
+    if getattr(config, "return_dict", True) is not True:
+        config.return_dict = True
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """generation_config.json of a model folder, empty if there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise TypeError(f"a {type(config).__name__}")
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no generation configuration ({type(error).__name__}: {error}): download it again, or remove it"
+        ) from None
+    return config
+
+
+def special_tokens(folder: Path | None, config: Any) -> tuple[list[int], int | None]:
+    """The tokens that end a text, and the one that begins it, None if there is none.
+
+    As in transformers, generation_config.json decides where it says something, else config.json: chat models often end
+    a turn with a token that config.json does not name.
+
+    Args:
+        folder: of the model; None for one without files.
+        config: the model's configuration in transformers.
+
+    Raises:
+        ValueError: something that is no token, or a damaged generation_config.json.
+    """
+    generation = {} if folder is None else read_generation_config(folder)
+
+    def tokens(name: str) -> list[int]:
+        where, value = "generation_config.json", generation.get(name)
+        if value is None:
+            where, value = "config.json", getattr(config, name, None)
+        found = [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+        # Configurations without a token may say -1.
+        found = [token for token in dict.fromkeys(found) if token != -1]
+        for token in found:
+            if type(token) is not int or token < 0:
+                raise ValueError(
+                    f"{name}={value!r} of {where} must be a token's number or a list of them: correct it, or download "
+                    "the model again"
+                )
+        return found
+
+    begins = tokens("bos_token_id")
+    return tokens("eos_token_id"), begins[0] if begins else None
+
+
 def _all_keys(config: dict[str, Any]) -> set[str]:
     """Keys of a configuration and of the configurations in it."""
     inner = [_all_keys(value) for value in config.values() if isinstance(value, dict)]
@@ -117,12 +184,18 @@ def load_model(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> nn.
     transformers = require_transformers()
     check_loadable(folder)
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, attn_implementation=attention
-        )
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        plain_outputs_(config)
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, local_files_only=True, attn_implementation=attention,
+            output_loading_info=True,
+        )  # fmt: skip
     except Exception as error:  # safetensors, transformers and torch each raise their own kinds here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"the weights in {folder} cannot be loaded ({reason}): download the model again") from error
+    special_tokens(folder, config)
+    if missing := sorted(found["missing_keys"]):  # which transformers fills with random numbers
+        raise ValueError(f"{folder} lacks {listed(missing)}: download the model again")
     return model.eval()
 
 

@@ -9,12 +9,16 @@ Letters: V vocabulary.
 from __future__ import annotations
 
 import math
+import secrets
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 _WORD = 0xFFFFFFFF
+# Where the two keys of a draw start: the first 64 bits of the golden ratio's fraction.
+_STARTS = (0x9E3779B9, 0x7F4A7C15)
+_BELOW_ONE = 1.0 - 2.0**-24
 _WAYS = 16
 _ROUNDS = 4
 _WIDTHS = (512, 256, 128, 64)
@@ -44,12 +48,22 @@ def gumbel_noise(seed: Tensor, position: Tensor, vocabulary: int) -> Tensor:
     Returns:
         fp32 [V].
     """
-    key = hash32(seed & _WORD) ^ ((seed >> 32) & _WORD)
-    key = hash32(hash32(key) ^ (position & _WORD))
-    words = hash32(hash32(torch.arange(vocabulary, device=seed.device)) ^ key)
-    # -log1p(-u) keeps the precision of small u, which is where the winners come from: the largest noise.
-    uniform = (words.to(torch.float32) + 0.5) * 2.0**-32
+    words = _token_words(seed, position, torch.arange(vocabulary, device=seed.device))
+    # -log1p(-u) keeps the precision of small u, which decides the draw: those tokens have the largest noise. fp32 would
+    # round the largest words to u = 1, whose noise is -inf: a nucleus of one token could then lose it.
+    uniform = ((words.to(torch.float32) + 0.5) * 2.0**-32).clamp(max=_BELOW_ONE)
     return -torch.log(-torch.log1p(-uniform))
+
+
+def _token_words(seed: Tensor, position: Tensor, tokens: Tensor) -> Tensor:
+    """A 32-bit word for each token, int64 [V]; seed and position are int64 [1].
+
+    Two keys, each a hash of seed and position from its own start: with one key, tokens and positions that hash to the
+    same word would meet (the hash of 0 is 0), and many pairs of seeds would have the same noise at shifted positions.
+    """
+    low, high, at = seed & _WORD, (seed >> 32) & _WORD, position & _WORD
+    first, second = (hash32(hash32(hash32(low ^ start) ^ high) ^ at) for start in _STARTS)
+    return hash32(hash32(tokens ^ first) ^ second)
 
 
 def nucleus(below: Tensor, weights: Tensor, top_p: Tensor) -> Tensor:
@@ -113,6 +127,11 @@ def sample(logits: Tensor, position: Tensor, temperature: Tensor, top_p: Tensor,
     return greedy(torch.where(take_best, row, noisy)[None])
 
 
+def fresh_seed() -> int:
+    """A seed from the system's random numbers, short enough to be typed again."""
+    return secrets.randbelow(1 << 32)
+
+
 @dataclass(frozen=True)
 class Sampler:
     """How tokens are picked; checked when made.
@@ -132,8 +151,8 @@ class Sampler:
             raise ValueError(f"temperature={self.temperature} must be 0 (always the likeliest token) or above: try 0.8")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1 (all tokens): try 0.95")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed={self.seed} must be between 0 and 2**63 - 1: choose another")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} must be a whole number between 0 and 2**63 - 1: choose another")
 
     def inputs(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """temperature, top_p, seed as `sample` and exported methods take them."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from executorch_moe.backends.fusion import ExpertLayout, FusedLayer, FusionOptions, NotFusable
-from executorch_moe.backends.fusion.modules import find_experts, recognise_module
+from executorch_moe.backends.fusion.modules import find_experts, kind_of, recognise_module
 from executorch_moe.kernels import SCHEMES, FusedExperts, PackedExperts, pack_experts
 from executorch_moe.kernels.schemes import check_group_size
 
@@ -87,9 +87,7 @@ class StreamedModel:
     def _expert_layers(self) -> Iterator[ExpertLayer]:
         layouts: dict[tuple[object, ...], ExpertLayout] = {}
         for name, experts in find_experts(self.model):
-            shapes = {key: tuple(parameter.shape) for key, parameter in experts.named_parameters()}
-            # Layers that look the same are recognised once.
-            kind = (type(experts), repr(experts), *shapes.items())
+            kind = kind_of(experts)  # equal layers are recognised once
             try:
                 if kind not in layouts:
                     layouts[kind] = recognise_module(experts)
@@ -175,7 +173,7 @@ class StreamedModel:
             parent, _, attribute = layer.name.rpartition(".")
             experts = FusedExperts(replace(one, **empty), layer.layout.activation)
             setattr(self.model.get_submodule(parent), attribute, experts)
-        self.model.tie_weights()  # type: ignore[operator]
+        self.plan.share_weights(self.model)
         if prepare is not None:
             prepare(self.model)
         _fill_with_zeros(self.model)

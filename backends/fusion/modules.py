@@ -13,22 +13,25 @@ from torch import Tensor, nn
 
 from executorch_moe.kernels import FusedExperts, PackedExperts, pack_experts, stack_experts
 
-from .recognise import ExpertLayout, Probe, no_layout, one_line, possible_layouts
-from .regions import NotFusable, owns_stacks
+from .probe import Probe, match
+from .recognise import ExpertLayout, no_layout, one_line, possible_layouts
+from .regions import NotFusable, named_experts, owns_stacks
 
-_TOKENS, _TOP_K = 3, 2
+# Rows of both magnitudes.
+_TOKENS, _TOP_K = 6, 2
 
 
 def find_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yields (qualified name, module) of each experts module below `model` that is not fused yet, outermost ones only.
 
-    A module counts as experts if its class name ends in "Experts" or if it owns two 3-D parameters of one first size.
+    A module counts as experts if its class name ends in "Experts" or if it owns stacked matrices (`owns_stacks`).
     """
     found: list[str] = []
     for name, module in model.named_modules():
         if not name or isinstance(module, FusedExperts) or any(name.startswith(f"{outer}.") for outer in found):
             continue
-        if type(module).__name__.endswith("Experts") or owns_stacks(module.parameters(recurse=False)):
+        family = type(module).__name__
+        if named_experts(family) or owns_stacks(module.parameters(recurse=False), family):
             found.append(name)
             yield name, module
 
@@ -52,10 +55,41 @@ def recognise_module(module: nn.Module) -> ExpertLayout:
         experts = min(_TOP_K, shapes[layouts[0].down][0])
         probe = Probe.make(shapes, _TOKENS, h, experts, experts)
         try:
-            return probe.match(layouts, _run(module, probe))
+            return match([(probe, _run(module, probe))], layouts)
         except NotFusable as error:
             reason = error
     raise reason
+
+
+def kind_of(module: nn.Module) -> tuple[object, ...]:
+    """Equal for experts modules that compute the same on equal parameters, so that equal layers are recognised once.
+
+    That is class and shapes, and whatever else a module below has as an attribute: layers of one class may differ in a
+    limit. Attributes that cannot be compared by value are the same only if they are one object.
+    """
+    parts: list[object] = []
+    for name, part in module.named_modules():
+        attributes = {key: value for key, value in vars(part).items() if key not in _OF_EVERY_MODULE}
+        parts += [name, type(part), repr(part), *sorted((key, _value(value)) for key, value in attributes.items())]
+        parts += [(key, tuple(parameter.shape)) for key, parameter in part.named_parameters(recurse=False)]
+        parts += [(key, _value(buffer)) for key, buffer in part.named_buffers(recurse=False)]
+    return tuple(parts)
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def _value(value: Any) -> str:
+    """Text that is equal for equal values."""
+    if isinstance(value, Tensor) and not value.is_meta:
+        return f"{value.dtype} {value.tolist()}"
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return f"{type(value).__name__} {[_value(part) for part in value]}"
+    if isinstance(value, dict):
+        return f"{[(_value(key), _value(part)) for key, part in value.items()]}"
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
+        return repr(value)
+    return f"{type(value).__name__} at {id(value)}"
 
 
 def _run(module: nn.Module, probe: Probe) -> Tensor:

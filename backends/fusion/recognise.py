@@ -1,16 +1,15 @@
 """Says what an expert region computes: which input plays which role, how its weights are stored, which activation.
 
 Shapes give the roles and the possible layouts. Which of them it is, is then measured: the region runs in fp32 on random
-weights and must equal the fp32 oracle for one layout and activation. So nothing depends on how a model spells its
-forward, and an activation that is not ours can never be fused by mistake.
+weights and must equal the fp32 oracle for one layout and activation, for inputs of usual and of very large magnitude.
+So nothing depends on how a model spells its forward, and an activation or a limit that is not ours is not fused.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import mmap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +19,10 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate, map_arg
 
 from executorch_moe.kernels import ACTIVATIONS
-from executorch_moe.kernels.reference import reference_experts
 
+from .probe import Probe, match
 from .regions import NotFusable, Region, tensor_of
 
-# fp32 sums in two orders; the nearest wrong answer (another activation, another alpha) is 100 times further away.
-PROBE_TOLERANCE = 1e-4
 MAX_PROBE_BYTES = 8 << 30
 _PROBE_EXPERTS = 8
 _HALF = (torch.bfloat16, torch.float16)
@@ -195,63 +192,6 @@ def _of_three(shapes: Mapping[str, tuple[int, ...]], matrices: list[str], h: int
             yield ExpertLayout((gate, up), down, transposed, "gate, up", None, None, activation)
 
 
-@dataclass(frozen=True)
-class Probe:
-    """Random weights and inputs for an expert layer, all fp32.
-
-    Attributes:
-        parameters: by name, in full size; experts that no token chooses are zeros that take no memory.
-        few: the experts that may be chosen, by name.
-        hidden, weights: [T, H] and [T, top_k].
-        ids, slots: int64 [T, top_k], into `parameters` and into `few`.
-    """
-
-    parameters: dict[str, Tensor]
-    few: dict[str, Tensor]
-    hidden: Tensor
-    ids: Tensor
-    slots: Tensor
-    weights: Tensor
-
-    @staticmethod
-    def make(shapes: Mapping[str, tuple[int, ...]], tokens: int, hidden_size: int, top_k: int, experts: int) -> Probe:
-        """A probe whose tokens choose among `experts` experts, of those in `shapes`."""
-        generator = torch.Generator().manual_seed(0)
-        e = next(iter(shapes.values()))[0]
-        chosen = torch.randperm(e, generator=generator)[:experts].sort().values
-        parameters, few = {}, {}
-        for name, shape in shapes.items():
-            # Gates around +-4 tell activations and their limits apart.
-            spread = 4.0 / hidden_size**0.5 if len(shape) == 3 else 1.0
-            few[name] = torch.randn(len(chosen), *shape[1:], generator=generator) * spread
-            parameters[name] = _untouched_zeros(shape)
-            parameters[name][chosen] = few[name]
-        hidden = torch.randn(tokens, hidden_size, generator=generator)
-        slots = torch.rand(tokens, len(chosen), generator=generator).argsort(-1)[:, :top_k]
-        weights = torch.rand(tokens, top_k, generator=generator) + 0.1
-        return Probe(parameters, few, hidden, chosen[slots], slots, weights)
-
-    def match(self, layouts: list[ExpertLayout], actual: Tensor) -> ExpertLayout:
-        """The layout with which the fp32 oracle gives `actual`.
-
-        Raises:
-            NotFusable: none.
-        """
-        nearest = float("inf")
-        for layout in layouts:
-            expected = reference_experts(
-                self.hidden, self.slots, self.weights, *layout.canonical(self.few), activation=layout.activation
-            )
-            distance = float((actual.float() - expected).norm() / expected.norm())
-            if distance <= PROBE_TOLERANCE:
-                return layout
-            nearest = min(nearest, distance)
-        raise NotFusable(
-            f"computes something else than gated experts with activation {' or '.join(ACTIVATIONS)} "
-            f"(nearest relative difference {nearest:.2g})"
-        )
-
-
 def recognise(region: Region, roles: Roles) -> ExpertLayout:
     """The layout and activation with which the fp32 oracle gives the region's own output.
 
@@ -277,7 +217,20 @@ def recognise(region: Region, roles: Roles) -> ExpertLayout:
     if top_k > e:
         raise NotFusable(f"chooses top_k={top_k} of E={e} experts: check the router")
 
-    probe = Probe.make(shapes, t, h, top_k, experts=max(top_k, _PROBE_EXPERTS))
+    # One token is of one magnitude.
+    results = []
+    for first_large in (False,) if t > 1 else (False, True):
+        probe = Probe.make(shapes, t, h, top_k, max(top_k, _PROBE_EXPERTS), first_large)
+        results.append((probe, _probed(region, roles, probe)))
+    return match(results, layouts)
+
+
+def _probed(region: Region, roles: Roles, probe: Probe) -> Tensor:
+    """The region's output for a probe.
+
+    Raises:
+        NotFusable: it cannot be run, or writes to its inputs.
+    """
     ids_tensor = tensor_of(roles.ids)
     assert ids_tensor is not None
     ids = probe.ids.to(ids_tensor.dtype)
@@ -293,17 +246,12 @@ def recognise(region: Region, roles: Roles) -> ExpertLayout:
     given = ((roles.hidden, probe.hidden), (roles.ids, ids), (roles.weights, probe.weights))
     if changed := [node.name for node, value in given if not torch.equal(env[node], value)]:
         raise NotFusable(f"writes to its input {changed[0]}: clone it before the module")
-    return probe.match(layouts, actual)
+    return actual
 
 
 def one_line(error: Exception) -> str:
     """Kind and first line of an error."""
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-
-
-def _untouched_zeros(shape: Sequence[int]) -> Tensor:
-    """fp32 zeros that take memory only where written; torch.zeros writes them all."""
-    return torch.frombuffer(mmap.mmap(-1, 4 * math.prod(shape)), dtype=torch.float32).reshape(*shape)
 
 
 def _elements(node: Node) -> int:

@@ -5,7 +5,8 @@ No operator pattern is matched: `nn_module_stack` says which module a node came 
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+import itertools
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -15,6 +16,9 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
 from executorch_moe.kernels import fused_experts as _fused_experts  # noqa: F401  registers torch.ops.executorch_moe
+
+_CHOOSING = ("aten.topk.", "aten.sort.", "aten.argsort.", "aten.argmax.", "aten.max.dim", "aten.multinomial.")
+"""Operators, one of which a module needs to choose experts itself."""
 
 
 class NotFusable(Exception):
@@ -75,10 +79,30 @@ def parameter_targets(program: ExportedProgram) -> dict[str, str]:
     }
 
 
-def owns_stacks(tensors: Iterable[torch.Tensor]) -> bool:
-    """True for a module's own tensors if two or more are 3-D floats of one first size: experts, whatever its class."""
-    sizes = Counter(int(t.shape[0]) for t in tensors if t.dim() == 3 and t.is_floating_point())
-    return max(sizes.values(), default=0) >= 2
+def named_experts(family: str) -> bool:
+    """True for the class name of routed experts; shared experts compute every token."""
+    return family.endswith("Experts") and not _named_shared(family)
+
+
+def _named_shared(family: str) -> bool:
+    return "SharedExpert" in family
+
+
+def owns_stacks(tensors: Iterable[torch.Tensor], family: str = "") -> bool:
+    """True for a module's own tensors if two of them may be stacked experts, whatever its class is.
+
+    That is two 3-D floats [E, a, b] and [E, c, d] that have a width in common; tables with a dimension of 1, as decay
+    rates of linear attention are, are no matrices.
+
+    Args:
+        family: the module's class.
+    """
+    stacks = [tuple(map(int, t.shape)) for t in tensors if t.dim() == 3 and t.is_floating_point()]
+    stacks = [shape for shape in stacks if min(shape) > 1]
+    pairs = itertools.combinations(stacks, 2)
+    return not _named_shared(family) and any(
+        one[0] == other[0] and not {*one[1:]}.isdisjoint(other[1:]) for one, other in pairs
+    )
 
 
 def _owners_of_stacks(program: ExportedProgram) -> set[str]:
@@ -97,7 +121,7 @@ def _call_of(node: Node, owners: set[str]) -> tuple[str, str, str] | None:
     for key, (path, kind) in (node.meta.get("nn_module_stack") or {}).items():
         name = path.removeprefix("L['self'].").partition("@")[0]
         family = str(kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
-        if family.endswith("Experts") or name in owners:
+        if named_experts(family) or (name in owners and not _named_shared(family)):
             return str(key), name, family
     return None
 
@@ -105,7 +129,8 @@ def _call_of(node: Node, owners: set[str]) -> tuple[str, str, str] | None:
 def find_regions(program: ExportedProgram) -> list[Region]:
     """Every expert region that is not fused already, in graph order.
 
-    A module counts as experts if its class name ends in "Experts" or if it owns two 3-D parameters of one first size.
+    A module counts as experts if its class name ends in "Experts" or if it owns stacked matrices (`owns_stacks`), and
+    if tokens choose among them: it reads ids, or makes them. Others compute every token and are left alone.
     """
     owners = _owners_of_stacks(program)
     targets = parameter_targets(program)
@@ -121,7 +146,15 @@ def find_regions(program: ExportedProgram) -> list[Region]:
     kept = [region for region in regions.values() if not any(node.target is fused for node in region.nodes)]
     for region in kept:
         _fill(region, targets)
-    return [region for region in kept if region.outputs or region.parameters]
+    return [region for region in kept if (region.outputs or region.parameters) and _is_routed(region)]
+
+
+def _is_routed(region: Region) -> bool:
+    """True for a region with integer inputs, or that finds largest values itself."""
+    inputs = (tensor_of(node) for node in region.inputs)
+    if any(tensor is not None and not tensor.is_floating_point() for tensor in inputs):
+        return True
+    return any(str(node.target).startswith(_CHOOSING) for node in region.nodes)
 
 
 def _fill(region: Region, targets: dict[str, str]) -> None:

@@ -626,6 +626,12 @@ def test_generate_prints_text_to_stdout_and_the_rest_to_stderr(exported: Callabl
     assert re.search(r"prefill [\d,.]+ tok/s \(10 tokens in .*decode [\d,.]+ tok/s \(11", result.stderr, re.DOTALL)
     sampled = [runner.invoke(app, [*command, "--temperature", "0.8", "--seed", seed]).stdout for seed in "112"]
     assert sampled[0] == sampled[1] != sampled[2]
+    assert "seed" not in result.stderr  # nothing is drawn at temperature 0
+    fresh = [runner.invoke(app, [*command, "--temperature", "0.8"]) for _ in range(2)]
+    seeds = [re.search(r"--seed (\d+) gives", run.stderr) for run in fresh]
+    assert seeds[0] and seeds[1] and seeds[0][1] != seeds[1][1]
+    again = runner.invoke(app, [*command, "--temperature", "0.8", "--seed", seeds[0][1]])
+    assert again.stdout == fresh[0].stdout
 
 
 @pytest.mark.slow

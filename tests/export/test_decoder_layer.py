@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,6 +13,9 @@ from executorch_moe.export.build import streamline_
 from executorch_moe.export.causal_lm import CausalLM, export_methods
 from executorch_moe.export.decoder_layer import StreamlinedLayer
 from executorch_moe.export.dense import quantize_dense_
+from executorch_moe.export.quantize import quantize_experts_
+
+from .families import by_name
 
 TEXT = [5, 17, 200, 33, 33, 8, 91]
 CONTEXT = 16
@@ -82,3 +88,59 @@ def test_a_sliding_window_is_done_as_before() -> None:
 def test_only_the_last_layer_adds_up() -> None:
     layers = model("none").model.model.layers
     assert [layer.last for layer in layers] == [False, False, True]
+
+
+SPARSE = {
+    "dense behind sparse": {"num_hidden_layers": 3, "mlp_only_layers": [1]},
+    "last dense": {"num_hidden_layers": 2, "mlp_only_layers": [1]},
+    "first dense": {"num_hidden_layers": 2, "mlp_only_layers": [0]},
+    "every second": {"num_hidden_layers": 4, "decoder_sparse_step": 2},
+    "all dense but one": {"num_hidden_layers": 4, "mlp_only_layers": [0, 2, 3]},
+}
+
+
+def qwen3(**options: Any) -> Any:
+    """A Qwen3-MoE model whose router ours takes the place of, with attention as for CUDA."""
+    family = by_name("qwen3_moe")
+    made = replace(family, options={**family.options, "norm_topk_prob": True, **options})
+    return made.model(dtype=torch.bfloat16, attention=attention.register())
+
+
+def prepared(model: torch.nn.Module) -> CausalLM:
+    """As an export for CUDA prepares it."""
+    return CausalLM(streamline_(quantize_experts_(model, "bf16")), CONTEXT)
+
+
+def check_one_by_one(lm: CausalLM) -> None:
+    text = [token % 96 for token in TEXT]
+    at_once = run(lm, text, 0)
+    lm.reset()
+    for position, token in enumerate(text):
+        one_by_one = run(lm, [token], position)
+    assert (one_by_one - at_once).norm() / at_once.norm() < 0.05
+
+
+@pytest.mark.parametrize("options", SPARSE.values(), ids=SPARSE.keys())
+def test_layers_without_experts_among_those_with(options: dict[str, Any]) -> None:
+    """A layer without experts takes one tensor, so the layer before it adds up."""
+    lm = prepared(qwen3(**options))
+    layers = list(lm.model.model.layers)
+    kinds = [isinstance(layer, StreamlinedLayer) for layer in layers]
+    assert True in kinds and False in kinds
+    assert [layer.last for layer in layers if isinstance(layer, StreamlinedLayer)] == [
+        not following for own, following in zip(kinds, [*kinds[1:], False], strict=True) if own
+    ]
+    check_one_by_one(lm)
+    decode = operators(lm, "decode")
+    assert decode.count("executorch_moe.attention_of_one.default") == sum(kinds)
+
+
+def test_a_window_in_some_layers() -> None:
+    """Such layers do one token as they do many, and take one tensor."""
+    model = qwen3(num_hidden_layers=4)
+    for index in (1, 2):
+        model.model.layers[index].self_attn.sliding_window = 64
+    lm = prepared(model)
+    assert [layer.last for layer in lm.model.model.layers] == [True, True, False, True]
+    check_one_by_one(lm)
+    assert operators(lm, "decode").count("executorch_moe.attention_of_one.default") == 2

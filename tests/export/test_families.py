@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,6 +95,21 @@ def test_our_own_experts_implementation(family: Family) -> None:
     assert len(fuser.report.layers) == family.moe_layers
     with torch.no_grad():
         assert relative_error(fused.module()(tokens(9)), expected) < BOUND
+
+
+def test_our_own_implementation_refuses_a_gating_that_it_does_not_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts with a limit have silu as their activation, and a gating of their own."""
+    experts_interface.register()
+    model: Any = by_name("qwen3_moe").model("executorch_moe")
+    kind = type(model.model.layers[0].mlp.experts)
+
+    def limited(self: Any, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return self.act_fn(gate.clamp(max=16.0)) * up.clamp(-16.0, 16.0)
+
+    monkeypatch.setattr(kind, "_apply_gate", limited)
+    with pytest.raises(NotImplementedError, match=r"Qwen3MoeExperts gates in a way of its own .*use experts_impl"):
+        Logits(model)(tokens(4))
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)

@@ -57,6 +57,74 @@ class NearlyOurs(Zorg):
         return gate * torch.sigmoid(1.01 * gate) * up
 
 
+class Limited(Zorg):
+    """Gated experts with a limit, in one of the places where models have one."""
+
+    def __init__(self, limit: float, place: str) -> None:
+        super().__init__()
+        self.limit, self.place = limit, place
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        if self.place == "gate":
+            return nn.functional.silu(gate.clamp(max=self.limit)) * up
+        if self.place == "activation":
+            return nn.functional.silu(gate).clamp(max=self.limit) * up
+        if self.place == "up":
+            return nn.functional.silu(gate) * up.clamp(-self.limit, self.limit)
+        return self.limit * torch.tanh(nn.functional.silu(gate) * up / self.limit)
+
+
+class Decay(nn.Module):
+    """No experts: a mixer with two tables of one first size, as linear attention has, without parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("query_decay", "key_decay"):
+            self.register_buffer(name, torch.rand(4, H // 4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x.unflatten(-1, (4, H // 4)).unsqueeze(-1)
+        return (heads * self.query_decay * self.key_decay).flatten(1)
+
+
+class Grouped(nn.Module):
+    """No experts: matrices of several heads, stacked; every token goes through all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Parameter(torch.randn(4, H, 8)), nn.Parameter(torch.randn(4, 8, H))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.down @ self.up).sum(0)
+
+
+class SharedExperts(Zorg):
+    """Experts that every token goes through, with a weight for each."""
+
+    def forward(self, x: Tensor, gammas: Tensor) -> Tensor:  # type: ignore[override]
+        every = x.expand(E, *x.shape)
+        gated = self.gated(every @ self.third.mT, every @ self.first.mT)
+        return (gated @ self.second.mT * gammas.T[..., None]).sum(0)
+
+
+class AllExperts(SharedExperts):
+    """The same by another name."""
+
+
+class WithOthers(nn.Module):
+    """A block with experts, and modules beside it that look like experts to shapes or by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decay, self.grouped, self.block = Decay(), Grouped(), Block(Zorg())
+        self.shared, self.all = SharedExperts(), AllExperts()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(self.decay(x) + self.grouped(x) / 100)
+        gammas = x[:, :E].softmax(-1)
+        return x + self.shared(x, gammas) + self.all(x, gammas)
+
+
 class WritesItsInput(Zorg):
     def forward(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         y = super().forward(x, weights, ids)
@@ -122,6 +190,40 @@ def test_a_class_that_nobody_knows(transposed: bool) -> None:
     for tokens in (2, 17):
         x = torch.randn(tokens, H)
         torch.testing.assert_close(fused.module()(x), program.module()(x), rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("place", ["gate", "activation", "up", "product"])
+@pytest.mark.parametrize("limit", [16.0, 30.0, 500.0])
+def test_a_limit_at_any_height_is_found(limit: float, place: str) -> None:
+    program = program_of(Limited(limit, place))
+    with pytest.raises(NotImplementedError, match="not fused: computes "):
+        ExpertFuser(FusionOptions("bf16")).fuse(program)
+
+
+def test_a_limit_is_found_in_a_program_for_one_token() -> None:
+    program = export(Block(Limited(30.0, "gate")).eval(), (torch.randn(1, H),))
+    with pytest.raises(NotImplementedError, match=r"it limits \(clamps\)"):
+        ExpertFuser(FusionOptions("bf16")).fuse(program)
+    fuser = ExpertFuser(FusionOptions("bf16"))
+    fuser.fuse(export(Block(Zorg()).eval(), (torch.randn(1, H),)))
+    assert len(fuser.report.layers) == 1
+
+
+def test_a_limit_beyond_every_number_of_a_model_is_none() -> None:
+    fuser = ExpertFuser(FusionOptions("bf16"))
+    fuser.fuse(program_of(Limited(float("inf"), "gate")))
+    assert [layer.activation for layer in fuser.report.layers] == ["silu"]
+
+
+def test_modules_that_every_token_goes_through_are_left_alone() -> None:
+    model = WithOthers().eval()
+    program = export(model, (torch.randn(6, H),), dynamic_shapes={"x": {0: Dim("T", min=2, max=64)}})
+    fuser = ExpertFuser(FusionOptions("bf16"))
+    fused = fuser.fuse(program)
+    assert [layer.module for layer in fuser.report.layers] == ["block.inner.zorg"] and not fuser.report.unfused
+    x = torch.randn(9, H)
+    actual, expected = fused.module()(x), program.module()(x)
+    assert (actual - expected).norm() / expected.norm() < 0.02
 
 
 def test_the_report_as_json() -> None:

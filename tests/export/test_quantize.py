@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from executorch_moe.backends.fusion import ExpertFuser, FusionOptions
+from executorch_moe.backends.fusion import ExpertFuser, FusionOptions, modules
 from executorch_moe.backends.fusion.modules import find_experts
+from executorch_moe.export import checkpoint, streaming
 from executorch_moe.export.experts_interface import register
 from executorch_moe.export.pretrained import load_model, resolve
 from executorch_moe.export.quantize import quantize_experts_
+from executorch_moe.export.streaming import StreamedModel
 from executorch_moe.kernels import FusedExperts, unpack_experts
 
 from .families import FAMILIES, Family, by_name, export_logits, tokens
@@ -120,6 +123,56 @@ def test_another_activation(model: nn.Module) -> None:
     ):
         quantize_experts_(model)
     assert len(list(find_experts(model))) == 2
+
+
+class Limit(nn.Module):
+    """An activation with a limit, which its repr does not say."""
+
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def forward(self, gate: torch.Tensor) -> torch.Tensor:
+        return nn.functional.silu(gate.clamp(max=self.limit))
+
+
+def test_a_limit_of_one_layer(model: nn.Module) -> None:
+    for layer, limit in zip(model.model.layers, (float("inf"), 20.0), strict=True):
+        layer.mlp.experts.act_fn = Limit(limit)
+    with pytest.raises(NotImplementedError, match=r"layers\.1\.mlp\.experts .*it limits \(clamps\)"):
+        quantize_experts_(model)
+
+
+def test_layers_that_differ_in_an_attribute_are_recognised_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder's layers are recognised once if they are equal: the limit of one must not be taken for that of all."""
+    made = checkpoint.empty_model
+
+    def with_limits(limits: tuple[float, float], *args: Any) -> nn.Module:
+        model: Any = made(*args)
+        for layer, limit in zip(model.model.layers, limits, strict=True):
+            layer.mlp.experts.act_fn = Limit(limit)
+        return model
+
+    calls: list[str] = []
+    recognise = modules.recognise_module
+    monkeypatch.setattr(streaming, "recognise_module", lambda m: (calls.append(type(m).__name__), recognise(m))[1])
+    arguments = resolve("tiny"), torch.float32, "sdpa", FusionOptions("bf16")
+    endless = float("inf")
+    monkeypatch.setattr(streaming, "empty_model", lambda *args: with_limits((endless, 20.0), *args))
+    with pytest.raises(NotImplementedError, match=r"model\.layers\.1\.mlp\.experts .*it limits \(clamps\)"):
+        StreamedModel(*arguments)
+    assert len(calls) == 2
+    monkeypatch.setattr(streaming, "empty_model", lambda *args: with_limits((endless, endless), *args))
+    assert len(StreamedModel(*arguments).layers) == 2 and len(calls) == 3
+
+
+def test_shared_experts_are_no_experts_to_choose_from() -> None:
+    class ZorgSharedExperts(Turned):
+        pass
+
+    shared, routed = ZorgSharedExperts(ids_first=True), Turned(ids_first=True)
+    model = quantize_experts_(nn.ModuleDict({"shared": shared, "turned": routed}), "bf16")
+    assert model["shared"] is shared and isinstance(model["turned"], FusedExperts)
 
 
 class Turned(nn.Module):

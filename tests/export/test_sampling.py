@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from executorch_moe.export import sampling
 from executorch_moe.export.sampling import Sampler, gumbel_noise, hash32, nucleus, sample
 
 VOCABULARY = 50
@@ -47,9 +48,85 @@ def test_the_first_of_equals_is_greedys_choice() -> None:
     assert Sampler()(logits) == 1
 
 
+def chi_square(counts: Tensor, expected: Tensor) -> tuple[float, float]:
+    """The statistic, and the bound below which 99.9% of fair samplers stay (Wilson and Hilferty's approximation)."""
+    freedom = len(counts) - 1
+    bound = freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
+    return float(((counts - expected) ** 2 / expected.clamp(min=1e-9))[expected > 0].sum()), bound
+
+
+def winners(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
+    """The token with the largest noise of each pair of a seed and a position: the draw of equally likely tokens."""
+    return gumbel_noise(seeds[:, None], positions[:, None], vocabulary).argmax(-1)
+
+
+FEW = 8
+# 0 and small ones, and those at which a hash of the seed may be 0
+SEEDS = (0, 1, 2, 7, *sampling._STARTS, 2**32, (1 << 32) + 1, 2**63 - 1)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_draws_of_consecutive_positions_are_uniform_and_independent(seed: int) -> None:
+    count = 4096
+    positions = torch.arange(count)
+    drawn = winners(torch.full((count,), seed), positions, FEW)
+    pairs = drawn[:-1] * FEW + drawn[1:]
+    # The distance between token and position shows a token that its own position prefers.
+    for values, classes in ((drawn, FEW), (pairs, FEW**2), ((drawn - positions) % FEW, FEW)):
+        counts = torch.bincount(values, minlength=classes).double()
+        statistic, bound = chi_square(counts, torch.full((classes,), len(values) / classes))
+        assert statistic < bound
+
+
+@pytest.mark.parametrize("position", [0, 1, 5000])
+def test_draws_of_consecutive_seeds_are_uniform_and_independent(position: int) -> None:
+    count = 4096
+    seeds = torch.arange(count)
+    drawn = winners(seeds, torch.full((count,), position), FEW)
+    pairs = drawn[:-1] * FEW + drawn[1:]
+    for values, classes in ((drawn, FEW), (pairs, FEW**2), ((drawn - seeds) % FEW, FEW)):
+        counts = torch.bincount(values, minlength=classes).double()
+        statistic, bound = chi_square(counts, torch.full((classes,), len(values) / classes))
+        assert statistic < bound
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_no_token_is_preferred_by_the_position_of_its_number(seed: int) -> None:
+    vocabulary, positions = 5000, torch.arange(0, 5000, 50)
+    drawn = winners(torch.full_like(positions, seed), positions, vocabulary)
+    assert (drawn == positions).sum() <= 2  # 0.02 are expected
+    # Of 5000 Gumbel variables the largest is 9.1 on average; the largest that there is, 22.9, is a word of 0.
+    largest = gumbel_noise(torch.tensor([seed]), positions[:, None], vocabulary).max(-1).values
+    assert float(largest.mean()) == pytest.approx(9.09, abs=0.65)
+
+
+def test_noise_of_two_seeds_is_not_the_same_at_shifted_positions() -> None:
+    """With one 32-bit key a pair of seeds shares all of its noise as soon as hashes of two seeds are near."""
+    seeds = torch.arange(1 << 15)
+    hashed = hash32(hash32(seeds))
+    near = (hashed[:, None] ^ hashed[None, :256]) < 1 << 14
+    near[range(256), range(256)] = False
+    first, second = (int(index) for index in near.nonzero()[0])
+    shift = int(hashed[first] ^ hashed[second])
+    positions = torch.arange(64)[:, None]
+    noise = gumbel_noise(torch.tensor([first]), positions, FEW)
+    other = gumbel_noise(torch.tensor([second]), positions ^ shift, FEW)
+    assert not (noise == other).all(-1).any()
+
+
+def test_noise_is_finite_for_every_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 rounds the largest words to 2**32: a nucleus of one token must not lose it then."""
+    words = torch.tensor([0, 1, (1 << 32) - 129, (1 << 32) - 128, (1 << 32) - 1])
+    monkeypatch.setattr(sampling, "_token_words", lambda *_: words)
+    noise = gumbel_noise(torch.tensor([0]), torch.tensor([0]), len(words))
+    assert noise.isfinite().all() and noise.diff().le(0).all()
+    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0, 9.0]])
+    assert sample(logits, torch.tensor([3]), *Sampler(1.0, 0, 0.1).inputs(torch.device("cpu"))).item() == 4
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_draws_follow_softmax(temperature: float) -> None:
-    """Chi-square over the tokens that are expected at least five times; 99.9% of fair samplers stay below the bound."""
+    """Chi-square over the tokens that are expected at least five times."""
     logits, count = torch.randn(1, VOCABULARY) * 1.5, 3000
     expected = (logits[0] / temperature).softmax(-1) * count
     counts = draws(logits, count, temperature, seed=3)
@@ -57,11 +134,8 @@ def test_draws_follow_softmax(temperature: float) -> None:
     # What is rare goes into one class of its own.
     got = torch.cat((counts[often], counts[~often].sum()[None]))
     wanted = torch.cat((expected[often], expected[~often].sum()[None]))
-    chi_square = ((got - wanted) ** 2 / wanted.clamp(min=1e-9))[wanted > 0].sum()
-    freedom = len(got) - 1
-    # Wilson and Hilferty's approximation of the 99.9% quantile.
-    bound = freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
-    assert chi_square < bound
+    statistic, bound = chi_square(got, wanted)
+    assert statistic < bound
     # The test can fail: the same draws against a slightly other temperature.
     other = (logits[0] / (temperature * 1.5)).softmax(-1) * count
     assert ((counts - other) ** 2 / other).sum() > bound
@@ -127,7 +201,8 @@ def test_the_hash_is_a_bijection_of_32_bit_words() -> None:
         ((float("inf"),), "temperature=inf"),
         ((1.0, 0, 0.0), "top_p=0.0 must be above 0"),
         ((1.0, 0, 1.5), "top_p=1.5"),
-        ((1.0, -1), "seed=-1 must be between 0"),
+        ((1.0, -1), "seed=-1 must be a whole number between 0"),
+        ((1.0, 2.5), "seed=2.5 must be a whole number"),
     ],
 )
 def test_settings_out_of_range(arguments: tuple[float, ...], message: str) -> None:
