@@ -12,7 +12,7 @@ from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
 from tiny_artifacts import CONSTANTS, export_linear
 from torch.export import export
 
-from executorch_moe.backends import artifact as artifact_module
+from executorch_moe.backends import aside as aside_module
 from executorch_moe.backends.artifact import Artifact, artifact_paths, check, open_artifact, save
 from executorch_moe.backends.ptd import PtdFile
 from executorch_moe.backends.pte import PteFile
@@ -78,7 +78,7 @@ def test_a_failing_rename_leaves_what_was_there(
             raise OSError("no space left on device")
         replace(source, target)
 
-    monkeypatch.setattr(artifact_module.os, "replace", failing_replace)
+    monkeypatch.setattr(aside_module.os, "replace", failing_replace)
     with pytest.raises(OSError, match="no space left"):
         export_linear(tmp_path / "model", seed=2)
     assert contents(tmp_path) == before
@@ -94,7 +94,7 @@ def test_files_beside_an_artifact_are_written_with_it_or_not_at_all(
     save(manager, tmp_path / "relu", {beside: b"first"})
     assert beside.read_bytes() == b"first"
     before = contents(tmp_path)
-    monkeypatch.setattr(artifact_module, "_sync_folder", lambda folder: os.stat(folder / "none"))
+    monkeypatch.setattr(aside_module, "_sync_folder", lambda folder: os.stat(folder / "none"))
     with pytest.raises(FileNotFoundError):
         save(manager, tmp_path / "relu", {beside: b"second"})
     assert contents(tmp_path) == before
@@ -104,7 +104,7 @@ def test_a_failing_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     def failing_sync(descriptor: int) -> None:
         raise OSError("disk failure")
 
-    monkeypatch.setattr(artifact_module.os, "fsync", failing_sync)
+    monkeypatch.setattr(aside_module.os, "fsync", failing_sync)
     with pytest.raises(OSError, match="disk failure"):
         export_linear(tmp_path / "model")
     assert contents(tmp_path) == {}
