@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from .pretrained import require_transformers
-from .shards import ShardReader, Shards, listed
+from .shards import ShardReader, Shards, all_finite, listed
 
+COMPLETE = "download the missing files, or check that config.json and weights are of the same model"
 _FLOATS = ("BF16", "F16", "F32", "F64")
 # Buffers that older transformers versions wrote and newer ones compute.
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
@@ -44,7 +45,10 @@ def empty_model(folder: Path, dtype: torch.dtype, attention: str) -> nn.Module:
             )
     except Exception as error:  # transformers, its dataclasses and torch each raise their own kinds here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{folder / 'config.json'} makes no model ({reason}): download the model again") from error
+        raise ValueError(
+            f"{folder / 'config.json'} makes no model ({reason}): correct it, or take the one that the model was "
+            "published with"
+        ) from error
     return model.eval()
 
 
@@ -178,8 +182,7 @@ class CheckpointPlan:
             prefix, _, suffix = pattern.partition("*")
             if not names:
                 raise ValueError(
-                    f"{self.shards.folder} has no tensor {prefix.strip('.')}.*{suffix} for {source.target}: "
-                    "download the model again"
+                    f"{self.shards.folder} has no tensor {prefix.strip('.')}.*{suffix} for {source.target}: {COMPLETE}"
                 )
             count = self.state[source.target].shape[0]
             numbers = [int(_expert_number(name, suffix)) for name in names]
@@ -187,7 +190,7 @@ class CheckpointPlan:
                 like = names[0]
                 number = _expert_number(like, suffix)
                 lacking = [like.replace(f".{number}{suffix}", f".{i}{suffix}") for i in absent]
-                raise ValueError(f"{self.shards.folder} lacks {_tensors(lacking)}: download the model again")
+                raise ValueError(f"{self.shards.folder} lacks {_tensors(lacking)}: {COMPLETE}")
             if beyond := [name for name, number in zip(names, numbers, strict=True) if number >= count]:
                 raise ValueError(
                     f"{self.shards.folder} has {_tensors(beyond)} beyond the {count} experts of config.json: "
@@ -213,7 +216,7 @@ class CheckpointPlan:
             if name not in made and tied.get(name) not in made and not self._is_ignored(name, "missing")
         ]
         if missing:
-            raise ValueError(f"{self.shards.folder} lacks {_tensors(missing)}: download the model again")
+            raise ValueError(f"{self.shards.folder} lacks {_tensors(missing)}: {COMPLETE}")
 
     # ------------------------------------------------------------------ reading
 
@@ -265,7 +268,13 @@ class CheckpointPlan:
             # A reader of its own: the file's pages are given back before the next weight is read.
             with self.shards.reader() as reader:
                 for name, tensor in self.read(reader, target).items():
-                    set_weight(model, name, tensor.to(self.state[name].dtype, copy=True))
+                    converted = tensor.to(dtype := self.state[name].dtype, copy=True)
+                    if tensor.dtype.itemsize > dtype.itemsize and not all_finite(converted):
+                        raise ValueError(
+                            f"{name} of {self.shards.folder} holds values that {str(dtype).removeprefix('torch.')} "
+                            "cannot hold: export with --dtype fp32, or use another checkpoint"
+                        )
+                    set_weight(model, name, converted)
         model.tie_weights()
 
 

@@ -298,10 +298,7 @@ def check_tokenizer(program: PteFile, path: Path) -> None:
         FileNotFoundError: no such file.
         ValueError: it is another one.
     """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: copy it beside the .pte (an export writes .pte, .ptd and .tokenizer.json)"
-        )
+    _check_there(path)
     if TOKENIZER_DIGEST not in program.constant_names:
         return
     if program.constant(TOKENIZER_DIGEST) != tokenizer_digest(path.read_bytes()):
@@ -315,6 +312,7 @@ def read_tokenizer(path: Path) -> Any:
     """A `tokenizers.Tokenizer` from a tokenizer.json.
 
     Raises:
+        FileNotFoundError: no such file.
         ModuleNotFoundError: the tokenizers package is missing.
         ValueError: the file is not a tokenizer.
     """
@@ -324,8 +322,16 @@ def read_tokenizer(path: Path) -> Any:
         raise ModuleNotFoundError(
             "tokenizers is not installed: text needs it; pip install 'executorch-moe[hf]'"
         ) from None
+    _check_there(path)
     with said_in_one_line(f"{path} is not a tokenizer", "copy the tokenizer.json of the same export", ValueError):
         return Tokenizer.from_file(str(path))  # the bindings raise plain Exception
+
+
+def _check_there(tokenizer: Path) -> None:
+    if not tokenizer.is_file():
+        raise FileNotFoundError(
+            f"{tokenizer} is missing: copy it beside the .pte (an export writes .pte, .ptd and .tokenizer.json)"
+        )
 
 
 class TextStream:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .shards import fp8_block, read_config
+from .shards import Shards, all_finite, fp8_block, read_config
+from .sizes import check_sizes
 
 # model_type of config.json. Any model's experts are fused by our partitioners; these fit `CausalLM` as well.
 SUPPORTED_MODEL_TYPES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "glm4_moe", "gpt_oss", "deepseek_v3")
@@ -96,7 +97,8 @@ def check_supported(folder: Path) -> dict[str, Any]:
         kind = config["model_type"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{folder / 'config.json'} is no model configuration ({type(error).__name__}: {error}): download it again"
+            f"{folder / 'config.json'} is no model configuration ({type(error).__name__}: {error}): "
+            "take the one that the model was published with"
         ) from None
     if not any("expert" in key for key in _all_keys(config)):
         raise ValueError(
@@ -134,13 +136,23 @@ def load_model(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> nn.
         raise NotImplementedError(
             f"the weights in {folder} are in fp8, which only --experts ours reads: leave --experts out"
         )
+    check_sizes(read_config(folder), Shards(folder))
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, attn_implementation=attention
         )
     except Exception as error:  # safetensors, transformers and torch each raise their own kinds here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"the weights in {folder} cannot be loaded ({reason}): download the model again") from error
+        raise ValueError(
+            f"the weights in {folder} cannot be loaded ({reason}): check that config.json and weights are of the same "
+            "model and whole"
+        ) from error
+    for name, tensor in model.state_dict().items():
+        if not all_finite(tensor):
+            raise ValueError(
+                f"{name} in {folder} holds NaN or Inf: compare the files' checksums with the publisher's; if they are "
+                "theirs, use another checkpoint"
+            )
     return model.eval()
 
 
