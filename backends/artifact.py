@@ -97,12 +97,12 @@ def save(
 
 
 def open_artifact(
-    pte: str | Path, ptd: str | Path | None = None, *, verify: bool = True, verify_weights: bool | None = None
+    pte: str | Path | PteFile, ptd: str | Path | None = None, *, verify: bool = True, verify_weights: bool | None = None
 ) -> tuple[PteFile, PtdFile | None]:
     """Open both files and check that they belong together.
 
     Args:
-        pte: the program, a link to it, or its name without suffix.
+        pte: the program, a link to it, its name without suffix, or the program as it was opened before.
         ptd: its weights; by default the file of the same name, beside the program or beside what it is a link to. None
             is returned for it if there is no such file and the program needs none (a program that was not written by
             `save`).
@@ -114,9 +114,8 @@ def open_artifact(
         FileNotFoundError: a file is not there.
         ValueError: a file is damaged, or the .ptd belongs to another program; the message says which.
     """
-    path = Path(pte) if Path(pte).suffix == ".pte" or Path(pte).exists() else artifact_paths(pte).pte
-    weights = Path(ptd) if ptd is not None else companion(path, ".ptd")
-    program = PteFile(path, verify=verify)
+    program = pte if isinstance(pte, PteFile) else PteFile(_pte_path(pte), verify=verify)
+    weights = Path(ptd) if ptd is not None else companion(program.path, ".ptd")
     with said_in_one_line(
         f"{program.path} cannot be read", COPY_AGAIN, ValueError, keep=(OSError, NotImplementedError)
     ):
@@ -129,6 +128,10 @@ def open_artifact(
         data = PtdFile(weights)
         _check_pair(program, data, needed)
     return program, data
+
+
+def _pte_path(pte: str | Path) -> Path:
+    return Path(pte) if Path(pte).suffix == ".pte" or Path(pte).exists() else artifact_paths(pte).pte
 
 
 def _check_whole(program: PteFile, ptd: Path, needed: Mapping[str, int], verify: bool) -> None:

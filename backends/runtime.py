@@ -113,7 +113,7 @@ class LoadedProgram:
 
 
 def load(
-    pte: str | Path,
+    pte: str | Path | PteFile,
     ptd: str | Path | None = None,
     runtime: str = "auto",
     cuda_graph: Collection[str] = (),
@@ -124,7 +124,7 @@ def load(
     """Open an artifact.
 
     Args:
-        pte: the program.
+        pte: the program, or the program as it was opened before.
         ptd: its weights; by default the file of the same name.
         runtime: "executorch": ExecuTorch's own runtime; "delegate-host": PyTorch's AOTInductor runtime, for programs
             with CUDA delegates; "auto": the first of the two that can run the program here.

@@ -118,10 +118,11 @@ class TextGenerator:
                 f"artifact={str(pte)!r} is not a file: give the .pte that `executorch-moe export` made"
             )
         beside = companion(pte, TOKENIZER_SUFFIX)
-        check_tokenizer(PteFile(pte, verify=verify), beside)
+        opened = PteFile(pte, verify=verify)
+        check_tokenizer(opened, beside)
         tokenizer = read_tokenizer(beside)
         graphs = ("decode",) if cuda_graph else ()
-        program = load(pte, runtime=runtime, cuda_graph=graphs, make_weights=synthetic_weights, verify=verify)
+        program = load(opened, runtime=runtime, cuda_graph=graphs, make_weights=synthetic_weights, verify=verify)
         return cls(program, tokenizer, prefill_chunk)
 
     def encode(self, prompt: str) -> list[int]:

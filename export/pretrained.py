@@ -93,9 +93,10 @@ def check_supported(folder: Path) -> dict[str, Any]:
         NotImplementedError: another architecture, or weights that are quantised already, but for fp8 in blocks.
     """
     try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = config["model_type"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        method = dict(config.get("quantization_config") or {}).get("quant_method")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{folder / 'config.json'} is no model configuration ({type(error).__name__}: {error}): "
             "take the one that the model was published with"
@@ -110,7 +111,6 @@ def check_supported(folder: Path) -> dict[str, Any]:
             f"model_type={kind!r} in {folder / 'config.json'} is not supported yet: "
             f"use a model of type {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
-    method = (config.get("quantization_config") or {}).get("quant_method")
     if method and fp8_block(config) is None:
         raise NotImplementedError(
             f"the weights in {folder} are quantised ({method}), which is not supported yet: use the model in bf16"

@@ -189,14 +189,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder, which was read before; an unreadable one is empty."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}
 
 
 def fp8_block(config: dict[str, Any]) -> tuple[int, int] | None:
     """Rows and columns that share a scale in a model whose weights are stored in fp8, None for another model."""
-    quantization = config.get("quantization_config") or {}
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict):
+        return None
     block = quantization.get("weight_block_size")
     if quantization.get("quant_method") != "fp8" or not isinstance(block, list) or len(block) != 2:
         return None

@@ -23,10 +23,10 @@ MAX_LAYERS = 1000
 LARGEST_GPU = 1 << 40
 """Bytes; more than any GPU has. For artifacts without weights, which are made on the GPU that loads them."""
 
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _AT_LEAST_ONE = (
     "num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "moe_intermediate_size", "intermediate_size", "max_position_embeddings", "num_experts_per_tok", *_EXPERTS,
+    "moe_intermediate_size", "intermediate_size", "max_position_embeddings", "num_experts_per_tok", *EXPERTS,
 )  # fmt: skip
 _AT_LEAST_ZERO = (
     "shared_expert_intermediate_size", "n_shared_experts", "first_k_dense_replace", "q_lora_rank", "kv_lora_rank",
@@ -88,7 +88,7 @@ def _estimates(config: Mapping[str, Any], has_dense: bool) -> Iterator[tuple[tup
     heads = "num_attention_heads"
     groups: list[tuple[int, tuple[str, ...]]] = [
         (1, ("vocab_size", "hidden_size")),
-        *((3, (experts, "hidden_size", inner)) for experts in _EXPERTS),
+        *((3, (experts, "hidden_size", inner)) for experts in EXPERTS),
         (3, ("n_shared_experts", "hidden_size", inner)),
         (3, ("shared_expert_intermediate_size", "hidden_size")),
         *((1, (rank, "hidden_size")) for rank in ("q_lora_rank", "kv_lora_rank")),

@@ -181,7 +181,7 @@ def test_older_artifacts_load_with_a_note(unsealed: Artifact, tmp_path: Path, ex
     assert PteFile(unsealed.pte).trailer is None
     with pytest.warns(UserWarning, match=r"model\.pte carries no digests, .*: export it again") as notes:
         program = load(unsealed.pte)
-    assert len(notes) == 1 and program.note == str(notes[0].message)
+    assert program.note in [str(note.message) for note in notes]
     assert check(unsealed.pte, verify_bytes=True) == unsealed
     bad = copy(unsealed, tmp_path / "bad.pte")
     raw = bytearray(bad.ptd.read_bytes())
