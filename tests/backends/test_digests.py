@@ -18,9 +18,18 @@ from tiny_artifacts import export_linear
 from executorch_moe.backends import artifact as artifact_module
 from executorch_moe.backends import digests
 from executorch_moe.backends import runtime as runtime_module
-from executorch_moe.backends.artifact import Artifact, artifact_paths, check, companion, no_digests, open_artifact
+from executorch_moe.backends.artifact import (
+    PTD_IDENTITY_KEY,
+    Artifact,
+    artifact_paths,
+    check,
+    companion,
+    no_digests,
+    open_artifact,
+)
 from executorch_moe.backends.digests import SEALED_KEY, TRAILER_BYTES, file_digest
 from executorch_moe.backends.inspect import inspect_artifact
+from executorch_moe.backends.ptd import PtdFile
 from executorch_moe.backends.pte import PteFile
 from executorch_moe.backends.runtime import load
 
@@ -69,6 +78,13 @@ def unsealed(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
         patch.setattr(artifact_module, "trailer_of", lambda pte, ptd: NoTrailer())
         patch.setattr(NamedDataStore, "add_named_data", add)
         return export_linear(tmp_path_factory.mktemp("unsealed") / "model")
+
+
+def flip(ptd: Path, key: str) -> None:
+    """One bit of what a .ptd holds under a key."""
+    raw = bytearray(ptd.read_bytes())
+    raw[raw.index(bytes(PtdFile(ptd).data(key)))] ^= 1
+    ptd.write_bytes(raw)
 
 
 def damaged(data: bytes, count: int, seed: int) -> Iterator[tuple[str, bytes]]:
@@ -184,12 +200,14 @@ def test_older_artifacts_load_with_a_note(unsealed: Artifact, tmp_path: Path, ex
     assert program.note in [str(note.message) for note in notes]
     assert check(unsealed.pte, verify_bytes=True) == unsealed
     bad = copy(unsealed, tmp_path / "bad.pte")
-    raw = bytearray(bad.ptd.read_bytes())
-    raw[-20] ^= 1
-    bad.ptd.write_bytes(raw)
+    flip(bad.ptd, "weight")
     open_artifact(bad.pte)
     with pytest.raises(ValueError, match=r"bad\.ptd is damaged: its weights differ"):
         check(bad.pte, verify_bytes=True)
+    bad = copy(unsealed, tmp_path / "bad.pte")
+    flip(bad.ptd, PTD_IDENTITY_KEY)
+    with pytest.raises(ValueError, match=r"bad\.ptd or .*bad\.pte is damaged: both hold a digest"):
+        open_artifact(bad.pte)
 
 
 def test_a_whole_artifact_has_no_note(linear: Artifact, executorch_runtime: None) -> None:
@@ -295,3 +313,18 @@ def test_what_executorch_raises_is_one_line(
 def test_what_this_package_says_itself_stays(linear: Artifact, executorch_runtime: None) -> None:
     with pytest.raises(ValueError, match=r"^input 0 of forward has shape"):
         load(linear.pte).run("forward", torch.randn(3, 4))
+
+
+def test_native_code_that_is_called_directly_is_not_taken_for_this_package(
+    linear: Artifact, executorch_runtime: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no frame of its own in a traceback."""
+    program = load(linear.pte)
+
+    class Native:
+        execute = staticmethod(torch._C._nn.gelu)  # raises TypeError for what it is given
+
+    monkeypatch.setattr(program._engine, "_methods", {"forward": Native()})
+    with pytest.raises(RuntimeError, match=r"^executorch \(CPU\) cannot run forward of .*: check the file") as refused:
+        program.run("forward", torch.randn(2, 4))
+    assert "\n" not in str(refused.value)
