@@ -11,7 +11,9 @@ from executorch_moe.backends.artifact import open_artifact
 from executorch_moe.backends.cuda.cubin import GpuCode, find_gpu_code
 from executorch_moe.backends.cuda.runtime_symbols import foreign_symbols
 from executorch_moe.backends.cuda.weight_metadata import CUDA_BACKEND, MUTATED_BUFFERS_KEY, parse_delegate
+from executorch_moe.backends.digests import COPY_AGAIN
 from executorch_moe.backends.elf import ElfImage, UndefinedSymbol
+from executorch_moe.backends.errors import said_in_one_line
 from executorch_moe.backends.pte import PteFile
 from executorch_moe.kernels import PackedExperts
 
@@ -119,19 +121,22 @@ class ArtifactReport:
 def inspect_artifact(pte: str | Path, ptd: str | Path | None = None) -> ArtifactReport:
     """Look inside a .pte and its .ptd; runs nothing and needs no GPU.
 
+    Of the .ptd, only names and sizes are read: `artifact.check` with `verify_bytes` reads all of it.
+
     Raises:
         FileNotFoundError: a file is not there.
         ValueError: a file is damaged, or the .ptd belongs to another program.
     """
-    program, data = open_artifact(pte, ptd)
-    return ArtifactReport(
-        pte=program.path,
-        ptd=data.path if data is not None else None,
-        methods={name: _method(program, name) for name in program.method_names},
-        constants=tuple(program.constant_names),
-        weights=data.sizes() if data is not None else {},
-        outside=tuple(program.external_tensors()),
-    )
+    program, data = open_artifact(pte, ptd, verify_weights=False)
+    with said_in_one_line(f"{program.path} cannot be read", COPY_AGAIN, ValueError):
+        return ArtifactReport(
+            pte=program.path,
+            ptd=data.path if data is not None else None,
+            methods={name: _method(program, name) for name in program.method_names},
+            constants=tuple(program.constant_names),
+            weights=data.sizes() if data is not None else {},
+            outside=tuple(program.external_tensors()),
+        )
 
 
 def check_cuda_artifact(report: ArtifactReport, kernel_prefix: str = "moe_") -> None:

@@ -9,7 +9,12 @@ import torch
 from executorch.extension.flat_tensor.serialize.serialize import FlatTensorHeader, _deserialize_to_flat_tensor
 
 from executorch_moe.backends.cuda.placeholders import PLACEHOLDER
+from executorch_moe.backends.digests import COPY_AGAIN
+from executorch_moe.backends.errors import said_in_one_line
 from executorch_moe.backends.pte import map_file
+
+_GIVE_THE_PTD = "give the .ptd of the same export as the .pte"
+_HEADER_END = 8 + FlatTensorHeader.EXPECTED_LENGTH
 
 
 class PtdFile:
@@ -25,35 +30,34 @@ class PtdFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._view = map_file(self.path, "weights")
-        if len(self._view) < 48 or bytes(self._view[4:6]) != b"FT":
-            raise ValueError(f"{self.path} is not an ExecuTorch .ptd (no 'FT' mark at byte 4): export it again")
-        header = FlatTensorHeader.from_bytes(bytes(self._view[8:48]))
-        needed = max(
-            header.flatbuffer_offset + header.flatbuffer_size,
-            header.segment_base_offset + header.segment_data_size,
-        )
-        if header.is_valid() and len(self._view) < needed:
-            raise ValueError(
-                f"{self.path} is cut short: {len(self._view)} bytes, its header says {needed}: copy or export it again"
-            )
-        try:
-            if not header.is_valid():
-                raise ValueError("bad header")
-            table = _deserialize_to_flat_tensor(bytes(self._view[: header.flatbuffer_offset + header.flatbuffer_size]))
+        self._view = memoryview(map_file(self.path, "weights"))
+        if bytes(self._view[4:6]) != b"FT":
+            raise ValueError(f"{self.path} is not an ExecuTorch .ptd (no 'FT' mark at byte 4): {_GIVE_THE_PTD}")
+        if len(self._view) < _HEADER_END:
+            raise ValueError(f"{self.path} is cut short: {len(self._view)} bytes, a .ptd has more: {COPY_AGAIN}")
+        header = FlatTensorHeader.from_bytes(bytes(self._view[8:_HEADER_END]))
+        if not header.is_valid():
+            raise self._damaged("its header is no header of a .ptd")
+        table_end = header.flatbuffer_offset + header.flatbuffer_size
+        needed = max(table_end, header.segment_base_offset + header.segment_data_size)
+        if len(self._view) != needed:
+            wrong = "cut short" if len(self._view) < needed else "damaged"
+            raise ValueError(f"{self.path} is {wrong}: {len(self._view)} bytes, its header says {needed}: {COPY_AGAIN}")
+        # flatc and the JSON reader raise whatever damaged bytes lead to.
+        with said_in_one_line(f"{self.path} cannot be read as an ExecuTorch .ptd", COPY_AGAIN, ValueError):
+            table = _deserialize_to_flat_tensor(bytes(self._view[:table_end]))
             self._spans = {}
             for entry in table.named_data:
+                if not 0 <= entry.segment_index < len(table.segments):
+                    raise self._damaged(f"{entry.key!r} is in no segment")
                 segment = table.segments[entry.segment_index]
                 self._spans[entry.key] = (header.segment_base_offset + segment.offset, segment.size)
-        except Exception as error:  # flatc and the JSON reader raise whatever the damaged bytes lead to
-            raise ValueError(
-                f"{self.path} cannot be read as an ExecuTorch .ptd ({error!r}): export it again"
-            ) from error
-        if any(start + size > len(self._view) for start, size in self._spans.values()):
-            raise ValueError(
-                f"{self.path} is cut short: a weight ends past its {len(self._view)} bytes: export it again"
-            )
+            if any(not 0 <= start <= start + size <= len(self._view) for start, size in self._spans.values()):
+                raise self._damaged("a weight ends past the file")
         self._bytes: torch.Tensor | None = None
+
+    def _damaged(self, why: str) -> ValueError:
+        return ValueError(f"{self.path} is damaged: {why}: {COPY_AGAIN}")
 
     def sizes(self) -> dict[str, int]:
         """Key -> bytes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,11 @@ from executorch.exir.schema import (
     BackendDelegate,
     Bool,
     DataLocation,
+    DelegateCall,
     Double,
     ExecutionPlan,
     Int,
+    KernelCall,
     Null,
     Program,
     String,
@@ -27,6 +30,10 @@ from executorch.exir.schema import (
 )
 from executorch.exir.tensor import scalar_type_enum
 
+from executorch_moe.backends.digests import COPY_AGAIN, TRAILER_BYTES, file_digest, read_trailer
+from executorch_moe.backends.errors import said_in_one_line
+
+GIVE_THE_PTE = "give the .pte of an export"
 _DTYPES = (
     torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64,
     torch.bool, torch.bfloat16, torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2,
@@ -55,7 +62,8 @@ def dtype_of(scalar_type: int) -> torch.dtype:
     dtype = _DTYPE_OF.get(int(scalar_type))
     if dtype is None:
         raise ValueError(
-            f"scalar type {int(scalar_type)} has no torch dtype: the file is newer than this ExecuTorch, or damaged"
+            f"scalar type {int(scalar_type)} has no torch dtype: the file is damaged, or made by a newer ExecuTorch: "
+            "export it again with this one"
         )
     return dtype
 
@@ -91,40 +99,79 @@ class PteFile:
 
     Args:
         path: the .pte.
+        verify: compare its bytes with the digest that the export left in it, before they are read as a program.
+
+    Attributes:
+        trailer: sizes and digests of the .pte and its .ptd, None of a program that was written without.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not an ExecuTorch program, cut short, or damaged.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, verify: bool = True) -> None:
         self.path = Path(path)
-        self._view = map_file(self.path, "program")
-        if len(self._view) < 8 or bytes(self._view[4:6]) != b"ET":
-            raise ValueError(f"{self.path} is not an ExecuTorch program (no 'ET' mark at byte 4): export it again")
+        content = map_file(self.path, "program")
+        if content[4:6] != b"ET":
+            raise ValueError(f"{self.path} is not an ExecuTorch program (no 'ET' mark at byte 4): {GIVE_THE_PTE}")
+        self.trailer = read_trailer(self.path, content)
+        size = len(content) if self.trailer is None else len(content) - TRAILER_BYTES
+        if verify and self.trailer is not None and file_digest(self.path, size) != self.trailer.pte_digest:
+            raise ValueError(f"{self.path} is damaged: its bytes differ from those that were exported: {COPY_AGAIN}")
+        self._view = memoryview(content)[:size]
+        program_size = self._check_header()
+        # The generated reader raises whatever damaged bytes lead to.
+        with said_in_one_line(f"{self.path} cannot be read as an ExecuTorch program", COPY_AGAIN, ValueError):
+            self.program: Program = _flatbuffer_to_program(bytes(self._view[:program_size]))
+            self._check_references()
+            self._plans = {plan.name: plan for plan in self.program.execution_plan}
+            self._named = {entry.key: entry.segment_index for entry in self.program.named_data or []}
+        self._inputs: dict[str, list[TensorInfo]] = {}
+
+    def _check_header(self) -> int:
+        """Compares the file's size with its header; returns the bytes of the program without its segments."""
         header = _get_extended_header(bytes(self._view[:256]))
-        program_size, self._base, needed = len(self._view), 0, 0
-        if header is not None and header.is_valid():
-            program_size, self._base = header.program_size, header.segment_base_offset
-            needed = max(program_size, self._base + header.segment_data_size)
+        if header is None:  # programs without segments may have none
+            self._base = 0
+            return len(self._view)
+        self._base = header.segment_base_offset
+        needed = max(header.program_size, self._base + header.segment_data_size)
         if len(self._view) < needed:
             raise ValueError(
-                f"{self.path} is cut short: {len(self._view)} bytes, its header says {needed}: copy or export it again"
+                f"{self.path} is cut short: {len(self._view)} bytes, its header says {needed}: {COPY_AGAIN}"
             )
-        try:
-            self.program: Program = _flatbuffer_to_program(bytes(self._view[:program_size]))
-        except Exception as error:  # the generated reader raises whatever the damaged bytes lead to
-            raise ValueError(
-                f"{self.path} cannot be read as an ExecuTorch program ({error!r}): export it again"
-            ) from error
-        end = max((segment.offset + segment.size for segment in self.program.segments), default=0)
-        if self._base + end > len(self._view):
-            raise ValueError(
-                f"{self.path} is cut short: a data segment ends past its {len(self._view)} bytes: export it again"
-            )
-        self._plans = {plan.name: plan for plan in self.program.execution_plan}
-        self._inputs: dict[str, list[TensorInfo]] = {}
-        self._named = {entry.key: entry.segment_index for entry in self.program.named_data or []}
+        if len(self._view) > needed and header.segment_data_size:
+            raise ValueError(f"{self.path} is damaged: {len(self._view)} bytes, its header says {needed}: {COPY_AGAIN}")
+        return int(header.program_size)
+
+    def _check_references(self) -> None:
+        """Check that numbers in the program that name one of its parts name one that is there."""
+        segments = self.program.segments
+        if any(not 0 <= self._base + s.offset <= self._base + s.offset + s.size <= len(self._view) for s in segments):
+            raise self._damaged("a data segment ends past the file")
+        named = [entry.segment_index for entry in self.program.named_data or []]
+        if any(not 0 <= index < len(segments) for index in named):
+            raise self._damaged("named data is in no segment")
+        for plan in self.program.execution_plan:
+            calls = [instruction.instr_args for chain in plan.chains for instruction in chain.instructions]
+            values = [*plan.inputs, *plan.outputs]
+            for call in calls:
+                if isinstance(call, (KernelCall, DelegateCall)):
+                    values.extend(call.args)
+                if isinstance(call, KernelCall) and not 0 <= call.op_index < len(plan.operators):
+                    raise self._damaged(f"method {plan.name} calls an operator that is not there")
+                if isinstance(call, DelegateCall) and not 0 <= call.delegate_index < len(plan.delegates):
+                    raise self._damaged(f"method {plan.name} calls a delegate that is not there")
+            if any(not 0 <= index < len(plan.values) for index in values):
+                raise self._damaged(f"method {plan.name} uses a value that is not there")
+            for delegate in plan.delegates:
+                inline = delegate.processed.location == DataLocation.INLINE
+                held = self.program.backend_delegate_data if inline else segments
+                if not 0 <= delegate.processed.index < len(held):
+                    raise self._damaged(f"method {plan.name} has a delegate without its data")
+
+    def _damaged(self, why: str) -> ValueError:
+        return ValueError(f"{self.path} is damaged: {why}: {COPY_AGAIN}")
 
     @property
     def method_names(self) -> list[str]:
@@ -159,8 +206,9 @@ class PteFile:
         values = [_constant_value(name, plan.values[index].val) for index in plan.outputs]
         from torch.utils import _pytree as pytree
 
-        spec = pytree.treespec_loads(plan.container_meta_type.encoded_out_str)
-        return pytree.tree_unflatten(values, spec)
+        with said_in_one_line(f"constant method {name!r} in {self.path} cannot be read", COPY_AGAIN, ValueError):
+            spec = pytree.treespec_loads(plan.container_meta_type.encoded_out_str)
+            return pytree.tree_unflatten(values, spec)
 
     def named_data(self) -> dict[str, memoryview]:
         """Named data held inside the .pte."""
@@ -238,7 +286,7 @@ def is_constant(plan: ExecutionPlan) -> bool:
     return not plan.inputs and not any(chain.instructions for chain in plan.chains)
 
 
-def map_file(path: Path, kind: str) -> memoryview:
+def map_file(path: Path, kind: str) -> mmap.mmap:
     """Map a file for reading.
 
     Raises:
@@ -246,13 +294,16 @@ def map_file(path: Path, kind: str) -> memoryview:
         ValueError: an empty file, or a folder.
     """
     if not path.exists():
+        dangling = f" (it is a link to {os.readlink(path)})" if path.is_symlink() else ""
         raise FileNotFoundError(
-            f"{kind} {path} does not exist: check the path, or export again (a .pte and its .ptd go together)"
+            f"{kind} {path} does not exist{dangling}: check the path, or export again (a .pte and its .ptd go together)"
         )
-    if not path.is_file() or path.stat().st_size == 0:
-        raise ValueError(f"{kind} {path} is empty or not a file: export it again")
+    if not path.is_file():
+        raise ValueError(f"{kind} {path} is not a file: give the {path.suffix or '.pte'} of an export")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{kind} {path} is empty: {COPY_AGAIN}")
     with path.open("rb") as file:
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _constant_value(name: str, value: object) -> Any:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from executorch_moe.backends.artifact import open_artifact
+from executorch_moe.backends.artifact import no_digests, open_artifact
 from executorch_moe.backends.cuda.cubin import find_gpu_code
 from executorch_moe.backends.cuda.delegate_host import DelegateHost, why_not_delegate_host
 from executorch_moe.backends.cuda.graph import check_graph_methods, graph_methods
 from executorch_moe.backends.cuda.method_targets import check_arch, gpu_capability, pick_methods
 from executorch_moe.backends.cuda.placeholders import MakeWeights
 from executorch_moe.backends.cuda.weight_metadata import CUDA_BACKEND, parse_delegate
+from executorch_moe.backends.digests import COPY_AGAIN
+from executorch_moe.backends.errors import said_in_one_line
 from executorch_moe.backends.pte import PteFile
 from executorch_moe.backends.pybindings import why_not_pybindings
 from executorch_moe.backends.versions import check_versions
@@ -29,6 +33,10 @@ RUNTIMES = ("auto", "executorch", "delegate-host")
 EXECUTORCH_CPU = "executorch (CPU)"
 EXECUTORCH_CUDA = "executorch (CUDA)"
 DELEGATE_HOST = "delegate host (PyTorch AOTInductor)"
+_NOT_LOADED = (
+    f"check it with `executorch-moe inspect --verify`; if it is whole, export it with these versions; else {COPY_AGAIN}"
+)
+_NOT_RUN = "check the file with `executorch-moe inspect --verify` and this installation with `executorch-moe doctor`"
 
 
 class Engine(Protocol):
@@ -45,6 +53,7 @@ class LoadedProgram:
     Attributes:
         runtime: what runs it: "executorch (CPU)", "executorch (CUDA)" or "delegate host (PyTorch AOTInductor)".
         device: where inputs should live and outputs come.
+        note: what to tell whoever runs it; empty if there is nothing.
     """
 
     def __init__(
@@ -52,6 +61,7 @@ class LoadedProgram:
     ) -> None:
         self._program, self._engine, self._methods = program, engine, methods
         self.runtime, self.device = runtime, device
+        self.note = no_digests(program)
 
     @property
     def method_names(self) -> list[str]:
@@ -86,46 +96,58 @@ class LoadedProgram:
 
         Raises:
             ValueError: unknown method, or inputs that it was not exported for.
+            RuntimeError: the runtime cannot run it; the message has its reason.
         """
         if method not in self.method_names:
             raise ValueError(f"no method {method!r} in {self._program.path}: it has {', '.join(self.method_names)}")
-        return self._engine.run(self._methods[method], tensors)
+        with said_in_one_line(f"{self.runtime} cannot run {method} of {self._program.path}", _NOT_RUN):
+            return self._engine.run(self._methods[method], tensors)
 
     def reset(self) -> None:
-        """Put mutated buffers (the KV cache) back to their initial values, in all methods."""
-        self._engine.reset()
+        """Put mutated buffers (the KV cache) back to their initial values, in all methods.
+
+        Raises:
+            RuntimeError: the runtime cannot load the program again.
+        """
+        with _loading(self.runtime, self._program.path):
+            self._engine.reset()
 
 
 def load(
-    pte: str | Path,
+    pte: str | Path | PteFile,
     ptd: str | Path | None = None,
     runtime: str = "auto",
     cuda_graph: Collection[str] = (),
     make_weights: Callable[[PteFile, torch.device], MakeWeights | None] | None = None,
+    *,
+    verify: bool = True,
 ) -> LoadedProgram:
     """Open an artifact.
 
     Args:
-        pte: the program.
+        pte: the program, or the program as it was opened before.
         ptd: its weights; by default the file of the same name.
         runtime: "executorch": ExecuTorch's own runtime; "delegate-host": PyTorch's AOTInductor runtime, for programs
             with CUDA delegates; "auto": the first of the two that can run the program here.
         cuda_graph: methods whose delegates are replayed as CUDA graphs, each of fixed sizes; see `backends.cuda.graph`.
         make_weights: (program, device) -> what makes the weights of an artifact without them; delegate host only.
+        verify: before any native code reads the files, compare all their bytes with the digests that the export left
+            in them. Without it, sizes and structure are compared.
 
     Raises:
         FileNotFoundError: a file is not there.
         ValueError: unknown runtime, a damaged file, a .ptd of another program, or a runtime not for this program.
         RuntimeError: this machine cannot run the program; the message gives the reason for each runtime. Its GPU is of
             another architecture than those that the program was exported for. Packages outside the range that this
-            package requires.
+            package requires. The runtime refuses the files.
         NotImplementedError: the delegate host meets something that it does not run; a CUDA graph in another runtime.
-        MemoryError: the weights do not fit into the GPU.
     """
     check_versions()
     if runtime not in RUNTIMES:
         raise ValueError(f"runtime {runtime!r} is unknown: choose one of {', '.join(RUNTIMES)}")
-    program, data = open_artifact(pte, ptd)
+    program, data = open_artifact(pte, ptd, verify=verify)
+    if note := no_digests(program):
+        warnings.warn(note, stacklevel=2)
     backends = {delegate.id for _, delegate in program.delegates()}
     ptd_path = data.path if data is not None else None
     check_graph_methods(program, cuda_graph)
@@ -140,7 +162,8 @@ def load(
         if cuda_graph:
             raise NotImplementedError(f"{program.path} has no {CUDA_BACKEND} delegate: leave CUDA graphs off")
         methods = {name: name for name in program.method_names}
-        engine = ExecutorchEngine(program, ptd_path, program.method_names)
+        with _loading(EXECUTORCH_CPU, program.path):
+            engine = ExecutorchEngine(program, ptd_path, program.method_names)
         return LoadedProgram(program, engine, EXECUTORCH_CPU, torch.device("cpu"), methods)
 
     reasons = {}
@@ -148,7 +171,8 @@ def load(
         why = why_not_executorch(backends) or (NO_GRAPH_SETTER if cuda_graph else "")
         if not why:
             methods = methods_for_this_gpu(program)
-            engine = ExecutorchEngine(program, ptd_path, methods.values())
+            with _loading(EXECUTORCH_CUDA, program.path):
+                engine = ExecutorchEngine(program, ptd_path, methods.values())
             return LoadedProgram(program, engine, EXECUTORCH_CUDA, torch.device("cpu"), methods)
         reasons["ExecuTorch's runtime"] = why
     if runtime in ("auto", "delegate-host"):
@@ -157,7 +181,10 @@ def load(
             methods = methods_for_this_gpu(program)
             wrap = graph_methods(cuda_graph) if cuda_graph else None
             weights = make_weights(program, device) if make_weights else None
-            host = DelegateHost(program, data, device, wrap_delegate=wrap, weights=weights, methods=methods.values())
+            with _loading(DELEGATE_HOST, program.path):
+                host = DelegateHost(
+                    program, data, device, wrap_delegate=wrap, weights=weights, methods=methods.values()
+                )
             return LoadedProgram(program, host, DELEGATE_HOST, device, methods)
         reasons["the delegate host"] = why
     told = "; ".join(f"{name}: {why}" for name, why in reasons.items())
@@ -169,6 +196,11 @@ def load(
             f"load it on a machine with such a GPU, or export with target 'cpu' ({told})"
         )
     raise RuntimeError(f"{program.path} has CUDA delegates and cannot run here. {told}")
+
+
+def _loading(runtime: str, path: Path) -> AbstractContextManager[None]:
+    """Within it, what a runtime raises about a program becomes one line."""
+    return said_in_one_line(f"{runtime} cannot load {path}", _NOT_LOADED)
 
 
 def methods_for_this_gpu(program: PteFile) -> dict[str, str]:

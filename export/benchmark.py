@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from executorch_moe.backends.artifact import companion
+
 from .breakdown import Breakdown, profile_decode
 from .generation import TextGenerator
-from .metadata import record_path
+from .metadata import RECORD_SUFFIX
 from .summary import size
 
 FORMATS = ("md", "json")
@@ -148,7 +150,7 @@ def read_record(pte: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is no JSON object.
     """
-    path = record_path(pte)
+    path = companion(pte, RECORD_SUFFIX)
     if not path.is_file():
         return {}
     try:
@@ -215,7 +217,7 @@ def benchmark_model(
             if on_repeat is not None:
                 on_repeat(speed)
     picked = "from the logits" if generator.output == "logits" else "on the device"
-    files = {suffix: artifact.with_suffix(suffix) for suffix in (".pte", ".ptd")}
+    files = {".pte": artifact, ".ptd": companion(artifact, ".ptd")}
     sizes = {suffix: path.stat().st_size for suffix, path in files.items() if path.is_file()}
     record = read_record(artifact)
     sizes |= {name: record[f"{key}_bytes"] for name, key in PARTS.items() if f"{key}_bytes" in record}

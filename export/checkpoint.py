@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import tied_weights
 from .pretrained import plain_outputs_, require_transformers, special_tokens
-from .shards import ShardReader, Shards, listed
+from .shards import COMPLETE, ShardReader, Shards, all_finite, listed
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
 # Buffers that older transformers versions wrote and newer ones compute.
@@ -54,7 +54,10 @@ def empty_model(folder: Path, dtype: torch.dtype, attention: str) -> nn.Module:
             )
     except Exception as error:  # transformers, its dataclasses and torch each raise their own kinds here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{folder / 'config.json'} makes no model ({reason}): download the model again") from error
+        raise ValueError(
+            f"{folder / 'config.json'} makes no model ({reason}): correct it, or take the one that the model was "
+            "published with"
+        ) from error
     special_tokens(folder, config)
     return model.eval()
 
@@ -201,8 +204,7 @@ class CheckpointPlan:
             prefix, _, suffix = pattern.partition("*")
             if not names:
                 raise ValueError(
-                    f"{self.shards.folder} has no tensor {prefix.strip('.')}.*{suffix} for {source.target}: "
-                    "download the model again"
+                    f"{self.shards.folder} has no tensor {prefix.strip('.')}.*{suffix} for {source.target}: {COMPLETE}"
                 )
             count = self.state[source.target].shape[0]
             numbers = [int(_expert_number(name, suffix)) for name in names]
@@ -210,7 +212,7 @@ class CheckpointPlan:
                 like = names[0]
                 number = _expert_number(like, suffix)
                 lacking = [like.replace(f".{number}{suffix}", f".{i}{suffix}") for i in absent]
-                raise ValueError(f"{self.shards.folder} lacks {_tensors(lacking)}: download the model again")
+                raise ValueError(f"{self.shards.folder} lacks {_tensors(lacking)}: {COMPLETE}")
             if beyond := [name for name, number in zip(names, numbers, strict=True) if number >= count]:
                 raise ValueError(
                     f"{self.shards.folder} has {_tensors(beyond)} beyond the {count} experts of config.json: "
@@ -231,7 +233,7 @@ class CheckpointPlan:
         made = self.made | tied_weights.supplied(self.model, self.made)
         missing = [name for name in self.state if name not in made and not self._is_ignored(name, "missing")]
         if missing:
-            remedy = tied_weights.untied_remedy(self.model, missing, made) or "download the model again"
+            remedy = tied_weights.untied_remedy(self.model, missing, made) or COMPLETE
             raise ValueError(f"{self.shards.folder} lacks {_tensors(missing)}: {remedy}")
 
     # ------------------------------------------------------------------ reading
@@ -283,7 +285,13 @@ class CheckpointPlan:
             # A reader of its own: the file's pages are given back before the next weight is read.
             with self.shards.reader() as reader:
                 for name, tensor in self.read(reader, target).items():
-                    set_weight(self.model, name, tensor.to(self.state[name].dtype, copy=True))
+                    converted = tensor.to(dtype := self.state[name].dtype, copy=True)
+                    if tensor.dtype.itemsize > dtype.itemsize and not all_finite(converted):
+                        raise ValueError(
+                            f"{name} of {self.shards.folder} holds values that {str(dtype).removeprefix('torch.')} "
+                            "cannot hold: export with --dtype fp32, or use another checkpoint"
+                        )
+                    set_weight(self.model, name, converted)
         self.share_weights(self.model)
 
     def share_weights(self, model: nn.Module) -> None:

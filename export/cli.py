@@ -6,7 +6,6 @@ import functools
 import os
 import select
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -45,6 +44,13 @@ RuntimeOption = Annotated[
 CudaGraphOption = Annotated[
     bool, typer.Option("--cuda-graph/--no-cuda-graph", help="Replay decode as a CUDA graph (delegate host).")
 ]
+VerifyOption = Annotated[
+    bool,
+    typer.Option(
+        "--verify/--no-verify",
+        help="Compare all bytes of .pte and .ptd with the digests of the export before anything runs.",
+    ),
+]
 PrefillChunkOption = Annotated[
     int | None, typer.Option(help="Most prompt tokens in one call; by default the whole prompt.")
 ]
@@ -61,13 +67,13 @@ def settings(
 
 def is_users(error: Exception) -> bool:
     """True for an error that this package raised about its input, or that the system raised about a file."""
+    from executorch_moe.backends.errors import raised_here
+
     if isinstance(error, OSError):
         return True
     if not isinstance(error, (ValueError, NotImplementedError, ModuleNotFoundError, RuntimeError)):
         return False
-    frames = list(traceback.walk_tb(error.__traceback__))
-    raised_in = str(frames[-1][0].f_globals.get("__name__", "")) if frames else ""
-    return raised_in == __name__ or raised_in.startswith("executorch_moe.")
+    return raised_here(error, __name__)
 
 
 def lost_reader(error: Exception) -> bool:
@@ -316,6 +322,7 @@ def generate(
     ] = None,
     cuda_graph: CudaGraphOption = False,
     prefill_chunk: PrefillChunkOption = None,
+    verify: VerifyOption = True,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show other packages' warnings.")] = False,
 ) -> None:
     """Generate text with an exported model; shows the runtime and its speed."""
@@ -330,13 +337,14 @@ def generate(
     with hold_native_notes() as terminal:
         with spinner(terminal, "loading"):
             generator = TextGenerator.load(
-                artifact, runtime=runtime, cuda_graph=cuda_graph, prefill_chunk=prefill_chunk
+                artifact, runtime, cuda_graph=cuda_graph, prefill_chunk=prefill_chunk, verify=verify
             )
             ids = generator.encode(prompt)
             generator.check_length(len(ids), max_new_tokens)
         with spinner(terminal, "warming up"):
             generator.warm_up(len(ids))
     console.print(f"runtime: {generator.program.runtime}", highlight=False)
+    show_note(generator.program.note)
     if temperature > 0 and seed is None:
         console.print(f"seed: {sampler.seed} (--seed {sampler.seed} gives this text again)", highlight=False)
 
@@ -370,6 +378,7 @@ def bench_model(
     runtime: RuntimeOption = "auto",
     cuda_graph: CudaGraphOption = False,
     prefill_chunk: PrefillChunkOption = None,
+    verify: VerifyOption = True,
     profile: Annotated[
         bool, typer.Option("--profile", help="Also show where a decode token's time goes (needs a GPU).")
     ] = False,
@@ -396,7 +405,9 @@ def bench_model(
         progress_on(terminal) as progress,
     ):
         task = progress.add_task("measuring", total=len(lengths) * repeats)
-        generator = TextGenerator.load(artifact, runtime, cuda_graph=cuda_graph, prefill_chunk=prefill_chunk)
+        generator = TextGenerator.load(
+            artifact, runtime, cuda_graph=cuda_graph, prefill_chunk=prefill_chunk, verify=verify
+        )
         if profile:
             check_profile(generator.program.device)
         result = benchmark_model(
@@ -405,6 +416,7 @@ def bench_model(
         )  # fmt: skip
         if profile:
             result.profile_decode(generator, lengths[-1], min(new_tokens, 64))
+    show_note(generator.program.note)
     typer.echo(result.markdown() if output_format == "md" else result.json())
     if plot is not None and result.breakdown is not None:
         result.breakdown.plot(plot, result.model_name())
@@ -475,6 +487,12 @@ def tune(
     console.print(f"wrote {path}; every export and run on such a GPU takes its configurations from there")
 
 
+def show_note(note: str) -> None:
+    """Shows what there is to tell about an artifact, in one line."""
+    if note:
+        console.print(f"[yellow]note:[/yellow] {escape(note)}", soft_wrap=True, highlight=False)
+
+
 def check_plot(plot: Path | None) -> None:
     """Check the name of a picture before anything is measured.
 
@@ -508,9 +526,16 @@ def inspect_command(
         str | None, typer.Option(help="Also check that every method has code for these GPUs and no others.")
     ] = None,
     output_format: Annotated[str, typer.Option("--format", help="table or json.")] = "table",
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Only compare all bytes of .pte and .ptd with the digests of the export.")
+    ] = False,
 ) -> None:
     """Show what is inside an artifact; of one with CUDA delegates, check that ExecuTorch's runtime can load it."""
     quiet_unless(False)
+    if verify:
+        if target is not None or output_format != "table":
+            raise ValueError("--verify only checks the files' bytes: leave --target and --format out")
+        return verify_files(artifact)
     from executorch_moe.backends.cuda.weight_metadata import CUDA_BACKEND
     from executorch_moe.backends.inspect import check_cuda_artifact, inspect_artifact
 
@@ -527,6 +552,21 @@ def inspect_command(
         check_cuda_artifact(report)
     if target is not None:
         check_archs(report, target)
+
+
+def verify_files(artifact: Path) -> None:
+    """Compares an artifact's files with the digests that its export left, and says what was compared."""
+    from executorch_moe.backends.artifact import check, no_digests
+    from executorch_moe.backends.pte import PteFile
+
+    files = check(artifact, verify_bytes=True)
+    if note := no_digests(PteFile(files.pte)):
+        show_note(note)
+        typer.echo(
+            f"{files.ptd}: the weights are those of the same export as {files.pte}" if files.ptd.exists() else ""
+        )
+    else:
+        typer.echo(f"{files.pte} and {files.ptd} are whole: all bytes are those that were exported")
 
 
 @app.command()

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-_ASIDE = ".new"
+from executorch_moe.backends.aside import written_together
 
 
 def check_writable(what: str, path: Path, suffixes: Sequence[str] = ()) -> None:
@@ -44,26 +44,13 @@ def named(path: Path) -> Iterator[None]:
 def written_aside(path: Path) -> Iterator[Path]:
     """Yields a path beside `path`, with its ending: renamed to `path` at the end, removed after an error.
 
-    The folder is made if it is not there. Processes that write the same file do not write the same path.
+    See `written_together`: it is this for several files.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.stem}.{os.getpid()}{_ASIDE}{path.suffix}")
-    try:
-        with named(path):
-            yield aside
-            with open(aside, "rb") as file:
-                os.fsync(file.fileno())
-            aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with named(path), written_together(path) as aside:
+        yield aside[path]
 
 
 def write_aside(path: Path, text: str) -> None:
     """Writes a text file whole or not at all."""
     with written_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
-
-
-def is_aside(path: Path) -> bool:
-    """True for a file that `written_aside` left because the process was killed."""
-    return path.name.startswith(".") and path.stem.endswith(_ASIDE)

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from executorch_moe.backends.errors import said_in_one_line
+
 from .build import made_again
-from .metadata import MADE_FROM, TOKENIZER_DIGEST, tokenizer_digest, tokenizer_path
+from .metadata import MADE_FROM, TOKENIZER_DIGEST, TOKENIZER_SUFFIX, tokenizer_digest
 from .sampling import Sampler
 from .text_stream import TextStream as TextStream
 
@@ -87,7 +89,13 @@ class TextGenerator:
 
     @classmethod
     def load(
-        cls, pte: Path, runtime: str = "auto", *, cuda_graph: bool = False, prefill_chunk: int | None = None
+        cls,
+        pte: Path,
+        runtime: str = "auto",
+        *,
+        cuda_graph: bool = False,
+        prefill_chunk: int | None = None,
+        verify: bool = True,
     ) -> TextGenerator:
         """Opens NAME.pte with NAME.ptd and NAME.tokenizer.json beside it.
 
@@ -95,11 +103,14 @@ class TextGenerator:
             runtime: as for `executorch_moe.backends.runtime.load`.
             cuda_graph: replay decode as a CUDA graph.
             prefill_chunk: see `__init__`.
+            verify: as for `executorch_moe.backends.runtime.load`.
 
         Raises:
             FileNotFoundError: one of the three files is missing.
             ValueError: a file is damaged or belongs to something else, or the runtime cannot run it here.
         """
+        from executorch_moe.backends.artifact import companion
+        from executorch_moe.backends.pte import PteFile
         from executorch_moe.backends.runtime import load
 
         pte = pte_path(pte)
@@ -107,12 +118,13 @@ class TextGenerator:
             raise FileNotFoundError(
                 f"artifact={str(pte)!r} is not a file: give the .pte that `executorch-moe export` made"
             )
-        tokenizer = read_tokenizer(tokenizer_path(pte))
+        beside = companion(pte, TOKENIZER_SUFFIX)
+        opened = PteFile(pte, verify=verify)
+        check_tokenizer(opened, beside)
+        tokenizer = read_tokenizer(beside)
         graphs = ("decode",) if cuda_graph else ()
-        program = load(pte, runtime=runtime, cuda_graph=graphs, make_weights=synthetic_weights)
-        generator = cls(program, tokenizer, prefill_chunk)
-        check_tokenizer(program, tokenizer_path(pte))
-        return generator
+        program = load(opened, runtime=runtime, cuda_graph=graphs, make_weights=synthetic_weights, verify=verify)
+        return cls(program, tokenizer, prefill_chunk)
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt.
@@ -281,18 +293,20 @@ def synthetic_weights(program: PteFile, device: torch.device) -> MakeWeights | N
     return made_again(choices, device)
 
 
-def check_tokenizer(program: LoadedProgram, path: Path) -> None:
+def check_tokenizer(program: PteFile, path: Path) -> None:
     """Check that a tokenizer.json is the one of the export; artifacts of before it was recorded pass.
 
     Raises:
+        FileNotFoundError: no such file.
         ValueError: it is another one.
     """
+    _check_there(path)
     if TOKENIZER_DIGEST not in program.constant_names:
         return
-    if program.constant(TOKENIZER_DIGEST) != tokenizer_digest(path.read_text(encoding="utf-8")):
+    if program.constant(TOKENIZER_DIGEST) != tokenizer_digest(path.read_bytes()):
         raise ValueError(
-            f"{path} does not belong to the .pte beside it: its text differs from the tokenizer of that export. "
-            "Copy the tokenizer.json of the same export"
+            f"{path} is damaged or does not belong to the .pte beside it: its text differs from the tokenizer of that "
+            "export. Copy the tokenizer.json of the same export"
         )
 
 
@@ -310,11 +324,13 @@ def read_tokenizer(path: Path) -> Any:
         raise ModuleNotFoundError(
             "tokenizers is not installed: text needs it; pip install 'executorch-moe[hf]'"
         ) from None
-    if not path.is_file():
+    _check_there(path)
+    with said_in_one_line(f"{path} is not a tokenizer", "copy the tokenizer.json of the same export", ValueError):
+        return Tokenizer.from_file(str(path))  # the bindings raise plain Exception
+
+
+def _check_there(tokenizer: Path) -> None:
+    if not tokenizer.is_file():
         raise FileNotFoundError(
-            f"{path} is missing: copy it beside the .pte (an export writes .pte, .ptd and .tokenizer.json)"
+            f"{tokenizer} is missing: copy it beside the .pte (an export writes .pte, .ptd and .tokenizer.json)"
         )
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the bindings raise plain Exception
-        raise ValueError(f"{path} is not a tokenizer ({error}): export the model again") from None

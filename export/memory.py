@@ -1,12 +1,14 @@
-"""Peak memory of this process, step by step."""
+"""Memory: what this machine has, and the peak of this process, step by step."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
+_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _RESET = Path("/proc/self/clear_refs")
 
 
@@ -29,3 +31,15 @@ def peak_rss() -> int:
         return 0
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return usage if sys.platform == "darwin" else usage * 1024
+
+
+def total_memory() -> int:
+    """Bytes of memory that this process may use at most; 0 where that cannot be known."""
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # Windows
+        return 0
+    try:
+        return min(total, int(_LIMIT.read_text()))  # of a container
+    except (OSError, ValueError):
+        return total

@@ -18,14 +18,18 @@ MADE_FROM = "get_synthetic_options"
 TOKENIZER_DIGEST = "get_tokenizer_digest"
 
 
+RECORD_SUFFIX = ".export.json"
+TOKENIZER_SUFFIX = ".tokenizer.json"
+
+
 def tokenizer_path(pte: Path) -> Path:
     """Where the tokenizer of an artifact lies: beside it, NAME.tokenizer.json."""
-    return pte.with_suffix(".tokenizer.json")
+    return pte.with_suffix(TOKENIZER_SUFFIX)
 
 
 def record_path(pte: Path) -> Path:
     """Where the record of an export lies: beside it, NAME.export.json."""
-    return pte.with_suffix(".export.json")
+    return pte.with_suffix(RECORD_SUFFIX)
 
 
 def check_report(report: Path, options: ExportOptions) -> None:
@@ -64,9 +68,9 @@ def _is_report(path: Path) -> bool:
     return isinstance(content, dict) and {"compiled", "sizes"} <= content.keys()
 
 
-def tokenizer_digest(text: str) -> str:
+def tokenizer_digest(content: str | bytes) -> str:
     """What an artifact keeps of its tokenizer.json, to know it again: SHA-256, hexadecimal."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
 
 
 def constant_methods(options: ExportOptions, config: Any, max_context: int, tokenizer: str) -> dict[str, Any]:

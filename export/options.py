@@ -16,6 +16,7 @@ from . import synthetic
 from .causal_lm import BY_OUTPUT, check_context
 from .dense import KINDS
 from .files import check_writable
+from .sizes import check_cache
 from .upstream_experts import PREFILL
 
 TARGETS = ("cuda", "cpu")
@@ -107,7 +108,8 @@ class ExportOptions:
             if (value := getattr(self, what)) not in known:
                 raise ValueError(f"{what}={value!r} is unknown: use one of {', '.join(filter(None, known))}")
         if synthetic.is_synthetic(self.model):
-            synthetic.parse(self.model, self.layers)
+            model = synthetic.parse(self.model, self.layers)
+            synthetic.check_room(model, self.scheme, self.group_size, None if self.check else self.out, thin=self.thin)
 
     def _check_together(self, target: str) -> None:
         """The choices against each other; `target` is the resolved one."""
@@ -181,12 +183,13 @@ class ExportOptions:
         """Positions in the cache, checked against the model's configuration.
 
         Raises:
-            ValueError, NotImplementedError: see `causal_lm.check_context`.
+            ValueError, NotImplementedError: see `causal_lm.check_context` and `sizes.check_cache`.
         """
         size = self.max_context
         if size is None:
             size = min(DEFAULT_MAX_CONTEXT, config.max_position_embeddings)
         check_context(config, size)
+        check_cache(config, size, DTYPES[self.resolved_dtype()].itemsize)
         return size
 
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from executorch_moe.backends.versions import check_versions
 
-from .shards import fp8_block, listed, read_config
+from .shards import COMPLETE, Shards, all_finite, fp8_block, listed, read_config
+from .sizes import check_sizes
 
 # model_type of config.json. Any model's experts are fused by our partitioners; these fit `CausalLM` as well.
 SUPPORTED_MODEL_TYPES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "glm4_moe", "gpt_oss", "deepseek_v3")
@@ -65,11 +66,13 @@ def check_supported(folder: Path) -> dict[str, Any]:
         NotImplementedError: another architecture, or weights that are quantised already, but for fp8 in blocks.
     """
     try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = config["model_type"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        method = dict(config.get("quantization_config") or {}).get("quant_method")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{folder / 'config.json'} is no model configuration ({type(error).__name__}: {error}): download it again"
+            f"{folder / 'config.json'} is no model configuration ({type(error).__name__}: {error}): "
+            "take the one that the model was published with"
         ) from None
     if not any("expert" in key for key in _all_keys(config)):
         raise ValueError(
@@ -81,7 +84,6 @@ def check_supported(folder: Path) -> dict[str, Any]:
             f"model_type={kind!r} in {folder / 'config.json'} is not supported yet: "
             f"use a model of type {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
-    method = (config.get("quantization_config") or {}).get("quant_method")
     if method and fp8_block(config) is None:
         raise NotImplementedError(
             f"the weights in {folder} are quantised ({method}), which is not supported yet: use the model in bf16"
@@ -183,6 +185,7 @@ def load_model(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> nn.
     """
     transformers = require_transformers()
     check_loadable(folder)
+    check_sizes(read_config(folder), Shards(folder))
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         plain_outputs_(config)
@@ -192,10 +195,19 @@ def load_model(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> nn.
         )  # fmt: skip
     except Exception as error:  # safetensors, transformers and torch each raise their own kinds here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"the weights in {folder} cannot be loaded ({reason}): download the model again") from error
+        raise ValueError(
+            f"the weights in {folder} cannot be loaded ({reason}): check that config.json and weights are of the same "
+            "model and whole"
+        ) from error
     special_tokens(folder, config)
     if missing := sorted(found["missing_keys"]):  # which transformers fills with random numbers
-        raise ValueError(f"{folder} lacks {listed(missing)}: download the model again")
+        raise ValueError(f"{folder} lacks {listed(missing)}: {COMPLETE}")
+    for name, tensor in model.state_dict().items():
+        if not all_finite(tensor):
+            raise ValueError(
+                f"{name} in {folder} holds NaN or Inf: compare the files' checksums with the publisher's; if they are "
+                "theirs, use another checkpoint"
+            )
     return model.eval()
 
 

@@ -23,7 +23,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # A file of this name belongs to a set of shards. Others (Mistral's "consolidated.safetensors") are not ours to read.
 _SHARD_NAME = re.compile(r"-\d+-of-\d+\.safetensors$")
-_AGAIN = "download the model again"
+COMPLETE = "download the missing files, or check that config.json and weights are of the same model"
+_TOGETHER = "take index and files from one download"
 FP8 = "F8_E4M3"
 _SCALE = "_scale_inv"
 
@@ -71,7 +72,10 @@ class Shards:
         for file in files:
             for name, stored in _read_header(folder / file):
                 if name in self.tensors:
-                    raise ValueError(f"{name} is in {self.tensors[name].file} and in {file} of {folder}: {_AGAIN}")
+                    raise ValueError(
+                        f"{name} is in {self.tensors[name].file} and in {file} of {folder}: "
+                        "remove the file that is not the model's"
+                    )
                 self.tensors[name] = stored
         if index is not None:
             self._check_index(index)
@@ -94,7 +98,8 @@ class Shards:
             if scale.shape != (*stored.shape[:-2], rows, columns):
                 raise ValueError(
                     f"{name}{_SCALE} of {self.folder} has shape {list(scale.shape)}, but {name} {list(stored.shape)} "
-                    f"has {rows} x {columns} blocks of {block[0]} x {block[1]}: {_AGAIN}"
+                    f"has {rows} x {columns} blocks of {block[0]} x {block[1]}: "
+                    "check that weight_block_size in config.json is the one of these weights"
                 )
             self.tensors[name] = replace(stored, scale=scale, block=block)
             del self.tensors[name + _SCALE]
@@ -103,10 +108,12 @@ class Shards:
         where = self.folder / INDEX_FILE
         absent = sorted(name for name, file in index.items() if self._file_of(name) != file)
         if absent:
-            raise ValueError(f"{where} says that {index[absent[0]]} holds {listed(absent)}, but it does not: {_AGAIN}")
+            raise ValueError(
+                f"{where} says that {index[absent[0]]} holds {listed(absent)}, but it does not: {_TOGETHER}"
+            )
         if extra := sorted(self.tensors.keys() - index.keys()):
             raise ValueError(
-                f"{self.tensors[extra[0]].file} holds {listed(extra)}, of which {where} says nothing: {_AGAIN}"
+                f"{self.tensors[extra[0]].file} holds {listed(extra)}, of which {where} says nothing: {_TOGETHER}"
             )
 
     def _file_of(self, name: str) -> str | None:
@@ -122,25 +129,41 @@ class Shards:
 
 
 class ShardReader:
-    """Reads tensors of `Shards`. What it returns lies in the mapped file: copy what is to stay."""
+    """Reads tensors of `Shards`, and refuses NaN and Inf in them. What it returns lies in the mapped file: copy what is
+    to stay."""
 
     def __init__(self, shards: Shards, stack: contextlib.ExitStack) -> None:
         self._shards, self._stack = shards, stack
         self._open: dict[str, Any] = {}
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """A tensor, or those rows of its first dimension; weights in fp8 as bf16, which do not lie in the file."""
+        """A tensor, or those rows of its first dimension; weights in fp8 as bf16, which do not lie in the file.
+
+        Raises:
+            ValueError: it holds NaN or Inf.
+        """
         stored = self._shards.tensors[name]
         if stored.scale is None:
-            return self._stored(stored.file, name, rows)
+            return self._finite(stored.file, name, self._stored(stored.file, name, rows))
         # Of a matrix, rows share blocks; stacked matrices do not.
         part = rows if len(stored.shape) > 2 else None
         codes = self._stored(stored.file, name, part)
         scale = self._stored(stored.scale.file, name + _SCALE, part).float()
+        self._finite(stored.scale.file, name + _SCALE, scale)
         for dim, size in ((-2, stored.block[0]), (-1, stored.block[1])):
             scale = scale.repeat_interleave(size, dim)
         weight = (codes.float() * scale[..., : codes.shape[-2], : codes.shape[-1]]).to(torch.bfloat16)
+        self._finite(stored.file, name, weight)
         return weight if rows is None or part is not None else weight[rows]
+
+    def _finite(self, file: str, name: str, tensor: Tensor) -> Tensor:
+        """The tensor, if all of its values are finite."""
+        if not all_finite(tensor):
+            raise ValueError(
+                f"{name} in {self._shards.folder / file} holds NaN or Inf: compare the file's checksum with the "
+                "publisher's; if it is theirs, use another checkpoint"
+            )
+        return tensor
 
     def _stored(self, file: str, name: str, rows: slice | None) -> Tensor:
         from safetensors import safe_open
@@ -153,18 +176,30 @@ class ShardReader:
         return tensor
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """False if a tensor holds NaN or Inf, in one pass over it; tensors of other types than floats hold none."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.float()
+    # Both ends are NaN where any value is. `isfinite` takes about 20 times as long.
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder, which was read before; an unreadable one is empty."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}
 
 
 def fp8_block(config: dict[str, Any]) -> tuple[int, int] | None:
     """Rows and columns that share a scale in a model whose weights are stored in fp8, None for another model."""
-    quantization = config.get("quantization_config") or {}
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict):
+        return None
     block = quantization.get("weight_block_size")
     if quantization.get("quant_method") != "fp8" or not isinstance(block, list) or len(block) != 2:
         return None
@@ -190,7 +225,9 @@ def _read_index(folder: Path) -> dict[str, str] | None:
         if not (isinstance(index, dict) and index and all(isinstance(file, str) for file in index.values())):
             raise TypeError("weight_map is no table of file names")
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no index of weights ({type(error).__name__}: {error}): {_AGAIN}") from None
+        raise ValueError(
+            f"{path} is no index of weights ({type(error).__name__}: {error}): download it again"
+        ) from None
     return dict(index)
 
 
@@ -199,7 +236,7 @@ def _single_file(folder: Path) -> str:
     if SINGLE_FILE in found:
         return SINGLE_FILE
     if not found:
-        raise FileNotFoundError(f"{folder} has no *.safetensors: {_AGAIN}")
+        raise FileNotFoundError(f"{folder} has no *.safetensors: download the model's")
     raise ValueError(
         f"{folder} has {listed(found)}, but neither {INDEX_FILE} nor {SINGLE_FILE}: put the model's index there"
     )
@@ -207,10 +244,12 @@ def _single_file(folder: Path) -> str:
 
 def _check_files(folder: Path, files: list[str]) -> None:
     if absent := [file for file in files if not (folder / file).is_file()]:
-        raise FileNotFoundError(f"{folder} lacks {listed(absent)} of {len(files)} files that its index names: {_AGAIN}")
+        raise FileNotFoundError(
+            f"{folder} lacks {listed(absent)} of {len(files)} files that its index names: download them"
+        )
     found = (path.name for path in folder.glob("*.safetensors"))
     if extra := sorted(name for name in found if name not in files and _SHARD_NAME.search(name)):
-        raise ValueError(f"{folder} has {listed(extra)}, which its weights do not name: remove them, or {_AGAIN}")
+        raise ValueError(f"{folder} has {listed(extra)}, which its weights do not name: remove them")
 
 
 def _read_header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
@@ -222,4 +261,4 @@ def _read_header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
                 part = file.get_slice(name)
                 yield name, StoredTensor(path.name, tuple(part.get_shape()), part.get_dtype())
     except SafetensorError as error:
-        raise ValueError(f"{path} is cut short or damaged ({error}): {_AGAIN}") from None
+        raise ValueError(f"{path} is cut short or damaged ({error}): download it again") from None

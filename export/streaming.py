@@ -20,7 +20,8 @@ from executorch_moe.kernels import SCHEMES, FusedExperts, PackedExperts, pack_ex
 from executorch_moe.kernels.schemes import check_group_size
 
 from .checkpoint import CheckpointPlan, below, empty_model
-from .shards import ShardReader, Shards
+from .shards import ShardReader, Shards, read_config
+from .sizes import check_sizes
 from .work_folder import WorkFolder, manifest_of
 
 RUN_BYTES = 32 << 20
@@ -76,6 +77,7 @@ class StreamedModel:
     def __init__(self, folder: Path, dtype: torch.dtype, attention: str, fusion: FusionOptions) -> None:
         self.fusion = fusion
         self.shards = Shards(folder)
+        check_sizes(read_config(folder), self.shards)
         self.model = empty_model(folder, dtype, attention)
         self.plan = CheckpointPlan(self.model, self.shards)
         self.layers = list(self._expert_layers())
@@ -108,7 +110,7 @@ class StreamedModel:
         if not 1 <= (top_k := config.num_experts_per_tok) <= num_experts:
             raise ValueError(
                 f"num_experts_per_tok={top_k} of config.json must be between 1 and its {num_experts} experts: "
-                "download the model again"
+                "put the number there that the model was trained with"
             )
         _check_group_size(self.fusion, hidden, intermediate)
         stored = [self.shards.tensors[source] for source in self.plan.names_below(name)]

@@ -18,6 +18,7 @@ from executorch_moe.kernels import SCHEMES
 
 from .dense_torchao import stored_bytes
 from .options import ExportOptions
+from .sizes import size
 
 
 @dataclass
@@ -126,12 +127,3 @@ def _distinct_bytes(tensors: Iterable[torch.Tensor]) -> int:
     # A quantised tensor is several in one, and has no address of its own.
     plain = (torch.Tensor, nn.Parameter)
     return sum({t.data_ptr() if type(t) in plain else id(t): stored_bytes(t) for t in tensors}.values())
-
-
-def size(num_bytes: float) -> str:
-    """A size for people: 1.9 MB."""
-    for unit in ("B", "kB", "MB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.2f} GB"

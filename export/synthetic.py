@@ -8,6 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -19,6 +20,7 @@ from executorch_moe.kernels.benchmark import Shape, random_packed
 from executorch_moe.kernels.schemes import K_BLOCK, check_group_size, get_scheme
 
 from .pretrained import require_transformers
+from .sizes import check_synthetic
 
 PREFIX = "synthetic:"
 Device: TypeAlias = "torch.device | str"
@@ -56,6 +58,12 @@ class SyntheticModel:
             raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
         if self.vocabulary < MIN_VOCABULARY:
             raise ValueError(f"vocabulary={self.vocabulary} must be at least {MIN_VOCABULARY}, for the byte tokenizer")
+
+    def weight_bytes(self, bits: float) -> int:
+        """About how many bytes its weights have, with `bits` for each weight of an expert and bf16 for all else."""
+        experts = self.experts * 3 * self.hidden * self.intermediate
+        attention = 2 * (self.heads + self.kv_heads) * self.head_dim * self.hidden + self.experts * self.hidden
+        return int(self.layers * (experts * bits / 8 + 2 * attention)) + 2 * 2 * self.vocabulary * self.hidden
 
     def config(self) -> Any:
         """The transformers configuration."""
@@ -107,6 +115,18 @@ def parse(model: str, layers: int | None = None) -> SyntheticModel:
     return replace(PRESETS[name], **numbers)
 
 
+def check_room(
+    model: SyntheticModel, scheme: str, group_size: int, out: Path | None = None, *, thin: bool = False
+) -> None:
+    """Check that a model can be made here, and written to `out`; see `sizes.check_synthetic`.
+
+    Raises:
+        ValueError: unknown scheme, or a model that is too large.
+    """
+    bits = 4 + 16 / max(group_size, 1) if get_scheme(scheme).packed else 16
+    check_synthetic(model, PRESETS.get(model.name, model), bits, out, thin)
+
+
 def build(
     model: SyntheticModel,
     scheme: str = "w4a16",
@@ -134,8 +154,10 @@ def build(
             what is not experts before the next layer is made.
 
     Raises:
-        ValueError: unknown scheme, or a group size that does not fit.
+        ValueError: unknown scheme, a group size that does not fit, or a model that does not fit into memory.
     """
+    if torch.device(device).type != "cuda":
+        check_room(model, scheme, group_size, thin=device == "meta")
     if get_scheme(scheme).packed:
         check_group_size(group_size, model.hidden, "hidden")
         check_group_size(group_size, model.intermediate, "intermediate")

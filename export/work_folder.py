@@ -13,12 +13,13 @@ from typing import IO, Any
 
 from torch import Tensor
 
+from executorch_moe.backends.aside import is_aside
 from executorch_moe.backends.fusion import FusedLayer
 from executorch_moe.kernels import PackedExperts
 from executorch_moe.kernels.packing import TENSORS
 from executorch_moe.kernels.schemes import LAYOUT_VERSION
 
-from .files import is_aside, write_aside, written_aside
+from .files import write_aside, written_aside
 from .shards import Shards
 
 try:

@@ -260,8 +260,8 @@ def _check_finite(expert: int, **tensors: Tensor | Int4Codes | None) -> None:
             continue
         if not torch.stack(rounded.aminmax()).isfinite().all():
             raise ValueError(
-                f"{name} of expert {expert} holds NaN, Inf or values that bfloat16 cannot hold: download the model "
-                "again, or convert the original weights to bfloat16 (float16 ends at 65504)"
+                f"{name} of expert {expert} holds NaN, Inf or values that bfloat16 cannot hold: use another "
+                "checkpoint, or convert the original weights to bfloat16 (float16 ends at 65504)"
             )
 
 

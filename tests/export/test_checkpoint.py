@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +19,11 @@ import pytest
 import torch
 
 from executorch_moe.backends.fusion import FusedLayer, FusionOptions
-from executorch_moe.export.files import is_aside, written_aside
+from executorch_moe.export import sizes
 from executorch_moe.export.preflight import dequantised
 from executorch_moe.export.pretrained import check_supported, load_model
-from executorch_moe.export.shards import INDEX_FILE
+from executorch_moe.export.shards import INDEX_FILE, Shards, read_config
+from executorch_moe.export.sizes import check_sizes
 from executorch_moe.export.streaming import StreamedModel
 from executorch_moe.export.work_folder import MANIFEST, WorkFolder
 from executorch_moe.kernels import SCHEMES, pack_experts
@@ -302,14 +305,112 @@ def test_a_damaged_checkpoint_is_named(spoiled: Path, damage: Callable[[Path], o
         stream(spoiled)
 
 
-def test_nan_and_inf_are_named(spoiled: Path) -> None:
-    edit_shard(spoiled, GATE, lambda weights: weights[GATE].view(-1)[-1:].fill_(float("inf")))
-    named = (
-        r"experts model.model.layers.1.mlp.experts \(Qwen3MoeExperts\) not packed: gate_up of expert 2 holds NaN, Inf"
-    )
+@pytest.mark.parametrize(
+    "name",
+    [
+        GATE,
+        NORM,
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.1.self_attn.k_norm.weight",
+        "model.layers.1.mlp.gate.weight",
+    ],
+)
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_nan_and_inf_are_named(spoiled: Path, name: str, value: str) -> None:
+    edit_shard(spoiled, name, lambda weights: weights[name].view(-1)[-1:].fill_(float(value)))
+    named = rf"^{re.escape(name)} in .*/model-\d+-of-\d+\.safetensors holds NaN or Inf: compare the file's checksum"
     for scheme in SCHEMES:
         with pytest.raises(ValueError, match=named):
             stream(spoiled, scheme).load()
+    with pytest.raises(ValueError, match="holds NaN or Inf"):
+        load_model(spoiled, torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["router", "down_proj_bias", "sinks"])
+def test_nan_in_biases_and_sinks(tmp_path: Path, kind: str) -> None:
+    save_stacked("gpt_oss", tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    name = next(name for name in weights if kind in name)
+    weights[name].view(-1)[0] = float("nan")
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"^{re.escape(name)} in .*model\.safetensors holds NaN or Inf"):
+        stream(tmp_path).load()
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+@pytest.mark.parametrize("name", [GATE, "model.layers.0.self_attn.v_proj.weight"])
+@pytest.mark.parametrize("what", ["codes", "scale"])
+def test_nan_in_fp8(tmp_path: Path, name: str, code: int, what: str) -> None:
+    save_fp8("qwen3_moe", folder := tmp_path / "fp8")
+    stored = name if what == "codes" else f"{name}_scale_inv"
+
+    def spoil(weights: dict[str, torch.Tensor]) -> None:
+        if what == "codes":
+            weights[name].view(torch.uint8).view(-1)[-1] = code
+        else:
+            weights[stored].view(-1)[0] = float("inf" if code == 0x7F else "nan")
+
+    edit_shard(folder, stored, spoil)
+    with pytest.raises(ValueError, match=rf"^{re.escape(stored)} in .* holds NaN or Inf"):
+        stream(folder).load()
+
+
+def test_values_that_the_models_type_cannot_hold(spoiled: Path) -> None:
+    edit_shard(spoiled, NORM, lambda weights: weights[NORM].fill_(3.4e38))
+    stream(spoiled).load()  # as fp32
+    streamed = StreamedModel(spoiled, torch.bfloat16, "eager", FusionOptions("w4a16", 32))
+    with pytest.raises(ValueError, match=rf"^{NORM} of .* holds values that bfloat16 cannot hold: export with --dtype"):
+        streamed.load()
+
+
+ABSURD: tuple[tuple[dict[str, object], str], ...] = (
+    ({"num_hidden_layers": 999_999}, r"num_hidden_layers=999999 in .* about .* weights, but the checkpoint has 2 lay"),
+    ({"num_experts": 10**9}, r"num_experts=1000000000 in .*, with hidden_size=64, moe_intermediate_size=32, asks for "),
+    ({"vocab_size": 10**12}, r"vocab_size=1000000000000 in .* asks for 64\.0 trillion weights or more, but the check"),
+    ({"hidden_size": 2**31}, r"hidden_size=2147483648 in .*, with vocab_size=96, asks for 206\.2 billion weights"),
+    ({"moe_intermediate_size": 10**15}, r"moe_intermediate_size=1000000000000000 in .* asks for 7\.7e\+17 weights"),
+    ({"num_attention_heads": 10**9}, r"num_attention_heads=1000000000 in .*, with head_dim=32, hidden_size=64, asks"),
+    ({"num_key_value_heads": 10**9}, "num_key_value_heads=1000000000 in .* asks for 2.0 trillion weights or more, but"),
+    ({"head_dim": 10**30}, r"head_dim=1000000000000000000000000000000 in .* asks for 1\.3e\+32 weights"),
+    ({"hidden_size": "64"}, "hidden_size='64' in .*config.json must be a whole number of at least 1: put the number"),
+    ({"num_hidden_layers": -1}, "num_hidden_layers=-1 in .* must be a whole number of at least 1"),
+    ({"num_experts": 4.0}, "num_experts=4.0 in .* must be a whole number"),
+    ({"vocab_size": float("nan")}, "vocab_size=nan in .* must be a whole number"),
+    ({"num_experts_per_tok": True}, "num_experts_per_tok=True in .* must be a whole number"),
+    ({"max_position_embeddings": 0}, "max_position_embeddings=0 in .* must be a whole number"),
+)
+
+
+@pytest.mark.parametrize(("changes", "message"), ABSURD, ids=[str(changes) for changes, _ in ABSURD])
+def test_absurd_sizes_are_refused_before_anything_is_built(
+    spoiled: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], message: str
+) -> None:
+    def built(*_: object, **__: object) -> None:
+        raise AssertionError("a model was built")
+
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", built)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", built)
+    edit_config(spoiled, **changes)
+    for read in (stream, lambda folder: load_model(folder, torch.float32)):
+        start = time.perf_counter()
+        with pytest.raises(ValueError, match=message):
+            read(spoiled)
+        assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize("name", [family.name for family in FAMILIES])
+def test_no_family_is_taken_for_absurd(name: str, tmp_path: Path) -> None:
+    save_stacked(name, tmp_path)
+    shards, config = Shards(tmp_path), read_config(tmp_path)
+    check_sizes(config, shards)
+    for field in ("num_hidden_layers", "vocab_size", "hidden_size", *sizes.EXPERTS):
+        if field in config:
+            with pytest.raises(ValueError, match=f"^{field}=1000000000 in "):
+                check_sizes(config | {field: 10**9}, shards)
 
 
 def test_group_size_is_checked_before_anything_is_read(sharded: Path) -> None:
@@ -440,9 +541,3 @@ def test_one_export_at_a_time_has_a_work_folder(sharded: Path, tmp_path: Path) -
     with WorkFolder(work, manifest) as folder:  # the system has freed it
         folder.remove()
     assert not work.exists()
-
-
-def test_processes_that_write_one_file_do_not_share_what_they_write_aside(tmp_path: Path) -> None:
-    with written_aside(tmp_path / "x.json") as aside:
-        assert str(os.getpid()) in aside.name and is_aside(aside)
-        aside.touch()

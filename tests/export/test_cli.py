@@ -391,7 +391,7 @@ def test_export_spoiled_models(model_folder: Path, tmp_path: Path) -> None:
     weights = model_folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100_000])
     line = refused("export", model_folder, "-o", out, "--target", "cpu")
-    assert "model.safetensors is cut short or damaged" in line and line.endswith("download the model again")
+    assert "model.safetensors is cut short or damaged" in line and line.endswith("download it again")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -605,7 +605,7 @@ def test_generate_refuses_files_that_do_not_belong_together(
     text = tokenizer.read_text()
     tokenizer.write_text(text.replace('"a"', '"~"', 1).replace('"b"', '"a"', 1))
     shutil.copy(pte.with_suffix(".ptd"), tmp_path / "x.ptd")
-    assert "x.tokenizer.json does not belong to the .pte beside it" in refused(
+    assert "x.tokenizer.json is damaged or does not belong to the .pte beside it" in refused(
         "generate", tmp_path / "x.pte", "-p", "a"
     )
     tokenizer.write_text(text)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from typer.testing import CliRunner
 from executorch_moe.export import synthetic
 from executorch_moe.export.causal_lm import CausalLM
 from executorch_moe.export.cli import app
+from executorch_moe.export.options import ExportOptions
+from executorch_moe.export.sizes import check_cache
 from executorch_moe.kernels import FusedExperts
 from executorch_moe.kernels import benchmark as kernels_benchmark
 
@@ -53,6 +57,63 @@ def test_fields_and_layers_by_option() -> None:
 def test_shapes_that_cannot_be(name: str, layers: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         synthetic.parse(name, layers)
+
+
+@pytest.mark.parametrize(
+    ("name", "thin", "message"),
+    [
+        ("synthetic:tiny,layers=999999", False, "layers=999999 of tiny is more than can be traced: use at most 1000"),
+        ("synthetic:tiny,layers=999999", True, "layers=999999 of tiny is more than can be traced: use at most 1000"),
+        (
+            "synthetic:tiny,experts=1000000000",
+            False,
+            r"experts=1000000000 of tiny makes a model of about 55\.8 TB, more",
+        ),
+        (
+            "synthetic:tiny,experts=1000000000",
+            True,
+            "experts=1000000000 of tiny .* more than any GPU has: use a smaller",
+        ),
+        ("synthetic:tiny,vocabulary=1000000000000", False, "vocabulary=1000000000000 of tiny makes a model of about"),
+        ("synthetic:qwen3-30b-a3b,hidden=12800000", False, "hidden=12800000 of qwen3-30b-a3b makes a model of about"),
+        ("synthetic:tiny,head_dim=100000000000", False, "head_dim=100000000000 of tiny makes a model of about"),
+    ],
+)
+def test_models_that_fit_nowhere_are_refused_at_once(name: str, thin: bool, message: str, tmp_path: Path) -> None:
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=message):
+        synthetic.check_room(synthetic.parse(name), "w4a16", 32, tmp_path / "x.pte", thin=thin)
+    if not thin:
+        with pytest.raises(ValueError, match=message):
+            ExportOptions(name, tmp_path / "x.pte", "cpu")
+    with pytest.raises(ValueError, match=message):
+        synthetic.build(synthetic.parse(name), group_size=32, device="meta" if thin else "cpu")
+    assert time.perf_counter() - start < 1
+
+
+def test_models_must_fit_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("executorch_moe.export.sizes.total_memory", lambda: 10**12)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10**9))
+    model = synthetic.parse("synthetic:qwen3-30b-a3b")
+    with pytest.raises(ValueError, match=rf"about 1\d\.\d+ GB, more than the 1\.00 GB free in {tmp_path}"):
+        synthetic.check_room(model, "w4a16", 128, tmp_path / "new" / "x.pte")
+    synthetic.check_room(model, "w4a16", 128)
+
+
+def test_the_estimate_is_near_the_truth() -> None:
+    built = synthetic.build(TINY, group_size=32)
+    actual = sum(tensor.nbytes for tensor in built.state_dict().values())
+    assert TINY.weight_bytes(4 + 16 / 32) == pytest.approx(actual, rel=0.05)
+
+
+def test_a_cache_that_does_not_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("executorch_moe.export.sizes.total_memory", lambda: 10**9)
+    config = synthetic.parse("synthetic:qwen3-30b-a3b").config()
+    check_cache(config, 10_000, 2)
+    with pytest.raises(
+        ValueError, match=r"max_context=40000 needs a KV cache of 3\.93 GB, but .* 1\.00 GB .* at most 101"
+    ):
+        check_cache(config, 40_000, 2)
 
 
 def test_the_seed_decides_and_layers_do_not_depend_on_their_number() -> None:
