@@ -168,13 +168,14 @@ def normed_and_turned(
 
     The rotation of (a, b) is (a cos - b sin, b cos + a sin).
     """
-    cos_low, cos_high = load_halves(cos_ptr, HALF)
-    sin_low, sin_high = load_halves(sin_ptr, HALF)
+    offs = tl.arange(0, HALF)[None, :]
+    cos = tl.load(cos_ptr + offs).to(tl.float32)
+    sin = tl.load(sin_ptr + offs).to(tl.float32)
     factor = tl.rsqrt((tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1)) / (2 * HALF) + EPS)[:, None]
     low = low * factor * norm_low
     high = high * factor * norm_high
-    first = low * cos_low - high * sin_low
-    second = high * cos_high + low * sin_high
+    first = low * cos - high * sin
+    second = high * cos + low * sin
     return bf16_round(first, PTX), bf16_round(second, PTX)
 
 
@@ -208,7 +209,7 @@ def load_values(value_ptr, first, end, D: tl.constexpr, BLOCK_T: tl.constexpr):
 def moe_row_attention(
     qkv_ptr,  # bf16 [(KV_HEADS * G + 2 * KV_HEADS) * D]: query heads, key heads, value heads
     q_norm_ptr, k_norm_ptr,  # bf16 [D]
-    cos_ptr, sin_ptr,  # float [D]
+    cos_ptr, sin_ptr,  # float [D/2]: the angles of both halves are equal
     position_ptr,  # int64 [1]
     key_ptr, value_ptr,  # bf16 [KV_HEADS, C, D]: positions before this one
     new_ptr,  # bf16 [2, KV_HEADS, D]: this position's key and value, for the cache

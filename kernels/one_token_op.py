@@ -92,7 +92,7 @@ def attention_of_one(
         update: bf16 [1, 1, H] or None: the experts' output, which the layer before has not added yet.
         norm: bf16 [H]. q_norm, k_norm: bf16, D elements.
         weight: int8 or bf16 [(heads + 2 * kv_heads) * D, H]. scale: fp32, one for each row, or None.
-        cos, sin: float, D elements.
+        cos, sin: float, D/2 elements: of the first half of a head, whose angles are those of the second half too.
         position: int64 [1]; positions before it are read from the cache.
         key, value: bf16 [1, kv_heads, C, D].
         scaling: of the scores. eps: of the norms.
@@ -374,7 +374,7 @@ def attention_of_one_aten(arguments: AttentionArguments) -> tuple[Tensor, Tensor
 def _normed_and_turned(x: Tensor, norm: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * norm
     low, high = x.chunk(2, -1)
-    return x * cos + torch.cat([-high, low], -1) * sin
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
 
 
 def route_one_aten(arguments: RouteArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:

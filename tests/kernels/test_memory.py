@@ -107,7 +107,7 @@ def test_a_token_through_decoder_layers() -> None:
         for layer in range(2):
             cache = [random(1, heads, context, head_dim, seed=seed) for seed in (layer, layer + 9)]
             norms = random(head_dim), random(head_dim)
-            wave = random(1, 1, head_dim)
+            wave = random(1, 1, head_dim // 2)
             attention = ops.AttentionArguments(
                 row, update, random(hidden), *codes(3 * heads * head_dim, hidden), *norms, wave, wave,
                 torch.tensor([17]), *cache, head_dim**-0.5, EPS,

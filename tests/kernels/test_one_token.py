@@ -31,7 +31,7 @@ def projection(rows: int, columns: int, kind: str) -> tuple[Tensor, Tensor | Non
 def attention_arguments(kind: str, groups: int, position: int, update: bool) -> tuple[object, ...]:
     """Behind the positions that were written, the cache holds what no result may depend on."""
     weight, scale = projection((groups + 2) * KV_HEADS * HEAD_DIM, HIDDEN, kind)
-    angle = torch.linspace(0.0, 3.0, HEAD_DIM // 2).repeat(2)[None, None] * position
+    angle = torch.linspace(0.0, 3.0, HEAD_DIM // 2)[None, None] * position
     key, value = (random(1, KV_HEADS, CONTEXT, HEAD_DIM, seed=seed) for seed in (1, 2))
     key[:, :, position:], value[:, :, position:] = torch.nan, torch.nan
     return (
@@ -72,7 +72,8 @@ def test_attention_is_that_of_plain_modules(kind: str, groups: int, position: in
     def turn(part: Tensor, weight: Tensor) -> Tensor:
         part = torch.nn.functional.rms_norm(part, (HEAD_DIM,), weight.flatten().float(), eps)
         low, high = part.chunk(2, -1)
-        return part * cos.flatten().float() + torch.cat([-high, low], -1) * sin.flatten().float()
+        cos_both, sin_both = (half.flatten().float().repeat(2) for half in (cos, sin))
+        return part * cos_both + torch.cat([-high, low], -1) * sin_both
 
     fresh = turn(fresh, k_norm)
     keys = torch.cat([key[0, :, :position].float(), fresh[:, None]], 1)
@@ -183,7 +184,7 @@ def test_qwen3_30b_compiles_without_spills(capability: int) -> None:
     with torch.device("meta"):
         bf16 = {"dtype": torch.bfloat16}
         row, cache = torch.empty(1, 1, 2048, **bf16), torch.empty(1, 4, 2304, 128, **bf16)
-        norm, half, wave = torch.empty(2048, **bf16), torch.empty(2, 64, **bf16), torch.empty(1, 1, 128, **bf16)
+        norm, half, wave = torch.empty(2048, **bf16), torch.empty(2, 64, **bf16), torch.empty(1, 1, 64, **bf16)
         weight, scale = torch.empty(5120, 2048, dtype=torch.int8), torch.empty(5120)
         position = torch.empty(1, dtype=torch.int64)
         for update in (None, row):

@@ -50,7 +50,7 @@ def token_arguments(
             weight.random_(-127, 128, generator=generator)
         return weight, torch.full((rows,), 1 / (73 * columns**0.5), device=device)
 
-    wave = random(1, 1, HEAD_DIM)
+    wave = random(1, 1, HEAD_DIM // 2)
     attention = ops.AttentionArguments(
         row, update, random(H), *codes((HEADS + 2 * KV_HEADS) * HEAD_DIM, H), random(HEAD_DIM), random(HEAD_DIM),
         wave, wave, torch.full((1,), CONTEXT - 5, dtype=torch.int64, device=device),
