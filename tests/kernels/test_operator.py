@@ -156,7 +156,7 @@ def bad(index: int, value: object) -> object:
         (9, lambda _: torch.zeros(8, 4), ValueError, "w13_bias has shape"),
         (3, lambda t: t.to("meta"), ValueError, "w13 is on meta but hidden_states is on cpu: move both"),
         (11, "w8a8", ValueError, "scheme='w8a8' is unknown"),
-        (12, "relu", NotImplementedError, "activation='relu' is not supported: use one of silu, swiglu_oai"),
+        (12, "relu", ValueError, "activation='relu' is not supported: use one of silu, swiglu_oai"),
         (13, 64, ValueError, "w13_scale has shape"),
         (13, 7, ValueError, "group_size=7 is not supported"),
     ],
