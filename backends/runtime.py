@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -37,6 +38,26 @@ _NOT_LOADED = (
     f"check it with `executorch-moe inspect --verify`; if it is whole, export it with these versions; else {COPY_AGAIN}"
 )
 _NOT_RUN = "check the file with `executorch-moe inspect --verify` and this installation with `executorch-moe doctor`"
+
+
+TEXT_METHODS, CONTEXT = ("prefill", "decode"), "get_max_context_len"
+"""Methods of an exported language model, whose second input is the positions, and the constant that bounds them."""
+
+
+def check_positions(positions: Tensor, max_context: int, method: str) -> None:
+    """Check positions in a language model's cache; those on a GPU are not waited for.
+
+    Raises:
+        ValueError: one is negative, or not below `max_context`. Nothing in the program checks them.
+    """
+    if positions.device.type != "cpu" or positions.dtype != torch.int64 or not positions.numel():
+        return
+    lowest, highest = (int(end) for end in positions.aminmax())
+    if lowest < 0 or highest >= max_context:
+        raise ValueError(
+            f"method {method!r} got position {lowest if lowest < 0 else highest}, but its cache has positions 0 to "
+            f"{max_context - 1}: count the tokens of the text from 0, or export with a larger --max-context"
+        )
 
 
 class Engine(Protocol):
@@ -84,6 +105,11 @@ class LoadedProgram:
         """
         return self._program.constant(name)
 
+    @functools.cached_property
+    def _max_context(self) -> int | None:
+        """Positions in the cache of a language model; None for another program."""
+        return int(self.constant(CONTEXT)) if CONTEXT in self.constant_names else None
+
     def run(self, method: str, *tensors: Tensor) -> list[Tensor]:
         """Run a method.
 
@@ -95,11 +121,14 @@ class LoadedProgram:
             Its outputs, on `device`.
 
         Raises:
-            ValueError: unknown method, or inputs that it was not exported for.
+            ValueError: unknown method, or inputs that it was not exported for; of a language model also positions
+                outside its cache, if they are on the CPU.
             RuntimeError: the runtime cannot run it; the message has its reason.
         """
         if method not in self.method_names:
             raise ValueError(f"no method {method!r} in {self._program.path}: it has {', '.join(self.method_names)}")
+        if method in TEXT_METHODS and self._max_context is not None and len(tensors) > 1:
+            check_positions(tensors[1], self._max_context, method)
         with said_in_one_line(f"{self.runtime} cannot run {method} of {self._program.path}", _NOT_RUN):
             return self._engine.run(self._methods[method], tensors)
 
@@ -252,22 +281,30 @@ class ExecutorchEngine:
     """
 
     def __init__(self, program: PteFile, ptd: Path | None, methods: Iterable[str]) -> None:
-        self._program, self._ptd, self._names = program, ptd, sorted(methods)
+        self._program, self._names = program, sorted(methods)
+        runtime = importlib.import_module("executorch.runtime").Runtime.get()
+        self._loaded = runtime.load_program(program.path, data_path=None if ptd is None else str(ptd))
         self._methods: dict[str, Any] = {}
-        self.reset()
+        self._load_methods()
 
     def run(self, method: str, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         """Run a method; inputs from any device, outputs on the CPU."""
         self._program.check_inputs(method, inputs)
+        self._initial = False
         outputs: Sequence[Any] = self._methods[method].execute([t.detach().cpu().contiguous() for t in inputs])
         return [output if isinstance(output, Tensor) else torch.tensor(output) for output in outputs]
 
     def reset(self) -> None:
-        """Load the program again: ExecuTorch has no call that restores state."""
-        runtime = importlib.import_module("executorch.runtime").Runtime.get()
-        data_path = str(self._ptd) if self._ptd is not None else None
+        """Load the methods of the same program again, if one has run: ExecuTorch has no call that restores state."""
+        if not self._initial:
+            self._load_methods()
+
+    def _load_methods(self) -> None:
+        # Freed first: each holds memory for its intermediate values.
         self._methods = {}
-        loaded = runtime.load_program(self._program.path, data_path=data_path)
+        # `Program.load_method` of executorch.runtime returns what it loaded before; what it wraps loads anew.
+        bound = self._loaded._program
         # All at once: loading a method writes the initial values of the buffers that it shares with the others.
-        self._methods = {name: loaded.load_method(name) for name in self._names}
-        self._loaded = loaded
+        method_class = importlib.import_module("executorch.runtime").Method
+        self._methods = {name: method_class(bound.load_method(name)) for name in self._names}
+        self._initial = True

@@ -28,7 +28,7 @@ from executorch_moe.backends.cuda.cross_report import CrossCompileReport
 from executorch_moe.backends.cuda.generated_kernels import checked_kernels
 from executorch_moe.backends.cuda.method_targets import method_for
 from executorch_moe.backends.cuda.missing_operators import MissingOperatorsError, check_operators, find_operators
-from executorch_moe.backends.cuda.overlapped_launches import overlapped_launches
+from executorch_moe.backends.cuda.overlapped_launches import overlapped_launches, why_not_overlapped
 from executorch_moe.backends.cuda.own_outputs import own_outputs
 from executorch_moe.backends.cuda.partitioner import check_state
 from executorch_moe.backends.cuda.runtime_symbols import missing_functions
@@ -98,6 +98,14 @@ def lower(
         else:
             edge = _delegate_each(programs, fuser, models, constants, on_report)
         return edge.to_executorch(ExecutorchBackendConfig(external_constants=True))
+
+
+def why_slower(target: str) -> str:
+    """Empty, or why what this machine exports for a target is right but slower than it could be: one sentence."""
+    if target != "cuda":  # GPUs that are not here are refused then
+        return ""
+    major, minor = torch.cuda.get_device_capability()
+    return why_not_overlapped(10 * major + minor)
 
 
 def why_no_cuda_export() -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.export import Dim, ExportedProgram
 
 from .dense import OneRowLinears
@@ -121,11 +122,15 @@ class CausalLM(nn.Module):
 
         Returns:
             fp32 [1, V].
+
+        Raises:
+            ValueError: a position outside [0, C); what is exported does not check.
         """
         return self.logits(input_ids, cache_position, 1)[:, -1].float()
 
     def logits(self, input_ids: Tensor, cache_position: Tensor, last: int) -> Tensor:
         """[1, last, V] after the last so many tokens, [1, T, V] for 0; arguments as for `forward`."""
+        check_positions(cache_position, self.max_context)
         masks = {kind: self._mask(kind, cache_position) for kind in self.kinds}
         output = self.model(
             input_ids=input_ids,
@@ -231,6 +236,22 @@ class GreedyLM(CausalLM):
 
 BY_OUTPUT: dict[str, type[CausalLM]] = {"token": SamplingLM, "greedy": GreedyLM, "logits": CausalLM}
 """What the methods return -> the module that is exported."""
+
+
+def check_positions(cache_position: Tensor, max_context: int) -> None:
+    """Check positions in a cache, except while they are traced.
+
+    Raises:
+        ValueError: one is negative, or not below `max_context`. Negative ones would be written at the cache's end.
+    """
+    if torch.compiler.is_compiling() or is_fake(cache_position) or not cache_position.numel():
+        return
+    lowest, highest = (int(end) for end in cache_position.aminmax())
+    if lowest < 0 or highest >= max_context:
+        raise ValueError(
+            f"cache_position has {lowest if lowest < 0 else highest}, expected positions from 0 to {max_context - 1}: "
+            "count the tokens of the text from 0, or use a larger max_context"
+        )
 
 
 def attention_kinds(config: Any) -> list[str]:

@@ -10,14 +10,15 @@ import contextlib
 import copy
 import functools
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from . import tied_weights
 from .pretrained import plain_outputs_, require_transformers, special_tokens
@@ -64,16 +65,22 @@ def empty_model(folder: Path, dtype: torch.dtype, attention: str) -> nn.Module:
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Within it, modules are made without memory for parameters; buffers (rotary frequencies) get their values."""
-    register = nn.Module.register_parameter
+    """Within it, modules are made without memory for parameters; buffers (rotary frequencies) get their values.
 
-    def register_on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(self, name, parameter)
-        if parameter is not None:
-            self._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+    Modules that other threads make meanwhile are left alone.
+    """
+    mine = threading.get_ident()
 
-    with mock.patch.object(nn.Module, "register_parameter", register_on_meta):
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if threading.get_ident() != mine:  # hooks are the process's
+            return None
+        return nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    hook = register_module_parameter_registration_hook(on_meta)
+    try:
         yield
+    finally:
+        hook.remove()
 
 
 @dataclass

@@ -153,7 +153,11 @@ def export(
         str, typer.Option(help="Rounding to 4 bits: minmax, or hqq (smaller error, slower; adds zero points to w4a16).")
     ] = "minmax",
     dense: Annotated[
-        str, typer.Option(help="Linear layers (for target cpu, embeddings too): none (as they are), int8 or int4.")
+        str,
+        typer.Option(
+            help="Linear layers (for target cpu, embeddings too): none, int8 (on CUDA int8-per-output: one "
+            "scale for each output; on the CPU int8-per-32-inputs: one for every 32 inputs) or int4."
+        ),
     ] = "none",
     max_context: Annotated[
         int | None, typer.Option(help="Tokens in the KV cache; by default 2048, or the model's own limit if less.")

@@ -21,6 +21,29 @@ from executorch_moe.kernels.one_token_op import linear_of_one
 from executorch_moe.kernels.packing import quantize_int4
 
 KINDS = ("none", "int8", "int4")
+CPU_GROUP_SIZE = 32
+"""Inputs that share a scale on the CPU target, in both kinds."""
+
+
+def stored_formats(
+    target: str, kind: str, group_size: int, *, lm_head: str | None = None, embedding: str = "none"
+) -> dict[str, str]:
+    """What kinds mean on a target, under names that tell the formats apart.
+
+    "int8-per-output" has one scale for each output of a layer, "int8-per-32-inputs" one for every 32 inputs of it.
+
+    Args:
+        target: "cpu" or a CUDA target. The others are those of `quantize_dense_`.
+
+    Returns:
+        "linear", "lm_head" and "embedding" -> the format: "none", "int8-per-output", "int4-per-32-inputs" and so on.
+    """
+    if target == "cpu":  # torchao's tensors, of one kind for all
+        name = kind if kind == "none" else f"{kind}-per-{CPU_GROUP_SIZE}-inputs"
+        return dict.fromkeys(("linear", "lm_head", "embedding"), name)
+    names = {"none": "none", "int8": "int8-per-output", "int4": f"int4-per-{group_size}-inputs"}
+    rows = "none" if embedding == "none" else f"{embedding}-per-token"
+    return {"linear": names[kind], "lm_head": names[lm_head or kind], "embedding": rows}
 
 
 def matvec(weight: Tensor, x: Tensor) -> Tensor:

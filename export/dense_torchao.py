@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .dense import CPU_GROUP_SIZE as DENSE_GROUP_SIZE
 from .dense import KINDS
-
-DENSE_GROUP_SIZE = 32
 
 
 def quantize_dense_(model: nn.Module, dense: str) -> nn.Module:
@@ -20,7 +19,8 @@ def quantize_dense_(model: nn.Module, dense: str) -> nn.Module:
 
     Args:
         model: on any device, weights of any float dtype.
-        dense: "int8": torchao's `IntxUnpackedToInt8Tensor`, one byte a code; "int4": ExecuTorch's
+        dense: "int8": torchao's `IntxUnpackedToInt8Tensor`, one byte a code (on CUDA targets, "int8" is another format:
+            see `dense.stored_formats`); "int4": ExecuTorch's
             `ExportableInt4Tensor`, two codes a byte; "none": nothing is done.
 
     Returns:

@@ -42,8 +42,9 @@ class ExportOptions:
         output: what the methods return: "token" (picked on the device as their inputs say), "greedy" (always the
             likeliest token) or "logits".
         experts: "ours"; "ours-tile": the one-CTA-per-tile schedule; "upstream": ExecuTorch's own operators.
-        dense: linear layers: "none" (as they are), "int8" or "int4"; on the CPU, embeddings too. lm_head: the last one;
-            None: as dense. embedding: "none" or "int8".
+        dense: linear layers: "none" (as they are), "int8" (on CUDA targets one scale for each output, on the CPU one
+            for 32 inputs; `dense.stored_formats` names both) or "int4"; on the CPU, embeddings too.
+        lm_head: the last one; None: as dense. embedding: "none" or "int8".
         layers, seed: of a synthetic model; the seed is at least 0.
         thin: write no large weights; of synthetic models, which are made again on the GPU that loads them.
         algorithm: how experts are rounded to 4 bits, "minmax" or "hqq"; see `kernels.rounding`.

@@ -41,7 +41,7 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
 
 def _export(options: ExportOptions, steps: Steps, held: ExitStack) -> ExportSummary:
     from executorch_moe.backends.artifact import save
-    from executorch_moe.backends.targets import lower
+    from executorch_moe.backends.targets import lower, why_slower
 
     folder = check_folder(options)
     target = options.resolved_target()
@@ -65,6 +65,8 @@ def _export(options: ExportOptions, steps: Steps, held: ExitStack) -> ExportSumm
     configs = given_configs(options.known_configs())
     with steps.step("lower", f"lowering to {target}", note), forced_schedule(options.experts), weights, configs:
         manager = lower(programs, target, constants, fuser, on_report=compiled.append)
+    if why := why_slower(target):
+        steps.say(f"[yellow]warning:[/yellow] {escape(why)}")
     with steps.step("write", f"writing {options.out}"), named(options.out):
         beside = tokenizer_path(options.out)
         artifact = save(manager, options.out, {beside: tokenizer.encode()})

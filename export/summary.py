@@ -16,6 +16,7 @@ from executorch_moe.backends.cuda.cross_report import CrossCompileReport
 from executorch_moe.backends.fusion import FusionReport
 from executorch_moe.kernels import SCHEMES
 
+from .dense import stored_formats
 from .dense_torchao import stored_bytes
 from .options import ExportOptions
 from .sizes import size
@@ -65,8 +66,7 @@ class ExportSummary:
         before = sum(2 * 3 * layer.num_experts * layer.hidden_size * layer.intermediate_size for layer in layers)
         after = self.report.bytes_after
         table.add_row("expert weights", f"{size(before)} in bf16 -> {size(after)} packed")
-        dense = "" if self.options.dense == "none" else f", linear layers and embeddings in {self.options.dense}"
-        table.add_row("other weights", size(self.dense_bytes) + dense)
+        table.add_row("other weights", size(self.dense_bytes) + self._dense_text())
         table.add_row("methods", f"prefill (2 to {self.max_context} tokens), decode (1 token)")
         for path in self.files:
             table.add_row("file", f"{path}  {size(path.stat().st_size)}")
@@ -76,6 +76,24 @@ class ExportSummary:
         table.add_row("time", times)
         table.add_row("peak memory", ", ".join(f"{name} {size(peak)}" for name, peak in self.peaks.items()))
         return table
+
+    def dense_formats(self) -> dict[str, str]:
+        """How linear layers, the last of them and the embedding are stored; see `dense.stored_formats`."""
+        options = self.options
+        return stored_formats(
+            self.target, options.dense, options.group_size, lm_head=options.lm_head, embedding=options.embedding
+        )
+
+    def _dense_text(self) -> str:
+        formats = self.dense_formats()
+        if len(set(formats.values())) == 1:
+            return "" if formats["linear"] == "none" else f", linear layers and embeddings in {formats['linear']}"
+        names = {"linear": "linear layers", "lm_head": "lm_head", "embedding": "embedding"}
+        if formats["lm_head"] == formats["linear"]:
+            del names["lm_head"]
+        return "".join(
+            f", {names[part]} in {name}" for part, name in formats.items() if part in names and name != "none"
+        )
 
     def layers_table(self) -> Table:
         """Every fused layer, for --verbose."""
@@ -106,6 +124,7 @@ class ExportSummary:
             "embedding_bytes": self.embedding_bytes,
             "cache_bytes": self.cache_bytes,
             "cache_reads": "written" if self.reads_written else "all",
+            "dense_formats": self.dense_formats(),
         }
         if self.report.layers:
             layer = self.report.layers[0]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .arguments import ExpertArguments
-from .packing import PackedExperts, fragment_order
+from .packing import PackedExperts, fragment_order, interleave_gate_up
 from .plan import Launch, Options, run_fused_experts
 from .reference import reference_experts
 from .schemes import get_scheme, round_up
@@ -52,19 +52,26 @@ SHAPES = {
 
 
 def random_packed(shape: Shape, scheme: str, device: str, generator: torch.Generator) -> PackedExperts:
-    """A packed layer of random codes, made on the device without ever holding the weights in bf16."""
+    """A packed layer of random codes, made on the device without ever holding the weights in bf16.
+
+    Padding is worth nothing, as in layers that `pack_experts` makes: the kernels rely on it.
+    """
     e, h, i, g = shape.experts, round_up(shape.hidden, 128), round_up(shape.intermediate, 128), shape.group_size
 
     kind = get_scheme(scheme)
 
     def matrix(gemm: int, n: int, k: int) -> tuple[Tensor, Tensor | None]:
+        rows, columns = padding_of(shape, gemm, device)
         if not kind.packed:
             w = torch.empty(e, n, k, dtype=torch.bfloat16, device=device)
-            return w.normal_(0, k**-0.5, generator=generator), None
+            return w.normal_(0, k**-0.5, generator=generator).masked_fill_(rows[:, None] | columns, 0), None
         # Whole words: on a CPU eight times as fast as byte by byte.
         words = torch.empty(e, k // 128, n, 8, dtype=torch.int64, device=device)
         w = words.random_(-(2**63), None, generator=generator).view(torch.uint8)
         scale = torch.rand(e, k // g, n, device=device, generator=generator) * 0.5 + 0.75
+        # Rows r and r + 8 of 16 are next to each other in the scales; a group is padding or it is not.
+        pairs = rows.reshape(n // 16, 2, 8).transpose(1, 2).reshape(n)
+        scale.masked_fill_(columns[::g, None] | pairs, 0)
         # A uniform signed nibble has a standard deviation of 4.6.
         unit = k**-0.5 / 4.6
         if kind.row_scaled(gemm):
@@ -75,6 +82,14 @@ def random_packed(shape: Shape, scheme: str, device: str, generator: torch.Gener
     return PackedExperts(
         w13, w2, s13, s2, None, None, None, None, scheme, g if s13 is not None else 0, shape.hidden, shape.intermediate
     )
+
+
+def padding_of(shape: Shape, gemm: int, device: str) -> tuple[Tensor, Tensor]:
+    """Which rows, in packed order, and which columns of a GEMM's weights are padding: bool [N] and bool [K]."""
+    h_pad, i_pad = round_up(shape.hidden, 128), round_up(shape.intermediate, 128)
+    h = torch.arange(h_pad, device=device) >= shape.hidden
+    i = torch.arange(i_pad, device=device) >= shape.intermediate
+    return (interleave_gate_up(i.repeat(2)[None])[0], h) if gemm == 1 else (h, i)
 
 
 def random_routing(

@@ -143,9 +143,14 @@ def compile_for(gpu: Gpu) -> Iterator[None]:
         _TARGET.reset(token)
 
 
-def gpu_of(device_index: int) -> Gpu:
-    """The GPU that kernels are compiled for: the one of `compile_for`, else the CUDA device of this index."""
-    return _TARGET.get() or _device(device_index)
+def gpu_of(device_index: int | None) -> Gpu:
+    """The GPU that kernels are compiled for: the one of `compile_for`, else the CUDA device of this index.
+
+    None is torch's current device, as in `torch.device("cuda")`.
+    """
+    if (target := _TARGET.get()) is not None:
+        return target
+    return _device(torch.cuda.current_device() if device_index is None else device_index)
 
 
 @functools.cache

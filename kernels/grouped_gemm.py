@@ -200,6 +200,7 @@ def gemm_tile(
     x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, bias_ptr, out_ptr, pair_weight_ptr,
     expert, pair, x_row, out_row, mask_m, n_block, split,
     N: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, OUT_COLS: tl.constexpr, STRIDE_X: tl.constexpr,
+    WIDE_X: tl.constexpr,
     GROUP: tl.constexpr, W_BITS: tl.constexpr, INT8_ORDER: tl.constexpr, ACT_GROUP: tl.constexpr,
     HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, GEMM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr, NUM_STAGES: tl.constexpr,
@@ -215,8 +216,8 @@ def gemm_tile(
     SEGMENTS: tl.constexpr = (KP + ACT_GROUP - 1) // ACT_GROUP if INT8 else 1
     KB: tl.constexpr = (KP // 128 + SPLIT_K - 1) // SPLIT_K  # K blocks of a part
     offs_n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Rows are held as 32-bit offsets to a base that all share: 64-bit pointers would take twice the registers.
-    x_offs = x_row.to(tl.uint32) * STRIDE_X
+    # Rows are held as 32-bit offsets to a base that all share, where these reach: wider ones take twice the registers.
+    x_offs = x_row.to(tl.int64 if WIDE_X else tl.uint32) * STRIDE_X
     if INT8:
         x_scale_rows = x_scale_ptr + x_row.to(tl.int64) * SEGMENTS
     w_ptr += expert * ((N * KP) if W_BITS == 16 else (N * KP // 2))
@@ -369,6 +370,7 @@ def moe_grouped_gemm(
     num_pairs,
     PAIRS_FROM: tl.constexpr, PAIRS_TO: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, OUT_COLS: tl.constexpr, STRIDE_X: tl.constexpr,
+    WIDE_X: tl.constexpr,
     TOP_K: tl.constexpr, GROUP: tl.constexpr, W_BITS: tl.constexpr, INT8_ORDER: tl.constexpr, ACT_GROUP: tl.constexpr,
     HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, GEMM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_SIZE_M: tl.constexpr, NUM_STAGES: tl.constexpr,
@@ -379,6 +381,7 @@ def moe_grouped_gemm(
     PERSISTENT: any number of programs walk the tile list to the count on the device. Else program i does tile i, and
     the grid must cover every tile. A tile is computed the same way in both, so the results are equal bit for bit.
 
+    WIDE_X: x has more elements than 32-bit offsets reach.
     With less than PAIRS_FROM or more than PAIRS_TO pairs there is nothing to do: another launch, with tiles of another
     height, is the one for that many.
     """
@@ -401,8 +404,8 @@ def moe_grouped_gemm(
         gemm_tile(
             x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, bias_ptr, out_ptr, pair_weight_ptr,
             expert, pair, x_row, out_row, mask_m, n_block, 0,
-            N, K, KP, OUT_COLS, STRIDE_X, GROUP, W_BITS, INT8_ORDER, ACT_GROUP, HAS_ZERO, HAS_BIAS, ACTIVATION, GEMM,
-            BLOCK_M, BLOCK_N, 1, NUM_STAGES, UNROLL, SCALE_AFTER, False, PTX,
+            N, K, KP, OUT_COLS, STRIDE_X, WIDE_X, GROUP, W_BITS, INT8_ORDER, ACT_GROUP, HAS_ZERO, HAS_BIAS, ACTIVATION,
+            GEMM, BLOCK_M, BLOCK_N, 1, NUM_STAGES, UNROLL, SCALE_AFTER, False, PTX,
         )  # fmt: skip
 
 
@@ -471,8 +474,8 @@ def moe_few_tokens_gemm(
         gemm_tile(
             x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, w_zero_ptr, bias_ptr, y_ptr, pair_weight_ptr,
             expert, pair, x_row, out_row, mask_m, n_block, split,
-            N, K, KP, OUT_COLS, STRIDE_X, GROUP, W_BITS, INT8_ORDER, ACT_GROUP, HAS_ZERO, HAS_BIAS, ACTIVATION, GEMM,
-            BLOCK_M, BLOCK_N, SPLIT_K, NUM_STAGES, UNROLL, SCALE_AFTER, True, PTX,
+            N, K, KP, OUT_COLS, STRIDE_X, False, GROUP, W_BITS, INT8_ORDER, ACT_GROUP, HAS_ZERO, HAS_BIAS, ACTIVATION,
+            GEMM, BLOCK_M, BLOCK_N, SPLIT_K, NUM_STAGES, UNROLL, SCALE_AFTER, True, PTX,
         )  # fmt: skip
     if GEMM == 2:
         tl.debug_barrier()  # all threads' stores before the one thread's release

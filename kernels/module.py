@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .op import fused_experts
 from .packing import TENSORS, PackedExperts
+from .schemes import get_activation
 
 
 class FusedExperts(nn.Module):
@@ -17,6 +18,12 @@ class FusedExperts(nn.Module):
     """
 
     def __init__(self, packed: PackedExperts, activation: str = "silu") -> None:
+        """Takes the packed tensors over.
+
+        Raises:
+            ValueError: an activation that the kernels do not have.
+        """
+        get_activation(activation)
         super().__init__()
         for name, tensor in packed.tensors().items():
             self.register_buffer(name, tensor)

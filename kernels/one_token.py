@@ -59,9 +59,11 @@ def load_pieces(
     nothing is summed across warps. Loaded as three dimensions, Triton 3.7 gives warps to the pieces.
     """
     index = tl.arange(0, STEPS * BLOCK_N)
-    rows = row + index % BLOCK_N
+    near = index % BLOCK_N
     columns = first + (index // BLOCK_N)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-    w = tl.load(w_ptr + rows[:, None] * K + columns, mask=(rows < N)[:, None] & (columns < K), other=0)
+    inside = (row + near < N)[:, None] & (columns < K)
+    # 64 bits for the first row only: a vocabulary's matrix may have more elements than 32 bits count.
+    w = tl.load(w_ptr + row.to(tl.int64) * K + (near[:, None] * K + columns), mask=inside, other=0)
     return w.reshape(STEPS, BLOCK_N, BLOCK_K)
 
 
@@ -118,6 +120,8 @@ def moe_row_matvec(
             add_ptr += zero
             residual_ptr += zero
             arrivals_ptr += zero
+            sum_ptr += zero
+            out_ptr += zero
             if HAS_RESIDUAL:
                 residual = tl.load(residual_ptr + offs_n, mask=rows, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + offs_k, mask=inside, other=0.0).to(tl.float32)
@@ -224,6 +228,18 @@ def moe_row_attention(
     """Attention of one token: program (key/value head, part) does every SPLITS-th block of the positions.
 
     The last part is the token itself, whose key and value are not in the cache yet.
+
+    `position`, the keys and the values are read before the wait. That is allowed because they are complete before this
+    kernel can start, wherever they come from (an earlier step's or prefill's write to the cache, a kernel that computes
+    the position):
+    1. The operator's first launch, `moe_row_matvec`, takes the three tensors too and reads them behind its wait
+       (HAS_AHEAD). Whoever orders launches by their arguments, as Inductor does, puts each write to them before that
+       launch, or, if it belongs to this token, behind this kernel, which reads them as well.
+    2. Launches between `moe_row_matvec` and this kernel, if Inductor puts any there, therefore write none of them.
+    3. This kernel starts when all programs of the launch before it have ended or have called `launch_dependents`. Our
+       kernels call that behind their own wait, and others never call it. So by then every launch before the one before
+       it has ended, and its writes are visible: `moe_row_matvec` is that one, or has itself ended, and all launches
+       before `moe_row_matvec` have ended in both cases.
     """
     head, part = tl.program_id(0), tl.program_id(1)
     D: tl.constexpr = 2 * HALF
@@ -234,8 +250,8 @@ def moe_row_attention(
 
     # The first keys and values are on their way before the query is.
     length = tl.minimum(tl.load(position_ptr), C).to(tl.int32)  # positions in the cache
-    key_ptr += head * C * D
-    value_ptr += head * C * D
+    key_ptr += head.to(tl.int64) * (C * D)
+    value_ptr += head.to(tl.int64) * (C * D)
     start = part * BLOCK_T
     k_low, k_high = load_keys(key_ptr, start, length, HALF, BLOCK_T)
     v = load_values(value_ptr, start, length, D, BLOCK_T)
@@ -245,6 +261,12 @@ def moe_row_attention(
     cos_ptr += zero
     sin_ptr += zero
     arrivals_ptr += zero
+    # What is stored may be known before the wait: its address is not.
+    new_ptr += zero
+    partial_ptr += zero
+    max_ptr += zero
+    sum_ptr += zero
+    out_ptr += zero
 
     q_rows = (head * GROUPS + group)[:, None] * D + offs_h[None, :]
     q_low = tl.load(qkv_ptr + q_rows, mask=real[:, None], other=0.0).to(tl.float32)
@@ -330,7 +352,8 @@ def moe_row_router(
 ):  # fmt: skip
     """RMS norm, logits of BLOCK_E experts a program, then top-k and the softmax over the chosen by the last program.
 
-    Logits are rounded to bf16, as a linear layer gives them; of equal ones the lower expert comes first.
+    Logits are rounded to bf16, as a linear layer gives them; of equal ones the lower expert comes first. NaN ranks as
+    infinity: TOP_K different experts are chosen whatever the logits are, and the weights are NaN.
     """
     program = tl.program_id(0)
     PROGRAMS: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
@@ -343,6 +366,10 @@ def moe_row_router(
     zero = launches_before(True, PTX)
     x_ptr += zero
     arrivals_ptr += zero
+    normed_ptr += zero
+    logits_ptr += zero
+    weights_ptr += zero
+    ids_ptr += zero
     x = tl.load(x_ptr + offs_h, mask=inside, other=0.0).to(tl.float32)
     factor = tl.rsqrt(tl.sum(tl.sum(x * x, axis=0), axis=0) / H + EPS)
     x = bf16_round(x * factor * norm, PTX)
@@ -355,12 +382,14 @@ def moe_row_router(
         expert = tl.arange(0, E_POW2)
         mine = tl.load(logits_ptr + expert, mask=expert < E, other=-float("inf"), cache_modifier=".cg")
         # The place of an expert is how many come before it: one comparison with all, no chain of top_k maxima.
+        rank = tl.where(mine == mine, mine, float("inf"))
         place = tl.zeros((E_POW2,), dtype=tl.int32)
         for first in tl.static_range(0, E_POW2, RANK_BLOCK):
             other = first + tl.arange(0, RANK_BLOCK)
             theirs = tl.load(logits_ptr + other, mask=other < E, other=-float("inf"), cache_modifier=".cg")
-            before = theirs[:, None] > mine[None, :]
-            before = before | ((theirs[:, None] == mine[None, :]) & (other[:, None] < expert[None, :]))
+            theirs = tl.where(theirs == theirs, theirs, float("inf"))
+            before = theirs[:, None] > rank[None, :]
+            before = before | ((theirs[:, None] == rank[None, :]) & (other[:, None] < expert[None, :]))
             place += tl.sum(before.to(tl.int32), axis=0)
         chosen = (place < TOP_K) & (expert < E)
         share = tl.where(chosen, tl.exp(mine - tl.max(mine, axis=0)), 0.0)

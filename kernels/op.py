@@ -13,6 +13,7 @@ from torch.library import triton_op
 
 from .arguments import ExpertArguments
 from .aten import fused_experts_aten, fused_experts_cpu
+from .inference_only import inference_only
 from .plan import Options, run_fused_experts
 from .validate import check_fused_experts
 
@@ -63,7 +64,7 @@ def fused_experts(
 
     Raises:
         ValueError: see `validate.check_fused_experts`.
-        NotImplementedError: unsupported activation.
+        NotImplementedError: zero points with a scheme that takes none; backward.
     """
     arguments = ExpertArguments(
         hidden_states, topk_ids, topk_weights, w13, w2, w13_scale, w2_scale,
@@ -88,3 +89,6 @@ def _(*args: Any) -> Tensor:
     arguments = ExpertArguments(*args)
     check_fused_experts(arguments)
     return fused_experts_cpu(arguments)
+
+
+inference_only(fused_experts)

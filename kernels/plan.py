@@ -4,135 +4,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from torch.library import wrap_triton
-from triton.runtime.jit import JITFunction
 
 from .arguments import ExpertArguments
-from .choose import MAX_PAIRS, LayerShape, Variant, few_token_configs, grouped_variants, heuristic_few_tokens
+from .choose import MAX_PAIRS, Variant, few_token_configs, grouped_variants, heuristic_few_tokens
 from .configs import INTERPRETER_GPU, GemmConfig
 from .elementwise import moe_quantize_rows, moe_sum_pairs
 from .gpus import Gpu, gpu_of
 from .grouped_gemm import moe_few_tokens_gemm, moe_grouped_gemm
-from .packing import fragment_order
+from .launch import Launch as Launch
+from .problem import Options as Options
+from .problem import Problem as Problem
+from .problem import cdiv, needs_wide_offsets
 from .routing import moe_route_count, moe_route_scatter
-from .schemes import get_activation, get_scheme, max_scale_ratio, round_up
+from .schemes import max_scale_ratio, round_up
 
 SHORT_WAVE = 3
 """Programs of a multiprocessor up to which few-token launches are made for latency."""
-
-
-@dataclass
-class Launch:
-    """One kernel launch: everything needed to run it, or to compile it for a GPU that is not here."""
-
-    kernel: Any
-    grid: tuple[Any, ...]
-    args: dict[str, Any]
-    constexprs: dict[str, Any]
-    num_warps: int = 4
-
-    def run(self) -> None:
-        """Run it, or record it if an operator is being traced."""
-        kernel = wrap_triton(self.kernel) if isinstance(self.kernel, JITFunction) else self.kernel
-        if kernel is self.kernel:
-            self.run_now()
-        else:
-            kernel[self.grid](**self.args, **self.constexprs, num_warps=self.num_warps)
-
-    def run_now(self) -> None:
-        """Run it, whether or not torch would trace it."""
-        self.kernel[self.grid](**self.args, **self.constexprs, **self.options)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Triton's options. From sm_90 on the launch overlaps with the one before it; see `launches_before`."""
-        return {"num_warps": self.num_warps, **({"launch_pdl": True} if self.constexprs["PTX"] >= 90 else {})}
-
-
-@dataclass(frozen=True)
-class Options:
-    """Choices that tests and benchmarks force; None leaves a choice to the operator.
-
-    Attributes:
-        path: "grouped" or "few_tokens".
-        persistent: False runs the one-CTA-per-tile schedule.
-        gemm1, gemm2: tile configurations. variants: of the grouped path, in place of them.
-        group_size_m: of the tile order, in place of the configuration's. tables: False leaves the choice to heuristics.
-    """
-
-    path: str | None = None
-    persistent: bool = True
-    gemm1: GemmConfig | None = None
-    gemm2: GemmConfig | None = None
-    variants: tuple[Variant, ...] | None = None
-    group_size_m: int | None = None
-    tables: bool = True
-
-
-@dataclass
-class Problem:
-    """The operator's arguments with the sizes that every launch needs."""
-
-    arguments: ExpertArguments
-    gpu: Gpu
-    ptx: int
-    options: Options = field(default_factory=Options)
-    submit: Callable[[Launch], None] = Launch.run
-
-    def __post_init__(self) -> None:
-        self.hidden_states, self.topk_ids, self.topk_weights = (t.contiguous() for t in self.arguments[:3])
-        self.scheme = get_scheme(self.arguments.scheme)
-        self.num_tokens = self.hidden_states.shape[0]
-        # int(): kernels are compiled for these, so a size that is traced as a symbol becomes a number here.
-        self.h, self.top_k = int(self.hidden_states.shape[1]), int(self.topk_ids.shape[1])
-        self.num_pairs = self.num_tokens * self.top_k
-        self.num_experts, w2 = int(self.arguments.w13.shape[0]), self.arguments.w2
-        self.h_pad = round_up(self.h, 128)
-        self.i_pad = int(w2.shape[1] * 128 if self.scheme.packed else w2.shape[2])
-        self.group_size = self.arguments.group_size if self.scheme.packed else 0
-        self.layer = LayerShape(self.num_experts, self.top_k, self.h_pad, self.i_pad, self.group_size)
-
-    def empty(self, shape: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.hidden_states.device)
-
-    def weights(self, gemm: int) -> dict[str, Any]:
-        """Pointer arguments of one GEMM's weights; absent ones are filled with a tensor that is never read."""
-        w, scale, zero, bias = self.arguments.matrix(gemm)
-        return {
-            "w_ptr": w,
-            "w_scale_ptr": w if scale is None else scale,
-            "w_zero_ptr": w if zero is None else zero,
-            "bias_ptr": w if bias is None else bias,
-        }
-
-    def constants(self, gemm: int) -> dict[str, Any]:
-        """Constexprs that both mainloops share."""
-        matrix = self.arguments.matrix(gemm)
-        return {
-            "N": 2 * self.i_pad if gemm == 1 else self.h_pad,
-            "K": self.h if gemm == 1 else self.i_pad,
-            "KP": self.h_pad if gemm == 1 else self.i_pad,
-            "OUT_COLS": self.i_pad if gemm == 1 else self.h,
-            "TOP_K": self.top_k,
-            "GROUP": self.group_size or 128,
-            "W_BITS": self.scheme.weight_bits,
-            "INT8_ORDER": self.scheme.packed and fragment_order(self.scheme, gemm) == "w4a8",
-            "HAS_ZERO": matrix.zero is not None,
-            "HAS_BIAS": matrix.bias is not None,
-            "ACTIVATION": get_activation(self.arguments.activation),
-            "GEMM": gemm,
-            "PTX": self.ptx,
-        }
-
-
-def cdiv(a: Any, b: int) -> Any:
-    return (a + b - 1) // b
 
 
 def check_config(config: GemmConfig, gemm: int, n: int) -> None:
@@ -353,6 +246,7 @@ def run_grouped_gemm(
     scale = x
     if act_group:
         x, scale = quantize_rows(p, x, rows, constants["K"], act_group)
+    wide = needs_wide_offsets(rows, int(x.shape[1]))
     for variant in variants:
         config = variant.gemm1 if gemm == 1 else variant.gemm2
         check_config(config, gemm, constants["N"])
@@ -381,6 +275,7 @@ def run_grouped_gemm(
                     "PAIRS_FROM": variant.pairs_from,
                     "PAIRS_TO": variant.pairs_to,
                     "STRIDE_X": int(x.shape[1]),
+                    "WIDE_X": wide,
                     "ACT_GROUP": act_group,
                     "GROUP_SIZE_M": p.options.group_size_m or config.group_size_m,
                     "PERSISTENT": p.options.persistent,
@@ -447,7 +342,7 @@ def run_fused_experts(
     hidden_states = arguments.hidden_states
     interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
     if gpu is None:
-        gpu = INTERPRETER_GPU if interpreted else gpu_of(hidden_states.device.index or 0)
+        gpu = INTERPRETER_GPU if interpreted else gpu_of(hidden_states.device.index)
     num_tokens = hidden_states.shape[0]
     if isinstance(num_tokens, int) and num_tokens == 0:
         return torch.empty_like(hidden_states)

@@ -47,7 +47,8 @@ def moe_route_count(
     chunk = tl.program_id(0)
     offs = chunk * CHUNK + tl.arange(0, CHUNK)
     ids = valid_experts(tl.load(topk_ids_ptr + offs, mask=offs < num_pairs, other=-1), NUM_EXPERTS)
-    tl.store(chunk_counts_ptr + chunk * E_POW2 + tl.arange(0, E_POW2), count_experts(ids, E_POW2))
+    counts_ptr = chunk_counts_ptr + chunk.to(tl.int64) * E_POW2
+    tl.store(counts_ptr + tl.arange(0, E_POW2), count_experts(ids, E_POW2))
 
 
 @triton.jit
@@ -87,7 +88,8 @@ def moe_route_scatter(
         for first in range(0, num_chunks, COUNT_BLOCK):
             for i in tl.static_range(COUNT_BLOCK):
                 other = first + i
-                counts = tl.load(chunk_counts_ptr + other * E_POW2 + experts, mask=other < num_chunks, other=0)
+                counts_ptr = chunk_counts_ptr + tl.cast(other, tl.int64) * E_POW2
+                counts = tl.load(counts_ptr + experts, mask=other < num_chunks, other=0)
                 total += counts
                 before += tl.where(other < chunk, counts, 0)
     ends = tl.cumsum(total, axis=0)

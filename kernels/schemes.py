@@ -93,7 +93,7 @@ def get_scheme(name: str) -> Scheme:
     """
     try:
         return SCHEMES[name]
-    except KeyError:
+    except (KeyError, TypeError):
         raise ValueError(f"scheme={name!r} is unknown: use one of {', '.join(SCHEMES)}") from None
 
 
@@ -101,12 +101,12 @@ def get_activation(name: str) -> int:
     """Constexpr code of a gated activation.
 
     Raises:
-        NotImplementedError: the activation is not supported.
+        ValueError: the activation is not supported.
     """
     try:
         return ACTIVATIONS[name]
-    except KeyError:
-        raise NotImplementedError(
+    except (KeyError, TypeError):
+        raise ValueError(
             f"activation={name!r} is not supported: use one of {', '.join(ACTIVATIONS)}, or keep these experts unfused"
         ) from None
 
@@ -115,8 +115,13 @@ def check_any_group_size(group_size: int) -> None:
     """Check a weight group size before it is known what it must divide.
 
     Raises:
-        ValueError: it is not one of GROUP_SIZES nor a multiple of K_BLOCK.
+        ValueError: it is no int, or not one of GROUP_SIZES nor a multiple of K_BLOCK.
     """
+    if type(group_size) is not int:
+        raise ValueError(
+            f"group_size={group_size!r} is a {type(group_size).__name__}, expected an int: "
+            f"use {', '.join(map(str, GROUP_SIZES))} or a multiple of {K_BLOCK}"
+        )
     if group_size not in GROUP_SIZES and (group_size <= 0 or group_size % K_BLOCK):
         raise ValueError(
             f"group_size={group_size} is not supported: "

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .arguments import ExpertArguments
+from .choose import MAX_PAIRS
 from .schemes import K_BLOCK, check_group_size, get_activation, get_scheme, round_up
 
 ID_DTYPES = (torch.int32, torch.int64)
@@ -41,7 +42,7 @@ def check_fused_experts(arguments: ExpertArguments) -> None:
 
     Raises:
         ValueError: a dtype, rank, shape, device or value that the operator does not accept.
-        NotImplementedError: an activation that is not supported.
+        NotImplementedError: zero points with a scheme that takes none.
     """
     hidden_states, topk_ids, topk_weights, w13, w2 = arguments[:5]
     scheme, group_size = arguments.scheme, arguments.group_size
@@ -69,6 +70,12 @@ def check_fused_experts(arguments: ExpertArguments) -> None:
     _same_tokens(topk_weights, topk_ids)
 
     h, top_k = hidden_states.shape[1], topk_ids.shape[1]
+    num_pairs = topk_ids.shape[0] * top_k
+    if isinstance(num_pairs, int) and num_pairs > MAX_PAIRS:
+        raise ValueError(
+            f"topk_ids has {num_pairs} pairs of token and expert, but routing counts them in 32 bits: "
+            f"split the tokens into calls of {MAX_PAIRS // top_k} at most"
+        )
     h_pad = round_up(h, K_BLOCK)
     repack = "pack the weights with pack_experts for this scheme and hidden size"
     if w13.dim() != (4 if kind.packed else 3) or w2.dim() != w13.dim():
@@ -104,6 +111,11 @@ def check_fused_experts(arguments: ExpertArguments) -> None:
             if getattr(arguments, name) is not None:
                 raise ValueError(f"{name} was given, but scheme=bf16 has no scales or zero points: leave it out")
 
+    if 2 * i_pad * h_pad >= 2**31:
+        raise ValueError(
+            f"an expert of H={h_pad} and I={i_pad} (padded) has {2 * i_pad * h_pad} gate and up weights, but the "
+            "kernels count those of one expert in 31 bits: keep these experts unfused"
+        )
     groups = group_size or 1
     for gemm, k_pad, n_pad in ((1, h_pad, 2 * i_pad), (2, i_pad, h_pad)):
         matrix, weight = arguments.matrix(gemm), ("w13", "w2")[gemm - 1]

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
-import inspect
 import io
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 from executorch.exir._serialize._cord import FileBackedData
@@ -17,11 +15,7 @@ from executorch.exir.emit._emitter import _Emitter
 from executorch.exir.schema import EValue
 from executorch.exir.tensor import make_tensor_value
 
-_EMITTER = {
-    "_tensor_spec_to_evalue": ("self", "spec", "constant_tag"),
-    "_save_new_const_tensor": ("self", "spec", "buffer_data", "hashed", "allocation_info", "constant_tag"),
-    "_save_to_external_constant_map": ("self", "fqn", "buffer_idx", "constant_tag"),
-}
+from executorch_moe.backends.cuda.patches.registry import CPU, replacing
 
 
 class StorageData(FileBackedData):
@@ -65,10 +59,6 @@ def uncopied_weights() -> Iterator[None]:
     Raises:
         RuntimeError: an executorch whose emitter is another one.
     """
-    for name, parameters in _EMITTER.items():
-        if tuple(inspect.signature(getattr(_Emitter, name, lambda: None)).parameters) != parameters:
-            raise RuntimeError(f"target 'cpu' needs the emitter of executorch 1.5.1 ({name} is another): install it")
-    stock = _Emitter._tensor_spec_to_evalue
 
     def emit(self: _Emitter, spec: Any, constant_tag: str | None = None) -> EValue:
         if not spec.const or constant_tag is None or spec.mem_id is not None:
@@ -82,5 +72,6 @@ def uncopied_weights() -> Iterator[None]:
             self._save_to_external_constant_map(spec.extra_tensor_info.fully_qualified_name, index, constant_tag)
         return EValue(make_tensor_value(index, None, spec))
 
-    with mock.patch.object(_Emitter, "_tensor_spec_to_evalue", emit):
+    with replacing(CPU) as replace:
+        stock = replace("executorch.exir.emit._emitter:_Emitter._tensor_spec_to_evalue", emit)
         yield

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from executorch_moe.backends.cuda import host_toolchain
 from executorch_moe.backends.cuda.cross_report import CrossCompileReport
-from executorch_moe.backends.cuda.patches import check_versions, replaced
+from executorch_moe.backends.cuda.patches.cross import check_versions, replaced
 from executorch_moe.backends.cuda.static_choices import StaticChoices
 from executorch_moe.kernels.gpus import GpuModel, compile_for, find_model
 
@@ -21,7 +21,7 @@ def check_target(target: str) -> GpuModel:
 
     Raises:
         ValueError: unknown target.
-        RuntimeError: no compiler, or see `patches.check_versions`.
+        RuntimeError: no compiler, or see `patches.cross.check_versions`.
     """
     model = find_model(target)
     if why := host_toolchain.why_no_toolchain():

@@ -8,11 +8,13 @@ it come a second way to launch and a macro that takes it for our kernels, wherev
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import torch
+
+from executorch_moe.backends.cuda.patches.registry import LAUNCHES, LOCK, USES, replacing
 
 WAITING_KERNELS = (
     "moe_few_tokens_gemm",
@@ -28,6 +30,13 @@ WAITING_KERNELS = (
 """Kernels that wait for the launches before them. One that does not would read what is not written yet."""
 
 LEAST_CAPABILITY = 90
+
+
+class LaunchesDoNotOverlap(UserWarning):
+    """An export is right, but slower than it could be: this torch's host code is not the known one."""
+
+
+KERNEL_DRIVER = "torch._inductor.codegen.cuda.device_op_overrides:CUDADeviceOpOverrides.kernel_driver"
 
 # Of both ways to launch.
 _PARAMETERS = """CUfunction func, uint32_t gridX, uint32_t gridY, uint32_t gridZ, uint32_t numWarps,
@@ -85,6 +94,21 @@ _ADDED = r"""
 
 def unknown_host_code() -> str:
     """Empty if this torch's host code launches kernels as this module expects, else what is not as expected."""
+    with LOCK:
+        return _unknown_host_code()
+
+
+def why_not_overlapped(capability: int) -> str:
+    """Empty if launches overlap in an export for this GPU, or its kind of GPU cannot; else a sentence for the user."""
+    if capability < LEAST_CAPABILITY or not (why := unknown_host_code()):
+        return ""
+    return (
+        f"launches of this export's kernels do not overlap, so that decoding takes longer ({why}): to change that, "
+        f"{USES[LAUNCHES].remedy}"
+    )
+
+
+def _unknown_host_code() -> str:
     if torch.version.hip is not None:
         return "a ROCm build of torch"
     try:
@@ -102,22 +126,27 @@ def unknown_host_code() -> str:
 def overlapped_launches(capability: int) -> Iterator[None]:
     """Within it, AOTInductor's host code lets launches of our kernels overlap with the launch before.
 
-    Nothing is changed for GPUs that cannot, or where this torch's host code is not the known one.
+    Nothing is changed for GPUs that cannot. Where this torch's host code is not the known one, nothing is changed
+    either, and a `LaunchesDoNotOverlap` warning says so.
 
     Args:
         capability: of the GPU that is compiled for, 90 for sm_90.
     """
-    if capability < LEAST_CAPABILITY or unknown_host_code():
+    if capability < LEAST_CAPABILITY:
         yield
         return
-    from torch._inductor.codegen.cuda.device_op_overrides import CUDADeviceOpOverrides
+    with replacing(LAUNCHES) as replace:
+        if why := why_not_overlapped(capability):
+            warnings.warn(why, LaunchesDoNotOverlap, stacklevel=3)
+        else:
+            from torch._inductor.codegen.cuda.device_op_overrides import CUDADeviceOpOverrides
 
-    stock = CUDADeviceOpOverrides.kernel_driver
+            stock = CUDADeviceOpOverrides.kernel_driver
 
-    def kernel_driver(self: Any) -> str:
-        return str(stock(self)) + _ADDED
+            def kernel_driver(self: Any) -> str:
+                return str(stock(self)) + _ADDED
 
-    with mock.patch.object(CUDADeviceOpOverrides, "kernel_driver", kernel_driver):
+            replace(KERNEL_DRIVER, kernel_driver)
         yield
 
 

@@ -8,10 +8,10 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
-from executorch.backends.cuda.cuda_backend import CudaBackend
 from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+from executorch_moe.backends.cuda.patches.registry import OUTPUTS, replacing
 
 
 @contextlib.contextmanager
@@ -23,7 +23,6 @@ def own_outputs() -> Iterator[None]:
     other is about to read it, and kernels of one may end up in the other's library, for `cubins_combined.o` is one name
     for all. What is a cache (Triton's kernels, timings, precompiled headers) stays shared.
     """
-    stock = CudaBackend.get_aoti_compile_options
 
     def options(cls: type, compile_specs: Any) -> dict[str, Any]:
         # Inside the cache, for that may have been put on a disk with room for the weights. Kept until the process ends:
@@ -32,5 +31,7 @@ def own_outputs() -> Iterator[None]:
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         return {**stock(compile_specs), "aot_inductor.output_path": folder}
 
-    with mock.patch.object(CudaBackend, "get_aoti_compile_options", classmethod(options)):
+    with replacing(OUTPUTS) as replace:
+        name = "executorch.backends.cuda.cuda_backend:CudaBackend.get_aoti_compile_options"
+        stock = replace(name, classmethod(options))
         yield

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from unittest import mock
 
 from torch import Tensor
+
+from executorch_moe.backends.cuda.patches.registry import PLACEHOLDERS, replacing
 
 PLACEHOLDER = b"executorch_moe: made when it is loaded"
 LEAST_BYTES = 1 << 20
@@ -30,11 +30,6 @@ def without_weights() -> Iterator[None]:
     Raises:
         RuntimeError: an executorch whose weights are not written by the function that is replaced here.
     """
-    from executorch.backends.cuda import cuda_weight_collector
-
-    stock = getattr(cuda_weight_collector, "_write_tensor_storage", None)
-    if stock is None or tuple(inspect.signature(stock).parameters) != ("tensor", "path"):
-        raise RuntimeError("artifacts without weights need executorch 1.5.1: install it, or export with the weights")
 
     def write(tensor: Tensor, path: str) -> bytes:
         if tensor.untyped_storage().nbytes() < LEAST_BYTES:
@@ -42,5 +37,6 @@ def without_weights() -> Iterator[None]:
         Path(path).write_bytes(PLACEHOLDER)
         return hashlib.sha256(PLACEHOLDER).digest()
 
-    with mock.patch.object(cuda_weight_collector, "_write_tensor_storage", write):
+    with replacing(PLACEHOLDERS) as replace:
+        stock = replace("executorch.backends.cuda.cuda_weight_collector:_write_tensor_storage", write)
         yield

@@ -6,11 +6,10 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
-from executorch.backends.cuda import cuda_weight_collector
-from executorch.backends.cuda.cuda_backend import CudaBackend
 from torch import Tensor
+
+from executorch_moe.backends.cuda.patches.registry import WEIGHTS, replacing
 
 
 @contextlib.contextmanager
@@ -25,18 +24,17 @@ def shared_weights() -> Iterator[None]:
     with those of all: methods whose third constants differ are refused as damaged. They become each method's own, as
     those that AOTInductor makes are.
     """
-    stock = cuda_weight_collector._is_aoti_library_local_fqn
 
     def is_local(fqn: str) -> bool:
-        return stock(fqn) or fqn.startswith("_lifted_tensor_constant")
+        return bool(stock(fqn)) or fqn.startswith("_lifted_tensor_constant")
 
     def copy_program(cls: type, edge_program: Any, compile_specs: Any) -> Any:
         tables = (edge_program.state_dict, edge_program.constants)
         tensors = (value for table in tables for value in table.values() if isinstance(value, Tensor))
         return copy.deepcopy(edge_program, {id(tensor): tensor for tensor in tensors if tensor.device.type == "cpu"})
 
-    with (
-        mock.patch.object(CudaBackend, "copy_exported_program_for_preprocess", classmethod(copy_program)),
-        mock.patch.object(cuda_weight_collector, "_is_aoti_library_local_fqn", is_local),
-    ):
+    with replacing(WEIGHTS) as replace:
+        backend = "executorch.backends.cuda.cuda_backend:CudaBackend"
+        replace(f"{backend}.copy_exported_program_for_preprocess", classmethod(copy_program))
+        stock = replace("executorch.backends.cuda.cuda_weight_collector:_is_aoti_library_local_fqn", is_local)
         yield

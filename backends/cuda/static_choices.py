@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any
-from unittest import mock
 
 from executorch_moe.backends.cuda import kernel_configs
 from executorch_moe.backends.cuda.cross_report import CrossCompileReport, GemmChoice, KernelChoice
+from executorch_moe.backends.cuda.patches.registry import CROSS, replacing
 from executorch_moe.kernels.gpus import GpuModel
 
 UNKNOWN_SIZE = 1536
@@ -61,7 +61,8 @@ class StaticChoices:
                 stock(tuner, *args, **kwargs)
 
         try:
-            with mock.patch.object(CachingAutotuner, "precompile", wait):
+            with replacing(CROSS) as replace:
+                replace("torch._inductor.runtime.triton_heuristics:CachingAutotuner.precompile", wait)
                 exec(wrapper.kernel_autotune_defs.getvalue(), scope)
             tuners = [value for value in scope.values() if isinstance(value, CachingAutotuner)]
             # LLVM and the assembler do not hold the interpreter.
@@ -118,7 +119,8 @@ def one_parse_at_a_time() -> Iterator[None]:
         with lock:
             return stock(*args, **kwargs)
 
-    with mock.patch.object(ast, "parse", parse):
+    with replacing(CROSS) as replace:
+        replace("ast:parse", parse)
         yield
 
 

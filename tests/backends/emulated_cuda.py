@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -74,9 +75,13 @@ def stateful_programs(seed: int = 0) -> tuple[Stateful, dict[str, ExportedProgra
 @contextlib.contextmanager
 def cuda_backend_on_cpu() -> Iterator[None]:
     """CudaBackend's preprocess compiles for the CPU inside this context."""
+
+    def options(cls: type, compile_specs: Any) -> dict[str, Any]:
+        return dict(_OPTIONS)
+
     with (
         mock.patch.object(CudaBackend, "get_device_name", classmethod(lambda cls: "cpu")),
-        mock.patch.object(CudaBackend, "get_aoti_compile_options", classmethod(lambda cls, specs: dict(_OPTIONS))),
+        mock.patch.object(CudaBackend, "get_aoti_compile_options", classmethod(options)),
         mock.patch.object(CudaBackend, "get_custom_passes", classmethod(lambda cls, specs: [])),
     ):
         yield

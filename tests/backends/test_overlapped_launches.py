@@ -6,6 +6,7 @@ import ast
 import os
 import re
 import subprocess
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from executorch_moe.backends import targets
 from executorch_moe.backends.artifact import save
 from executorch_moe.backends.cuda import host_toolchain, overlapped_launches, patches
 from executorch_moe.backends.cuda.cross_compile import target_cuda
-from executorch_moe.backends.cuda.overlapped_launches import WAITING_KERNELS, unknown_host_code
+from executorch_moe.backends.cuda.overlapped_launches import WAITING_KERNELS, LaunchesDoNotOverlap, unknown_host_code
 from executorch_moe.backends.inspect import check_cuda_artifact, inspect_artifact
 from executorch_moe.backends.targets import lower
 
@@ -164,7 +165,13 @@ def test_other_host_code_stays_as_it_is_and_is_refused_for_a_gpu_that_is_not_her
     assert unknown_host_code() == "" and old in host_code()
     other_host_code(monkeypatch, lambda text: text.replace(old, new))
     text = host_code()
-    with overlapped_launches.overlapped_launches(90):
+    with (
+        pytest.warns(LaunchesDoNotOverlap, match=r"do not overlap, .*another launchKernel\).* install torch 2\.11"),
+        overlapped_launches.overlapped_launches(90),
+    ):
+        assert host_code() == text
+    with warnings.catch_warnings(), overlapped_launches.overlapped_launches(89):
+        warnings.simplefilter("error")
         assert host_code() == text
     with (
         pytest.raises(RuntimeError, match=r"kernel_driver\(\) has another launchKernel: install"),
@@ -190,7 +197,7 @@ def test_rocm_and_a_torch_without_the_class_keep_theirs(monkeypatch: pytest.Monk
     with monkeypatch.context() as broken:
         broken.delattr("torch._inductor.codegen.cuda.device_op_overrides.CUDADeviceOpOverrides")
         assert "CUDADeviceOpOverrides" in unknown_host_code()
-        with overlapped_launches.overlapped_launches(90):
+        with pytest.warns(LaunchesDoNotOverlap), overlapped_launches.overlapped_launches(90):
             pass
     assert host_code() == text
 
@@ -215,7 +222,7 @@ def test_target_cuda_asks_the_gpu_that_is_here(
 
 @needs_cross_export
 def test_a_gpu_that_is_not_here_decides_by_its_own_capability() -> None:
-    assert "torch._inductor.codegen.cuda.device_op_overrides:CUDADeviceOpOverrides.kernel_driver" in patches.REPLACED
+    assert overlapped_launches.KERNEL_DRIVER in patches.PATCHES
     for target, overlapped in (("l4", False), ("h200", True), ("rtx5090", True)):
         with target_cuda(target):
             assert (MACRO in host_code()) == overlapped

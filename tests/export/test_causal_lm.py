@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 import torch
 
+from executorch_moe.backends import runtime
 from executorch_moe.export.build import attention_of
-from executorch_moe.export.causal_lm import CausalLM, GreedyLM, SamplingLM, export_methods
+from executorch_moe.export.causal_lm import CausalLM, GreedyLM, SamplingLM, check_positions, export_methods
 from executorch_moe.export.pretrained import load_model, resolve
 from executorch_moe.export.quantize import quantize_experts_
 from executorch_moe.export.sampling import Sampler
@@ -192,3 +193,24 @@ def test_other_kinds_of_attention_are_refused() -> None:
     inner.config.layer_types = ["chunked_attention", "full_attention"]
     with pytest.raises(NotImplementedError, match=r"chunked_attention are not .* full_attention or sliding_attention"):
         CausalLM(inner, 64)
+
+
+@pytest.mark.parametrize("positions", [[-1], [3, 4, -2], [2**40]])
+def test_positions_outside_the_cache(positions: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"cache_position has -?\d+, expected positions from 0 to 15: count"):
+        check_positions(torch.tensor(positions), 16)
+    with pytest.raises(
+        ValueError, match=r"method 'decode' got position -?\d+, but its cache has positions from 0 to 15"
+    ):
+        runtime.check_positions(torch.tensor(positions), 16, "decode")
+    assert check_positions(torch.tensor([], dtype=torch.int64), 16) is None
+    for check in (check_positions, lambda *args: runtime.check_positions(*args, "decode")):
+        check(torch.tensor([0, 15]), 16)
+
+
+def test_the_model_refuses_positions_outside_its_cache(model: CausalLM) -> None:
+    model.reset()
+    for position in (-1, MAX_CONTEXT):
+        with pytest.raises(ValueError, match=f"cache_position has {position}, expected positions from 0"):
+            run(model, [5], position)
+    assert not any(buffer.any() for buffer in model.kv_cache.buffers())

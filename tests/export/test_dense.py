@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import copy
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
-from executorch_moe.export import synthetic
+from executorch_moe.export import dense_torchao, synthetic
 from executorch_moe.export.causal_lm import CausalLM, export_methods
 from executorch_moe.export.dense import (
+    CPU_GROUP_SIZE,
     Int4Linear,
     Int8Embedding,
     Int8Linear,
@@ -18,6 +25,8 @@ from executorch_moe.export.dense import (
     OneRowLinears,
     quantize_dense_,
 )
+from executorch_moe.export.options import ExportOptions
+from executorch_moe.export.summary import ExportSummary
 from executorch_moe.kernels.packing import quantize_int4
 
 N, K, GROUP = 24, 128, 32
@@ -147,3 +156,41 @@ def test_one_row_linear_with_a_bias_keeps_its_dtype() -> None:
         got = linear(x)
     assert got.dtype == torch.bfloat16 and got.shape == (1, 1, N)
     torch.testing.assert_close(got, linear(x), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("target", "choices", "formats", "shown"),
+    [
+        ("cpu", {"dense": "int8"}, ["int8-per-32-inputs"] * 3, "linear layers and embeddings in int8-per-32-inputs"),
+        ("sm_90", {"dense": "int8"}, ["int8-per-output"] * 2 + ["none"], "kB, linear layers in int8-per-output"),
+        (
+            "sm_90",
+            {"dense": "int8", "lm_head": "int4", "embedding": "int8", "group_size": 64},
+            ["int8-per-output", "int4-per-64-inputs", "int8-per-token"],
+            "linear layers in int8-per-output, lm_head in int4-per-64-inputs, embedding in int8-per-token",
+        ),
+        ("cpu", {"dense": "int4", "group_size": 64}, ["int4-per-32-inputs"] * 3, "embeddings in int4-per-32-inputs"),
+        ("cpu", {}, ["none"] * 3, "kB"),
+    ],
+)
+def test_formats_have_names_of_their_own(
+    target: str, choices: dict[str, Any], formats: list[str], shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ "int8" is one format on the CPU and another on a GPU: summary and record say which it was."""
+    monkeypatch.setattr(ExportOptions, "__post_init__", lambda self: None)  # no compiler is needed here
+    options = ExportOptions("tiny", Path("model.pte"), target, **choices)
+    layer = SimpleNamespace(num_experts=8, top_k=2, hidden_size=128, intermediate_size=64)
+    report: Any = SimpleNamespace(layers=[layer], bytes_after=1000)
+    summary = ExportSummary(options, target, report, 128, 2000)
+    assert list(json.loads(summary.record())["dense_formats"].values()) == formats
+    console = Console(width=200, file=io.StringIO())
+    console.print(summary.table())
+    (line,) = (line for line in console.file.getvalue().splitlines() if "other weights" in line)
+    assert line.rstrip(" \u2502").endswith(shown)
+
+
+def test_the_formats_are_what_their_names_say() -> None:
+    weight = torch.randn(96, 64)
+    assert Int8Linear(weight).scale.shape == (96,)
+    on_cpu: Any = dense_torchao.quantize_dense_(nn.Sequential(nn.Linear(64, 96)), "int8")[0].weight
+    assert on_cpu.scale.shape == (96, 64 // CPU_GROUP_SIZE)

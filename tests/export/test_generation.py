@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -261,3 +262,28 @@ def test_missing_and_broken_tokenizer(tmp_path: Path) -> None:
         read_tokenizer(path)
     shutil.copy(resolve("tiny") / "tokenizer.json", path)
     assert read_tokenizer(path).encode("a").ids == [97]
+
+
+@pytest.mark.usefixtures("executorch_runtime")
+def test_a_second_text_takes_the_loaded_program(exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From an empty cache: the same tokens, and other ones after another text in between."""
+    from executorch.runtime import Runtime
+
+    stock, loaded = Runtime.load_program, []
+
+    def load_program(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded.append(args)
+        return stock(self, *args, **kwargs)
+
+    monkeypatch.setattr(Runtime, "load_program", load_program)
+    generator = TextGenerator.load(exported("w4a16", "cpu"), "executorch")
+    prompt, other = generator.encode("The import statement"), generator.encode("Numbers are created by literals")
+    first = generator.generate(prompt, 12).tokens
+    assert generator.generate(prompt, 12).tokens == first
+    assert generator.generate(other, 30).tokens[:12] != first
+    assert generator.generate(prompt, 12).tokens == first
+    assert len(loaded) == 1
+    settings = Sampler().inputs(torch.device("cpu"))
+    for position in (-1, generator.max_context):
+        with pytest.raises(ValueError, match=f"method 'decode' got position {position}, but its cache has positions"):
+            generator.program.run("decode", torch.tensor([[5]]), torch.tensor([position]), *settings)

@@ -12,7 +12,19 @@ from typer.testing import CliRunner
 from executorch_moe.export import kernel_benchmark as kb
 from executorch_moe.export.cli import app
 from executorch_moe.kernels.aten import fused_experts_cpu
-from executorch_moe.kernels.benchmark import SHAPES, Shape, floor_us, make_layers, random_routing, work
+from executorch_moe.kernels.benchmark import (
+    SHAPES,
+    Shape,
+    floor_us,
+    make_layers,
+    random_packed,
+    random_routing,
+    with_tokens,
+    work,
+)
+from executorch_moe.kernels.compile import CompileJob, compile_ahead
+from executorch_moe.kernels.packing import deinterleave_gate_up, dequantize, fragment_order
+from executorch_moe.kernels.schemes import SCHEMES
 
 ROWS = [
     kb.Row("s", "uniform", 8, "w4a16", "ours", 50.0, 1.0, 2.0, 2.5),
@@ -47,6 +59,53 @@ def test_ratio_is_to_the_fastest_upstream_of_the_same_tokens() -> None:
         (1, "ours"), (8, "ours"), (8, "upstream-a16"), (8, "upstream-a8")
     ]  # fmt: skip
     assert [r.vs_upstream for r in rows] == [None, 6.0, 0.75, 1.0]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("sizes", [(160, 96, 32), (128, 64, 64), (96, 128, 32)], ids=str)
+def test_padding_of_random_weights_is_worth_nothing(scheme: str, sizes: tuple[int, int, int]) -> None:
+    """As in layers that are packed: the kernels sum over it."""
+    hidden, intermediate, group_size = sizes
+    (layer,) = make_layers(Shape("padded", 4, 2, hidden, intermediate, group_size), scheme, 5, 1, device="cpu")
+    packed = layer.packed
+    assert packed is not None
+    w13 = dequantize(packed.w13, packed.w13_scale, None, fragment_order(scheme, 1))
+    gate, up = deinterleave_gate_up(w13).chunk(2, dim=1)
+    w2 = dequantize(packed.w2, packed.w2_scale, None, fragment_order(scheme, 2))
+    for part in (gate, up, w2.transpose(1, 2)):
+        assert part[:, :intermediate, :hidden].count_nonzero() > 0.9 * part[:, :intermediate, :hidden].numel()
+        assert not part[:, intermediate:].any() and not part[:, :, hidden:].any()
+    layer.answer.check(fused_experts_cpu(layer.args()), f"{scheme} on the CPU")
+
+
+PATHS = (("ours", 4), ("ours-grouped", 4), ("ours", 100), ("ours-grouped", 100), ("ours-tile", 100))
+"""Few tokens; the grouped kernel with a persistent and with a tile schedule, for few tokens and for many."""
+
+
+@pytest.fixture(scope="module")
+def compiled() -> None:
+    """All kernels of the test below, compiled on all cores."""
+    compile_ahead(
+        [
+            CompileJob(shape, scheme, tokens, kb.OURS[implementation])
+            for shape in SHAPES.values()
+            for scheme in SCHEMES
+            for implementation, tokens in PATHS
+        ]
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_preset_scheme_and_path_is_right(shape: str, scheme: str, compiled: None) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    packed = random_packed(SHAPES[shape], scheme, "cuda", generator)
+    for implementation, tokens in PATHS:
+        layer = with_tokens(packed, SHAPES[shape], tokens, "uniform", generator)
+        layer.answer.check(layer.run(kb.OURS[implementation]), f"{shape} {scheme} {implementation} at {tokens} tokens")
+    del packed, layer
+    torch.cuda.empty_cache()
 
 
 def test_table_json_and_plot(tmp_path: Path) -> None:

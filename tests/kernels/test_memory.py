@@ -16,7 +16,8 @@ from executorch_moe.kernels import one_token_op as ops
 from executorch_moe.kernels._device import launches_before
 from executorch_moe.kernels.choose import MAX_PAIRS, Variant
 from executorch_moe.kernels.configs import GemmConfig
-from executorch_moe.kernels.plan import Options, run_fused_experts
+from executorch_moe.kernels.one_token_launches import run_attention_of_one, run_linear_of_one, run_route_one
+from executorch_moe.kernels.plan import Launch, Options, run_fused_experts
 
 from .cases import CASES, ZERO_CASE, Case, make
 from .memory_rules import MemoryRuleError, check_memory
@@ -78,18 +79,18 @@ def test_several_chunks_of_pairs_and_variants(persistent: bool) -> None:
 @pytest.mark.parametrize(("kind", "groups", "position", "update"), ATTENTION)
 def test_attention_of_one(kind: str, groups: int, position: int, update: bool) -> None:
     arguments = ops.AttentionArguments(*attention_arguments(kind, groups, position, update))
-    same_bits_in_any_order(lambda: ops.run_attention_of_one(arguments))
+    same_bits_in_any_order(lambda: run_attention_of_one(arguments))
 
 
 @pytest.mark.parametrize(("kind", "top_k"), [("int8", 4), ("bf16", 1)])
 def test_route_one(kind: str, top_k: int) -> None:
     arguments = ops.RouteArguments(*route_arguments(kind, top_k))
-    same_bits_in_any_order(lambda: ops.run_route_one(arguments))
+    same_bits_in_any_order(lambda: run_route_one(arguments))
 
 
 @pytest.mark.parametrize(("kind", "rows", "columns"), LINEAR[1:])
 def test_linear_of_one(kind: str, rows: int, columns: int) -> None:
-    same_bits_in_any_order(lambda: ops.run_linear_of_one(*linear_arguments(kind, rows, columns)))
+    same_bits_in_any_order(lambda: run_linear_of_one(*linear_arguments(kind, rows, columns)))
 
 
 def test_a_token_through_decoder_layers() -> None:
@@ -112,16 +113,54 @@ def test_a_token_through_decoder_layers() -> None:
                 row, update, random(hidden), *codes(3 * heads * head_dim, hidden), *norms, wave, wave,
                 torch.tensor([17]), *cache, head_dim**-0.5, EPS,
             )  # fmt: skip
-            summed, out, _ = ops.run_attention_of_one(attention)
+            summed, out, _ = run_attention_of_one(attention)
             weight = codes(hidden, heads * head_dim)
             router = random(experts, hidden, deviation=hidden**-0.5)
             route = ops.RouteArguments(out, *weight, summed, random(hidden), router, 2, EPS)
-            row, normed, weights, ids = ops.run_route_one(route)
+            row, normed, weights, ids = run_route_one(route)
             update = run_fused_experts(packed.arguments(normed, ids, weights))[None]
         assert update is not None
-        return ops.run_linear_of_one(row + update, *codes(64, hidden))
+        return run_linear_of_one(row + update, *codes(64, hidden))
 
     same_bits_in_any_order(layers)
+
+
+@triton.jit
+def write_cache(position_ptr, key_ptr, value_ptr, POSITION: tl.constexpr, SIZE: tl.constexpr, PTX: tl.constexpr):
+    """As the decode step before does: a position, and the keys and values of those before it."""
+    zero = launches_before(False, PTX)
+    offs = tl.arange(0, SIZE)
+    tl.store(position_ptr + zero, POSITION)
+    tl.store(key_ptr + zero + offs, 0.5)
+    tl.store(value_ptr + zero + offs, 0.25)
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_the_cache_is_written_before_the_first_launch_of_attention(between: bool) -> None:
+    """Attention reads position, keys and values before its wait. A write directly before the operator is early enough,
+    for the operator's first launch waits for it; one between its two launches is not, and Inductor puts none there:
+    the first launch reads the three tensors too.
+    """
+    arguments = ops.AttentionArguments(*attention_arguments("int8", 2, 64, True))
+    position, key, value = arguments.position, arguments.key, arguments.value
+    names: list[str] = []
+
+    def submit(launch: Launch) -> None:
+        if launch.kernel.__name__ == ("moe_row_attention" if between else "moe_row_matvec"):
+            assert launch.args["position_ptr"] is position
+            assert launch.args["key_ptr"] is key and launch.args["value_ptr"] is value
+            write_cache[(1,)](position, key, value, 64, 1 << (key.numel() - 1).bit_length() - 1, 0)
+        names.append(launch.kernel.__name__)
+        launch.run_now()
+
+    if between:
+        message = r"overlap: moe_row_attention, .* reads position_ptr before its wait"
+        with pytest.raises(MemoryRuleError, match=message), check_memory():
+            run_attention_of_one(arguments, submit=submit)
+        return
+    with check_memory():
+        run_attention_of_one(arguments, submit=submit)
+    assert names == ["moe_row_matvec", "moe_row_attention"]
 
 
 # ------------------------------------------------------------------ the rules themselves: each finds what it is for

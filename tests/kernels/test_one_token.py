@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from executorch_moe.kernels import one_token_op as ops
+from executorch_moe.kernels.one_token_aten import attention_of_one_aten, linear_of_one_aten, route_one_aten
+from executorch_moe.kernels.one_token_launches import run_attention_of_one, run_linear_of_one, run_route_one
 from executorch_moe.kernels.plan import Launch
 
 HIDDEN, KV_HEADS, HEAD_DIM, CONTEXT, EXPERTS = 192, 2, 32, 200, 12
@@ -154,7 +156,7 @@ def _assert_close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> No
 def test_interpreted_attention(kind: str, groups: int, position: int, update: bool) -> None:
     assert os.environ.get("TRITON_INTERPRET") == "1"
     arguments = ops.AttentionArguments(*attention_arguments(kind, groups, position, update))
-    _assert_close(ops.run_attention_of_one(arguments), ops.attention_of_one_aten(arguments))
+    _assert_close(run_attention_of_one(arguments), attention_of_one_aten(arguments))
 
 
 @pytest.mark.interpreter
@@ -162,14 +164,14 @@ def test_interpreted_attention(kind: str, groups: int, position: int, update: bo
 @pytest.mark.parametrize(("kind", "top_k"), [("int8", 4), ("bf16", 1), ("int8", EXPERTS)])
 def test_interpreted_routing(kind: str, top_k: int, tied: bool) -> None:
     arguments = ops.RouteArguments(*route_arguments(kind, top_k, tied))
-    _assert_close(ops.run_route_one(arguments), ops.route_one_aten(arguments))
+    _assert_close(run_route_one(arguments), route_one_aten(arguments))
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize(("kind", "rows", "columns"), LINEAR)
 def test_interpreted_linear(kind: str, rows: int, columns: int) -> None:
     arguments = linear_arguments(kind, rows, columns)
-    _assert_close((ops.run_linear_of_one(*arguments),), (ops.linear_of_one_aten(*arguments),))
+    _assert_close((run_linear_of_one(*arguments),), (linear_of_one_aten(*arguments),))
 
 
 @pytest.mark.compiler
@@ -191,12 +193,12 @@ def test_qwen3_30b_compiles_without_spills(capability: int) -> None:
             arguments = ops.AttentionArguments(
                 row, update, norm, weight, scale, half, half, wave, wave, position, cache, cache, 0.1, EPS
             )
-            ops.run_attention_of_one(arguments, gpu=gpu, submit=launches.append)
+            run_attention_of_one(arguments, gpu=gpu, submit=launches.append)
         weight, scale = torch.empty(2048, 4096, dtype=torch.int8), torch.empty(2048)
         router, out = torch.empty(128, 2048, **bf16), torch.empty(1, 1, 4096, **bf16)
         route = ops.RouteArguments(out, weight, scale, row, norm, router, 8, EPS)
-        ops.run_route_one(route, gpu=gpu, submit=launches.append)
-        ops.run_linear_of_one(
+        run_route_one(route, gpu=gpu, submit=launches.append)
+        run_linear_of_one(
             row,
             torch.empty(151936, 2048, dtype=torch.int8),
             torch.empty(151936),
@@ -253,7 +255,7 @@ def test_no_product_is_summed_across_warps(kind: str, rows: int, columns: int) -
     launches: list[Launch] = []
     with torch.device("meta"):
         weight = torch.empty(rows, columns, dtype=torch.int8 if kind == "int8" else torch.bfloat16)
-        ops.run_linear_of_one(
+        run_linear_of_one(
             torch.empty(1, columns, dtype=torch.bfloat16),
             weight,
             torch.empty(rows) if kind == "int8" else None,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, export
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from executorch_moe.kernels import SCHEMES, FusedExperts, fused_experts
+from executorch_moe.kernels import SCHEMES, FusedExperts, fused_experts, pack_experts
 from executorch_moe.kernels.arguments import ExpertArguments
 from executorch_moe.kernels.aten import fused_experts_aten
 from executorch_moe.kernels.gpus import find_model
@@ -156,7 +158,7 @@ def bad(index: int, value: object) -> object:
         (9, lambda _: torch.zeros(8, 4), ValueError, "w13_bias has shape"),
         (3, lambda t: t.to("meta"), ValueError, "w13 is on meta but hidden_states is on cpu: move both"),
         (11, "w8a8", ValueError, "scheme='w8a8' is unknown"),
-        (12, "relu", NotImplementedError, "activation='relu' is not supported: use one of silu, swiglu_oai"),
+        (12, "relu", ValueError, "activation='relu' is not supported: use one of silu, swiglu_oai"),
         (13, 64, ValueError, "w13_scale has shape"),
         (13, 7, ValueError, "group_size=7 is not supported"),
     ],
@@ -188,3 +190,37 @@ def test_fake_checks_as_the_operator_does() -> None:
     fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]
     with mode, pytest.raises(ValueError, match="expected bfloat16"):
         fused_experts(fakes[0].float(), *fakes[1:])
+
+
+def test_backward_says_that_there_is_none() -> None:
+    problem = make(Case("backward", tokens=3), "w4a16")
+    hidden = problem.hidden_states.float().requires_grad_()
+    out = FusedExperts(problem.packed)(hidden, problem.topk_ids, problem.topk_weights)
+    with pytest.raises(
+        NotImplementedError, match=r"fused_experts is for inference only and has no gradient: .*no_grad"
+    ):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(scheme: str, dtype: torch.dtype) -> None:
+    problem = make(Case("autocast", tokens=7, bias=True), scheme)
+    module, args = FusedExperts(problem.packed), (problem.hidden_states, problem.topk_ids, problem.topk_weights)
+    expected = module(*args)
+    with torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(module(*args), expected)
+
+
+@pytest.mark.parametrize("group_size", [32.0, "32", True, None])
+def test_group_sizes_that_are_no_integers(group_size: Any) -> None:
+    message = re.escape(f"group_size={group_size!r} is a {type(group_size).__name__}, expected an int: use 32")
+    with pytest.raises(ValueError, match=message):
+        pack_experts(torch.randn(2, 256, 128), torch.randn(2, 128, 128), group_size=group_size)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "", None, []])
+def test_a_module_of_an_unknown_activation(activation: Any) -> None:
+    packed = make(Case("activation", tokens=1), "w4a16").packed
+    with pytest.raises(ValueError, match="is not supported: use one of silu, swiglu_oai"):
+        FusedExperts(packed, activation=activation)

@@ -7,14 +7,20 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from executorch_moe.kernels import one_token_op as ops
+from executorch_moe.kernels._device import launches_before
 from executorch_moe.kernels.benchmark import SHAPES, LayerInputs, make_layers
 from executorch_moe.kernels.compile import compile_kernel, record_launches
 from executorch_moe.kernels.configs import Gpu
 from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED, find_model
+from executorch_moe.kernels.one_token_launches import run_attention_of_one, run_route_one
 from executorch_moe.kernels.plan import Launch, Options, run_fused_experts
+
+from .wait_dependence import unordered_stores
 
 H, HEADS, KV_HEADS, HEAD_DIM, CONTEXT = 2048, 32, 4, 128, 640
 
@@ -25,8 +31,8 @@ def launches_of_a_layer(capability: int) -> list[Launch]:
     launches: list[Launch] = []
     with torch.device("meta"):
         attention, route = token_arguments(torch.empty(1, 1, H, dtype=torch.bfloat16), None)
-        ops.run_attention_of_one(attention, gpu=gpu, submit=launches.append)
-        ops.run_route_one(route, gpu=gpu, submit=launches.append)
+        run_attention_of_one(attention, gpu=gpu, submit=launches.append)
+        run_route_one(route, gpu=gpu, submit=launches.append)
     for tokens, scheme in ((1, "w4a16"), (600, "w4a8")):
         launches += record_launches(gpu, scheme, tokens, 16, 8, H, 512, 128, Options())
     return launches
@@ -78,14 +84,45 @@ def test_all_kernels_wait_where_launches_can_overlap(capability: int) -> None:
     assert len(seen) == 9, seen
 
 
+@triton.jit
+def store_a_constant(out_ptr, late_ptr, SIZE: tl.constexpr, ORDERED: tl.constexpr, PTX: tl.constexpr):
+    """Only ORDERED's address keeps the store behind the wait: the loop, on which its value depends, may not run."""
+    zero = launches_before(False, PTX)
+    if ORDERED:
+        out_ptr += zero
+    offs = tl.arange(0, SIZE)
+    total = tl.zeros((SIZE,), dtype=tl.float32)
+    for _ in tl.range(0, tl.program_id(0)):
+        total += tl.load(late_ptr + zero + offs)
+    if tl.program_id(1) == 0:
+        tl.store(out_ptr + offs, total)
+
+
+@pytest.mark.compiler
+def test_no_store_can_be_moved_before_the_wait() -> None:
+    """In the IR of every kernel, for each store: something that it needs is computed from the wait's result."""
+    seen = set()
+    for launch in launches_of_a_layer(90):
+        key = str((launch.kernel.__name__, sorted(launch.constexprs.items())))
+        if key not in seen:
+            seen.add(key)
+            ttir = compile_kernel(launch, 90).asm["ttir"]
+            assert unordered_stores(ttir) == [], launch.kernel.__name__
+    out = torch.empty(64, device="meta")
+    for ordered in (True, False):
+        constants = {"SIZE": 64, "ORDERED": ordered, "PTX": 90}
+        launch = Launch(store_a_constant, (4, 4), {"out_ptr": out, "late_ptr": out}, constants)
+        assert len(unordered_stores(compile_kernel(launch, 90).asm["ttir"])) == (0 if ordered else 1)
+
+
 def token_through(layers: list[LayerInputs], row: Tensor, submit: Callable[[Launch], None]) -> Tensor:
     """One token through decoder layers: each operator's result is the next one's input."""
     update = None
     for seed, layer in enumerate(layers):
         attention, route = weights_of_layer(seed)  # made before a graph is recorded
         attention = attention._replace(hidden=row, update=update)
-        summed, out, _ = ops.run_attention_of_one(attention, submit=submit)
-        row, normed, weights, ids = ops.run_route_one(route._replace(x=out, residual=summed), submit=submit)
+        summed, out, _ = run_attention_of_one(attention, submit=submit)
+        row, normed, weights, ids = run_route_one(route._replace(x=out, residual=summed), submit=submit)
         assert layer.packed is not None
         arguments = layer.packed.arguments(normed, ids, weights, "silu")
         update = run_fused_experts(arguments, submit=submit)[None]
@@ -141,5 +178,5 @@ def test_a_gpu_that_cannot_overlap_is_not_asked_to() -> None:
     launches: list[Launch] = []
     with torch.device("meta"):
         attention, _ = token_arguments(torch.empty(1, 1, H, dtype=torch.bfloat16), None)
-        ops.run_attention_of_one(attention, gpu=find_model("a100").gpu, submit=launches.append)
+        run_attention_of_one(attention, gpu=find_model("a100").gpu, submit=launches.append)
     assert all(launch.options == {"num_warps": launch.num_warps} for launch in launches)

@@ -1,15 +1,9 @@
-"""All that `target_cuda` replaces in torch, Triton and ExecuTorch: checked before anything is changed, then undone.
-
-A name is "module:attribute"; with it stand the parameters that it must have, or None for what is no function or where
-they do not matter.
-"""
+"""What `target_cuda` replaces in torch, Triton and ExecuTorch: checked before anything is changed, then undone."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
-import inspect
 import math
 import os
 import threading
@@ -22,72 +16,24 @@ import torch
 
 from executorch_moe.backends.cuda import gpu_stand_ins, host_toolchain
 from executorch_moe.backends.cuda.overlapped_launches import overlapped_launches, unknown_host_code
+from executorch_moe.backends.cuda.patches.registry import (
+    CROSS,
+    LOCK,
+    OUTPUTS,
+    VERSIONS,
+    WEIGHTS,
+    Replace,
+    problem,
+    problems,
+    refusal,
+    replacing,
+)
 from executorch_moe.backends.cuda.static_choices import StaticChoices
 from executorch_moe.backends.cuda.weight_stand_ins import WeightStandIns
 from executorch_moe.kernels.gpus import GpuModel
 
-VERSIONS = {"torch": ("2.11", "2.13"), "triton": ("3.6", "3.7"), "executorch": ("1.5.1",)}
-"""Versions with which an export was made and looked into; others are refused."""
-
 SMALL = 4096
 """Elements of a computation that may be done with others far away in the program: one launch instead of many."""
-
-Parameters = tuple[str, ...] | None
-
-REPLACED: dict[str, Parameters] = {
-    "torch.cuda:is_available": (),
-    "torch.cuda:get_device_properties": ("device",),
-    "torch.cuda:get_device_capability": ("device",),
-    "torch.cuda:get_device_name": ("device",),
-    "torch.cuda:current_device": (),
-    "torch.cuda:device_count": (),
-    "torch.cuda:is_bf16_supported": ("including_emulation",),
-    "torch.cuda:synchronize": ("device",),
-    "torch:version.cuda": None,
-    "torch.utils.cpp_extension:CUDA_HOME": None,
-    "torch._dynamo.device_interface:device_interfaces": None,
-    "torch._inductor.codegen.wrapper:PythonWrapperCodegen.generate_and_run_autotune_block": ("self",),
-    "torch._inductor.codegen.cpp_wrapper_cpu:CppWrapperCpu.codegen_device": ("self", "device"),
-    "torch._inductor.codegen.cpp_wrapper_cpu:CppWrapperCpu.codegen_model_constructor": ("self",),
-    "torch._inductor.codegen.cuda.device_op_overrides:CUDADeviceOpOverrides.kernel_driver": ("self",),
-    "torch._inductor.graph:GraphLowering.get_original_value_of_constant": ("self", "name"),
-    "torch._inductor.graph:is_same_tensor": ("data", "value"),
-    "torch._inductor.scheduler:Scheduler.are_long_distant_nodes": ("self", "node1", "node2"),
-    "triton.backends:backends": None,
-    "triton.compiler.code_generator:get_jit_fn_file_line": ("fn",),
-    "executorch.backends.cuda.cuda_backend:CudaBackend.move_program_to_device": (
-        "edge_program",
-        "device",
-        "compile_specs",
-    ),
-    "executorch.backends.cuda.cuda_backend:_aoti_device_type_for_weight": ("tensor",),
-}
-"""What is replaced."""
-
-CALLED: dict[str, Parameters] = {
-    "torch._dynamo.device_interface:init_device_reg": (),
-    "torch._dynamo.device_interface:CudaInterface.get_compute_capability": ("device",),
-    "torch._dynamo.device_interface:CudaInterface.is_triton_capable": ("device",),
-    "torch._dynamo.device_interface:CudaInterface.raise_if_triton_unavailable": ("device",),
-    "torch._dynamo.device_interface:CudaInterface.exchange_device": None,
-    "torch._dynamo.device_interface:CudaInterface.maybe_exchange_device": None,
-    "torch._dynamo.device_interface:CudaInterface.get_raw_stream": None,
-    "torch._dynamo.device_interface:CudaInterface.Worker": None,
-    "torch._inductor.select_algorithm:add_preprocessing_fn": ("fn",),
-    "torch._inductor.select_algorithm:get_algorithm_selector_cache": (),
-    "torch._inductor.select_algorithm:TritonTemplateCaller.info_dict": ("self",),
-    "torch._inductor.runtime.triton_heuristics:CachingAutotuner.precompile": None,
-    "torch._inductor.runtime.triton_heuristics:CachingAutotuner.save_gpu_kernel": ("self", "stream", "launcher"),
-    "torch.export.passes:move_to_device_pass": ("ep", "location"),
-    "triton.backends.nvidia.driver:CudaDriver.get_current_target": ("self",),
-    "triton.backends.nvidia.driver:CudaDriver.get_active_torch_device": ("self",),
-    "triton.backends.nvidia.driver:CudaDriver.is_active": (),
-    "triton.compiler.compiler:max_shared_mem": None,
-    "triton.runtime.driver:DriverConfig.set_active": ("self", "driver"),
-    "executorch.backends.cuda.cuda_backend:AOTI_DEVICE_TYPE_CUDA": None,
-    "executorch.backends.cuda.cuda_backend:CudaBackend.method_name_from_compile_specs": ("compile_specs",),
-}
-"""What the replacements call or stand in for."""
 
 INDUCTOR_CONFIG = {
     "compile_threads": 1,  # workers are other processes, in which nothing is replaced
@@ -108,10 +54,10 @@ _TARGET_CONFIG = ("cpp.cxx", "cuda.arch", "cuda.version")
 
 
 _CLAIMING = threading.Lock()
-"""Held for as long as somebody checks what is there, so that nothing is replaced meanwhile."""
+"""Held for a moment, while a thread becomes the owner or is refused."""
 
 _owner: int | None = None
-"""The thread that has replaced functions now."""
+"""The thread in which `target_cuda` is active."""
 
 
 def check_versions() -> None:
@@ -122,25 +68,27 @@ def check_versions() -> None:
             are replaced now.
     """
     with _CLAIMING:
+        _check_owner()
+    with LOCK:
         _check_originals()
 
 
 @contextlib.contextmanager
 def _claimed() -> Iterator[None]:
-    """Within it, nobody else replaces anything: two that did would put back each other's functions."""
+    """Within it, other threads that want to export for a GPU that is not here are refused, and others wait."""
     global _owner
     with _CLAIMING:
-        _check_originals()
+        _check_owner()
         _owner = threading.get_ident()
     try:
-        yield
+        with LOCK:
+            _check_originals()
+            yield
     finally:
         _owner = None
 
 
-def _check_originals() -> None:
-    from importlib import metadata
-
+def _check_owner() -> None:
     if _owner == threading.get_ident():
         raise RuntimeError("target_cuda is active already: leave it first, and enter it once for each GPU")
     if _owner is not None:
@@ -148,16 +96,27 @@ def _check_originals() -> None:
             "target_cuda is active in another thread, and changes the whole process: wait until that one is done, or "
             "export in another process"
         )
+
+
+def _check_originals() -> None:
+    from importlib import metadata
+
+    from torch._inductor import config
+
     wrong = []
     for package, accepted in VERSIONS.items():
         version = metadata.version(package)
         if not any(version == known or version.startswith((f"{known}.", f"{known}+")) for known in accepted):
             wrong.append(f"{package} {version} (works with {', '.join(accepted)})")
-    if wrong := wrong or _problems():
-        raise RuntimeError(
-            f"cannot export for a GPU that is not here with {'; '.join(wrong)}: install a version that works, "
-            "or export on a machine with that GPU, with target 'cuda'"
-        )
+    wrong = wrong or [found for use in (CROSS, OUTPUTS, WEIGHTS) for found in problems(use)]
+    if not wrong:
+        keys = config.get_config_copy()
+        settings = (*INDUCTOR_CONFIG, *_TARGET_CONFIG)
+        wrong = [f"torch._inductor.config.{key}: is not there" for key in settings if key not in keys]
+    if not wrong and (why := unknown_host_code()):
+        wrong = [why]
+    if wrong:
+        raise RuntimeError(refusal(CROSS, wrong))
 
 
 @contextlib.contextmanager
@@ -171,62 +130,17 @@ def replaced(model: GpuModel, choices: StaticChoices, folder: Path) -> Iterator[
     Raises:
         RuntimeError: see `check_versions`.
     """
-    with _claimed(), contextlib.ExitStack() as stack:
+    with _claimed(), replacing(CROSS) as replace, contextlib.ExitStack() as stack:
         _forget_devices()
         stack.callback(_forget_devices)
-        _replace_toolchain(stack, model, folder)
-        _replace_device(stack, model, folder)
-        _replace_triton(stack, model)
-        _remember_accesses(stack)
-        _replace_choices(stack, choices)
-        _replace_weights(stack, choices)
+        _replace_toolchain(stack, replace, model, folder)
+        _replace_device(stack, replace, model, folder)
+        _replace_triton(stack, replace, model)
+        _remember_accesses(replace)
+        _replace_choices(stack, replace, choices)
+        _replace_weights(replace, choices)
         stack.enter_context(overlapped_launches(model.capability))
         yield
-
-
-def _problems() -> list[str]:
-    from torch._inductor import config
-
-    found = [problem for entry in {**REPLACED, **CALLED}.items() if (problem := _problem(*entry))]
-    keys = config.get_config_copy()
-    unknown = [
-        f"torch._inductor.config.{key}: is not there" for key in (*INDUCTOR_CONFIG, *_TARGET_CONFIG) if key not in keys
-    ]
-    if problems := found + unknown:
-        return problems
-    return [problem] if (problem := unknown_host_code()) else []
-
-
-def _problem(name: str, parameters: Parameters) -> str:
-    try:
-        holder, attribute = _holder(name)
-        found: Any = getattr(holder, attribute)
-        actual = parameters if parameters is None else tuple(inspect.signature(found).parameters)
-    except (ImportError, AttributeError, ValueError) as error:
-        return f"{name.replace(':', '.')}: {error}"
-    if actual == parameters:
-        return ""
-    return f"{name.replace(':', '.')}({', '.join(actual or ())}), not ({', '.join(parameters or ())})"
-
-
-def _holder(name: str) -> tuple[Any, str]:
-    """What has the attribute, and the attribute's name."""
-    module, _, path = name.partition(":")
-    holder: Any = importlib.import_module(module)
-    *outer, attribute = path.split(".")
-    for part in outer:
-        holder = getattr(holder, part)
-    return holder, attribute
-
-
-def _replace(stack: contextlib.ExitStack, name: str, new: Any) -> Any:
-    """Replace one of `REPLACED`; dictionaries are updated in place. Returns what was there."""
-    assert name in REPLACED, f"{name} is not checked"
-    holder, attribute = _holder(name)
-    stock = getattr(holder, attribute)
-    change = mock.patch.dict(stock, new) if isinstance(stock, dict) else mock.patch.object(holder, attribute, new)
-    stack.enter_context(change)
-    return stock
 
 
 def _forget_devices() -> None:
@@ -244,7 +158,7 @@ def _forget_devices() -> None:
     DeviceProperties.create.cache_clear()
 
 
-def _replace_toolchain(stack: contextlib.ExitStack, model: GpuModel, folder: Path) -> None:
+def _replace_toolchain(stack: contextlib.ExitStack, replace: Replace, model: GpuModel, folder: Path) -> None:
     from torch._inductor import config
 
     home = host_toolchain.make_cuda_home(folder)
@@ -265,27 +179,27 @@ def _replace_toolchain(stack: contextlib.ExitStack, model: GpuModel, folder: Pat
         "LIBRARY_PATH": os.pathsep.join(filter(None, (str(home / "lib64"), os.environ.get("LIBRARY_PATH")))),
     }
     stack.enter_context(mock.patch.dict(os.environ, environment))
-    _replace(stack, "torch.utils.cpp_extension:CUDA_HOME", str(home))
+    replace("torch.utils.cpp_extension:CUDA_HOME", str(home))
     # A CUDA build of torch asks for fatbins, which need nvcc.
-    _replace(stack, "torch:version.cuda", None)
+    replace("torch:version.cuda", None)
     stack.enter_context(config.patch(settings))
 
 
-def _replace_device(stack: contextlib.ExitStack, model: GpuModel, folder: Path) -> None:
+def _replace_device(stack: contextlib.ExitStack, replace: Replace, model: GpuModel, folder: Path) -> None:
     from torch._dynamo.device_interface import init_device_reg
 
     init_device_reg()  # before device_count() is replaced: it registers every device that it counts
     target = gpu_stand_ins.device_interface(model)
     for name, answer in gpu_stand_ins.cuda_functions(model).items():
-        _replace(stack, f"torch.cuda:{name}", answer)
-    _replace(stack, "torch._dynamo.device_interface:device_interfaces", {"cuda": target, "cuda:0": target})
+        replace(f"torch.cuda:{name}", answer)
+    replace("torch._dynamo.device_interface:device_interfaces", {"cuda": target, "cuda:0": target})
     if not torch.backends.cuda.is_built():
         guard = host_toolchain.build_guard(folder)
         if guard.install_guard():
             stack.callback(guard.remove_guard)
 
 
-def _replace_triton(stack: contextlib.ExitStack, model: GpuModel) -> None:
+def _replace_triton(stack: contextlib.ExitStack, replace: Replace, model: GpuModel) -> None:
     import triton
     from triton.compiler import code_generator
 
@@ -296,29 +210,30 @@ def _replace_triton(stack: contextlib.ExitStack, model: GpuModel) -> None:
         # It ends up in kernels' assertions: a temporary folder's name would make every build different.
         return os.path.basename(path), line
 
-    _replace(stack, "triton.compiler.code_generator:get_jit_fn_file_line", source)
+    replace("triton.compiler.code_generator:get_jit_fn_file_line", source)
     driver = gpu_stand_ins.triton_driver(model)
     nvidia = dataclasses.replace(triton.backends.backends["nvidia"], driver=driver)
-    _replace(stack, "triton.backends:backends", {"nvidia": nvidia})
+    replace("triton.backends:backends", {"nvidia": nvidia})
     drivers = triton.runtime.driver
     stack.callback(setattr, drivers, "_active", drivers._active)
     drivers.set_active(driver())
     if not hasattr(torch._C, "_cuda_getCurrentRawStream"):  # CPU builds
-        stack.enter_context(mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, create=True))
+        replace("torch._C:_cuda_getCurrentRawStream", lambda device: 0)
 
 
-def _remember_accesses(stack: contextlib.ExitStack) -> None:
+def _remember_accesses(replace: Replace) -> None:
     """Which arguments a kernel writes to is asked at each of its launches, several times; answer once for each kind.
 
     The answer costs a compilation to TTIR, and a model launches the same kernel in every layer. Where this torch has no
-    such function, nothing is changed.
+    such function, nothing is changed: the export takes longer.
     """
     from torch._higher_order_ops import triton_kernel_wrap
     from triton.runtime.autotuner import Autotuner
 
-    stock = getattr(triton_kernel_wrap, "identify_accessed_tensors", None)
-    if stock is None or tuple(inspect.signature(stock).parameters) != ("kernel", "kwargs", "tma_descriptor_metadata"):
+    name = "torch._higher_order_ops.triton_kernel_wrap:identify_accessed_tensors"
+    if problem(name):
         return
+    stock = triton_kernel_wrap.identify_accessed_tensors
     known: dict[Any, Any] = {}
 
     def identify(kernel: Any, kwargs: dict[str, Any], tma_descriptor_metadata: Any) -> Any:
@@ -333,7 +248,7 @@ def _remember_accesses(stack: contextlib.ExitStack) -> None:
             known[key] = stock(kernel, kwargs, tma_descriptor_metadata)
         return known[key]
 
-    stack.enter_context(mock.patch.object(triton_kernel_wrap, "identify_accessed_tensors", identify))
+    replace(name, identify)
 
 
 def _kind(value: Any) -> str:
@@ -348,21 +263,21 @@ def _kind(value: Any) -> str:
     return f"{type(value).__name__} {value!r}"
 
 
-def _replace_choices(stack: contextlib.ExitStack, choices: StaticChoices) -> None:
+def _replace_choices(stack: contextlib.ExitStack, replace: Replace, choices: StaticChoices) -> None:
     from torch._inductor import select_algorithm
 
     def compile_kernels(self: Any) -> None:
         choices.compile_kernels(self)
 
     block = "torch._inductor.codegen.wrapper:PythonWrapperCodegen.generate_and_run_autotune_block"
-    _replace(stack, block, compile_kernels)
+    replace(block, compile_kernels)
     far = "torch._inductor.scheduler:Scheduler.are_long_distant_nodes"
 
     def are_far(self: Any, node1: Any, node2: Any) -> bool:
         # Inductor fears for memory, which a few thousand elements do not take.
         return bool(stock_far(self, node1, node2)) and not (_is_small(node1) and _is_small(node2))
 
-    stock_far = _replace(stack, far, are_far)
+    stock_far = replace(far, are_far)
     functions = select_algorithm.get_algorithm_selector_cache().preprocessing_fns
     choose = choices.choose_gemm  # one object: a bound method is made anew at each access
     select_algorithm.add_preprocessing_fn(choose)
@@ -379,7 +294,7 @@ def _is_small(node: Any) -> bool:
     return math.prod(sizes) <= SMALL
 
 
-def _replace_weights(stack: contextlib.ExitStack, choices: StaticChoices) -> None:
+def _replace_weights(replace: Replace, choices: StaticChoices) -> None:
     from executorch.backends.cuda import cuda_backend
     from torch._inductor import graph
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
@@ -409,10 +324,10 @@ def _replace_weights(stack: contextlib.ExitStack, choices: StaticChoices) -> Non
         finally:
             describing = False
 
-    _replace(stack, f"{wrapper}.codegen_device", device)
-    stock_constructor = _replace(stack, f"{wrapper}.codegen_model_constructor", constructor)
+    replace(f"{wrapper}.codegen_device", device)
+    stock_constructor = replace(f"{wrapper}.codegen_model_constructor", constructor)
     backend = "executorch.backends.cuda.cuda_backend"
-    _replace(stack, f"{backend}:CudaBackend.move_program_to_device", classmethod(move))
-    _replace(stack, f"{backend}:_aoti_device_type_for_weight", lambda tensor: int(cuda_backend.AOTI_DEVICE_TYPE_CUDA))
-    _replace(stack, "torch._inductor.graph:GraphLowering.get_original_value_of_constant", value)
-    _replace(stack, "torch._inductor.graph:is_same_tensor", weights.same)
+    replace(f"{backend}:CudaBackend.move_program_to_device", classmethod(move))
+    replace(f"{backend}:_aoti_device_type_for_weight", lambda tensor: int(cuda_backend.AOTI_DEVICE_TYPE_CUDA))
+    replace("torch._inductor.graph:GraphLowering.get_original_value_of_constant", value)
+    replace("torch._inductor.graph:is_same_tensor", weights.same)

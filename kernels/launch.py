@@ -1,0 +1,56 @@
+"""One kernel launch as data: to run it, to record it while tracing, or to compile it for a GPU that is not here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import wrap_triton
+from triton.runtime.jit import JITFunction
+
+
+@dataclass
+class Launch:
+    """One kernel launch: everything needed to run it, or to compile it for a GPU that is not here."""
+
+    kernel: Any
+    grid: tuple[Any, ...]
+    args: dict[str, Any]
+    constexprs: dict[str, Any]
+    num_warps: int = 4
+
+    def run(self) -> None:
+        """Run it, or record it if an operator is being traced."""
+        kernel = wrap_triton(self.kernel) if isinstance(self.kernel, JITFunction) else self.kernel
+        if kernel is self.kernel:
+            self.run_now()
+        else:
+            kernel[self.grid](**self.args, **self.constexprs, num_warps=self.num_warps)
+
+    def run_now(self) -> None:
+        """Run it on the device that holds its tensors, whether or not torch would trace it."""
+        with on_device(self.args.values()):
+            self.kernel[self.grid](**self.args, **self.constexprs, **self.options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Triton's options. From sm_90 on the launch overlaps with the one before it; see `launches_before`."""
+        return {"num_warps": self.num_warps, **({"launch_pdl": True} if self.constexprs["PTX"] >= 90 else {})}
+
+
+def on_device(arguments: Iterable[Any]) -> AbstractContextManager[Any]:
+    """Makes the CUDA device of the arguments' tensors the current one.
+
+    Triton takes the device and its stream from torch's current device, whatever device the tensors are on.
+    """
+    for argument in arguments:
+        if isinstance(argument, Tensor) and argument.device.type == "cuda":
+            if argument.device.index == torch.cuda.current_device():
+                break
+            return torch.cuda.device(argument.device)
+    return contextlib.nullcontext()

@@ -1,0 +1,220 @@
+"""Arguments of `attention_of_one`, `route_one` and `linear_of_one`, and the one check of each.
+
+The operators, their fakes and their CPU kernels share the checks, which read nothing but sizes, types and devices.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+HEAD_DIMS = (32, 64, 128, 256)
+"""Tensor cores take halves of a head, powers of two from 16 on."""
+MAX_EXPERTS = 1024
+"""The ranking is one program's work, quadratic in the experts."""
+MAX_HIDDEN = 8192
+"""The router's program holds a few whole rows in registers."""
+FLOATS = (torch.bfloat16, torch.float32, torch.float16)
+UNFUSED = "or compute this layer with transformers' modules"
+
+
+def fits_one_token(head_dim: int, hidden: int, experts: int) -> bool:
+    """True for a layer that the operators can do."""
+    return head_dim in HEAD_DIMS and hidden <= MAX_HIDDEN and experts <= MAX_EXPERTS
+
+
+class AttentionArguments(NamedTuple):
+    """Arguments of `attention_of_one`, in its order."""
+
+    hidden: Tensor
+    update: Tensor | None
+    norm: Tensor
+    weight: Tensor
+    scale: Tensor | None
+    q_norm: Tensor
+    k_norm: Tensor
+    cos: Tensor
+    sin: Tensor
+    position: Tensor
+    key: Tensor
+    value: Tensor
+    scaling: float
+    eps: float
+
+
+class RouteArguments(NamedTuple):
+    """Arguments of `route_one`, in its order."""
+
+    x: Tensor
+    weight: Tensor
+    scale: Tensor | None
+    residual: Tensor
+    norm: Tensor
+    router: Tensor
+    top_k: int
+    eps: float
+
+
+def check_attention_of_one(arguments: AttentionArguments) -> None:
+    """Check every argument of `attention_of_one`; shapes and dtypes as in its docstring.
+
+    Raises:
+        ValueError: a dtype, shape, device, layout or value that the operator does not accept.
+    """
+    hidden, update, norm, weight, scale, q_norm, k_norm, cos, sin, position, key, value, scaling, eps = arguments
+    h = _check_row("hidden", hidden)
+    if update is not None:
+        _check_shape("update", update, hidden.shape, "it is what the layer before adds to hidden")
+        _check_dtype("update", update, (torch.bfloat16,))
+    _check_numbers("norm", norm, h, "one weight for each of the H elements of hidden")
+    for name, cache in (("key", key), ("value", value)):
+        if cache.dim() != 4 or cache.shape[0] != 1 or min(cache.shape) < 1:
+            raise ValueError(
+                f"{name} has shape {list(cache.shape)}, expected [1, kv_heads, C, D]: pass one layer's cache"
+            )
+        _check_dtype(name, cache, (torch.bfloat16,))
+    _check_shape("value", value, key.shape, "keys and values of a layer have one shape")
+    _, kv_heads, context, head_dim = key.shape
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"key has heads of D={head_dim}, expected one of {HEAD_DIMS}: use such a model, {UNFUSED}")
+    if context * head_dim >= 2**31:
+        raise ValueError(
+            f"key has C={context} of D={head_dim}, expected less than 2^31 elements a head: shorten the cache"
+        )
+    _check_matrix("weight", weight, scale, h)
+    rows = weight.shape[0]
+    heads = rows // head_dim - 2 * kv_heads
+    if rows % head_dim or heads < 1 or heads % kv_heads:
+        raise ValueError(
+            f"weight has {rows} rows, expected (heads + 2 * kv_heads) * D with kv_heads={kv_heads}, D={head_dim} and "
+            "heads a multiple of kv_heads: put the projections of query, key and value below each other"
+        )
+    for name, t in (("q_norm", q_norm), ("k_norm", k_norm)):
+        _check_numbers(name, t, head_dim, "one weight for each of the D elements of a head")
+    for name, t in (("cos", cos), ("sin", sin)):
+        _check_numbers(name, t, head_dim // 2, "the angles of the first half of a head, which the second half shares")
+    _check_dtype("position", position, (torch.int64,))
+    _check_shape("position", position, (1,), "pass the position of the one token")
+    if not math.isfinite(scaling):
+        raise ValueError(f"scaling={scaling} must be a finite number: try D**-0.5 = {head_dim**-0.5}")
+    _check_eps(eps)
+    _check_layout("hidden", hidden, arguments._asdict(), ("norm", "weight", "scale", "key", "value"))
+
+
+def check_position(position: Tensor, context: int) -> None:
+    """Check the value of `attention_of_one`'s position, where it can be read without waiting for a device.
+
+    Raises:
+        ValueError: it is negative, or behind the cache.
+    """
+    if not 0 <= int(position) <= context:
+        raise ValueError(
+            f"position={int(position)} must be from 0 to the C={context} positions of the cache: "
+            "count the tokens of the text, or use a larger cache"
+        )
+
+
+def check_route_one(arguments: RouteArguments) -> None:
+    """Check every argument of `route_one`; shapes and dtypes as in its docstring.
+
+    Raises:
+        ValueError: a dtype, shape, device, layout or value that the operator does not accept.
+    """
+    x, weight, scale, residual, norm, router, top_k, eps = arguments
+    k, h = _check_row("x", x), _check_row("residual", residual)
+    if weight.dim() == 2 and weight.shape[0] != h:
+        raise ValueError(
+            f"weight has {weight.shape[0]} rows, expected H={h} as residual has: pass the output projection"
+        )
+    _check_matrix("weight", weight, scale, k)
+    if h > MAX_HIDDEN:
+        raise ValueError(f"residual has H={h}, expected {MAX_HIDDEN} at most: use a smaller model, {UNFUSED}")
+    _check_numbers("norm", norm, h, "one weight for each of the H elements of residual")
+    _check_dtype("router", router, (torch.bfloat16,))
+    if router.dim() != 2 or router.shape[1] != h or router.shape[0] < 1:
+        raise ValueError(f"router has shape {list(router.shape)}, expected [E, H={h}]: pass the router's weight")
+    experts = router.shape[0]
+    if experts > MAX_EXPERTS:
+        raise ValueError(f"router has E={experts} experts, expected {MAX_EXPERTS} at most: use fewer, {UNFUSED}")
+    if not 1 <= top_k <= experts:
+        raise ValueError(
+            f"top_k={top_k} must be from 1 to the E={experts} experts of router: pass the model's own top_k"
+        )
+    _check_eps(eps)
+    _check_layout("x", x, arguments._asdict(), ("weight", "scale", "norm", "router"))
+
+
+def check_linear_of_one(x: Tensor, weight: Tensor, scale: Tensor | None) -> None:
+    """Check every argument of `linear_of_one`; shapes and dtypes as in its docstring.
+
+    Raises:
+        ValueError: a dtype, shape, device or layout that the operator does not accept.
+    """
+    _check_dtype("x", x, (torch.bfloat16,))
+    if x.dim() < 1 or x.shape[-1] < 1 or math.prod(x.shape[:-1]) != 1:
+        raise ValueError(
+            f"x has shape {list(x.shape)}, expected one row, [..., K]: use a linear layer for several rows"
+        )
+    _check_matrix("weight", weight, scale, x.shape[-1])
+    _check_layout("x", x, {"x": x, "weight": weight, "scale": scale}, ("weight", "scale"))
+
+
+def _check_dtype(name: str, t: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    if t.dtype not in allowed:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise ValueError(
+            f"{name} has dtype {str(t.dtype).removeprefix('torch.')}, expected {names}: convert it with .to(...)"
+        )
+
+
+def _check_shape(name: str, t: Tensor, expected: tuple[int, ...], remedy: str) -> None:
+    if tuple(t.shape) != tuple(expected):
+        raise ValueError(f"{name} has shape {list(t.shape)}, expected {list(expected)}: {remedy}")
+
+
+def _check_row(name: str, t: Tensor) -> int:
+    """Checks bf16 [1, 1, columns] and returns the columns."""
+    _check_dtype(name, t, (torch.bfloat16,))
+    if t.dim() != 3 or tuple(t.shape[:2]) != (1, 1) or t.shape[2] < 1:
+        raise ValueError(f"{name} has shape {list(t.shape)}, expected [1, 1, columns]: pass one token of one text")
+    return t.shape[2]
+
+
+def _check_numbers(name: str, t: Tensor, count: int, remedy: str) -> None:
+    """Checks floats of any shape by their number."""
+    _check_dtype(name, t, FLOATS)
+    if t.numel() != count:
+        raise ValueError(f"{name} has shape {list(t.shape)}, expected {count} elements: pass {remedy}")
+
+
+def _check_matrix(name: str, weight: Tensor, scale: Tensor | None, columns: int) -> None:
+    """Checks int8 or bf16 [N, columns] and its scales, fp32 [N]."""
+    _check_dtype(name, weight, (torch.int8, torch.bfloat16))
+    if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != columns:
+        raise ValueError(
+            f"{name} has shape {list(weight.shape)}, expected [N, {columns}]: its columns are the input's elements"
+        )
+    if scale is not None:
+        _check_dtype("scale", scale, (torch.float32,))
+        _check_shape("scale", scale, (weight.shape[0],), f"pass one scale for each row of {name}")
+
+
+def _check_eps(eps: float) -> None:
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps={eps} must be a finite number, 0 or more: pass the norm's own, as 1e-6")
+
+
+def _check_layout(first: str, where: Tensor, arguments: dict[str, object], stored: tuple[str, ...]) -> None:
+    """Checks that all tensors are on one device, and that weights and caches are contiguous."""
+    for name, t in arguments.items():
+        if not isinstance(t, Tensor):
+            continue
+        if t.device != where.device:
+            raise ValueError(f"{name} is on {t.device} but {first} is on {where.device}: move both to one device")
+        if name in stored and not t.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous, strides are {list(t.stride())}: call .contiguous() once after loading"
+            )

@@ -1,0 +1,211 @@
+"""What the one-token operators refuse, alike in the operator and its fake; NaN, gradients and autocast."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from executorch_moe.kernels import one_token_op as ops
+from executorch_moe.kernels.one_token_aten import route_one_aten
+from executorch_moe.kernels.one_token_launches import run_route_one
+
+from .test_one_token import CONTEXT, EXPERTS, attention_arguments, linear_arguments, random, route_arguments
+
+Change = Callable[[Any], Any]
+
+
+def wider(t: Tensor) -> Tensor:
+    """The same values, with gaps between them."""
+    return torch.stack([t, t], -1)[..., 0]
+
+
+ATTENTION: list[tuple[str, Change, str]] = [
+    ("hidden", lambda t: t.float(), "hidden has dtype float32, expected bfloat16: convert"),
+    ("hidden", lambda t: t[0], r"hidden has shape \[1, 192\], expected \[1, 1, columns\]"),
+    ("hidden", lambda t: t.repeat(1, 2, 1), r"hidden has shape \[1, 2, 192\].* one token"),
+    ("update", lambda t: t[..., :64], r"update has shape \[1, 1, 64\], expected \[1, 1, 192\]"),
+    ("update", lambda t: t.float(), "update has dtype float32"),
+    ("norm", lambda t: t[:64], r"norm has shape \[64\], expected 192 elements"),
+    ("norm", lambda t: t.long(), "norm has dtype int64"),
+    ("weight", lambda t: t[:, :64].contiguous(), r"weight has shape .* expected \[N, 192\]"),
+    ("weight", lambda t: t.float(), "weight has dtype float32, expected int8 or bfloat16"),
+    ("weight", wider, "weight must be contiguous, strides are"),
+    ("scale", lambda t: t[:5], r"scale has shape \[5\], expected"),
+    ("scale", lambda t: t.bfloat16(), "scale has dtype bfloat16, expected float32"),
+    ("scale", lambda t: t.to("meta"), "scale is on meta but hidden is on cpu: move both"),
+    ("q_norm", lambda t: t[:1], r"q_norm has shape \[1, 16\], expected 32 elements"),
+    ("k_norm", lambda t: t.long(), "k_norm has dtype int64"),
+    ("cos", lambda t: t.repeat(1, 1, 2), r"cos has shape \[1, 1, 32\], expected 16 elements: .* first half"),
+    ("sin", lambda t: t[..., :8], r"sin has shape \[1, 1, 8\], expected 16 elements"),
+    ("position", lambda t: t.int(), "position has dtype int32, expected int64"),
+    ("position", lambda t: t.repeat(2), r"position has shape \[2\], expected \[1\]"),
+    ("key", lambda t: t[0], r"key has shape .* expected \[1, kv_heads, C, D\]"),
+    ("key", lambda t: t.float(), "key has dtype float32"),
+    ("value", lambda t: t[:, :, 1:], r"value has shape .* expected \[1, 2, 200, 32\]"),
+    ("scaling", lambda _: math.nan, "scaling=nan must be a finite number"),
+    ("eps", lambda _: -1.0, r"eps=-1.0 must be a finite number, 0 or more"),
+]
+ROUTE: list[tuple[str, Change, str]] = [
+    ("x", lambda t: t.float(), "x has dtype float32, expected bfloat16"),
+    ("x", lambda t: t[..., :32], r"weight has shape \[192, 96\], expected \[N, 32\]"),
+    ("weight", lambda t: t[:64], r"weight has 64 rows, expected H=192"),
+    ("scale", lambda t: t[:64], r"scale has shape \[64\], expected \[192\]"),
+    ("residual", lambda t: t[0], r"residual has shape \[1, 192\]"),
+    ("norm", lambda t: t[:64], r"norm has shape \[64\], expected 192 elements"),
+    ("router", lambda t: t[:, :64], r"router has shape \[12, 64\], expected \[E, H=192\]"),
+    ("router", lambda t: t.float(), "router has dtype float32"),
+    ("router", lambda t: t.repeat(100, 1), "router has E=1200 experts, expected 1024 at most"),
+    ("router", wider, "router must be contiguous"),
+    ("top_k", lambda _: 0, "top_k=0 must be from 1 to the E=12 experts"),
+    ("top_k", lambda _: EXPERTS + 1, "top_k=13 must be from 1 to the E=12 experts"),
+    ("eps", lambda _: math.inf, "eps=inf must be a finite number"),
+]
+LINEAR: list[tuple[str, Change, str]] = [
+    ("x", lambda t: t.float(), "x has dtype float32"),
+    ("x", lambda t: t.repeat(1, 2, 1), r"x has shape \[1, 2, 96\], expected one row"),
+    ("weight", lambda t: t.T.contiguous(), r"weight has shape \[96, 50\], expected \[N, 96\]"),
+    ("weight", wider, "weight must be contiguous"),
+    ("scale", lambda t: t[:7], r"scale has shape \[7\], expected \[50\]"),
+    ("scale", lambda t: t.to("meta"), "scale is on meta but x is on cpu"),
+]
+
+
+def arguments_of(name: str) -> tuple[Any, dict[str, Any]]:
+    if name == "attention_of_one":
+        fields, values = ops.AttentionArguments._fields, attention_arguments("int8", 4, 5, True)
+    elif name == "route_one":
+        fields, values = ops.RouteArguments._fields, route_arguments("int8", 3)
+    else:
+        fields, values = ("x", "weight", "scale"), linear_arguments("int8", 50, 96)
+    return getattr(torch.ops.executorch_moe, name), dict(zip(fields, values, strict=True))
+
+
+CASES = [
+    (operator, *case)
+    for operator, cases in (("attention_of_one", ATTENTION), ("route_one", ROUTE), ("linear_of_one", LINEAR))
+    for case in cases
+]
+
+
+@pytest.mark.parametrize(("operator", "argument", "change", "message"), CASES, ids=lambda part: str(part)[:30])
+def test_bad_arguments_get_a_reason(operator: str, argument: str, change: Change, message: str) -> None:
+    run, arguments = arguments_of(operator)
+    arguments[argument] = change(arguments[argument])
+    with pytest.raises(ValueError, match=message):
+        run(*arguments.values())
+    if any(isinstance(a, Tensor) and a.is_meta for a in arguments.values()):
+        return  # a fake tensor has one of the other devices
+    mode = FakeTensorMode()
+    fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments.values()]
+    with mode, pytest.raises(ValueError, match=message):
+        run(*fakes)
+
+
+@pytest.mark.parametrize("heads", [0, 3])
+def test_rows_that_are_no_heads(heads: int) -> None:
+    run, arguments = arguments_of("attention_of_one")
+    rows = (heads + 4) * 32  # two key/value heads take four of them
+    arguments["weight"], arguments["scale"] = arguments["weight"][:rows], arguments["scale"][:rows]
+    with pytest.raises(ValueError, match=f"weight has {rows} rows, expected .* kv_heads=2, D=32"):
+        run(*arguments.values())
+
+
+@pytest.mark.parametrize("position", [-1, CONTEXT + 1, 2**40])
+def test_positions_outside_the_cache(position: int) -> None:
+    run, arguments = arguments_of("attention_of_one")
+    arguments["position"].fill_(position)
+    with pytest.raises(ValueError, match=f"position={position} must be from 0 to the C={CONTEXT} positions"):
+        run(*arguments.values())
+
+
+def test_tokens_that_are_not_contiguous_are_taken() -> None:
+    """They are made anew for each token; only what is kept must lie in order."""
+    for name in ("attention_of_one", "route_one", "linear_of_one"):
+        run, arguments = arguments_of(name)
+        first = next(iter(arguments))
+        expected = run(*arguments.values())
+        arguments[first] = wider(arguments[first])
+        found = run(*arguments.values())
+        pairs = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
+        assert all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs)
+
+
+@pytest.mark.parametrize("name", ["attention_of_one", "route_one", "linear_of_one"])
+def test_all_checks_of_torch(name: str) -> None:
+    run, arguments = arguments_of(name)
+    for cache in ("key", "value"):  # opcheck compares results, and NaN is equal to nothing
+        if cache in arguments:
+            arguments[cache].nan_to_num_()
+    torch.library.opcheck(run.default, tuple(arguments.values()))
+
+
+@pytest.mark.parametrize("name", ["attention_of_one", "route_one", "linear_of_one"])
+def test_backward_says_that_there_is_none(name: str) -> None:
+    run, arguments = arguments_of(name)
+    first = next(iter(arguments))
+    arguments[first] = arguments[first].requires_grad_()
+    out = run(*arguments.values())
+    with pytest.raises(NotImplementedError, match=f"{name} is for inference only and has no gradient: .*no_grad"):
+        (out[0] if isinstance(out, tuple) else out).sum().backward()
+
+
+def broken_route(logits: str) -> tuple[object, ...]:
+    """Arguments of `route_one` whose logits are all NaN, or NaN for three experts, or all infinite."""
+    x, weight, scale, residual, norm, router, _, eps = route_arguments("bf16", 4)
+    if logits == "all":
+        residual = torch.full_like(residual, torch.nan)
+    elif logits == "some":
+        router[[2, 5, 11]] = torch.nan
+    else:
+        router[:] = torch.finfo(torch.bfloat16).max
+        norm = torch.full_like(norm, 3e38)
+    return x, weight, scale, residual, norm, router, 4, eps
+
+
+def check_ids(ids: Tensor, logits: str) -> None:
+    assert ids.shape == (1, 4) and len(set(ids[0].tolist())) == 4
+    assert ids.min() >= 0 and ids.max() < EXPERTS
+    if logits == "all":
+        assert ids.tolist() == [[0, 1, 2, 3]]
+    if logits == "some":
+        assert ids[0, :3].tolist() == [2, 5, 11]
+
+
+@pytest.mark.parametrize("logits", ["all", "some", "infinite"])
+def test_experts_are_chosen_whatever_the_logits_are(logits: str) -> None:
+    *_, weights, ids = ops.route_one(*broken_route(logits))
+    check_ids(ids, logits)
+    assert weights.isnan().all()  # nothing hides that the model is broken
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("logits", ["all", "some", "infinite"])
+def test_interpreted_experts_are_chosen_whatever_the_logits_are(logits: str) -> None:
+    arguments = ops.RouteArguments(*broken_route(logits))
+    *_, weights, ids = run_route_one(arguments)
+    check_ids(ids, logits)
+    assert ids.tolist() == route_one_aten(arguments)[3].tolist() and weights.isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("logits", ["all", "some", "infinite"])
+def test_experts_are_chosen_whatever_the_logits_are_on_a_gpu(logits: str) -> None:
+    arguments = broken_route(logits)
+    # What is left in the allocator's memory must not look like a right answer.
+    torch.full((4096,), -1, dtype=torch.int64, device="cuda")
+    *_, weights, ids = ops.route_one(*(t.cuda() if isinstance(t, Tensor) else t for t in arguments))
+    check_ids(ids.cpu(), logits)
+    assert ids.tolist() == ops.route_one(*arguments)[3].tolist() and weights.isnan().all()
+
+
+def test_the_hidden_size_of_a_row_is_bounded() -> None:
+    hidden = 8320
+    row = random(1, 1, hidden)
+    with pytest.raises(ValueError, match="residual has H=8320, expected 8192 at most"):
+        ops.route_one(random(1, 1, 32), random(hidden, 32), None, row, random(hidden), random(4, hidden), 2, 1e-6)
