@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from executorch_moe.backends.digests import COPY_AGAIN
 from executorch_moe.backends.errors import said_in_one_line
 
 from .build import made_again
@@ -124,7 +125,8 @@ class TextGenerator:
         tokenizer = read_tokenizer(beside)
         graphs = ("decode",) if cuda_graph else ()
         program = load(opened, runtime=runtime, cuda_graph=graphs, make_weights=synthetic_weights, verify=verify)
-        return cls(program, tokenizer, prefill_chunk)
+        with said_in_one_line(f"{pte} cannot be used", COPY_AGAIN, ValueError):
+            return cls(program, tokenizer, prefill_chunk)
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt.
@@ -289,7 +291,8 @@ def synthetic_weights(program: PteFile, device: torch.device) -> MakeWeights | N
     """What makes the weights of a synthetic model that was exported without them; None for other artifacts."""
     if MADE_FROM not in program.constant_names:
         return None
-    choices: Any = SimpleNamespace(**json.loads(program.constant(MADE_FROM)))
+    with said_in_one_line(f"{MADE_FROM} of the artifact cannot be read", COPY_AGAIN, ValueError):
+        choices: Any = SimpleNamespace(**json.loads(program.constant(MADE_FROM)))
     return made_again(choices, device)
 
 

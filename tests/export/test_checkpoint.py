@@ -402,6 +402,16 @@ def test_absurd_sizes_are_refused_before_anything_is_built(
         assert time.perf_counter() - start < 1
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "7", "null", "{", "[" * 100_000, '{"model_type": "qwen3_moe", "quantization_config": "fp8"}', "\ufeff{}"],
+)
+def test_a_config_that_is_none(spoiled: Path, text: str) -> None:
+    (spoiled / "config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"config\.json is no model configuration .*: take the one that the model was"):
+        check_supported(spoiled)
+
+
 @pytest.mark.parametrize("name", [family.name for family in FAMILIES])
 def test_no_family_is_taken_for_absurd(name: str, tmp_path: Path) -> None:
     save_stacked(name, tmp_path)
