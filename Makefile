@@ -2,6 +2,7 @@
 # make test       install into .venv, lint, type-check, run every test that needs no GPU
 # make test-gpu   in the active Python environment (CUDA build of torch): run the tests that need a GPU
 # make export-check  what CI can do of a GPU export: export the tiny model, inspect it; export for the CPU, run
+# make sanitize   in the active Python environment: GPU tests of the kernels under compute-sanitizer (TOOL=racecheck, ...)
 # make lint       ruff and mypy only
 # make constraints  write constraints.txt again, with the newest versions that pyproject.toml allows
 # make clean      remove .venv and everything built
@@ -40,7 +41,7 @@ OLD_TRANSFORMERS := build/transformers-$(OLDEST_TRANSFORMERS)
 OLDEST_TRITON ?= 3.6.0
 OLDEST := build/triton-$(OLDEST_TRITON)
 
-.PHONY: demo test test-gpu export-check lint constraints clean install
+.PHONY: demo test test-gpu sanitize export-check lint constraints clean install
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -114,6 +115,12 @@ $(OLD_TRANSFORMERS)/.installed: | $(STAMP)
 test-gpu:
 	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
 	$(GPU_PYTHON) tests/gpu_results.py $(GPU_PYTEST_FLAGS)
+
+# One tool a run: memcheck, racecheck or initcheck. The record is tests/results/DATE-TOOL.txt; commit it.
+TOOL ?= memcheck
+sanitize:
+	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(GPU_PYTHON) tests/gpu_sanitizers.py $(TOOL) $(GPU_PYTEST_FLAGS)
 
 clean:
 	rm -rf $(VENV) build dist $(DEMO) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

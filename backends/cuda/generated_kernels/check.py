@@ -13,9 +13,10 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import numpy as np
+
+from executorch_moe.backends.cuda.patches.registry import KERNELS, replacing
 
 from .accesses import Access, Kernel, accesses
 from .intervals import Interval
@@ -88,9 +89,7 @@ def checked_kernels() -> Iterator[AccessReport]:
     Raises:
         OutOfBoundsError: at the end, if there was no other error.
     """
-    from torch._inductor.codegen.triton import TritonScheduling
-
-    stock, report, seen = TritonScheduling.define_kernel, AccessReport(), set[Any]()
+    report, seen = AccessReport(), set[Any]()
 
     def define(self: Any, src_code: str, node_schedule: Any, kernel: Any) -> Any:
         name = stock(self, src_code, node_schedule, kernel)
@@ -108,7 +107,8 @@ def checked_kernels() -> Iterator[AccessReport]:
             check_kernel(report, str(name), run, sizes)
         return name
 
-    with mock.patch.object(TritonScheduling, "define_kernel", define):
+    with replacing(KERNELS) as replace:
+        stock = replace("torch._inductor.codegen.triton:TritonScheduling.define_kernel", define)
         yield report
     report.raise_if_outside()
 

@@ -39,6 +39,7 @@ class Use:
 
 
 CROSS, OUTPUTS, WEIGHTS, LAUNCHES, PLACEHOLDERS, CPU = "cross", "outputs", "weights", "launches", "placeholders", "cpu"
+KERNELS = "kernels"
 USES = {
     CROSS: Use(
         "export for a GPU that is not here",
@@ -47,6 +48,7 @@ USES = {
     OUTPUTS: Use("give each CUDA method files of its own", "install executorch 1.5.1"),
     WEIGHTS: Use("share weights between CUDA methods", "install executorch 1.5.1"),
     LAUNCHES: Use("let launches overlap", "install torch 2.11 to 2.13"),
+    KERNELS: Use("check the kernels that torch generates", "install torch 2.11 to 2.13"),
     PLACEHOLDERS: Use("export an artifact without weights", "install executorch 1.5.1, or export with the weights"),
     CPU: Use("export for target 'cpu'", "install executorch 1.5.1"),
 }
@@ -139,6 +141,9 @@ PATCHES: dict[str, Patch] = {
     # Every CUDA target
     f"{_INDUCTOR}.codegen.cuda.device_op_overrides:CUDADeviceOpOverrides.kernel_driver": Patch(
         LAUNCHES, ("self",), GO_WITHOUT
+    ),
+    f"{_INDUCTOR}.codegen.triton:TritonScheduling.define_kernel": Patch(
+        KERNELS, ("self", "src_code", "node_schedule", "kernel")
     ),
     f"{_BACKEND}:CudaBackend.get_aoti_compile_options": Patch(OUTPUTS, ("compile_specs",)),
     f"{_BACKEND}:CudaBackend.copy_exported_program_for_preprocess": Patch(WEIGHTS, ("edge_program", "compile_specs")),
