@@ -120,6 +120,7 @@ class TextGenerator:
                 f"artifact={str(pte)!r} is not a file: give the .pte that `executorch-moe export` made"
             )
         beside = companion(pte, TOKENIZER_SUFFIX)
+        _check_there(beside)
         opened = PteFile(pte, verify=verify)
         check_tokenizer(opened, beside)
         tokenizer = read_tokenizer(beside)
@@ -300,10 +301,8 @@ def check_tokenizer(program: PteFile, path: Path) -> None:
     """Check that a tokenizer.json is the one of the export; artifacts of before it was recorded pass.
 
     Raises:
-        FileNotFoundError: no such file.
         ValueError: it is another one.
     """
-    _check_there(path)
     if TOKENIZER_DIGEST not in program.constant_names:
         return
     if program.constant(TOKENIZER_DIGEST) != tokenizer_digest(path.read_bytes()):

@@ -519,7 +519,7 @@ def test_generate_takes_text_only(tmp_path: Path) -> None:
 class OneToken:
     """Stands for a `TextGenerator` that is told to stop at once."""
 
-    program = SimpleNamespace(runtime="stand-in")
+    program = SimpleNamespace(runtime="stand-in", note="")
     tokenizer = None
 
     @classmethod
