@@ -539,7 +539,7 @@ class OneToken:
 
 def test_generate_of_one_token_has_no_speed_of_decode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("executorch_moe.export.generation.TextGenerator", OneToken)
-    monkeypatch.setattr("executorch_moe.export.generation.TextStream.end", lambda self: "")
+    monkeypatch.setattr("executorch_moe.export.generation.TextStream._decode", lambda self, ids: "a" * len(ids))
     result = runner.invoke(app, ["generate", "x.pte", "-p", "a", "--max-new-tokens", "1"], terminal_width=200)
     assert result.exit_code == 0, result.output
     assert "prefill 2.0 tok/s (1 tokens in 0.500 s), stopped by max_new_tokens" in result.stderr
