@@ -27,14 +27,15 @@ def version(distribution: str) -> str:
 
 
 def commit() -> str:
-    """The commit under test and whether the tree differs from it; outside a checkout, what COMMIT says."""
+    """The commit under test, from COMMIT or from git, and whether the tree differs from it."""
+    if told := os.environ.get("COMMIT"):
+        return told
     git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        told = os.environ.get("COMMIT")
-        return f"{told} (a copy of the tree, without git)" if told else "unknown"
+        return "unknown"
     return head + (" with uncommitted changes" if dirty.strip() else "")
 
 
@@ -54,8 +55,9 @@ def header(command: str, title: str) -> list[str]:
 
 
 def results_folder() -> Path:
-    folder = ROOT / "tests" / "results"
-    folder.mkdir(exist_ok=True)
+    """Where records go: tests/results, or the folder that RESULTS names."""
+    folder = Path(os.environ.get("RESULTS") or ROOT / "tests" / "results")
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -70,7 +72,7 @@ def main() -> int:
     out = results_folder() / f"{now:%Y-%m-%d}-gpu.txt"
     out.write_text("\n".join(header(f"make test-gpu{given}", "GPU tests")))
     status = run_pytest([*PYTEST, "-m", "gpu", "--results-file", str(out), *sys.argv[1:]])
-    print(f"written: {out.relative_to(ROOT)}")
+    print(f"written: {out}")
     return status
 
 

@@ -56,7 +56,7 @@ def main(tool: str, *arguments: str) -> int:
         *(log for log in logs if re.search(r"[1-9]\d* (?:error|hazard)s?\b", _summary(log))),
     ]
     out.write_text("\n".join(lines).rstrip()[:200_000] + "\n")
-    print(f"{lines[5]}\nwritten: {out.relative_to(ROOT)}")
+    print(f"{lines[5]}\nwritten: {out}")
     return 0 if clean else 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from executorch_moe.export.pretrained import resolve
 from executorch_moe.export.quantize import quantize_experts_
 from executorch_moe.kernels.op import forced
 from executorch_moe.kernels.plan import Options
+
+from .matrix import Cell
 
 MAX_CONTEXT = 128
 GROUP_SIZE = 32
@@ -39,6 +42,25 @@ def exported(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Callab
             export_model(ExportOptions("tiny", folder / "tiny.pte", target, scheme, GROUP_SIZE, MAX_CONTEXT, dtype))
 
         return made_once(f"tiny-{scheme}-{target}-{dtype}", make) / "tiny.pte"
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def artifact(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Callable[[str, Cell], Path]:
+    """artifact(way, cell) -> the .pte of a cell of the matrix, exported "here", for the GPU that is seen, or "elsewhere".
+
+    "elsewhere" is what EXECUTORCH_MOE_CROSS names a folder of, or else an export for this GPU's architecture that does
+    not look at the GPU.
+    """
+
+    def get(way: str, cell: Cell) -> Path:
+        folder = os.environ.get("EXECUTORCH_MOE_CROSS", "")
+        if way == "elsewhere" and folder:
+            return cell.file(Path(folder))
+        major, minor = torch.cuda.get_device_capability()
+        target = "cuda" if way == "here" else f"sm_{major}{minor}"
+        return cell.file(made_once(f"matrix-{way}-{cell}", lambda folder: cell.write(target, folder)))
 
     return get
 

@@ -34,18 +34,19 @@ class Cell:
     def __str__(self) -> str:
         return f"{self.scheme}-{self.dense}"
 
+    def file(self, folder: Path) -> Path:
+        return folder / f"matrix-{self}.pte"
+
     def options(self, target: str, folder: Path) -> ExportOptions:
         return ExportOptions(
-            "tiny", folder / f"matrix-{self}.pte", target, self.scheme, GROUP_SIZE, MAX_CONTEXT,
-            dense=self.dense, output="logits",
+            "tiny", self.file(folder), target, self.scheme, GROUP_SIZE, MAX_CONTEXT, dense=self.dense,
+            embedding="none" if self.dense == "none" else "int8", output="logits",
         )  # fmt: skip
 
-    def write(self, target: str, folder: Path) -> Path:
+    def write(self, target: str, folder: Path) -> None:
         """Exports it, unless it is there."""
-        options = self.options(target, folder)
-        if not options.out.is_file():
-            export_model(options)
-        return options.out
+        if not self.file(folder).is_file():
+            export_model(self.options(target, folder))
 
     @torch.no_grad()
     def eager(self) -> CausalLM:
@@ -62,7 +63,8 @@ CELLS = [Cell(scheme, dense) for scheme in ("w4a16", "w4a8", "bf16") for dense i
 def main(folder: str, target: str = "sm_90") -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
     for cell in CELLS:
-        print(cell.write(target, Path(folder)), flush=True)
+        cell.write(target, Path(folder))
+        print(cell, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """On a GPU: artifacts of every family in the delegate host, against transformers' own model in PyTorch on the CPU.
 
-They are exported here, or, if EXECUTORCH_MOE_CROSS names a folder, by family_artifacts.py on a machine without a GPU.
+They are exported here, or, if the folder that EXECUTORCH_MOE_CROSS names has them, by family_artifacts.py on a machine
+without a GPU.
 For each family there is one with a length that changes and one of fixed length; test_families.py shows that the other
 ways to export make the same programs.
 """
@@ -26,7 +27,7 @@ LENGTHS = (2, 11, 40)
 
 
 def files(mode: Mode, made_once: Callable[[str, Callable[[Path], None]], Path]) -> tuple[Path, Path]:
-    if FOLDER:
+    if FOLDER and mode.files(Path(FOLDER))[0].is_file():
         return mode.files(Path(FOLDER))
     return mode.files(made_once(f"family-{mode}", lambda folder: mode.write("cuda", folder)))
 

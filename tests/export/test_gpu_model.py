@@ -1,11 +1,10 @@
-"""On a GPU: CUDA graphs, picking, dense layers, other experts and the profile, each in a whole exported model."""
+"""On a GPU: CUDA graphs, picking, other experts and the profile, each in a whole exported model."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,14 +12,14 @@ import torch
 from executorch_moe.backends.cuda import placeholders
 from executorch_moe.backends.runtime import load
 from executorch_moe.export.benchmark import benchmark_model
-from executorch_moe.export.build import build_synthetic, load_whole, quantize_dense
+from executorch_moe.export.build import build_synthetic
 from executorch_moe.export.causal_lm import CausalLM
 from executorch_moe.export.generation import TextGenerator, synthetic_weights
 from executorch_moe.export.options import ExportOptions
 from executorch_moe.export.pipeline import export_model
-from executorch_moe.export.pretrained import resolve
-from executorch_moe.export.quantize import quantize_experts_
 from executorch_moe.export.sampling import Sampler
+
+from .matrix import Cell
 
 pytestmark = pytest.mark.gpu
 HOST = "delegate-host"
@@ -28,52 +27,34 @@ TEXT = list(b"The import statement combines two operations")
 
 
 @pytest.fixture(scope="session")
-def logits_of(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Callable[..., torch.Tensor]:
-    """logits_of(**choices) -> logits of the tiny model after TEXT and after one token more, fp32 [2, V]."""
-    stock = ExportOptions("tiny", Path("unused.pte"), "cuda", group_size=32, max_context=128, output="logits")
+def logits_of(
+    made_once: Callable[[str, Callable[[Path], None]], Path], artifact: Callable[[str, Cell], Path]
+) -> Callable[[str], torch.Tensor]:
+    """logits_of(experts) -> logits of the tiny model after TEXT and after one token more, fp32 [2, V]."""
+    cell = Cell("w4a16", "none")
 
-    def get(**choices: Any) -> torch.Tensor:
-        options = dataclasses.replace(stock, **choices)
-        # A choice that is the default needs no export of its own.
-        chosen = [f"{key}={value}" for key, value in sorted(choices.items()) if value != getattr(stock, key)]
-
+    def get(experts: str) -> torch.Tensor:
         def make(folder: Path) -> None:
-            export_model(dataclasses.replace(options, out=folder / "tiny.pte"))
+            export_model(dataclasses.replace(cell.options("cuda", folder), experts=experts))
 
-        program = load(made_once("-".join(["logits", *chosen]), make) / "tiny.pte", runtime=HOST)
+        pte = artifact("here", cell) if experts == "ours" else cell.file(made_once(f"experts-{experts}", make))
+        program = load(pte, runtime=HOST)
         first = program.run("prefill", torch.tensor([TEXT]), torch.arange(len(TEXT)))[0]
         return torch.cat((first, program.run("decode", torch.tensor([[32]]), torch.tensor([len(TEXT)]))[0]))
 
     return get
 
 
-@torch.no_grad()
-def eager(**choices: Any) -> torch.Tensor:
-    """The same in PyTorch."""
-    options = ExportOptions("tiny", Path("unused.pte"), "cuda", "w4a16", 32, 128, **choices)
-    model = quantize_experts_(load_whole(options, resolve("tiny")), "w4a16", 32)
-    quantize_dense(model, options, "cuda")
-    module = CausalLM(model.cuda(), 128)
-    first = module(torch.tensor([TEXT]).cuda(), torch.arange(len(TEXT)).cuda())
-    return torch.cat((first, module(torch.tensor([[32]]).cuda(), torch.tensor([len(TEXT)]).cuda())))
-
-
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize("dense", ["none", "int8", "int4"])
-def test_dense_layers_equal_eager_within_rounding(dense: str, logits_of: Callable[..., torch.Tensor]) -> None:
-    choices: dict[str, Any] = {"dense": dense, "embedding": "none" if dense == "none" else "int8"}
-    assert distance(logits_of(**choices), eager(**choices)) < 0.02
+def test_both_schedules_give_the_same_bits(logits_of: Callable[[str], torch.Tensor]) -> None:
+    assert torch.equal(logits_of("ours-tile"), logits_of("ours"))
 
 
-def test_both_schedules_give_the_same_bits(logits_of: Callable[..., torch.Tensor]) -> None:
-    assert torch.equal(logits_of(experts="ours-tile"), logits_of(experts="ours"))
-
-
-def test_upstreams_experts_give_the_same_model_within_rounding(logits_of: Callable[..., torch.Tensor]) -> None:
-    assert distance(logits_of(experts="upstream"), logits_of(experts="ours")) < 0.03
+def test_upstreams_experts_give_the_same_model_within_rounding(logits_of: Callable[[str], torch.Tensor]) -> None:
+    assert distance(logits_of("upstream"), logits_of("ours")) < 0.03
 
 
 @torch.no_grad()

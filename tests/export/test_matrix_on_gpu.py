@@ -20,7 +20,7 @@ from torch import Tensor
 from executorch_moe.backends.runtime import LoadedProgram, load
 
 from .matrix import CELLS, Cell
-from .test_families_on_gpu import FOLDER, MODES, files
+from .test_families_on_gpu import MODES, files
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,19 +35,7 @@ LARGEST_GAP = 0.25
 ROUNDS = 2000
 
 Artifact = Callable[[str, Cell], Path]
-
-
-@pytest.fixture(scope="session")
-def artifact(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Artifact:
-    def get(way: str, cell: Cell) -> Path:
-        if way == "elsewhere" and FOLDER:
-            return cell.options("", Path(FOLDER)).out
-        major, minor = torch.cuda.get_device_capability()
-        target = "cuda" if way == "here" else f"sm_{major}{minor}"
-        folder = made_once(f"matrix-{way}-{cell}", lambda folder: cell.write(target, folder) and None)
-        return cell.options("", folder).out
-
-    return get
+"""The fixture `artifact` of conftest.py."""
 
 
 def follow(program: LoadedProgram, ids: list[int]) -> Tensor:
