@@ -457,6 +457,9 @@ def moe_few_tokens_gemm(
         zero = launches_before(SHORT, PTX)
     x_ptr += zero
     arrivals_ptr += zero
+    # A part of K that has no blocks stores zeros, which are known before the wait: their address is not.
+    y_ptr += zero
+    out_ptr += zero
     if GEMM == 1:
         block = tl.arange(0, NUM_ARRIVALS)
         first_program = (n_block == 0) & (first_pair == 0)

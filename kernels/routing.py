@@ -74,6 +74,12 @@ def moe_route_scatter(
     zero = launches_before(False, PTX)
     topk_ids_ptr += zero
     chunk_counts_ptr += zero
+    # Without chunks, the totals were known before the wait: the addresses are not.
+    sorted_pair_ids_ptr += zero
+    expert_offsets_ptr += zero
+    block_expert_ptr += zero
+    block_row_ptr += zero
+    num_row_blocks_ptr += zero
     chunk = tl.program_id(0)
     experts = tl.arange(0, E_POW2)
     offs = chunk * CHUNK + tl.arange(0, CHUNK)

@@ -281,3 +281,13 @@ def test_exports_from_sm_90_on_launch_our_kernels_overlapped(
     for name, variants in compiled.ptx.items():
         for ptx in variants:
             assert ("griddepcontrol.wait;" in ptx) == (overlapped and name in WAITING_KERNELS), name
+
+
+def test_the_command_line_can_say_that_launches_do_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    assert targets.why_slower("cuda") == targets.why_slower("cpu") == targets.why_slower("sm_90") == ""
+    other_host_code(monkeypatch, lambda text: text.replace("cuLaunchKernel(", "cuLaunchCooperativeKernel("))
+    assert re.match(r"launches .* do not overlap, .*: to change that, install torch 2\.11", targets.why_slower("cuda"))
+    assert targets.why_slower("cpu") == ""  # nothing is launched
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert targets.why_slower("cuda") == ""

@@ -48,7 +48,7 @@ def exported(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Callab
 
 @pytest.fixture(scope="session")
 def artifact(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Callable[[str, Cell], Path]:
-    """artifact(way, cell) -> the .pte of a cell of the matrix, exported "here", for the GPU that is seen, or "elsewhere".
+    """artifact(way, cell) -> the .pte of a cell of the matrix, exported "here", on this GPU, or "elsewhere".
 
     "elsewhere" is what EXECUTORCH_MOE_CROSS names a folder of, or else an export for this GPU's architecture that does
     not look at the GPU.

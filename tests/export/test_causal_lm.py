@@ -199,9 +199,7 @@ def test_other_kinds_of_attention_are_refused() -> None:
 def test_positions_outside_the_cache(positions: list[int]) -> None:
     with pytest.raises(ValueError, match=r"cache_position has -?\d+, expected positions from 0 to 15: count"):
         check_positions(torch.tensor(positions), 16)
-    with pytest.raises(
-        ValueError, match=r"method 'decode' got position -?\d+, but its cache has positions from 0 to 15"
-    ):
+    with pytest.raises(ValueError, match=r"method 'decode' got position -?\d+, but its cache has positions 0 to 15"):
         runtime.check_positions(torch.tensor(positions), 16, "decode")
     assert check_positions(torch.tensor([], dtype=torch.int64), 16) is None
     for check in (check_positions, lambda *args: runtime.check_positions(*args, "decode")):

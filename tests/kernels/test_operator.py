@@ -196,9 +196,7 @@ def test_backward_says_that_there_is_none() -> None:
     problem = make(Case("backward", tokens=3), "w4a16")
     hidden = problem.hidden_states.float().requires_grad_()
     out = FusedExperts(problem.packed)(hidden, problem.topk_ids, problem.topk_weights)
-    with pytest.raises(
-        NotImplementedError, match=r"fused_experts is for inference only and has no gradient: .*no_grad"
-    ):
+    with pytest.raises(NotImplementedError, match=r"fused_experts is for inference only .*: .*no_grad"):
         out.sum().backward()
 
 
