@@ -12,6 +12,7 @@ from rich.markup import escape
 from torch import nn
 
 from executorch_moe.backends.cuda.cross_report import CrossCompileReport
+from executorch_moe.backends.cuda.generated_kernels import AccessReport
 from executorch_moe.backends.cuda.kernel_configs import given_configs
 from executorch_moe.backends.cuda.placeholders import without_weights
 from executorch_moe.backends.fusion import ExpertFuser, FusionReport
@@ -59,12 +60,13 @@ def _export(options: ExportOptions, steps: Steps, held: ExitStack) -> ExportSumm
     with steps.step("trace", "tracing prefill and decode"):
         module, programs = trace_methods(model, options, max_context)
     compiled: list[CrossCompileReport] = []
+    accesses: list[AccessReport] = []
     constants = constant_methods(options, model.config, max_context, tokenizer)
     note = " (compiles kernels: minutes)" if target != "cpu" else ""
     weights = without_weights() if options.thin else nullcontext()
     configs = given_configs(options.known_configs())
     with steps.step("lower", f"lowering to {target}", note), forced_schedule(options.experts), weights, configs:
-        manager = lower(programs, target, constants, fuser, on_report=compiled.append)
+        manager = lower(programs, target, constants, fuser, on_report=compiled.append, on_accesses=accesses.append)
     if why := why_slower(target):
         steps.say(f"[yellow]warning:[/yellow] {escape(why)}")
     with steps.step("write", f"writing {options.out}"), named(options.out):
@@ -86,6 +88,7 @@ def _export(options: ExportOptions, steps: Steps, held: ExitStack) -> ExportSumm
         seconds=steps.seconds,
         peaks=steps.peaks,
         compiled=compiled,
+        accesses=accesses,
         reads_written=any("attention_of_one" in str(node.target) for node in programs["decode"].graph.nodes),
     )
     write_aside(record_path(options.out), summary.record())

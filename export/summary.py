@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from executorch_moe.backends.cuda.cross_report import CrossCompileReport
+from executorch_moe.backends.cuda.generated_kernels import AccessReport
 from executorch_moe.backends.fusion import FusionReport
 from executorch_moe.kernels import SCHEMES
 
@@ -35,6 +36,7 @@ class ExportSummary:
         files: what was written.
         seconds, peaks: of each step, and the most bytes that were resident during it.
         compiled: a record for each GPU that is not here.
+        accesses: for each CUDA target, what is known of the memory that generated kernels touch.
     """
 
     options: ExportOptions
@@ -49,6 +51,7 @@ class ExportSummary:
     seconds: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
     compiled: list[CrossCompileReport] = field(default_factory=list)
+    accesses: list[AccessReport] = field(default_factory=list)
 
     def table(self) -> Table:
         """The summary as a table for the terminal."""
@@ -72,6 +75,8 @@ class ExportSummary:
             table.add_row("file", f"{path}  {size(path.stat().st_size)}")
         for compiled in self.compiled:
             table.add_row("compiled for", str(compiled))
+        for accesses in self.accesses:
+            table.add_row("checked", str(accesses))
         times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
         table.add_row("time", times)
         table.add_row("peak memory", ", ".join(f"{name} {size(peak)}" for name, peak in self.peaks.items()))
@@ -125,6 +130,9 @@ class ExportSummary:
             "cache_bytes": self.cache_bytes,
             "cache_reads": "written" if self.reads_written else "all",
             "dense_formats": self.dense_formats(),
+            "generated_kernels": [
+                {"kernels": part.kernels, "proven": part.proven, "undecided": part.undecided} for part in self.accesses
+            ],
         }
         if self.report.layers:
             layer = self.report.layers[0]

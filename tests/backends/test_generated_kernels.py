@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from executorch.exir import to_edge_transform_and_lower
 from test_cross_export import why_no_cross_export
 from torch import nn
 
+from executorch_moe.backends import targets
 from executorch_moe.backends.cuda import MoECudaPartitioner
 from executorch_moe.backends.cuda.cross_compile import target_cuda
 from executorch_moe.backends.cuda.generated_kernels import AccessReport, OutOfBoundsError, checked_kernels
@@ -184,10 +184,13 @@ def test_inductors_defect_is_found_and_avoided() -> None:
 
 
 @needs_compiler
-def test_an_export_that_would_go_outside_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from executorch_moe.backends import targets
-
+def test_an_export_that_would_go_outside_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SETTINGS, "loop_index_inversion_in_fusion", True)
     program = torch.export.export(Repeated(), (torch.randn(16),))
+    reports: list[AccessReport] = []
     with pytest.raises(OutOfBoundsError, match="export with another torch version"):
-        targets.lower({"forward": program}, "sm_90")
+        targets.lower({"forward": program}, "sm_90", on_accesses=reports.append)
+    monkeypatch.undo()
+    targets.lower({"forward": program}, "sm_90", on_accesses=reports.append)
+    (report,) = reports
+    assert str(report) == f"{report.proven} loads and stores of {report.kernels} generated kernels inside their buffers"

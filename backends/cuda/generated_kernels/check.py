@@ -66,6 +66,10 @@ class AccessReport:
     undecided: list[str] = field(default_factory=list)
     outside: list[Finding] = field(default_factory=list)
 
+    def __str__(self) -> str:
+        undecided = f", {len(self.undecided)} undecided" if self.undecided else ""
+        return f"{self.proven} loads and stores of {self.kernels} generated kernels inside their buffers{undecided}"
+
     def raise_if_outside(self) -> None:
         """Raises:
         OutOfBoundsError: some access is outside of its buffer.
