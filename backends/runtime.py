@@ -50,8 +50,8 @@ def check_positions(positions: Tensor, max_context: int, method: str) -> None:
     Raises:
         ValueError: one is negative, or not below `max_context`. Nothing in the program checks them.
     """
-    if positions.device.type != "cpu" or positions.dtype != torch.int64 or not positions.numel():
-        return
+    if positions.device.type != "cpu" or positions.dtype != torch.int64 or positions.dim() != 1 or not len(positions):
+        return  # the second input of a method of another kind
     lowest, highest = (int(end) for end in positions.aminmax())
     if lowest < 0 or highest >= max_context:
         raise ValueError(

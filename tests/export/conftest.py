@@ -50,13 +50,13 @@ def exported(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Callab
 def artifact(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Callable[[str, Cell], Path]:
     """artifact(way, cell) -> the .pte of a cell of the matrix, exported "here", on this GPU, or "elsewhere".
 
-    "elsewhere" is what EXECUTORCH_MOE_CROSS names a folder of, or else an export for this GPU's architecture that does
+    "elsewhere" is from the folder that EXECUTORCH_MOE_CROSS names if that has it, or else an export for this GPU's architecture that does
     not look at the GPU.
     """
 
     def get(way: str, cell: Cell) -> Path:
         folder = os.environ.get("EXECUTORCH_MOE_CROSS", "")
-        if way == "elsewhere" and folder:
+        if way == "elsewhere" and folder and cell.file(Path(folder)).is_file():
             return cell.file(Path(folder))
         major, minor = torch.cuda.get_device_capability()
         target = "cuda" if way == "here" else f"sm_{major}{minor}"
