@@ -50,8 +50,8 @@ def exported(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Callab
 def artifact(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Callable[[str, Cell], Path]:
     """artifact(way, cell) -> the .pte of a cell of the matrix, exported "here", on this GPU, or "elsewhere".
 
-    "elsewhere" is from the folder that EXECUTORCH_MOE_CROSS names if that has it, or else an export for this GPU's architecture that does
-    not look at the GPU.
+    "elsewhere" is from the folder that EXECUTORCH_MOE_CROSS names if that has it, or else an export for this GPU's
+    architecture that does not look at the GPU.
     """
 
     def get(way: str, cell: Cell) -> Path:
