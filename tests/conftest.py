@@ -19,7 +19,6 @@ sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 # Before torch starts its pools: the suite runs several processes side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
 # Nothing is ever downloaded by a test.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -57,6 +57,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
 
 @pytest.mark.parametrize("run", [Launch.run, Launch.run_now])
 def test_kernels_are_launched_where_their_tensors_are(run: Any, driver: Driver) -> None:
+    if torch.backends.cuda.is_built() and torch.cuda.device_count() == 1:
+        pytest.skip("a CUDA build makes no tensors, not even fake ones, for a second GPU that is not there")
     with FakeTensorMode():
         for device in ("cuda:1", "cuda:0"):
             tensor = torch.empty(4, device=device)
