@@ -128,10 +128,13 @@ def check_kernel(report: AccessReport, name: str, kernel: Kernel, sizes: Mapping
     """
     ranges = {prefix: Interval(0, max(extent, 1) - 1) for prefix, extent in kernel.extents.items()}
     found = accesses(kernel, ranges) if all(extent > 0 for extent in kernel.extents.values()) else []
-    if all(_inside(access, sizes) for access in found):
-        report.proven += len(found)
+    inside = [_inside(access, sizes) for access in found]
+    report.proven += sum(inside)
+    if all(inside):
         return
-    for access in accesses(kernel, _points(kernel.extents)):
+    for proven, access in zip(inside, accesses(kernel, _points(kernel.extents)), strict=True):
+        if proven:
+            continue
         size = sizes.get(access.pointer)
         if size is None or access.offset is None:
             report.undecided.append(f"{name}: {access.text}")
