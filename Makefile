@@ -12,7 +12,7 @@ GPU_PYTHON ?= python3
 GPU_PYTEST_FLAGS ?=
 # torch is named first and alone, so that pip takes this build and does not choose another one with the dependencies.
 # On a GPU machine, name its CUDA build: make demo TORCH="torch==2.11.0+cu130 --index-url ..."
-# What another build brings along (Triton, setuptools, ...) stays; all else is as in constraints.txt.
+# Packages that another build installs (Triton, setuptools, ...) are kept; all others come from constraints.txt.
 PINNED_TORCH := torch==2.13.0
 TORCH ?= $(PINNED_TORCH)
 # Knows --build-constraint, which pins setuptools where packages are built.
@@ -46,13 +46,12 @@ OLDEST := build/triton-$(OLDEST_TRITON)
 
 install: $(STAMP)
 
-$(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
-
-# Again only when the requirements change.
-$(STAMP): setup.py pyproject.toml constraints.txt | $(BIN)/python
+# Runs again only when the requirements change, in an emptied environment: the freeze below must list only what torch
+# brings along.
+$(STAMP): setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIP)
-	$(BIN)/python -m pip install $(TORCH) $(if $(filter $(PINNED_TORCH),$(TORCH)),-c constraints.txt)
+	$(BIN)/python -m pip install $(TORCH) $(if $(filter-out $(PINNED_TORCH),$(TORCH)),,-c constraints.txt)
 	$(BIN)/python -m pip freeze --all | grep == > $(VENV)/with-torch.txt
 	awk '{ name = tolower($$0); sub(/[ =].*/, "", name); gsub(/[-_.]+/, "-", name) } \
 	  NR == FNR { known[name]; print } NR != FNR && !/^ *#/ && !(name in known)' \
@@ -89,15 +88,15 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 # Four runs, for Triton decides at import whether kernels are compiled or interpreted, and there are two Tritons and two
-# transformers: the newest that pyproject.toml allows is in constraints.txt, so the main run is with that one.
+# transformers: the main run is with the one in constraints.txt, the newest of the range (on Python 3.10: 5.20.2).
 test: lint $(OLDEST)/.installed $(OLD_TRANSFORMERS)/.installed
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter -n $(JOBS) $(PYTEST_FLAGS)
 	$(BIN)/python -m pytest -m "not gpu and not interpreter" -n $(JOBS) --dist loadgroup $(PYTEST_FLAGS)
-	PYTHONPATH=$(OLDEST) $(BIN)/python -c "import triton; assert triton.__version__ == '$(OLDEST_TRITON)', triton"
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -m compiler -n $(JOBS) $(PYTEST_FLAGS)
-	PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/python -c \
+	PYTHONPATH=$(CURDIR)/$(OLDEST) $(BIN)/python -c "import triton; assert triton.__version__ == '$(OLDEST_TRITON)', triton"
+	PYTHONPATH=$(CURDIR)/$(OLDEST) $(BIN)/python -m pytest -m compiler -n $(JOBS) $(PYTEST_FLAGS)
+	PYTHONPATH=$(CURDIR)/$(OLD_TRANSFORMERS) $(BIN)/python -c \
 	  "import transformers as t; assert t.__version__ == '$(OLDEST_TRANSFORMERS)', t"
-	PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/python -m pytest -m transformers -n $(JOBS) $(PYTEST_FLAGS)
+	PYTHONPATH=$(CURDIR)/$(OLD_TRANSFORMERS) $(BIN)/python -m pytest -m transformers -n $(JOBS) $(PYTEST_FLAGS)
 
 $(OLDEST)/.installed: | $(STAMP)
 	rm -rf $(OLDEST)

@@ -78,7 +78,7 @@ def streamline(model: nn.Module) -> nn.Module:
 
 
 def prepare_(model: nn.Module, options: ExportOptions) -> None:
-    """Changes, in place, everything of a model but its experts to what its target computes. Twice is as once.
+    """Replaces, in place, every part of a model except its experts by what the target runs. Idempotent.
 
     Raises:
         ValueError: layers whose width does not fit.

@@ -200,7 +200,8 @@ def cache_sizes(model: nn.Module) -> tuple[int, int, int]:
     if rank := getattr(config, "kv_lora_rank", None):
         if not all(hasattr(m, "expand_kv") for m in model.modules() if type(m).__name__.endswith("Attention")):
             raise NotImplementedError(
-                "latent attention needs a transformers that caches the latents: pip install --upgrade 'transformers<6'"
+                "latent attention needs a transformers that caches the latents: install a version that "
+                "`executorch-moe doctor` accepts"
             )
         return 1, rank, config.qk_rope_head_dim
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

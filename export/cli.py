@@ -566,9 +566,10 @@ def verify_files(artifact: Path) -> None:
     files = check(artifact, verify_bytes=True)
     if note := no_digests(PteFile(files.pte)):
         show_note(note)
-        typer.echo(
-            f"{files.ptd}: the weights are those of the same export as {files.pte}" if files.ptd.exists() else ""
-        )
+        if files.ptd.exists():
+            typer.echo(f"{files.ptd} fits {files.pte}")
+        else:
+            typer.echo(f"{files.pte} has no .ptd and no digests: nothing was compared")
     else:
         typer.echo(f"{files.pte} and {files.ptd} are whole: all bytes are those that were exported")
 

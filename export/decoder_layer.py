@@ -23,7 +23,7 @@ class StreamlinedLayer(nn.Module):
     """Takes the place of a Qwen3-MoE decoder layer whose attention and router were replaced; the names stay.
 
     For one token the layers hand on two tensors: the experts' output is added by the next layer's first kernel. Only
-    the `last` of several in a row adds it itself.
+    the last of consecutive such layers adds it itself (`last`).
     """
 
     def __init__(self, layer: Any) -> None:
@@ -110,7 +110,7 @@ def streamline_layers_(module: nn.Module) -> nn.Module:
 
 
 def _takes_two(layer: nn.Module | None) -> bool:
-    """True for a layer that takes hidden states and update apart if the layer before it does one token."""
+    """True for a layer that accepts (hidden states, update) from the layer before it when decoding one token."""
     return isinstance(layer, StreamlinedLayer) and not layer.self_attn.sliding_window
 
 

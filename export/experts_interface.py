@@ -15,7 +15,7 @@ from .pretrained import require_transformers
 
 NAME = "executorch_moe"
 _TRANSFORMERS_MOE = "transformers.integrations.moe"
-"""Where the gating of experts is that have none of their own."""
+"""Module that defines the default gate of transformers' experts classes."""
 
 
 @torch.library.custom_op("executorch_moe::experts", mutates_args=())

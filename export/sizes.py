@@ -1,5 +1,5 @@
-"""Absurd sizes are refused before any module is built: a configuration's by what its weights are, other ones by what
-this machine has."""
+"""Refuses absurd sizes before any module is built: compares a configuration with the stored weights, and synthetic
+models and caches with this machine's memory and disk."""
 
 from __future__ import annotations
 
@@ -116,8 +116,7 @@ def check_cache(config: Any, max_context: int, item_bytes: int) -> None:
     Raises:
         ValueError: it does not; says what it needs and what is there.
     """
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    layers = sum(kind == "full_attention" for kind in kinds)
+    layers = config.num_hidden_layers  # one with a sliding window has a cache of all positions too
     if rank := getattr(config, "kv_lora_rank", None):
         width = rank + config.qk_rope_head_dim
     else:

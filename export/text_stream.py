@@ -1,4 +1,5 @@
-"""Text of tokens as they come: what is printed is what decoding all of them at once gives."""
+"""Text of tokens as they come. It equals the text of all tokens decoded at once, except that a byte-fallback decoder
+turns a whole run of bytes into U+FFFD if the run is not valid UTF-8: bytes already returned stay as they were."""
 
 from __future__ import annotations
 

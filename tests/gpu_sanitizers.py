@@ -12,6 +12,7 @@ from __future__ import annotations
 import datetime
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,10 +36,18 @@ def main(tool: str, *arguments: str) -> int:
     if tool not in TOOLS:
         print(f"error: {tool!r} is no tool: choose one of {', '.join(TOOLS)}")
         return 2
+    import torch
+
+    if not torch.cuda.is_available():
+        print(f"error: no CUDA device for torch {torch.__version__}: run this on a GPU machine.")
+        return 2
+    if shutil.which("compute-sanitizer") is None:
+        print("error: compute-sanitizer is not on PATH: add the bin folder of the CUDA toolkit.")
+        return 2
     options, tests = TOOLS[tool]
     out = results_folder() / f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}-{tool}.txt"
     with tempfile.TemporaryDirectory() as folder:
-        # An allocation each: nothing is read from, or taken for, the memory of another tensor.
+        # One allocation per tensor, so that an access beyond a tensor cannot land in another one.
         environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONUNBUFFERED": "1"}
         command = ["compute-sanitizer", "--tool", tool, "--target-processes", "all", "--log-file", f"{folder}/%p.txt"]
         command += [*options, sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--tb=short", "--color=no"]

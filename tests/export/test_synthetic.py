@@ -114,6 +114,10 @@ def test_a_cache_that_does_not_fit_into_memory(monkeypatch: pytest.MonkeyPatch) 
         ValueError, match=r"max_context=40000 needs a KV cache of 3\.93 GB, but .* 1\.00 GB .* at most 101"
     ):
         check_cache(config, 40_000, 2)
+    # A layer with a sliding window has a cache of all positions too.
+    config.layer_types = ["sliding_attention"] * config.num_hidden_layers
+    with pytest.raises(ValueError, match="at most 101"):
+        check_cache(config, 40_000, 2)
 
 
 def test_the_seed_decides_and_layers_do_not_depend_on_their_number() -> None:
