@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import textwrap
+from types import SimpleNamespace
 
 import pytest
+import sympy
 import torch
 import torch._inductor.config as inductor_config
 from executorch.backends.cuda.cuda_backend import CudaBackend
@@ -12,13 +14,16 @@ from executorch.backends.cuda.cuda_partitioner import CudaPartitioner
 from executorch.exir import to_edge_transform_and_lower
 from test_cross_export import why_no_cross_export
 from torch import nn
+from torch._inductor.virtualized import V
+from torch.utils._sympy.functions import Mod
+from torch.utils._sympy.symbol import SymT, make_symbol
 
 from executorch_moe.backends import targets
 from executorch_moe.backends.cuda import MoECudaPartitioner
 from executorch_moe.backends.cuda.cross_compile import target_cuda
 from executorch_moe.backends.cuda.generated_kernels import AccessReport, OutOfBoundsError, checked_kernels
 from executorch_moe.backends.cuda.generated_kernels.accesses import Kernel
-from executorch_moe.backends.cuda.generated_kernels.check import MOST_POINTS, check_kernel
+from executorch_moe.backends.cuda.generated_kernels.check import MOST_POINTS, NOT_CHECKED, can_occur, check_kernel
 from executorch_moe.backends.cuda.torch_defects import SETTINGS, defects_avoided
 
 HEAD = """
@@ -111,6 +116,17 @@ def test_a_kernel_too_large_to_go_through_is_sampled() -> None:
     assert checked(body, {"in_ptr0": 7, "in_ptr1": numel - 1}, numel).outside[0].index == numel - 1
 
 
+@pytest.mark.parametrize("index", ["x0 & 7", "~x0", "x0 | 1", "x0 ^ 1"])
+def test_bits_of_numbers_are_not_taken_for_masks(index: str) -> None:
+    report = checked(f"tmp0 = tl.load(in_ptr0 + ({index}), xmask)", {"in_ptr0": 2}, 16)
+    assert (report.proven, len(report.undecided), report.outside) == (0, 1, [])
+
+
+def test_loads_inside_of_other_expressions_are_seen() -> None:
+    body = "tmp0 = tl.load(in_ptr0 + (x0), xmask, other=tl.load(in_ptr1 + (x0)))"
+    assert checked(body, {"in_ptr0": 16, "in_ptr1": 15}, 16).outside[0].buffer == "in_ptr1"
+
+
 def test_loops_and_templates_are_read() -> None:
     source = textwrap.dedent(
         """
@@ -184,6 +200,16 @@ def test_inductors_defect_is_found_and_avoided() -> None:
     assert not compile_repeated(MoECudaPartitioner).outside
 
 
+def test_sizes_that_a_program_rules_out_refuse_nothing() -> None:
+    """By a guard of the traced program, or because they are checked only while it runs."""
+    backed = make_symbol(SymT.SIZE, 0, integer=True)
+    guards = [SimpleNamespace(expr=sympy.Eq(Mod(backed, 8), 0))]
+    graph = SimpleNamespace(sizevars=SimpleNamespace(shape_env=SimpleNamespace(guards=guards)))
+    with V.set_graph_handler(graph):
+        assert can_occur({backed: 16}) and not can_occur({backed: 17})
+        assert not can_occur({backed: 16, make_symbol(SymT.UNBACKED_INT, 0, integer=True): 3})
+
+
 @needs_compiler
 def test_an_export_that_would_go_outside_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SETTINGS, "loop_index_inversion_in_fusion", True)
@@ -194,4 +220,5 @@ def test_an_export_that_would_go_outside_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.undo()
     targets.lower({"forward": program}, "sm_90", on_accesses=reports.append)
     (report,) = reports
+    assert not any(NOT_CHECKED in text for text in report.undecided)
     assert str(report) == f"{report.proven} loads and stores of {report.kernels} generated kernels inside their buffers"

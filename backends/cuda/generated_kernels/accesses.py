@@ -163,7 +163,9 @@ class _Run:
             value = self._interval(node.operand)
             if isinstance(node.op, ast.USub):
                 return None if value is None else intervals.subtract(constant(0), value)
-            return intervals.opposite(value) if isinstance(node.op, (ast.Invert, ast.Not)) else value
+            if isinstance(node.op, (ast.Invert, ast.Not)):
+                return intervals.opposite(value) if intervals.may_be_mask(value) else None
+            return value
         if isinstance(node, ast.BinOp):
             return self._operation(node)
         if isinstance(node, ast.Compare) and len(node.ops) == 1:
@@ -171,6 +173,9 @@ class _Run:
             return intervals.compare(type(node.ops[0]).__name__, left, right)
         if isinstance(node, ast.Call):
             return self._call(node)
+        for child in ast.iter_child_nodes(node) if node is not None else ():  # there may be loads inside
+            if isinstance(child, ast.expr):
+                self._value(child)
         return None
 
     def _interval(self, node: ast.expr | None) -> Value:
@@ -186,6 +191,8 @@ class _Run:
         if isinstance(right, Pointer):
             return None
         if kind in ("BitAnd", "BitOr"):
+            if not (intervals.may_be_mask(left) and intervals.may_be_mask(right)) or (left is None and right is None):
+                return None  # of numbers
             return (intervals.both if kind == "BitAnd" else intervals.either)(left, right)
         if kind not in _ARITHMETIC or left is None or right is None:
             return None
@@ -228,7 +235,7 @@ class _Run:
         mask_node = given.get("mask", node.args[mask_at] if len(node.args) > mask_at else None)
         absent = mask_node is None or (isinstance(mask_node, ast.Constant) and mask_node.value is None)
         mask = constant(1) if absent else intervals.as_mask(self._interval(mask_node))
-        for argument in node.args[1:]:
+        for argument in (*node.args[1:], *(keyword.value for keyword in node.keywords)):
             if argument is not mask_node:
                 self._value(argument)
         pointer = self._value(node.args[0])

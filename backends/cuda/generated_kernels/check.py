@@ -21,7 +21,8 @@ from executorch_moe.backends.cuda.patches.registry import KERNELS, replacing
 from .accesses import Access, Kernel, accesses
 from .intervals import Interval
 
-MOST_POINTS = 1 << 22
+NOT_CHECKED = "not checked"
+MOST_POINTS = 1 << 20
 """A kernel with more index values than this is looked at in a sample where intervals alone do not decide."""
 LARGEST_SYMBOL = 1 << 16
 """Sizes that are known only at run time are tried up to this value."""
@@ -97,6 +98,13 @@ def checked_kernels() -> Iterator[AccessReport]:
 
     def define(self: Any, src_code: str, node_schedule: Any, kernel: Any) -> Any:
         name = stock(self, src_code, node_schedule, kernel)
+        try:
+            check(str(name), src_code, kernel)
+        except Exception as error:  # a kernel of a kind that is not known here: the program may well be right
+            report.undecided.append(f"{name}: {NOT_CHECKED} ({type(error).__name__}: {error})")
+        return name
+
+    def check(name: str, src_code: str, kernel: Any) -> None:
         for symbols in _assignments(kernel):
             sizes, arguments, extents = (
                 {key: _number(size, symbols) for key, size in table.items()} for table in _tables(kernel)
@@ -107,9 +115,12 @@ def checked_kernels() -> Iterator[AccessReport]:
             seen.add(key)
             report.kernels += 1
             numels = {f"{prefix}numel": extent for prefix, extent in extents.items()}
-            run = Kernel(_plain_source(src_code, str(name)), set(sizes), {**arguments, **numels}, extents)
-            check_kernel(report, str(name), run, sizes)
-        return name
+            run = Kernel(_plain_source(src_code, name), set(sizes), {**arguments, **numels}, extents)
+            before = len(report.outside)
+            check_kernel(report, name, run, sizes)
+            if report.outside[before:] and not can_occur(symbols):
+                report.undecided += [str(finding) for finding in report.outside[before:]]
+                del report.outside[before:]
 
     with replacing(KERNELS) as replace:
         stock = replace("torch._inductor.codegen.triton:TritonScheduling.define_kernel", define)
@@ -130,7 +141,9 @@ def check_kernel(report: AccessReport, name: str, kernel: Kernel, sizes: Mapping
     found = accesses(kernel, ranges) if all(extent > 0 for extent in kernel.extents.values()) else []
     inside = [_inside(access, sizes) for access in found]
     report.proven += sum(inside)
-    if all(inside):
+    left = [access for proven, access in zip(inside, found, strict=True) if not proven]
+    if all(access.offset is None or access.pointer not in sizes for access in left):
+        report.undecided += [f"{name}: {access.text}" for access in left]  # index values would not tell either
         return
     for proven, access in zip(inside, accesses(kernel, _points(kernel.extents)), strict=True):
         if proven:
@@ -171,7 +184,7 @@ def _points(extents: Mapping[str, int]) -> dict[str, Interval]:
         return {}
     axes: dict[str, Any] = {}
     if _is_sample(extents):
-        random, count = np.random.default_rng(0), MOST_POINTS // 16
+        random, count = np.random.default_rng(0), MOST_POINTS // 4
         corners = np.array(list(itertools.product((0, 1), repeat=len(extents))), dtype=np.int64)
         for axis, (prefix, extent) in enumerate(extents.items()):
             axes[prefix] = np.concatenate([random.integers(0, extent, count), corners[:, axis] * (extent - 1)])
@@ -263,7 +276,7 @@ def _number(size: Any, symbols: Mapping[Any, int]) -> int:
 
 
 def _assignments(kernel: Any) -> list[dict[Any, int]]:
-    """Values for sizes that are known only at run time: the smallest, the one traced with, and a large one."""
+    """Values for sizes that are known only at run time: the smallest, 17 or so, and a large one."""
     from torch._inductor.virtualized import V
 
     expressions = [size for table in _tables(kernel) for size in table.values()]
@@ -275,9 +288,20 @@ def _assignments(kernel: Any) -> list[dict[Any, int]]:
         values = {}
         for symbol in free:
             known = ranges.get(symbol)
-            low = int(known.lower) if known is not None and known.lower.is_finite else 1
+            low = int(max(known.lower, 1)) if known is not None else 1  # the lower end may be minus infinity
             high = int(min(known.upper, LARGEST_SYMBOL)) if known is not None else LARGEST_SYMBOL
-            values[symbol] = (max(low, 1), min(max(low, 17), high), max(low, high))[at]
+            values[symbol] = (low, min(max(low, 17), high), max(low, high))[at]
         if values not in tried:
             tried.append(values)
     return tried
+
+
+def can_occur(symbols: Mapping[Any, int]) -> bool:
+    """False for sizes that the program may rule out: by a guard, or by a check that it makes while it runs."""
+    import sympy
+    from torch._inductor.virtualized import V
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    if free_unbacked_symbols(list(symbols)):
+        return False
+    return not any(guard.expr.subs(symbols) == sympy.false for guard in V.graph.sizevars.shape_env.guards)

@@ -104,11 +104,14 @@ def choose(mask: Value, a: Value, b: Value) -> Value:
     )
 
 
+def may_be_mask(value: Value) -> bool:
+    """False for numbers beyond 0 and 1, whose `&`, `|` and `~` are not those of masks; True for what is not known."""
+    return value is None or bool(np.all(np.greater_equal(value.low, 0)) and np.all(np.less_equal(value.high, 1)))
+
+
 def as_mask(value: Value) -> Interval:
     """What is known of a truth value."""
-    if value is None or np.any(np.less(value.low, 0)) or np.any(np.greater(value.high, 1)):
-        return UNKNOWN_MASK
-    return value
+    return value if value is not None and may_be_mask(value) else UNKNOWN_MASK
 
 
 def compare(operator: str, a: Value, b: Value) -> Interval:
