@@ -67,6 +67,10 @@ class AccessReport:
     undecided: list[str] = field(default_factory=list)
     outside: list[Finding] = field(default_factory=list)
 
+    def undecide(self, *texts: str) -> None:
+        """Add accesses that cannot be decided; one that is tried for several sizes counts once."""
+        self.undecided += [text for text in dict.fromkeys(texts) if text not in self.undecided]
+
     def __str__(self) -> str:
         undecided = f", {len(self.undecided)} undecided" if self.undecided else ""
         return f"{self.proven} loads and stores of {self.kernels} generated kernels inside their buffers{undecided}"
@@ -101,7 +105,7 @@ def checked_kernels() -> Iterator[AccessReport]:
         try:
             check(str(name), src_code, kernel)
         except Exception as error:  # a kernel of a kind that is not known here: the program may well be right
-            report.undecided.append(f"{name}: {NOT_CHECKED} ({type(error).__name__}: {error})")
+            report.undecide(f"{name}: {NOT_CHECKED} ({type(error).__name__}: {error})")
         return name
 
     def check(name: str, src_code: str, kernel: Any) -> None:
@@ -119,7 +123,7 @@ def checked_kernels() -> Iterator[AccessReport]:
             before = len(report.outside)
             check_kernel(report, name, run, sizes)
             if report.outside[before:] and not can_occur(symbols):
-                report.undecided += [str(finding) for finding in report.outside[before:]]
+                report.undecide(*map(str, report.outside[before:]))
                 del report.outside[before:]
 
     with replacing(KERNELS) as replace:
@@ -143,14 +147,14 @@ def check_kernel(report: AccessReport, name: str, kernel: Kernel, sizes: Mapping
     report.proven += sum(inside)
     left = [access for proven, access in zip(inside, found, strict=True) if not proven]
     if all(access.offset is None or access.pointer not in sizes for access in left):
-        report.undecided += [f"{name}: {access.text}" for access in left]  # index values would not tell either
+        report.undecide(*(f"{name}: {access.text}" for access in left))  # index values would not tell either
         return
     for proven, access in zip(inside, accesses(kernel, _points(kernel.extents)), strict=True):
         if proven:
             continue
         size = sizes.get(access.pointer)
         if size is None or access.offset is None:
-            report.undecided.append(f"{name}: {access.text}")
+            report.undecide(f"{name}: {access.text}")
             continue
         low, high, active, maybe = np.broadcast_arrays(
             access.offset.low, access.offset.high, np.equal(access.mask.low, 1), np.equal(access.mask.high, 1)
@@ -160,7 +164,7 @@ def check_kernel(report: AccessReport, name: str, kernel: Kernel, sizes: Mapping
         if sure.any():
             report.outside.append(Finding(name, access.text, access.pointer, size, int(low[sure][0])))
         elif (outside & maybe).any() or _is_sample(kernel.extents):
-            report.undecided.append(f"{name}: {access.text}")
+            report.undecide(f"{name}: {access.text}")
         else:
             report.proven += 1
 
