@@ -43,7 +43,7 @@ def no_native_code(monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(*_: object, **__: object) -> None:
         raise Reached
 
-    monkeypatch.setattr(runtime_module.ExecutorchEngine, "reset", reached)
+    monkeypatch.setattr(runtime_module.ExecutorchEngine, "__init__", reached)
     monkeypatch.setattr(runtime_module, "why_not_executorch", lambda backends: "")
 
 
@@ -296,7 +296,8 @@ def test_what_executorch_raises_is_one_line(
         torch.zeros(2).reshape(3)  # raised in another package
 
     program = None if moment == "load" else load(linear.pte)
-    monkeypatch.setattr(runtime_module.ExecutorchEngine, "run" if moment == "run" else "reset", broken)
+    where = {"load": "__init__", "run": "run", "reset": "reset"}[moment]
+    monkeypatch.setattr(runtime_module.ExecutorchEngine, where, broken)
     what = "cannot run forward of" if moment == "run" else "cannot load"
     with pytest.raises(
         RuntimeError, match=rf"^executorch \(CPU\) {what} .*model\.pte \(.*\): .*inspect --verify"

@@ -11,6 +11,7 @@ On a GPU that is not sm_90, name its architecture in place of sm_90 (and another
 from __future__ import annotations
 
 import os
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from .test_tokens import NEW_TOKENS, PROMPTS, TextGenerator, compare
 
 pytestmark = pytest.mark.gpu
 FOLDER = os.environ.get("EXECUTORCH_MOE_CROSS", "")
+TURNS = 9
 
 
 def cross(name: str) -> Path:
@@ -53,10 +55,17 @@ def test_tokens_equal_those_of_the_export_made_here(exported: Callable[..., Path
 
 
 def test_speed_is_within_a_tenth_of_the_export_made_here(exported: Callable[..., Path]) -> None:
-    rates = {}
-    for name, pte in {"there": cross("bf16"), "here": exported("w4a16", "cuda")}.items():
-        (speed,) = benchmark_model(pte, [32], 64, 9, "delegate-host").speeds
-        rates[name] = (sorted(speed.prefill)[4], sorted(speed.decode)[4])
-    print(f"median prefill and decode tok/s, exported without a GPU and here: {rates['there']}, {rates['here']}")
-    for got, expected in zip(rates["there"], rates["here"], strict=True):
-        assert got >= 0.9 * expected
+    """Measured in turns, and compared turn by turn: other tests may use the GPU meanwhile."""
+    ptes = {"there": cross("bf16"), "here": exported("w4a16", "cuda")}
+    generators = {name: TextGenerator.load(pte, "delegate-host") for name, pte in ptes.items()}
+    ratios: dict[str, list[float]] = {"prefill": [], "decode": []}
+    for _ in range(TURNS):
+        rates = {}
+        for name, pte in ptes.items():
+            (speed,) = benchmark_model(pte, [32], 64, 3, generator=generators[name]).speeds
+            rates[name] = {"prefill": max(speed.prefill), "decode": max(speed.decode)}
+        for what, found in ratios.items():
+            found.append(rates["there"][what] / rates["here"][what])
+    print(f"speed of an export made without a GPU by that of one made here, turn by turn: {ratios}")
+    for what, found in ratios.items():
+        assert statistics.median(found) >= 0.9, (what, found)

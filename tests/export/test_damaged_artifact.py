@@ -67,7 +67,7 @@ def test_no_damaged_file_reaches_native_code(pte: Path, suffix: str, monkeypatch
     def reached(*_: object) -> None:
         raise Reached
 
-    monkeypatch.setattr(runtime_module.ExecutorchEngine, "reset", reached)
+    monkeypatch.setattr(runtime_module.ExecutorchEngine, "__init__", reached)
     monkeypatch.setattr(runtime_module, "why_not_executorch", lambda backends: "")
     path = pte.with_suffix(suffix)
     whole = path.read_bytes()
