@@ -21,11 +21,11 @@ from typing import Any
 import torch
 
 from executorch_moe.export.build import stream
-from executorch_moe.export.memory import peak_rss, restart_peak
+from executorch_moe.export.checkpoint.work_folder import WorkFolder
+from executorch_moe.export.host_memory import peak_rss, restart_peak
+from executorch_moe.export.models.pretrained import resolve
 from executorch_moe.export.options import ExportOptions
 from executorch_moe.export.pipeline import export_model
-from executorch_moe.export.pretrained import resolve
-from executorch_moe.export.work_folder import WorkFolder
 
 EXPERTS_A_FILE = 32
 

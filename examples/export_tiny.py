@@ -4,11 +4,11 @@ import torch
 from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
 from transformers import AutoModelForCausalLM
 
-from executorch_moe.backends.artifact import save
+from executorch_moe.backends.artifact.files import save
 from executorch_moe.backends.cpu import MoECpuPartitioner
 from executorch_moe.backends.cuda import MoECudaPartitioner
-from executorch_moe.export.pretrained import resolve
-from executorch_moe.export.quantize import quantize_experts_
+from executorch_moe.export.models.pretrained import resolve
+from executorch_moe.export.quantize.experts import quantize_experts_
 
 gpu = torch.cuda.is_available()
 model = AutoModelForCausalLM.from_pretrained(resolve("tiny"), dtype=torch.bfloat16 if gpu else torch.float32)

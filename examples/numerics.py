@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from executorch_moe.kernels import pack_experts, unpack_experts
-from executorch_moe.kernels.aten import quantize_activations
+from executorch_moe.kernels.experts.aten import quantize_activations
 from executorch_moe.kernels.reference import reference_experts
 
 TOKENS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, GROUP = 33, 8, 8, 2048, 512, 128

@@ -25,15 +25,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from executorch_moe.backends.artifact import save
+from executorch_moe.backends.artifact.files import save
 from executorch_moe.backends.fusion.modules import find_experts
-from executorch_moe.backends.runtime import load
-from executorch_moe.backends.targets import lower
-from executorch_moe.export.pretrained import load_model, resolve
-from executorch_moe.export.quantize import quantize_experts_
+from executorch_moe.backends.lower import lower
+from executorch_moe.backends.runtime.load import load
+from executorch_moe.export.models.pretrained import load_model, resolve
+from executorch_moe.export.quantize.experts import quantize_experts_
 from executorch_moe.export.quiet import quiet
 from executorch_moe.kernels import ALGORITHMS, FusedExperts, Int4Codes, pack_codes, unpack_experts
-from executorch_moe.kernels.rounding import round_weights
+from executorch_moe.kernels.packing.rounding import round_weights
 from executorch_moe.kernels.schemes import get_scheme
 
 MODULES = (

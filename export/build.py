@@ -14,20 +14,29 @@ from torch.export import ExportedProgram
 from executorch_moe.backends.cuda.placeholders import MakeWeights
 from executorch_moe.backends.fusion import FusedLayer, FusionReport
 from executorch_moe.backends.fusion.modules import find_experts
+from executorch_moe.export.checkpoint.streaming import StreamedModel
+from executorch_moe.export.models import attention, synthetic
+from executorch_moe.export.models.causal_lm import BY_OUTPUT, CausalLM, export_methods
+from executorch_moe.export.models.decoder_layer import streamline_layers_
+from executorch_moe.export.models.pretrained import (
+    TINY,
+    WITH_LATENTS,
+    WITH_SINKS,
+    check_supported,
+    load_model,
+    require_transformers,
+    resolve,
+)
+from executorch_moe.export.models.router import replace_routers_
+from executorch_moe.export.models.upstream_experts import UpstreamMoE, pack, random_weights
+from executorch_moe.export.quantize import dense_torchao
+from executorch_moe.export.quantize.dense import check_widths, quantize_dense_
 from executorch_moe.kernels import FusedExperts
-from executorch_moe.kernels.benchmark import Shape
+from executorch_moe.kernels.experts.plan import Options
+from executorch_moe.kernels.measure.timing import Shape
 from executorch_moe.kernels.op import forced
-from executorch_moe.kernels.plan import Options
 
-from . import attention, dense_torchao, synthetic
-from .causal_lm import BY_OUTPUT, CausalLM, export_methods
-from .decoder_layer import streamline_layers_
-from .dense import check_widths, quantize_dense_
 from .options import DTYPES, ExportOptions
-from .pretrained import TINY, WITH_LATENTS, WITH_SINKS, check_supported, load_model, require_transformers, resolve
-from .router import replace_routers_
-from .streaming import StreamedModel
-from .upstream_experts import UpstreamMoE, pack, random_weights
 
 
 def check_folder(options: ExportOptions) -> Path:

@@ -96,7 +96,7 @@ def _ptxas(package: Path) -> Path | None:
 
 def cross_export() -> Iterator[Check]:
     """Whether exports for a GPU that is not here work."""
-    from executorch_moe.backends.cuda.cross_compile import check_target
+    from executorch_moe.backends.cuda.cross.target import check_target
 
     try:
         check_target("sm_90")
@@ -109,9 +109,9 @@ def cross_export() -> Iterator[Check]:
 
 def runtimes() -> Iterator[Check]:
     """Which runtime can run which kind of artifact, and why not."""
-    from executorch_moe.backends.cuda.delegate_host import why_not_delegate_host
-    from executorch_moe.backends.pybindings import why_not_pybindings
-    from executorch_moe.backends.runtime import why_not_executorch
+    from executorch_moe.backends.runtime.delegate_host import why_not_delegate_host
+    from executorch_moe.backends.runtime.load import why_not_executorch
+    from executorch_moe.backends.runtime.pybindings import why_not_pybindings
 
     why = why_not_pybindings()
     yield Check("ExecuTorch runtime, CPU artifacts", WARN if why else OK, why or "usable")

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from executorch_moe.backends.aside import written_together
+from executorch_moe.backends.atomic_files import written_together
 
 
 def check_writable(what: str, path: Path, suffixes: Sequence[str] = ()) -> None:

@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from executorch_moe.backends.cuda.kernel_configs import Config, read_configs
+from executorch_moe.backends.cuda.cross.kernel_configs import Config, read_configs
 from executorch_moe.backends.fusion import FusionOptions
+from executorch_moe.export.models import synthetic
+from executorch_moe.export.models.causal_lm import BY_OUTPUT, check_context
+from executorch_moe.export.models.upstream_experts import PREFILL
+from executorch_moe.export.quantize.dense import KINDS
+from executorch_moe.export.report.sizes import check_cache
 from executorch_moe.kernels.gpus import find_models, target_names
 
-from . import synthetic
-from .causal_lm import BY_OUTPUT, check_context
-from .dense import KINDS
 from .files import check_writable
-from .sizes import check_cache
-from .upstream_experts import PREFILL
 
 TARGETS = ("cuda", "cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -196,7 +196,7 @@ class ExportOptions:
 
 def _check_cross(target: str) -> None:
     """Check that GPUs that are not here can be exported for."""
-    from executorch_moe.backends.cuda.cross_compile import check_target
+    from executorch_moe.backends.cuda.cross.target import check_target
 
     for model in find_models(target):
         check_target(model.name)

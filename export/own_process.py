@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from .work_folder import work_folder_path
+from executorch_moe.export.checkpoint.work_folder import work_folder_path
 
 _PR_SET_PDEATHSIG = 1
 

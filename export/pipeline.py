@@ -11,20 +11,20 @@ from rich.console import Console
 from rich.markup import escape
 from torch import nn
 
-from executorch_moe.backends.cuda.cross_report import CrossCompileReport
+from executorch_moe.backends.cuda.cross.kernel_configs import given_configs
+from executorch_moe.backends.cuda.cross.report import CrossCompileReport
 from executorch_moe.backends.cuda.generated_kernels import AccessReport
-from executorch_moe.backends.cuda.kernel_configs import given_configs
 from executorch_moe.backends.cuda.placeholders import without_weights
 from executorch_moe.backends.fusion import ExpertFuser, FusionReport
+from executorch_moe.export.checkpoint.work_folder import WorkFolder, work_folder_path
+from executorch_moe.export.models.pretrained import tokenizer_json
+from executorch_moe.export.report.metadata import constant_methods, record_path, tokenizer_path
+from executorch_moe.export.report.summary import ExportSummary, bytes_beside_experts
 
 from .build import check_folder, forced_schedule, load_packed, needs_whole_model, prepare_, stream, trace_methods
 from .files import named, write_aside
-from .metadata import constant_methods, record_path, tokenizer_path
 from .options import ExportOptions
-from .pretrained import tokenizer_json
 from .progress import Steps
-from .summary import ExportSummary, bytes_beside_experts
-from .work_folder import WorkFolder, work_folder_path
 
 
 def export_model(options: ExportOptions, console: Console | None = None) -> ExportSummary:
@@ -41,8 +41,8 @@ def export_model(options: ExportOptions, console: Console | None = None) -> Expo
 
 
 def _export(options: ExportOptions, steps: Steps, held: ExitStack) -> ExportSummary:
-    from executorch_moe.backends.artifact import save
-    from executorch_moe.backends.targets import lower, why_slower
+    from executorch_moe.backends.artifact.files import save
+    from executorch_moe.backends.lower import lower, why_slower
 
     folder = check_folder(options)
     target = options.resolved_target()

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.spinner import Spinner
 
-from .memory import peak_rss, restart_peak
+from .host_memory import peak_rss, restart_peak
 
 
 @dataclass

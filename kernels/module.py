@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from executorch_moe.kernels.packing.experts import TENSORS, PackedExperts
+
 from .op import fused_experts
-from .packing import TENSORS, PackedExperts
 from .schemes import get_activation
 
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.library import triton_op
 
+from executorch_moe.kernels.experts.aten import fused_experts_aten, fused_experts_cpu
+from executorch_moe.kernels.experts.plan import Options, run_fused_experts
+
 from .arguments import ExpertArguments
-from .aten import fused_experts_aten, fused_experts_cpu
 from .inference_only import inference_only
-from .plan import Options, run_fused_experts
 from .validate import check_fused_experts
 
 _DEFAULT = Options()

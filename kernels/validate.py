@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from executorch_moe.kernels.tuning.choose import MAX_PAIRS
+
 from .arguments import ExpertArguments
-from .choose import MAX_PAIRS
 from .schemes import K_BLOCK, check_group_size, get_activation, get_scheme, round_up
 
 ID_DTYPES = (torch.int32, torch.int64)

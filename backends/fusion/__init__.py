@@ -1,8 +1,8 @@
 """Fuses the experts of exported programs: finds expert regions, recognises what they compute, packs and replaces."""
 
 from .fuser import ExpertFuser, FusionOptions
-from .partitioner import FusingPartitioner
-from .recognise import ExpertLayout
+from .fusing_partitioner import FusingPartitioner
+from .recognize import ExpertLayout
 from .regions import NotFusable
 from .report import FusedLayer, FusionReport, UnfusedRegion
 

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.export.exported_program import ExportedProgram
 
 from executorch_moe.kernels import PackedExperts
-from executorch_moe.kernels.rounding import check_algorithm
+from executorch_moe.kernels.packing.rounding import check_algorithm
 from executorch_moe.kernels.schemes import check_any_group_size, get_scheme
 
 from .modules import pack_layer
-from .recognise import ExpertLayout, Roles, find_roles, fingerprint, recognise
+from .recognize import ExpertLayout, Roles, find_roles, fingerprint, recognise
 from .regions import NotFusable, NotPackable, Region, find_regions, parameter_targets, tensor_of
 from .report import FusedLayer, FusionReport, UnfusedRegion
 from .rewrite import ProgramEditor

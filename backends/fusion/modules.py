@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from executorch_moe.kernels import FusedExperts, PackedExperts, pack_experts, stack_experts
 
 from .probe import Probe, match
-from .recognise import ExpertLayout, no_layout, one_line, possible_layouts
+from .recognize import ExpertLayout, no_layout, one_line, possible_layouts
 from .regions import NotFusable, named_experts, owns_stacks
 
 # Rows of both magnitudes.

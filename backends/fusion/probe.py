@@ -17,7 +17,7 @@ from executorch_moe.kernels.reference import reference_experts
 from .regions import NotFusable
 
 if TYPE_CHECKING:
-    from .recognise import ExpertLayout
+    from .recognize import ExpertLayout
 
 # fp32 sums in two orders; the nearest wrong answer (another activation, another alpha) is 100 times further away.
 PROBE_TOLERANCE = 1e-4

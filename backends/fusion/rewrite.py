@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from executorch_moe.kernels import PackedExperts
 
-from .recognise import Roles
+from .recognize import Roles
 from .regions import Region, tensor_of
 
 

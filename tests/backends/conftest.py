@@ -9,8 +9,8 @@ import pytest
 from emulated_cuda import lower_emulated, stateful_programs
 from tiny_artifacts import CONSTANTS, export_linear
 
-from executorch_moe.backends.artifact import Artifact, save
-from executorch_moe.backends.pybindings import why_not_pybindings
+from executorch_moe.backends.artifact.files import Artifact, save
+from executorch_moe.backends.runtime.pybindings import why_not_pybindings
 
 BITS = "delegates against eager"
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from executorch_moe.backends.artifact import save
-from executorch_moe.backends.cuda.cross_report import CrossCompileReport
-from executorch_moe.backends.targets import lower
-from executorch_moe.export.causal_lm import CausalLM, export_methods
-from executorch_moe.export.pretrained import load_model, resolve
-from executorch_moe.export.quantize import quantize_experts_
+from executorch_moe.backends.artifact.files import save
+from executorch_moe.backends.cuda.cross.report import CrossCompileReport
+from executorch_moe.backends.lower import lower
+from executorch_moe.export.models.causal_lm import CausalLM, export_methods
+from executorch_moe.export.models.pretrained import load_model, resolve
+from executorch_moe.export.quantize.experts import quantize_experts_
 
 MAX_CONTEXT = 64
 

@@ -19,7 +19,7 @@ from executorch.exir import ExecutorchProgramManager, to_edge_transform_and_lowe
 from torch.export import Dim, ExportedProgram, export
 
 from executorch_moe.backends.cuda import MoECudaPartitioner
-from executorch_moe.backends.cuda.own_outputs import own_outputs
+from executorch_moe.backends.cuda.output_folders import own_outputs
 
 CONTEXT = 8
 WIDTH = 16

@@ -12,11 +12,11 @@ from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
 from tiny_artifacts import CONSTANTS, export_linear
 from torch.export import export
 
-from executorch_moe.backends import aside as aside_module
-from executorch_moe.backends.artifact import Artifact, artifact_paths, check, open_artifact, save
-from executorch_moe.backends.ptd import PtdFile
-from executorch_moe.backends.pte import PteFile
-from executorch_moe.backends.runtime import load
+from executorch_moe.backends import atomic_files as aside_module
+from executorch_moe.backends.artifact.files import Artifact, artifact_paths, check, open_artifact, save
+from executorch_moe.backends.artifact.ptd import PtdFile
+from executorch_moe.backends.artifact.pte import PteFile
+from executorch_moe.backends.runtime.load import load
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_a_failing_rename_leaves_what_was_there(
 def test_files_beside_an_artifact_are_written_with_it_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from executorch_moe.backends.targets import lower
+    from executorch_moe.backends.lower import lower
 
     manager = lower({"forward": export(torch.nn.ReLU(), (torch.randn(3),))}, "cpu")
     beside = tmp_path / "relu.tokenizer.json"
@@ -188,7 +188,7 @@ def test_swapped_names(copied: Artifact) -> None:
 
 
 def test_a_program_without_weights_still_has_both_files(tmp_path: Path, executorch_runtime: None) -> None:
-    from executorch_moe.backends.targets import lower
+    from executorch_moe.backends.lower import lower
 
     written = save(lower({"forward": export(torch.nn.ReLU(), (torch.randn(3),))}, "cpu"), tmp_path / "deep" / "relu")
     assert check(written.pte, verify_bytes=True) == written

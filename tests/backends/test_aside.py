@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from executorch_moe.backends.aside import is_aside, remove_leftovers, written_together
+from executorch_moe.backends.atomic_files import is_aside, remove_leftovers, written_together
 
 NAMES = ("model.tokenizer.json", "model.ptd", "model.pte")
 # Kills itself before its n-th call of the system for one of these. The last but one argument is n, the last the folder.
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from executorch_moe.backends.aside import written_together
+from executorch_moe.backends.atomic_files import written_together
 
 steps = int(sys.argv[1])
 
@@ -96,7 +96,7 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
 
 def test_what_a_living_process_has_renamed_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may still have to undo its renames, with what it kept of the files before."""
-    from executorch_moe.backends import aside as module
+    from executorch_moe.backends import atomic_files as module
 
     paths, seen = [tmp_path / name for name in NAMES], []
     write(tmp_path, b"first")

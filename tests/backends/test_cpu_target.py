@@ -14,13 +14,13 @@ import torch
 from cached_experts import CONTEXT, CachedExperts, inputs, methods
 from torch.export import export
 
-from executorch_moe.backends import targets
-from executorch_moe.backends.artifact import save
+from executorch_moe.backends import lower as targets
+from executorch_moe.backends.artifact.files import save
 from executorch_moe.backends.cpu import MoECpuPartitioner
 from executorch_moe.backends.cpu import uncopied_weights as uncopied_weights_module
 from executorch_moe.backends.cpu.uncopied_weights import StorageData
-from executorch_moe.backends.runtime import EXECUTORCH_CPU, LoadedProgram, load
-from executorch_moe.backends.targets import lower
+from executorch_moe.backends.lower import lower
+from executorch_moe.backends.runtime.load import EXECUTORCH_CPU, LoadedProgram, load
 
 
 @dataclass(frozen=True)

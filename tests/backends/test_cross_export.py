@@ -28,19 +28,20 @@ from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 from torch.export import export
 from triton.compiler.compiler import max_shared_mem
 
-from executorch_moe.backends.artifact import PTD_IDENTITY_KEY, check, save
-from executorch_moe.backends.cuda import host_toolchain, patches
-from executorch_moe.backends.cuda.cross_compile import check_target, target_cuda
-from executorch_moe.backends.cuda.cross_report import CrossCompileReport, KernelChoice
+from executorch_moe.backends.artifact.files import PTD_IDENTITY_KEY, check, save
+from executorch_moe.backends.artifact.inspect import check_cuda_artifact, inspect_artifact
+from executorch_moe.backends.artifact.ptd import PtdFile
+from executorch_moe.backends.artifact.pte import PteFile
+from executorch_moe.backends.artifact.weight_metadata import parse_delegate
+from executorch_moe.backends.cuda import patches
+from executorch_moe.backends.cuda.cross import host_toolchain
+from executorch_moe.backends.cuda.cross.placeholder_weights import own_storage
+from executorch_moe.backends.cuda.cross.report import CrossCompileReport, KernelChoice
+from executorch_moe.backends.cuda.cross.static_choices import one_parse_at_a_time
+from executorch_moe.backends.cuda.cross.target import check_target, target_cuda
 from executorch_moe.backends.cuda.missing_operators import MissingOperatorsError
 from executorch_moe.backends.cuda.patches import check_versions
-from executorch_moe.backends.cuda.static_choices import one_parse_at_a_time
-from executorch_moe.backends.cuda.weight_metadata import parse_delegate
-from executorch_moe.backends.cuda.weight_stand_ins import own_storage
-from executorch_moe.backends.inspect import check_cuda_artifact, inspect_artifact
-from executorch_moe.backends.ptd import PtdFile
-from executorch_moe.backends.pte import PteFile
-from executorch_moe.backends.targets import lower
+from executorch_moe.backends.lower import lower
 from executorch_moe.kernels import gpus
 from executorch_moe.kernels.gpus import find_model, gpu_of
 
@@ -377,7 +378,7 @@ def test_it_is_active_once_at_a_time() -> None:
 def test_what_a_kernel_writes_to_is_asked_once_for_each_kind_of_arguments() -> None:
     from torch._higher_order_ops import triton_kernel_wrap
 
-    from executorch_moe.kernels.elementwise import moe_sum_pairs
+    from executorch_moe.kernels.experts.elementwise import moe_sum_pairs
 
     if not hasattr(triton_kernel_wrap, "identify_accessed_tensors"):
         pytest.skip("this torch has another function for it")

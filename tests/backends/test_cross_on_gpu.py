@@ -11,12 +11,12 @@ import pytest
 import torch
 from cached_experts import CachedExperts, inputs, methods
 
-from executorch_moe.backends.artifact import Artifact, save
-from executorch_moe.backends.cuda import host_toolchain
+from executorch_moe.backends.artifact.files import Artifact, save
+from executorch_moe.backends.artifact.inspect import check_cuda_artifact, inspect_artifact
+from executorch_moe.backends.cuda.cross import host_toolchain
 from executorch_moe.backends.cuda.patches import check_versions
-from executorch_moe.backends.inspect import check_cuda_artifact, inspect_artifact
-from executorch_moe.backends.runtime import load
-from executorch_moe.backends.targets import lower
+from executorch_moe.backends.lower import lower
+from executorch_moe.backends.runtime.load import load
 from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED
 
 # The export must be made in the process that runs it, so it is not shared with others.

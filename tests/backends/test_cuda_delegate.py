@@ -12,13 +12,13 @@ import pytest
 import torch
 from cached_experts import CONTEXT, CachedExperts, inputs, methods
 
-from executorch_moe.backends.artifact import Artifact, artifact_paths, check, save
-from executorch_moe.backends.cuda.delegate_host import DelegateHost, check_arch
-from executorch_moe.backends.inspect import check_cuda_artifact, inspect_artifact
-from executorch_moe.backends.pte import PteFile
-from executorch_moe.backends.pybindings import why_not_pybindings
-from executorch_moe.backends.runtime import DELEGATE_HOST, EXECUTORCH_CUDA, LoadedProgram, load
-from executorch_moe.backends.targets import lower
+from executorch_moe.backends.artifact.files import Artifact, artifact_paths, check, save
+from executorch_moe.backends.artifact.inspect import check_cuda_artifact, inspect_artifact
+from executorch_moe.backends.artifact.pte import PteFile
+from executorch_moe.backends.lower import lower
+from executorch_moe.backends.runtime.delegate_host import DelegateHost, check_arch
+from executorch_moe.backends.runtime.load import DELEGATE_HOST, EXECUTORCH_CUDA, LoadedProgram, load
+from executorch_moe.backends.runtime.pybindings import why_not_pybindings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 

@@ -9,9 +9,14 @@ import torch
 from emulated_cuda import WIDTH, open_cpu_container, stateful_programs
 from torch import Tensor
 
-from executorch_moe.backends.artifact import Artifact, open_artifact
-from executorch_moe.backends.cuda.delegate_host import DelegateHost
-from executorch_moe.backends.cuda.graph import WARM_UP_CALLS, GraphedDelegate, check_graph_methods, graph_methods
+from executorch_moe.backends.artifact.files import Artifact, open_artifact
+from executorch_moe.backends.runtime.cuda_graph import (
+    WARM_UP_CALLS,
+    GraphedDelegate,
+    check_graph_methods,
+    graph_methods,
+)
+from executorch_moe.backends.runtime.delegate_host import DelegateHost
 
 CPU = torch.device("cpu")
 

@@ -24,11 +24,11 @@ from executorch.exir.schema import (
 )
 from torch.export import export
 
-from executorch_moe.backends.artifact import Artifact, open_artifact
+from executorch_moe.backends.artifact.files import Artifact, open_artifact
+from executorch_moe.backends.artifact.weight_metadata import MAGIC, MUTATED_BUFFERS_KEY, parse_delegate
 from executorch_moe.backends.cuda import MoECudaPartitioner
-from executorch_moe.backends.cuda.delegate_host import DelegateHost, Step, plan_steps
-from executorch_moe.backends.cuda.partitioner import check_state
-from executorch_moe.backends.cuda.weight_metadata import MAGIC, MUTATED_BUFFERS_KEY, parse_delegate
+from executorch_moe.backends.cuda.cuda_partitioner import check_state
+from executorch_moe.backends.runtime.delegate_host import DelegateHost, Step, plan_steps
 
 CPU = torch.device("cpu")
 
@@ -271,7 +271,7 @@ def thin(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
     from emulated_cuda import lower_emulated
 
-    from executorch_moe.backends.artifact import save
+    from executorch_moe.backends.artifact.files import save
     from executorch_moe.backends.cuda import placeholders
 
     _, programs = stateful_programs()

@@ -15,10 +15,10 @@ import torch
 from executorch.exir._serialize._named_data_store import NamedDataStore
 from tiny_artifacts import export_linear
 
-from executorch_moe.backends import artifact as artifact_module
-from executorch_moe.backends import digests
-from executorch_moe.backends import runtime as runtime_module
-from executorch_moe.backends.artifact import (
+from executorch_moe.backends.artifact import digests
+from executorch_moe.backends.artifact import files as artifact_module
+from executorch_moe.backends.artifact.digests import SEALED_KEY, TRAILER_BYTES, file_digest
+from executorch_moe.backends.artifact.files import (
     PTD_IDENTITY_KEY,
     Artifact,
     artifact_paths,
@@ -27,11 +27,11 @@ from executorch_moe.backends.artifact import (
     no_digests,
     open_artifact,
 )
-from executorch_moe.backends.digests import SEALED_KEY, TRAILER_BYTES, file_digest
-from executorch_moe.backends.inspect import inspect_artifact
-from executorch_moe.backends.ptd import PtdFile
-from executorch_moe.backends.pte import PteFile
-from executorch_moe.backends.runtime import load
+from executorch_moe.backends.artifact.inspect import inspect_artifact
+from executorch_moe.backends.artifact.ptd import PtdFile
+from executorch_moe.backends.artifact.pte import PteFile
+from executorch_moe.backends.runtime import load as runtime_module
+from executorch_moe.backends.runtime.load import load
 
 
 class Reached(BaseException):

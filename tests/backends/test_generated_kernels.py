@@ -18,9 +18,9 @@ from torch._inductor.virtualized import V
 from torch.utils._sympy.functions import Mod
 from torch.utils._sympy.symbol import SymT, make_symbol
 
-from executorch_moe.backends import targets
+from executorch_moe.backends import lower as targets
 from executorch_moe.backends.cuda import MoECudaPartitioner
-from executorch_moe.backends.cuda.cross_compile import target_cuda
+from executorch_moe.backends.cuda.cross.target import target_cuda
 from executorch_moe.backends.cuda.generated_kernels import AccessReport, OutOfBoundsError, checked_kernels
 from executorch_moe.backends.cuda.generated_kernels.accesses import Kernel
 from executorch_moe.backends.cuda.generated_kernels.check import MOST_POINTS, NOT_CHECKED, can_occur, check_kernel

@@ -15,18 +15,18 @@ from cached_experts import CachedExperts, methods
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from executorch_moe.backends.artifact import Artifact, save
-from executorch_moe.backends.cuda.cubin import GpuCode, find_gpu_code
-from executorch_moe.backends.cuda.delegate_host import check_arch
-from executorch_moe.backends.elf import ElfImage, UndefinedSymbol
-from executorch_moe.backends.inspect import (
+from executorch_moe.backends.artifact.cubin import GpuCode, find_gpu_code
+from executorch_moe.backends.artifact.elf import ElfImage, UndefinedSymbol
+from executorch_moe.backends.artifact.files import Artifact, save
+from executorch_moe.backends.artifact.inspect import (
     ArtifactReport,
     DelegateReport,
     MethodReport,
     check_cuda_artifact,
     inspect_artifact,
 )
-from executorch_moe.backends.targets import lower
+from executorch_moe.backends.lower import lower
+from executorch_moe.backends.runtime.delegate_host import check_arch
 
 
 @triton.jit

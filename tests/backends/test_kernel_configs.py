@@ -10,9 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from executorch_moe.backends.cuda import kernel_configs, static_choices
-from executorch_moe.backends.cuda.kernel_configs import UnknownConfigError, choose_config, given_configs, read_configs
-from executorch_moe.backends.cuda.static_choices import score_gemm
+from executorch_moe.backends.cuda.cross import kernel_configs, static_choices
+from executorch_moe.backends.cuda.cross.kernel_configs import (
+    UnknownConfigError,
+    choose_config,
+    given_configs,
+    read_configs,
+)
+from executorch_moe.backends.cuda.cross.static_choices import score_gemm
 from executorch_moe.kernels.gpus import find_model
 
 THEIRS = "executorch.backends.cuda.triton.kernels"

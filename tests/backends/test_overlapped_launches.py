@@ -20,13 +20,14 @@ from torch._inductor.codecache import AotCodeCompiler
 from torch._inductor.codegen.cuda.device_op_overrides import CUDADeviceOpOverrides
 
 import executorch_moe.kernels
-from executorch_moe.backends import targets
-from executorch_moe.backends.artifact import save
-from executorch_moe.backends.cuda import host_toolchain, overlapped_launches, patches
-from executorch_moe.backends.cuda.cross_compile import target_cuda
+from executorch_moe.backends import lower as targets
+from executorch_moe.backends.artifact.files import save
+from executorch_moe.backends.artifact.inspect import check_cuda_artifact, inspect_artifact
+from executorch_moe.backends.cuda import overlapped_launches, patches
+from executorch_moe.backends.cuda.cross import host_toolchain
+from executorch_moe.backends.cuda.cross.target import target_cuda
 from executorch_moe.backends.cuda.overlapped_launches import WAITING_KERNELS, LaunchesDoNotOverlap, unknown_host_code
-from executorch_moe.backends.inspect import check_cuda_artifact, inspect_artifact
-from executorch_moe.backends.targets import lower
+from executorch_moe.backends.lower import lower
 
 MACRO = "#define launchKernel("
 

@@ -12,9 +12,9 @@ from executorch.backends.cuda.cuda_backend import CudaBackend
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.export import ExportedProgram
 
-from executorch_moe.backends.artifact import open_artifact, save
-from executorch_moe.backends.cuda.delegate_host import DelegateHost
-from executorch_moe.backends.cuda.own_outputs import own_outputs
+from executorch_moe.backends.artifact.files import open_artifact, save
+from executorch_moe.backends.cuda.output_folders import own_outputs
+from executorch_moe.backends.runtime.delegate_host import DelegateHost
 
 
 def peek() -> dict[str, ExportedProgram]:

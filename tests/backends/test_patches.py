@@ -18,14 +18,14 @@ import executorch_moe.backends
 import executorch_moe.export
 import executorch_moe.kernels
 from executorch_moe.backends.cpu.uncopied_weights import uncopied_weights
+from executorch_moe.backends.cuda.cross.static_choices import one_parse_at_a_time
+from executorch_moe.backends.cuda.output_folders import own_outputs
 from executorch_moe.backends.cuda.overlapped_launches import LaunchesDoNotOverlap, overlapped_launches
-from executorch_moe.backends.cuda.own_outputs import own_outputs
 from executorch_moe.backends.cuda.patches import PATCHES, VERSIONS, holder_of, replacing
 from executorch_moe.backends.cuda.patches.registry import GO_WITHOUT, USES, problem
 from executorch_moe.backends.cuda.placeholders import without_weights
 from executorch_moe.backends.cuda.shared_weights import shared_weights
-from executorch_moe.backends.cuda.static_choices import one_parse_at_a_time
-from executorch_moe.export.checkpoint import _parameters_on_meta
+from executorch_moe.export.checkpoint.plan import _parameters_on_meta
 
 CONTEXTS: list[Callable[[], AbstractContextManager[Any]]] = [
     own_outputs,

@@ -8,10 +8,11 @@ import pytest
 import torch
 from tiny_artifacts import CONSTANTS
 
-from executorch_moe.backends import pybindings, runtime
-from executorch_moe.backends.artifact import Artifact
-from executorch_moe.backends.pybindings import why_not_pybindings
-from executorch_moe.backends.runtime import EXECUTORCH_CPU, load
+from executorch_moe.backends.artifact.files import Artifact
+from executorch_moe.backends.runtime import load as runtime
+from executorch_moe.backends.runtime import pybindings
+from executorch_moe.backends.runtime.load import EXECUTORCH_CPU, load
+from executorch_moe.backends.runtime.pybindings import why_not_pybindings
 
 
 @pytest.fixture

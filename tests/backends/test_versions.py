@@ -10,10 +10,10 @@ from packaging.requirements import Requirement
 from torch import nn
 
 from executorch_moe.backends import versions
-from executorch_moe.backends.runtime import load
-from executorch_moe.backends.targets import lower
-from executorch_moe.export import attention, experts_interface
-from executorch_moe.export.quantize import quantize_experts_
+from executorch_moe.backends.lower import lower
+from executorch_moe.backends.runtime.load import load
+from executorch_moe.export.models import attention, experts_interface
+from executorch_moe.export.quantize.experts import quantize_experts_
 
 
 def with_version(monkeypatch: pytest.MonkeyPatch, package: str, version: str) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch.export import export
 
-from executorch_moe.backends.artifact import Artifact, save
-from executorch_moe.backends.targets import lower
+from executorch_moe.backends.artifact.files import Artifact, save
+from executorch_moe.backends.lower import lower
 
 CONSTANTS = {"get_vocab_size": 7, "get_eos_ids": [1, 2], "name": "tiny", "rope_theta": 1.5, "use_kv_cache": True}
 

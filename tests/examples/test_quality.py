@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from executorch_moe.backends.fusion.modules import find_experts
-from executorch_moe.backends.pybindings import why_not_pybindings
+from executorch_moe.backends.runtime.pybindings import why_not_pybindings
 from executorch_moe.examples.quality import (
     RECIPES,
     WINDOW,
@@ -22,7 +22,7 @@ from executorch_moe.examples.quality import (
 )
 from executorch_moe.examples.tiny import train
 from executorch_moe.kernels import SCHEMES, FusedExperts, unpack_experts
-from executorch_moe.kernels.rounding import round_weights
+from executorch_moe.kernels.packing.rounding import round_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 

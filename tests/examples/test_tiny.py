@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from executorch_moe.examples.tiny import train
-from executorch_moe.export.pretrained import load_model, resolve
+from executorch_moe.export.models.pretrained import load_model, resolve
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from executorch_moe.backends.cuda.kernel_configs import read_configs
+from executorch_moe.backends.cuda.cross.kernel_configs import read_configs
 from executorch_moe.examples import upstream_configs
-from executorch_moe.kernels.elementwise import moe_sum_pairs
+from executorch_moe.kernels.experts.elementwise import moe_sum_pairs
 
 
 @pytest.mark.parametrize("name", sorted(upstream_configs.STEPS))

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from executorch_moe.backends.pybindings import why_not_pybindings
+from executorch_moe.backends.runtime.pybindings import why_not_pybindings
 from executorch_moe.export.build import load_whole
-from executorch_moe.export.causal_lm import CausalLM
+from executorch_moe.export.models.causal_lm import CausalLM
+from executorch_moe.export.models.pretrained import resolve
 from executorch_moe.export.options import ExportOptions
 from executorch_moe.export.pipeline import export_model
-from executorch_moe.export.pretrained import resolve
-from executorch_moe.export.quantize import quantize_experts_
+from executorch_moe.export.quantize.experts import quantize_experts_
+from executorch_moe.kernels.experts.plan import Options
 from executorch_moe.kernels.op import forced
-from executorch_moe.kernels.plan import Options
 
 from .matrix import Cell
 

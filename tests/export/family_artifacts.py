@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from executorch_moe.backends.artifact import save
+from executorch_moe.backends.artifact.files import save
 from executorch_moe.backends.fusion import ExpertFuser, FusionOptions
-from executorch_moe.backends.targets import lower
+from executorch_moe.backends.lower import lower
 
 from .families import FAMILIES, Family, export_logits
 

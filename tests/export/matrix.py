@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from executorch_moe.export.build import load_whole, quantize_dense
-from executorch_moe.export.causal_lm import CausalLM
+from executorch_moe.export.models.causal_lm import CausalLM
+from executorch_moe.export.models.pretrained import resolve
 from executorch_moe.export.options import ExportOptions
 from executorch_moe.export.pipeline import export_model
-from executorch_moe.export.pretrained import resolve
-from executorch_moe.export.quantize import quantize_experts_
+from executorch_moe.export.quantize.experts import quantize_experts_
 
 MAX_CONTEXT = 128
 GROUP_SIZE = 32

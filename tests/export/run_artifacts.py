@@ -9,8 +9,8 @@ import sys
 
 import torch
 
-from executorch_moe.backends.artifact import open_artifact
-from executorch_moe.backends.runtime import load
+from executorch_moe.backends.artifact.files import open_artifact
+from executorch_moe.backends.runtime.load import load
 
 PROMPT = 20
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from executorch_moe.export.breakdown import (
+from executorch_moe.export.bench.breakdown import (
     Breakdown,
     Kernel,
     Share,

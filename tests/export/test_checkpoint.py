@@ -19,13 +19,13 @@ import pytest
 import torch
 
 from executorch_moe.backends.fusion import FusedLayer, FusionOptions
-from executorch_moe.export import sizes
-from executorch_moe.export.preflight import dequantised
-from executorch_moe.export.pretrained import check_supported, load_model
-from executorch_moe.export.shards import INDEX_FILE, Shards, read_config
-from executorch_moe.export.sizes import check_sizes
-from executorch_moe.export.streaming import StreamedModel
-from executorch_moe.export.work_folder import MANIFEST, WorkFolder
+from executorch_moe.export.check import dequantised
+from executorch_moe.export.checkpoint.shards import INDEX_FILE, Shards, read_config
+from executorch_moe.export.checkpoint.streaming import StreamedModel
+from executorch_moe.export.checkpoint.work_folder import MANIFEST, WorkFolder
+from executorch_moe.export.models.pretrained import check_supported, load_model
+from executorch_moe.export.report import sizes
+from executorch_moe.export.report.sizes import check_sizes
 from executorch_moe.kernels import SCHEMES, pack_experts
 
 from .families import FAMILIES, Logits, by_name, tokens
@@ -535,7 +535,7 @@ def test_one_export_at_a_time_has_a_work_folder(sharded: Path, tmp_path: Path) -
     work, manifest = tmp_path / "x.work", stream(sharded).manifest()
     code = (
         "import json, os, pathlib, signal, sys\n"
-        "from executorch_moe.export.work_folder import WorkFolder\n"
+        "from executorch_moe.export.checkpoint.work_folder import WorkFolder\n"
         "work = WorkFolder(pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]))\n"
         "print('mine', flush=True); sys.stdin.read()"
     )

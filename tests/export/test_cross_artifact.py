@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from executorch_moe.backends.runtime import load
-from executorch_moe.export.benchmark import benchmark_model
+from executorch_moe.backends.runtime.load import load
+from executorch_moe.export.bench.model import benchmark_model
 
 from .test_tokens import NEW_TOKENS, PROMPTS, TextGenerator, compare
 

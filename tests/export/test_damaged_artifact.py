@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from executorch_moe.backends import runtime as runtime_module
-from executorch_moe.backends.ptd import PtdFile
-from executorch_moe.export import cli
-from executorch_moe.export.generation import TextGenerator
-from executorch_moe.export.metadata import TOKENIZER_SUFFIX
+from executorch_moe.backends.artifact.ptd import PtdFile
+from executorch_moe.backends.runtime import load as runtime_module
+from executorch_moe.export.cli import main as cli
+from executorch_moe.export.generate.generator import TextGenerator
+from executorch_moe.export.report.metadata import TOKENIZER_SUFFIX
 
 pytestmark = pytest.mark.slow
 runner = CliRunner()
@@ -90,7 +90,7 @@ def test_in_a_process_of_its_own(pte: Path, suffix: str) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 3] ^= 4
     path.write_bytes(data)
-    command = [sys.executable, "-m", "executorch_moe.export.cli", "generate", str(pte), "-p", "a"]
+    command = [sys.executable, "-m", "executorch_moe.export.cli.main", "generate", str(pte), "-p", "a"]
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"})
     assert result.returncode == 2 and result.stdout == "", result
     (line,) = [line for line in result.stderr.splitlines() if "cpuinfo" not in line]

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from executorch_moe.export import attention, synthetic
 from executorch_moe.export.build import streamline_
-from executorch_moe.export.causal_lm import CausalLM, export_methods
-from executorch_moe.export.decoder_layer import StreamlinedLayer
-from executorch_moe.export.dense import quantize_dense_
-from executorch_moe.export.quantize import quantize_experts_
+from executorch_moe.export.models import attention, synthetic
+from executorch_moe.export.models.causal_lm import CausalLM, export_methods
+from executorch_moe.export.models.decoder_layer import StreamlinedLayer
+from executorch_moe.export.quantize.dense import quantize_dense_
+from executorch_moe.export.quantize.experts import quantize_experts_
 
 from .families import by_name
 

@@ -14,9 +14,11 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from executorch_moe.export import dense_torchao, synthetic
-from executorch_moe.export.causal_lm import CausalLM, export_methods
-from executorch_moe.export.dense import (
+from executorch_moe.export.models import synthetic
+from executorch_moe.export.models.causal_lm import CausalLM, export_methods
+from executorch_moe.export.options import ExportOptions
+from executorch_moe.export.quantize import dense_torchao
+from executorch_moe.export.quantize.dense import (
     CPU_GROUP_SIZE,
     Int4Linear,
     Int8Embedding,
@@ -25,9 +27,8 @@ from executorch_moe.export.dense import (
     OneRowLinears,
     quantize_dense_,
 )
-from executorch_moe.export.options import ExportOptions
-from executorch_moe.export.summary import ExportSummary
-from executorch_moe.kernels.packing import quantize_int4
+from executorch_moe.export.report.summary import ExportSummary
+from executorch_moe.kernels.packing.experts import quantize_int4
 
 N, K, GROUP = 24, 128, 32
 

@@ -13,9 +13,9 @@ import torch
 from typer.testing import CliRunner
 
 from executorch_moe.backends.fusion.modules import find_experts
-from executorch_moe.backends.runtime import load
-from executorch_moe.export.cli import app
-from executorch_moe.export.pretrained import SUPPORTED_MODEL_TYPES, resolve
+from executorch_moe.backends.runtime.load import load
+from executorch_moe.export.cli.main import app
+from executorch_moe.export.models.pretrained import SUPPORTED_MODEL_TYPES, resolve
 
 from .families import FAMILIES, Logits, by_name, tokens
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from executorch_moe.backends.artifact import save
+from executorch_moe.backends.artifact.files import save
 from executorch_moe.backends.cuda.missing_operators import check_operators
 from executorch_moe.backends.fusion import ExpertFuser, FusionOptions
-from executorch_moe.backends.runtime import load
-from executorch_moe.backends.targets import lower
-from executorch_moe.export import experts_interface
+from executorch_moe.backends.lower import lower
+from executorch_moe.backends.runtime.load import load
+from executorch_moe.export.models import experts_interface
 
 from .families import FAMILIES, Family, Logits, by_name, export_logits, operations, tokens
 from .family_artifacts import MODES, Mode

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from executorch_moe.backends.fusion import FusionOptions
-from executorch_moe.export.causal_lm import CausalLM, export_methods
-from executorch_moe.export.checkpoint import empty_model
-from executorch_moe.export.metadata import constant_methods
+from executorch_moe.export.check import preflight
+from executorch_moe.export.checkpoint.plan import empty_model
+from executorch_moe.export.checkpoint.streaming import StreamedModel
+from executorch_moe.export.models.causal_lm import CausalLM, export_methods
+from executorch_moe.export.models.pretrained import load_model, resolve, special_tokens
 from executorch_moe.export.options import ExportOptions
-from executorch_moe.export.preflight import preflight
-from executorch_moe.export.pretrained import load_model, resolve, special_tokens
-from executorch_moe.export.streaming import StreamedModel
+from executorch_moe.export.report.metadata import constant_methods
 
 from .families import FAMILIES, Logits, by_name, tokens
 
@@ -79,14 +79,14 @@ def test_two_matrices_stay_two_whatever_the_configuration_says(tmp_path: Path) -
 
 @pytest.mark.parametrize("rows", [4096, 7])
 def test_two_equal_matrices_are_one(tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("executorch_moe.export.checkpoint.COMPARED_ROWS", rows)
+    monkeypatch.setattr("executorch_moe.export.checkpoint.plan.COMPARED_ROWS", rows)
     streamed = tied_pair(tmp_path, lambda weights: weights.update({HEAD: weights[EMBEDDING].clone()}))
     assert streamed.model.lm_head.weight is streamed.model.model.embed_tokens.weight
     assert error(streamed.model, load_model(tmp_path, torch.float32)) < BOUND
 
 
 def test_a_difference_in_the_last_row_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("executorch_moe.export.checkpoint.COMPARED_ROWS", 7)
+    monkeypatch.setattr("executorch_moe.export.checkpoint.plan.COMPARED_ROWS", 7)
 
     def change(weights: Weights) -> None:
         weights[HEAD] = weights[EMBEDDING].clone()

@@ -14,8 +14,8 @@ from executorch_moe.backends.cpu import MoECpuPartitioner
 from executorch_moe.backends.cuda import MoECudaPartitioner
 from executorch_moe.backends.cuda.missing_operators import missing_operators
 from executorch_moe.backends.fusion import ExpertFuser, FusionOptions
-from executorch_moe.export.causal_lm import CausalLM, export_methods
-from executorch_moe.export.pretrained import load_model, resolve
+from executorch_moe.export.models.causal_lm import CausalLM, export_methods
+from executorch_moe.export.models.pretrained import load_model, resolve
 
 from .families import by_name, export_logits
 

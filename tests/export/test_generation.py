@@ -11,9 +11,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from executorch_moe.export.generation import TextGenerator, TextStream, pte_path, read_tokenizer
-from executorch_moe.export.pretrained import resolve
-from executorch_moe.export.sampling import Sampler
+from executorch_moe.export.generate.generator import TextGenerator, TextStream, pte_path, read_tokenizer
+from executorch_moe.export.models.pretrained import resolve
+from executorch_moe.export.models.sampling import Sampler
 
 EOS = 257
 

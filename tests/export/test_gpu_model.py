@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from executorch_moe.backends.cuda import placeholders
-from executorch_moe.backends.runtime import load
-from executorch_moe.export.benchmark import benchmark_model
+from executorch_moe.backends.runtime.load import load
+from executorch_moe.export.bench.model import benchmark_model
 from executorch_moe.export.build import build_synthetic
-from executorch_moe.export.causal_lm import CausalLM
-from executorch_moe.export.generation import TextGenerator, synthetic_weights
+from executorch_moe.export.generate.generator import TextGenerator, synthetic_weights
+from executorch_moe.export.models.causal_lm import CausalLM
+from executorch_moe.export.models.sampling import Sampler
 from executorch_moe.export.options import ExportOptions
 from executorch_moe.export.pipeline import export_model
-from executorch_moe.export.sampling import Sampler
 
 from .matrix import Cell
 

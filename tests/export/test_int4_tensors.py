@@ -13,8 +13,13 @@ from torch import Tensor, nn
 from torchao.quantization import Int4Tensor, IntxUnpackedToInt8Tensor
 from torchao.quantization.quant_primitives import MappingType
 
-from executorch_moe.export.int4_tensors import executorch_codes, int4_codes, is_quantised, pack_executorch_experts
-from executorch_moe.export.quantize import ExecutorchExperts, holds_codes, quantize_experts_
+from executorch_moe.export.quantize.experts import ExecutorchExperts, holds_codes, quantize_experts_
+from executorch_moe.export.quantize.int4_tensors import (
+    executorch_codes,
+    int4_codes,
+    is_quantised,
+    pack_executorch_experts,
+)
 from executorch_moe.kernels import FusedExperts, pack_codes, unpack_experts
 from executorch_moe.kernels.reference import reference_experts
 

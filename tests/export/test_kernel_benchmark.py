@@ -9,10 +9,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from executorch_moe.export import kernel_benchmark as kb
-from executorch_moe.export.cli import app
-from executorch_moe.kernels.aten import fused_experts_cpu
-from executorch_moe.kernels.benchmark import (
+from executorch_moe.export.bench import kernel as kb
+from executorch_moe.export.cli.main import app
+from executorch_moe.kernels.experts.aten import fused_experts_cpu
+from executorch_moe.kernels.measure.compile import CompileJob, compile_ahead
+from executorch_moe.kernels.measure.timing import (
     SHAPES,
     Shape,
     floor_us,
@@ -22,8 +23,7 @@ from executorch_moe.kernels.benchmark import (
     with_tokens,
     work,
 )
-from executorch_moe.kernels.compile import CompileJob, compile_ahead
-from executorch_moe.kernels.packing import deinterleave_gate_up, dequantize, fragment_order
+from executorch_moe.kernels.packing.experts import deinterleave_gate_up, dequantize, fragment_order
 from executorch_moe.kernels.schemes import SCHEMES
 
 ROWS = [

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from executorch_moe.export import attention
-from executorch_moe.export.attention import grouped_attention
 from executorch_moe.export.build import streamline_
-from executorch_moe.export.causal_lm import CausalLM, StaticKVCache
-from executorch_moe.export.decoder_layer import StreamlinedLayer
-from executorch_moe.export.keywords import CACHE_NAMES, cache_name
-from executorch_moe.export.quantize import ExecutorchExperts
+from executorch_moe.export.models import attention
+from executorch_moe.export.models.attention import grouped_attention
+from executorch_moe.export.models.causal_lm import CausalLM, StaticKVCache
+from executorch_moe.export.models.decoder_layer import StreamlinedLayer
+from executorch_moe.export.models.keywords import CACHE_NAMES, cache_name
+from executorch_moe.export.quantize.experts import ExecutorchExperts
 
 from .families import FAMILIES, Family, by_name, tokens
 

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from executorch_moe.backends.fusion.recognise import ExpertLayout
-from executorch_moe.export import build, keywords, preflight
-from executorch_moe.export.cli import app
+from executorch_moe.backends.fusion.recognize import ExpertLayout
+from executorch_moe.export import build
+from executorch_moe.export import check as preflight
+from executorch_moe.export.cli.main import app
+from executorch_moe.export.models import keywords
+from executorch_moe.export.models.pretrained import resolve
 from executorch_moe.export.options import ExportOptions
 from executorch_moe.export.pipeline import export_model
-from executorch_moe.export.pretrained import resolve
 
 from .families import COMMON, by_name
 
@@ -93,7 +95,7 @@ def test_what_is_traced_is_what_an_export_traces(
         checked.append(calls(programs))
         return module, programs
 
-    monkeypatch.setattr("executorch_moe.backends.targets.lower", lower)
+    monkeypatch.setattr("executorch_moe.backends.lower.lower", lower)
     monkeypatch.setattr(preflight, "trace_methods", traced)
     monkeypatch.setattr(preflight, "check_numerics", lambda *_: None)
     options = ExportOptions("tiny", tmp_path / "x.pte", max_context=64, **choices)

@@ -11,11 +11,12 @@ from torch import nn
 
 from executorch_moe.backends.fusion import ExpertFuser, FusionOptions, modules
 from executorch_moe.backends.fusion.modules import find_experts
-from executorch_moe.export import checkpoint, streaming
-from executorch_moe.export.experts_interface import register
-from executorch_moe.export.pretrained import load_model, resolve
-from executorch_moe.export.quantize import quantize_experts_
-from executorch_moe.export.streaming import StreamedModel
+from executorch_moe.export.checkpoint import plan as checkpoint
+from executorch_moe.export.checkpoint import streaming
+from executorch_moe.export.checkpoint.streaming import StreamedModel
+from executorch_moe.export.models.experts_interface import register
+from executorch_moe.export.models.pretrained import load_model, resolve
+from executorch_moe.export.quantize.experts import quantize_experts_
 from executorch_moe.kernels import FusedExperts, unpack_experts
 
 from .families import FAMILIES, Family, by_name, export_logits, tokens

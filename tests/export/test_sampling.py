@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from executorch_moe.export import sampling
-from executorch_moe.export.sampling import Sampler, gumbel_noise, hash32, nucleus, sample
+from executorch_moe.export.models import sampling
+from executorch_moe.export.models.sampling import Sampler, gumbel_noise, hash32, nucleus, sample
 
 VOCABULARY = 50
 

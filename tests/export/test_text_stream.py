@@ -7,7 +7,7 @@ import itertools
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from executorch_moe.export.text_stream import TextStream
+from executorch_moe.export.generate.text_stream import TextStream
 
 LONG = "日本語テキスト処理の例です。" * 12 + "Ünïcödé 🙂🙃 naïve — 文字" * 3
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from executorch_moe.export.generation import TextGenerator
-from executorch_moe.export.sampling import Sampler
+from executorch_moe.export.generate.generator import TextGenerator
+from executorch_moe.export.models.sampling import Sampler
 
 from .conftest import eager_greedy, eager_model
 

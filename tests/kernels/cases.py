@@ -9,7 +9,7 @@ from torch import Tensor
 
 from executorch_moe.kernels import PackedExperts, pack_experts, unpack_experts
 from executorch_moe.kernels.arguments import ExpertArguments
-from executorch_moe.kernels.packing import deinterleave_gate_up
+from executorch_moe.kernels.packing.experts import deinterleave_gate_up
 from executorch_moe.kernels.reference import reference_experts
 
 

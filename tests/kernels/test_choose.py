@@ -9,16 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from executorch_moe.kernels import tables
-from executorch_moe.kernels.benchmark import SHAPES
-from executorch_moe.kernels.choose import MAX_PAIRS, MAX_VARIANTS, LayerShape, few_token_configs, grouped_variants
-from executorch_moe.kernels.compile import record_launches
-from executorch_moe.kernels.configs import GemmConfig, fit
+from executorch_moe.kernels.experts.plan import Options
 from executorch_moe.kernels.gpus import MODELS, Gpu, find_model
-from executorch_moe.kernels.plan import Options
+from executorch_moe.kernels.measure.compile import record_launches
+from executorch_moe.kernels.measure.timing import SHAPES
+from executorch_moe.kernels.measure.tune import FEW_TOKENS, HEIGHTS, PAIRS_PER_EXPERT, Trial, Tuner, entry, with_entry
 from executorch_moe.kernels.schemes import SCHEMES, get_scheme
-from executorch_moe.kernels.tables import TunedLayer, TunedRow, find_table
-from executorch_moe.kernels.tune import FEW_TOKENS, HEIGHTS, PAIRS_PER_EXPERT, Trial, Tuner, entry, with_entry
+from executorch_moe.kernels.tuning import tables
+from executorch_moe.kernels.tuning.choose import (
+    MAX_PAIRS,
+    MAX_VARIANTS,
+    LayerShape,
+    few_token_configs,
+    grouped_variants,
+)
+from executorch_moe.kernels.tuning.configs import GemmConfig, fit
+from executorch_moe.kernels.tuning.tables import TunedLayer, TunedRow, find_table
 
 H200 = find_model("h200").gpu
 W4A16 = get_scheme("w4a16")
@@ -88,7 +94,7 @@ def test_an_export_for_any_number_of_tokens_launches_each_variant_once() -> None
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     from executorch_moe.kernels import pack_experts
-    from executorch_moe.kernels.plan import Launch, run_fused_experts
+    from executorch_moe.kernels.experts.plan import Launch, run_fused_experts
 
     with torch._subclasses.FakeTensorMode(shape_env=ShapeEnv()) as mode:
         packed = pack_experts(torch.empty(256, 1024, 2048), torch.empty(256, 2048, 512), group_size=128)

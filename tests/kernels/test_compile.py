@@ -10,8 +10,7 @@ from dataclasses import astuple
 import pytest
 
 from executorch_moe.kernels import SCHEMES
-from executorch_moe.kernels.choose import LayerShape
-from executorch_moe.kernels.compile import KernelReport, compile_kernel, compile_launch, cuobjdump, record_launches
+from executorch_moe.kernels.experts.plan import Options
 from executorch_moe.kernels.gpus import (
     MAX_DYNAMIC_SHARED,
     MODELS,
@@ -22,9 +21,16 @@ from executorch_moe.kernels.gpus import (
     gpu_of,
     target_names,
 )
-from executorch_moe.kernels.plan import Options
-from executorch_moe.kernels.tables import table_path
-from executorch_moe.kernels.tune import PAIRS_PER_EXPERT
+from executorch_moe.kernels.measure.compile import (
+    KernelReport,
+    compile_kernel,
+    compile_launch,
+    cuobjdump,
+    record_launches,
+)
+from executorch_moe.kernels.measure.tune import PAIRS_PER_EXPERT
+from executorch_moe.kernels.tuning.choose import LayerShape
+from executorch_moe.kernels.tuning.tables import table_path
 
 from .conftest import PROPERTY
 from .wgmma_registers import hazards, parse

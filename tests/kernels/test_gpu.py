@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from executorch_moe.kernels import SCHEMES, fused_experts
-from executorch_moe.kernels.benchmark import SHAPES, LayerInputs, make_layers
-from executorch_moe.kernels.configs import GemmConfig
-from executorch_moe.kernels.plan import Options
+from executorch_moe.kernels.experts.plan import Options
+from executorch_moe.kernels.measure.timing import SHAPES, LayerInputs, make_layers
 from executorch_moe.kernels.reference import reference_experts
 from executorch_moe.kernels.schemes import Scheme
+from executorch_moe.kernels.tuning.configs import GemmConfig
 
 from .cases import BOUNDS, CASES, ZERO_CASE, Case, make, relative_error
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("path", ["grouped", "few_tokens", None])
 def test_operator_against_the_oracle(case: Case, scheme: str, path: str | None) -> None:
-    from executorch_moe.kernels.plan import run_fused_experts
+    from executorch_moe.kernels.experts.plan import run_fused_experts
 
     problem = make(case, scheme)
     args = problem.args("cuda")
@@ -31,7 +31,7 @@ def test_operator_against_the_oracle(case: Case, scheme: str, path: str | None) 
 
 @pytest.mark.parametrize("path", ["grouped", "few_tokens"])
 def test_zero_points(path: str) -> None:
-    from executorch_moe.kernels.plan import run_fused_experts
+    from executorch_moe.kernels.experts.plan import run_fused_experts
 
     problem = make(ZERO_CASE, "w4a16")
     out = run_fused_experts(problem.args("cuda"), options=Options(path=path))
@@ -89,7 +89,7 @@ def test_few_tokens_repeat_bit_for_bit() -> None:
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_int8_activations_in_both_gemms(monkeypatch: pytest.MonkeyPatch, act_group: int, group_size: int) -> None:
     from executorch_moe.kernels import schemes
-    from executorch_moe.kernels.plan import run_fused_experts
+    from executorch_moe.kernels.experts.plan import run_fused_experts
 
     monkeypatch.setitem(schemes.SCHEMES, "all-int8", Scheme("all-int8", 4, act_group, act_group))
     case = Case("int8", tokens=70, hidden=384, intermediate=256, group_size=group_size)

@@ -16,12 +16,20 @@ from hypothesis import strategies as st
 
 from executorch_moe.kernels import SCHEMES, unpack_experts
 from executorch_moe.kernels.arguments import ExpertArguments
-from executorch_moe.kernels.aten import fused_experts_cpu
-from executorch_moe.kernels.choose import MAX_PAIRS, Variant
-from executorch_moe.kernels.configs import INTERPRETER_GPU, GemmConfig
-from executorch_moe.kernels.plan import Heights, Launch, Options, Problem, Routing, run_fused_experts, run_routing
+from executorch_moe.kernels.experts.aten import fused_experts_cpu
+from executorch_moe.kernels.experts.plan import (
+    Heights,
+    Launch,
+    Options,
+    Problem,
+    Routing,
+    run_fused_experts,
+    run_routing,
+)
 from executorch_moe.kernels.reference import reference_experts
 from executorch_moe.kernels.schemes import Scheme
+from executorch_moe.kernels.tuning.choose import MAX_PAIRS, Variant
+from executorch_moe.kernels.tuning.configs import INTERPRETER_GPU, GemmConfig
 
 from .cases import BOUNDS, CASES, ZERO_CASE, Case, make, relative_error
 
@@ -207,7 +215,7 @@ def test_dropped_pairs_are_never_read() -> None:
             fill = float("nan") if dtype.is_floating_point else -(2**30)
             return torch.full(shape, fill, dtype=dtype) if dtype != torch.int8 else torch.full(shape, 127, dtype=dtype)
 
-    from executorch_moe.kernels.plan import run_few_tokens, run_grouped
+    from executorch_moe.kernels.experts.plan import run_few_tokens, run_grouped
 
     for run in (run_grouped, run_few_tokens):
         options = Options(gemm1=SMALL, gemm2=SMALL)

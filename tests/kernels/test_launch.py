@@ -12,14 +12,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, export
 
-from executorch_moe.kernels import FusedExperts, fused_experts, gpus, pack_experts, problem
-from executorch_moe.kernels import one_token_op as ops
-from executorch_moe.kernels.compile import compile_kernel, compile_launch, record_launches
-from executorch_moe.kernels.configs import Gpu
+from executorch_moe.kernels import FusedExperts, fused_experts, gpus, pack_experts
+from executorch_moe.kernels.decode import op as ops
+from executorch_moe.kernels.experts import problem
+from executorch_moe.kernels.experts.plan import Options, run_fused_experts
+from executorch_moe.kernels.experts.problem import needs_wide_offsets
 from executorch_moe.kernels.gpus import compile_for, find_model, gpu_of
 from executorch_moe.kernels.launch import Launch
-from executorch_moe.kernels.plan import Options, run_fused_experts
-from executorch_moe.kernels.problem import needs_wide_offsets
+from executorch_moe.kernels.measure.compile import compile_kernel, compile_launch, record_launches
+from executorch_moe.kernels.tuning.configs import Gpu
 
 from .cases import Case, make, relative_error
 from .test_one_token import attention_arguments, linear_arguments, route_arguments

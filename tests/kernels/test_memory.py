@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from executorch_moe.kernels import one_token_op as ops
 from executorch_moe.kernels._device import launches_before
-from executorch_moe.kernels.choose import MAX_PAIRS, Variant
-from executorch_moe.kernels.configs import GemmConfig
-from executorch_moe.kernels.one_token_launches import run_attention_of_one, run_linear_of_one, run_route_one
-from executorch_moe.kernels.plan import Launch, Options, run_fused_experts
+from executorch_moe.kernels.decode import op as ops
+from executorch_moe.kernels.decode.launches import run_attention_of_one, run_linear_of_one, run_route_one
+from executorch_moe.kernels.experts.plan import Launch, Options, run_fused_experts
+from executorch_moe.kernels.tuning.choose import MAX_PAIRS, Variant
+from executorch_moe.kernels.tuning.configs import GemmConfig
 
 from .cases import CASES, ZERO_CASE, Case, make
 from .memory_rules import MemoryRuleError, check_memory

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from executorch_moe.kernels import one_token_op as ops
-from executorch_moe.kernels.one_token_aten import attention_of_one_aten, linear_of_one_aten, route_one_aten
-from executorch_moe.kernels.one_token_launches import run_attention_of_one, run_linear_of_one, run_route_one
-from executorch_moe.kernels.plan import Launch
+from executorch_moe.kernels.decode import op as ops
+from executorch_moe.kernels.decode.aten import attention_of_one_aten, linear_of_one_aten, route_one_aten
+from executorch_moe.kernels.decode.launches import run_attention_of_one, run_linear_of_one, run_route_one
+from executorch_moe.kernels.experts.plan import Launch
 
 HIDDEN, KV_HEADS, HEAD_DIM, CONTEXT, EXPERTS = 192, 2, 32, 200, 12
 EPS = 1e-6
@@ -117,7 +117,7 @@ def test_operators_as_torch_wants_them(update: bool) -> None:
 
 
 def test_splits_leave_the_last_program_little_to_read() -> None:
-    from executorch_moe.kernels.configs import Gpu
+    from executorch_moe.kernels.tuning.configs import Gpu
 
     assert ops.splits_of(Gpu(90, 132, 232448), 4, 8 * 128) == 16
     assert ops.splits_of(Gpu(90, 132, 232448), 1, 128) == 64
@@ -177,9 +177,9 @@ def test_interpreted_linear(kind: str, rows: int, columns: int) -> None:
 @pytest.mark.compiler
 @pytest.mark.parametrize("capability", [80, 90, 120])
 def test_qwen3_30b_compiles_without_spills(capability: int) -> None:
-    from executorch_moe.kernels.compile import compile_launch
-    from executorch_moe.kernels.configs import Gpu
     from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED
+    from executorch_moe.kernels.measure.compile import compile_launch
+    from executorch_moe.kernels.tuning.configs import Gpu
 
     launches: list[Launch] = []
     gpu = Gpu(capability, 132, MAX_DYNAMIC_SHARED[capability])
@@ -249,8 +249,8 @@ def test_linear_on_a_gpu(kind: str, rows: int, columns: int) -> None:
 @pytest.mark.parametrize(("kind", "rows", "columns"), [("int8", 5120, 2048), ("int8", 2048, 4096), ("bf16", 512, 1024)])
 def test_no_product_is_summed_across_warps(kind: str, rows: int, columns: int) -> None:
     """Pieces of a row that were several warps' took ten times as long, and no result shows it."""
-    from executorch_moe.kernels.compile import compile_kernel
     from executorch_moe.kernels.gpus import find_model
+    from executorch_moe.kernels.measure.compile import compile_kernel
 
     launches: list[Launch] = []
     with torch.device("meta"):

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from executorch_moe.kernels import one_token_op as ops
-from executorch_moe.kernels.one_token_aten import route_one_aten
-from executorch_moe.kernels.one_token_launches import run_route_one
+from executorch_moe.kernels.decode import op as ops
+from executorch_moe.kernels.decode.aten import route_one_aten
+from executorch_moe.kernels.decode.launches import run_route_one
 
 from .test_one_token import CONTEXT, EXPERTS, attention_arguments, linear_arguments, random, route_arguments
 

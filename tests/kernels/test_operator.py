@@ -14,9 +14,9 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from executorch_moe.kernels import SCHEMES, FusedExperts, fused_experts, pack_experts
 from executorch_moe.kernels.arguments import ExpertArguments
-from executorch_moe.kernels.aten import fused_experts_aten
+from executorch_moe.kernels.experts.aten import fused_experts_aten
+from executorch_moe.kernels.experts.plan import Launch, Options, run_fused_experts
 from executorch_moe.kernels.gpus import find_model
-from executorch_moe.kernels.plan import Launch, Options, run_fused_experts
 from executorch_moe.kernels.validate import check_fused_experts
 
 from .cases import BOUNDS, CASES, ZERO_CASE, Case, make, relative_error

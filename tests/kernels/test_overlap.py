@@ -11,14 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from executorch_moe.kernels import one_token_op as ops
 from executorch_moe.kernels._device import launches_before
-from executorch_moe.kernels.benchmark import SHAPES, LayerInputs, make_layers
-from executorch_moe.kernels.compile import compile_kernel, record_launches
-from executorch_moe.kernels.configs import Gpu
+from executorch_moe.kernels.decode import op as ops
+from executorch_moe.kernels.decode.launches import run_attention_of_one, run_route_one
+from executorch_moe.kernels.experts.plan import Launch, Options, run_fused_experts
 from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED, find_model
-from executorch_moe.kernels.one_token_launches import run_attention_of_one, run_route_one
-from executorch_moe.kernels.plan import Launch, Options, run_fused_experts
+from executorch_moe.kernels.measure.compile import compile_kernel, record_launches
+from executorch_moe.kernels.measure.timing import SHAPES, LayerInputs, make_layers
+from executorch_moe.kernels.tuning.configs import Gpu
 
 from .wait_dependence import unordered_stores
 

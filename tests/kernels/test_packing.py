@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from executorch_moe.kernels import ALGORITHMS, SCHEMES, pack_experts, unpack_experts
-from executorch_moe.kernels.packing import (
+from executorch_moe.kernels.packing.experts import (
     deinterleave_gate_up,
     interleave_gate_up,
     pack_int4,

@@ -14,12 +14,12 @@ from executorch_moe.kernels import (
     fused_experts,
     pack_codes,
     pack_experts,
-    rounding,
     stack_experts,
     unpack_experts,
 )
+from executorch_moe.kernels.packing import rounding
+from executorch_moe.kernels.packing.rounding import HQQ_NORM, quantize_hqq, round_weights
 from executorch_moe.kernels.reference import reference_experts
-from executorch_moe.kernels.rounding import HQQ_NORM, quantize_hqq, round_weights
 from executorch_moe.kernels.schemes import max_scale_ratio
 
 from . import cases

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from executorch_moe.backends.cuda.patches.registry import PATCHES, VERSIONS, holder_of, replacing
+from .registry import PATCHES, VERSIONS, holder_of, replacing
 
 _OF_CROSS = ("INDUCTOR_CONFIG", "SMALL", "check_versions", "replaced")
 
@@ -11,7 +11,7 @@ __all__ = ["PATCHES", "VERSIONS", "holder_of", "replacing"]
 
 def __getattr__(name: str) -> Any:
     if name in _OF_CROSS:  # it imports modules that use the registry
-        from executorch_moe.backends.cuda.patches import cross
+        from . import cross
 
         return getattr(cross, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

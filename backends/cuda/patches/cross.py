@@ -14,23 +14,13 @@ from unittest import mock
 
 import torch
 
-from executorch_moe.backends.cuda import gpu_stand_ins, host_toolchain
+from executorch_moe.backends.cuda.cross import gpu_stand_ins, host_toolchain
+from executorch_moe.backends.cuda.cross.placeholder_weights import WeightStandIns
+from executorch_moe.backends.cuda.cross.static_choices import StaticChoices
 from executorch_moe.backends.cuda.overlapped_launches import overlapped_launches, unknown_host_code
-from executorch_moe.backends.cuda.patches.registry import (
-    CROSS,
-    LOCK,
-    OUTPUTS,
-    VERSIONS,
-    WEIGHTS,
-    Replace,
-    problem,
-    problems,
-    refusal,
-    replacing,
-)
-from executorch_moe.backends.cuda.static_choices import StaticChoices
-from executorch_moe.backends.cuda.weight_stand_ins import WeightStandIns
 from executorch_moe.kernels.gpus import GpuModel
+
+from .registry import CROSS, LOCK, OUTPUTS, VERSIONS, WEIGHTS, Replace, problem, problems, refusal, replacing
 
 SMALL = 4096
 """Elements of a computation that may be done with others far away in the program: one launch instead of many."""

@@ -1,0 +1,101 @@
+"""One artifact for several GPU architectures: each method is there for each, as `decode@sm_90`, on the same weights.
+
+ExecuTorch's CUDA runtime loads the one library that a delegate names, so what can be chosen at load is the method. The
+libraries are small beside the weights, which all methods share by name; only the methods of the GPU that is there are
+loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Iterable
+
+import torch
+
+from executorch_moe.kernels.gpus import GpuModel
+
+from .cubin import find_gpu_code
+
+Capability = tuple[int, int]
+_SEPARATOR = "@"
+# cuDeviceGetAttribute: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+_MAJOR, _MINOR = 75, 76
+
+
+def method_for(method: str, model: GpuModel) -> str:
+    """Name of a method that is compiled for one of several GPUs."""
+    return f"{method}{_SEPARATOR}{model.arch}"
+
+
+def split_method(name: str) -> tuple[str, int | None]:
+    """(method, 90) of `method@sm_90`; (name, None) of any other name."""
+    found = re.fullmatch(rf"(.+){_SEPARATOR}sm_(\d+)", name)
+    return (found[1], int(found[2])) if found else (name, None)
+
+
+def pick_methods(names: Iterable[str], capability: Capability | None) -> dict[str, str]:
+    """Which methods to load: method -> its name in the program, for the GPU that is there.
+
+    Code runs on GPUs of its major version that are not older, so of several the newest of these is taken.
+
+    Args:
+        names: all methods of the program. capability: of the GPU, or None if there is none.
+
+    Raises:
+        RuntimeError: a method that is there for other architectures only; names both.
+    """
+    chosen: dict[str, str] = {}
+    found: dict[str, dict[int, str]] = {}
+    for name in names:
+        method, sm = split_method(name)
+        if sm is None:
+            chosen[method] = name
+        else:
+            found.setdefault(method, {})[sm] = name
+    for method, by_sm in found.items():
+        usable = [sm for sm in by_sm if capability is not None and _runs(sm, capability)]
+        if not usable:
+            raise RuntimeError(_mismatch(f"method {method}", [f"sm_{sm}" for sm in by_sm], capability))
+        chosen[method] = by_sm[max(usable)]
+    return dict(sorted(chosen.items()))
+
+
+def check_arch(library: bytes | memoryview, capability: Capability, where: str) -> None:
+    """Check that a delegate's library has code for a device.
+
+    Raises:
+        RuntimeError: it has code for other architectures only; names both.
+    """
+    codes = find_gpu_code(library)
+    if codes and not any(code.runs_on(capability) for code in codes):
+        raise RuntimeError(_mismatch(where, [code.arch for code in codes], capability))
+
+
+def gpu_capability() -> Capability | None:
+    """Compute capability of the first GPU, asked of the driver where torch is a CPU build; None without a GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_capability()
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, parts = ctypes.c_int(), (ctypes.c_int(), ctypes.c_int())
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    for part, attribute in zip(parts, (_MAJOR, _MINOR), strict=True):
+        if driver.cuDeviceGetAttribute(ctypes.byref(part), attribute, device):
+            return None
+    return parts[0].value, parts[1].value
+
+
+def _runs(sm: int, capability: Capability) -> bool:
+    return sm // 10 == capability[0] and sm % 10 <= capability[1]
+
+
+def _mismatch(where: str, archs: Iterable[str], capability: Capability | None) -> str:
+    listed = ", ".join(sorted(set(archs)))
+    if capability is None:
+        return f"{where} was exported for {listed}, and there is no GPU: load it on a machine with one of these"
+    here = f"sm_{capability[0]}{capability[1]}"
+    return f"{where} was exported for {listed}, this GPU is {here}: export it again with --target {here}"

@@ -1,0 +1,128 @@
+"""`MoECudaPartitioner`: ExecuTorch's CUDA partitioner for models with fused experts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any
+
+import torch
+from executorch.backends.aoti.aoti_backend import COMPILE_SPEC_KEYS
+from executorch.backends.aoti.aoti_partitioner import AotiPartitioner
+from executorch.backends.cuda.cuda_backend import CudaBackend
+from executorch.exir.backend.compile_spec_schema import CompileSpec
+from executorch.exir.backend.partitioner import DelegationSpec, PartitionResult
+from executorch.exir.passes.propagate_device_pass import TARGET_DEVICE_COMPILE_SPEC_KEY
+from torch.export.exported_program import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+import executorch_moe.kernels  # noqa: F401  registers torch.ops.executorch_moe
+from executorch_moe.backends.artifact.weight_metadata import MUTATED_BUFFERS_KEY
+from executorch_moe.backends.fusion import ExpertFuser, FusingPartitioner, FusionOptions
+
+from .missing_operators import check_operators
+from .torch_defects import avoid_defects
+
+# torch._inductor.graph.GraphLowering.can_inline_constant
+_INLINED_ELEMENTS = 8
+
+
+class MoECudaPartitioner(FusingPartitioner, AotiPartitioner):
+    """Delegates a program to ExecuTorch's `CudaBackend`, fused experts included; a drop-in for `CudaPartitioner`.
+
+    Expert layers of the program, those of unmodified transformers models too, become `fused_experts` nodes on packed
+    weights. Such a node reaches AOTInductor as one node, which opens it and embeds our kernels.
+    CudaPartitioner is final, so this derives from its base and gives the same delegate id and compile specs.
+
+    Partitioning switches off, for the process, settings of Inductor that make wrong programs (`torch_defects`).
+
+    Args:
+        compile_spec: compile specs of CudaBackend. `method_name` defaults to "forward" (name each method of a program
+            with several: the runtime finds per-method options by it), `target_device` to "cuda:0".
+        fusion: scheme and group size, or the fuser that all methods of a program share.
+
+    Raises:
+        TypeError: `compile_spec` is something else, as the options that the CPU partitioner takes first.
+    """
+
+    def __init__(
+        self, compile_spec: list[CompileSpec] | None = None, fusion: FusionOptions | ExpertFuser | None = None
+    ) -> None:
+        specs = _listed(compile_spec)
+        given = {spec.key for spec in specs}
+        if COMPILE_SPEC_KEYS.METHOD_NAME.value not in given:
+            specs.append(CudaBackend.generate_method_name_compile_spec("forward"))
+        if TARGET_DEVICE_COMPILE_SPEC_KEY not in given:
+            specs.append(CompileSpec(TARGET_DEVICE_COMPILE_SPEC_KEY, b"cuda:0"))
+        super().__init__(CudaBackend.__name__, specs)
+        self.set_fusion(fusion)
+
+    def transform_for_pre_decomposition(self, exported_program: ExportedProgram) -> ExportedProgram:
+        """Fuse the experts, and check that ExecuTorch's CUDA runtime has what is left.
+
+        Raises:
+            NotImplementedError: experts that cannot be fused, unless `require_fused` is off; operators that the
+                runtime lacks (`MissingOperatorsError`).
+        """
+        fused = self.fuse_experts(exported_program)
+        check_operators(fused)
+        return fused
+
+    def partition(self, exported_program: ExportedProgram) -> PartitionResult:
+        """Tag the program for CudaBackend and record which buffers it mutates.
+
+        The weight metadata that CudaBackend writes does not say which tensors are state (a KV cache). The delegate host
+        needs to know to restore just those; CudaBackend itself ignores compile specs that it does not know.
+
+        Raises:
+            NotImplementedError: a mutated buffer so small that Inductor would compile its initial value in.
+        """
+        mutated = sorted(set(exported_program.graph_signature.buffers_to_mutate.values()))
+        check_state(exported_program, mutated)
+        avoid_defects()  # the delegate is compiled after this returns
+        result = super().partition(exported_program)
+        spec = CompileSpec(MUTATED_BUFFERS_KEY, "\n".join(mutated).encode())
+        tags = {tag: _with_spec(delegation, spec) for tag, delegation in result.partition_tags.items()}
+        return replace(result, partition_tags=tags)
+
+
+def check_state(exported_program: ExportedProgram, mutated: Collection[str]) -> None:
+    """Check that a program's state survives AOTInductor, which compiles tiny tensors in as constants.
+
+    A method that reads such a buffer would see its initial value for ever, without an error anywhere (seen with torch
+    2.13: 1-D up to 8 elements are inlined, single elements of any rank are folded).
+
+    Args:
+        exported_program: the program.
+        mutated: names of buffers that this or another method of the same file writes to.
+
+    Raises:
+        NotImplementedError: a mutated buffer that would be compiled in.
+    """
+    for spec in exported_program.graph_signature.input_specs:
+        if spec.kind != InputKind.BUFFER or spec.target not in mutated:
+            continue
+        buffer = exported_program.state_dict.get(spec.target, exported_program.constants.get(spec.target))
+        if not isinstance(buffer, torch.Tensor):
+            continue
+        if buffer.numel() == 1 or (buffer.dim() == 1 and buffer.numel() <= _INLINED_ELEMENTS):
+            raise NotImplementedError(
+                f"mutated buffer {spec.target!r} has shape {list(buffer.shape)}: AOTInductor would compile its initial "
+                f"value in. Give it more than {_INLINED_ELEMENTS} elements, or pass it to the method as an input"
+            )
+
+
+def _listed(compile_spec: Any) -> list[CompileSpec]:
+    if compile_spec is None:
+        return []
+    if not isinstance(compile_spec, list | tuple) or not all(isinstance(spec, CompileSpec) for spec in compile_spec):
+        raise TypeError(
+            f"compile_spec is a {type(compile_spec).__name__}, expected a list of CompileSpec: pass how to fuse by "
+            "name, as MoECudaPartitioner(fusion=FusionOptions('w4a16'))"
+        )
+    return list(compile_spec)
+
+
+def _with_spec(delegation: DelegationSpec, spec: CompileSpec) -> DelegationSpec:
+    kept = [other for other in delegation.compile_specs if other.key != spec.key]
+    return DelegationSpec(delegation.backend_id, [*kept, spec])

@@ -1,0 +1,271 @@
+"""`bench kernel`: one expert layer, ours and others, over shapes, token counts and routings, as a table and a plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from executorch_moe.export.files import written_aside
+from executorch_moe.export.models.upstream_experts import operator
+from executorch_moe.kernels.experts.plan import Options
+from executorch_moe.kernels.measure.compile import CompileJob, compile_ahead
+from executorch_moe.kernels.measure.timing import (
+    H200_BYTES,
+    H200_FLOPS,
+    SHAPES,
+    LayerInputs,
+    Shape,
+    floor_us,
+    random_packed,
+    time_graph,
+    with_tokens,
+    work,
+)
+from executorch_moe.kernels.schemes import get_scheme
+from executorch_moe.kernels.tuning.configs import GROUP_SIZES_M
+
+from .rivals import Step, torch_grouped_mm, upstream
+
+OURS = {
+    "ours": Options(),
+    "ours-heuristic": Options(tables=False),
+    "ours-grouped": Options(path="grouped"),
+    "ours-tile": Options(path="grouped", persistent=False),
+    **{f"ours-g{g}": Options(path="grouped", group_size_m=g) for g in GROUP_SIZES_M},
+    **{f"ours-tile-g{g}": Options(path="grouped", persistent=False, group_size_m=g) for g in GROUP_SIZES_M},
+}
+"""Ours as it comes; without the tables; the grouped path for any number of tokens; one CTA a tile; and these two with
+GROUP_SIZE_M row blocks in a group of the tile order."""
+
+# Implementation -> schemes that it has.
+IMPLEMENTATIONS = {
+    **dict.fromkeys(OURS, ("w4a16", "w4a8", "bf16")),
+    "upstream-dec": ("w4a16",),
+    "upstream-a16": ("w4a16",),
+    "upstream-a8": ("w4a8",),
+    "torch-grouped-mm": ("bf16",),
+}
+UPSTREAM = {
+    "upstream-dec": "fused_moe",
+    "upstream-a16": "fused_moe_batched_gemm",
+    "upstream-a8": "fused_moe_batched_gemm_int8",
+}
+ROUTINGS = ("uniform", "zipf", "hot")
+FORMATS = ("md", "json")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. `vs_upstream`: the best upstream time of the same tokens over this one, if measured."""
+
+    shape: str
+    routing: str
+    tokens: int
+    scheme: str
+    implementation: str
+    microseconds: float
+    tflops: float
+    gbytes: float
+    floor: float
+    vs_upstream: float | None = None
+
+
+@dataclass(frozen=True)
+class KernelBenchmark:
+    """What is to be measured; checked when made.
+
+    Attributes:
+        shape: a preset's name, or numbers: ExTOP_KxHxI or ExTOP_KxHxIxGROUP_SIZE, as 128x8x2048x768x128.
+        tokens, implementations, schemes: each combination that exists is measured.
+        routing: "uniform", "zipf" (1.2) or "hot" (all tokens to the same top_k experts).
+        layers: with different weights and routing in one CUDA graph. replays: the median is over these.
+    """
+
+    shape: str = "qwen35"
+    tokens: tuple[int, ...] = (1, 8, 64, 512, 1642, 4096)
+    implementations: tuple[str, ...] = ("ours", "ours-tile")
+    schemes: tuple[str, ...] = ("w4a16",)
+    routing: str = "uniform"
+    layers: int = 3
+    replays: int = 25
+
+    def __post_init__(self) -> None:
+        parse_shape(self.shape)
+        for what, values, known in (
+            ("implementation", self.implementations, IMPLEMENTATIONS),
+            ("routing", (self.routing,), ROUTINGS),
+        ):
+            for value in values:
+                if value not in known:
+                    raise ValueError(f"{what}={value!r} is unknown: use one of {', '.join(known)}")
+        for scheme in self.schemes:
+            get_scheme(scheme)
+        if not self.tokens or min(self.tokens) < 1:
+            raise ValueError(f"tokens={list(self.tokens)} must be one or more positive numbers, as 1,64,512")
+        if min(self.layers, self.replays) < 1:
+            raise ValueError(f"layers={self.layers} and replays={self.replays} must be at least 1")
+        if not self.pairs():
+            raise ValueError(
+                f"none of {', '.join(self.implementations)} has scheme {', '.join(self.schemes)}: "
+                + "; ".join(f"{name} has {', '.join(has)}" for name, has in IMPLEMENTATIONS.items())
+            )
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Implementation and scheme of each column to measure."""
+        return [(i, s) for i in self.implementations for s in self.schemes if s in IMPLEMENTATIONS[i]]
+
+    def run(self) -> Iterator[Row]:
+        """Measure; yields a row as soon as it is known. One implementation's weights are on the GPU at a time.
+
+        Raises:
+            ValueError: no GPU.
+        """
+        if not torch.cuda.is_available():
+            raise ValueError(f"torch {torch.__version__} sees no GPU: run this where kernels can be timed")
+        shape = parse_shape(self.shape)
+        for implementation, _ in self.pairs():
+            if implementation in UPSTREAM:
+                operator(UPSTREAM[implementation])  # missing: said before anything is measured
+        compile_ahead(
+            [CompileJob(shape, s, tokens, OURS[i]) for i, s in self.pairs() if i in OURS for tokens in self.tokens]
+        )
+        for implementation, scheme in self.pairs():
+            generator = torch.Generator("cuda").manual_seed(0)
+            steps, packed = [], []
+            for _ in range(self.layers):
+                packed.append(random_packed(shape, scheme, "cuda", generator) if implementation in OURS else None)
+                steps.append(step_of(implementation, shape, generator))
+            for tokens in self.tokens:
+                # The same tokens and routing for every implementation.
+                routing = torch.Generator("cuda").manual_seed(tokens)
+                inputs = [with_tokens(p, shape, tokens, self.routing, routing) for p in packed]
+                if implementation in OURS:
+                    result = steps[0](inputs[0])
+                    inputs[0].answer.check(result, f"{implementation} {scheme} at {tokens} tokens")
+                us = time_graph(
+                    [partial(step, layer) for step, layer in zip(steps, inputs, strict=True)],
+                    self.replays,
+                )
+                flops, nbytes = work(shape, scheme, inputs)
+                yield Row(
+                    shape.name, self.routing, tokens, scheme, implementation, us,
+                    flops / us / 1e6, nbytes / us / 1e3, us / floor_us(shape, scheme, inputs),
+                )  # fmt: skip
+            del steps, packed
+            torch.cuda.empty_cache()
+
+
+def step_of(implementation: str, shape: Shape, generator: torch.Generator) -> Step:
+    """One layer of an implementation, with weights of its own if it is not ours."""
+    if implementation in OURS:
+        options = OURS[implementation]
+
+        def ours(layer: LayerInputs) -> torch.Tensor:
+            return layer.run(options)
+
+        return ours
+    if implementation in UPSTREAM:
+        return upstream(UPSTREAM[implementation], shape, generator)
+    return torch_grouped_mm(shape, generator)
+
+
+def parse_shape(text: str) -> Shape:
+    """A preset by name, or a shape by numbers.
+
+    Raises:
+        ValueError: neither; the message lists the presets.
+    """
+    if text in SHAPES:
+        return SHAPES[text]
+    try:
+        numbers = [int(part) for part in text.split("x")]
+        if len(numbers) not in (4, 5) or min(numbers) < 1 or numbers[1] > numbers[0]:
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"shape={text!r} is unknown: use one of {', '.join(SHAPES)}, or numbers as ExTOP_KxHxIxGROUP_SIZE "
+            "(128x8x2048x768x128) with TOP_K <= E"
+        ) from None
+    return Shape(text, *numbers)
+
+
+def with_ratios(rows: Iterable[Row]) -> list[Row]:
+    """Rows sorted by tokens, with their ratio to the fastest upstream row of the same tokens."""
+    rows = list(rows)
+    best: dict[int, float] = {}
+    for row in rows:
+        if row.implementation in UPSTREAM:
+            best[row.tokens] = min(row.microseconds, best.get(row.tokens, row.microseconds))
+    filled = [
+        Row(**{**asdict(row), "vs_upstream": best[row.tokens] / row.microseconds if row.tokens in best else None})
+        for row in rows
+    ]
+    return sorted(filled, key=lambda row: (row.tokens, row.scheme, row.implementation))
+
+
+def header(benchmark: KernelBenchmark) -> str:
+    """GPU, versions and method in one paragraph."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "triton"))
+    return (
+        f"{device}, {versions}. One expert layer, shape {benchmark.shape}, {benchmark.routing} routing: routing, "
+        f"GEMMs, activation and sum over top_k. Median of {benchmark.replays} replays of a CUDA graph of "
+        f"{benchmark.layers} layers with different weights and routing. Floor: {H200_FLOPS / 1e12:.0f} TFLOP/s, "
+        f"{H200_BYTES / 1e12:.1f} TB/s of touched weights (measured on an H200)."
+    )
+
+
+def markdown(benchmark: KernelBenchmark, rows: Sequence[Row]) -> str:
+    """Header and table."""
+    lines = [
+        header(benchmark),
+        "",
+        "| tokens | scheme | implementation | us | TFLOP/s | GB/s | times the floor | speed against upstream |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        ratio = "" if r.vs_upstream is None else f"{r.vs_upstream:.2f}x"
+        lines.append(
+            f"| {r.tokens} | {r.scheme} | {r.implementation} | {r.microseconds:.1f} | {r.tflops:.1f} | {r.gbytes:.0f} "
+            f"| {r.floor:.2f} | {ratio} |"
+        )
+    return "\n".join(lines)
+
+
+def as_json(benchmark: KernelBenchmark, rows: Sequence[Row]) -> str:
+    """Everything, for programs."""
+    return json.dumps(
+        {"method": header(benchmark), "benchmark": asdict(benchmark), "rows": [asdict(row) for row in rows]}, indent=2
+    )
+
+
+def plot(benchmark: KernelBenchmark, rows: Sequence[Row], path: Path) -> None:
+    """Microseconds over tokens, one line an implementation and scheme, with the floor; written aside, then renamed.
+
+    Raises:
+        ValueError: matplotlib is not installed, or does not know the file's ending.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("a plot needs matplotlib: pip install 'executorch-moe[bench]'") from None
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, scheme in dict.fromkeys((r.implementation, r.scheme) for r in rows):
+        line = [r for r in rows if (r.implementation, r.scheme) == (name, scheme)]
+        axes.plot([r.tokens for r in line], [r.microseconds for r in line], marker="o", label=f"{name} {scheme}")
+    tokens = sorted({r.tokens for r in rows})
+    floors = [min(r.microseconds / r.floor for r in rows if r.tokens == t) for t in tokens]
+    axes.plot(tokens, floors, color="grey", linestyle="--", label="floor")
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="microseconds a layer")
+    axes.set_title(f"{benchmark.shape}, {benchmark.routing} routing")
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend()
+    with written_aside(path) as aside:
+        figure.savefig(aside)

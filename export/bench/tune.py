@@ -1,0 +1,53 @@
+"""`executorch-moe tune`: measures configurations of one layer and puts the best into a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from executorch_moe.export.files import write_aside
+from executorch_moe.kernels.measure.compile import compile_ahead
+from executorch_moe.kernels.measure.tune import Tuner, entry, with_entry
+from executorch_moe.kernels.tuning.tables import TunedLayer, table_path
+
+from .kernel import parse_shape
+from .model import versions
+
+
+def tune_layer(shape_text: str, scheme: str, out: Path | None, layers: int, console: Console) -> Path:
+    """Tune on the GPU of this machine and write the table; returns its path.
+
+    Args:
+        shape_text: a preset, or numbers as for `bench kernel`. scheme: "w4a16", "w4a8" or "bf16".
+        out: the table; None takes the package's own for this GPU. Other layers in it are kept.
+        layers: with different weights in one measurement.
+
+    Raises:
+        ValueError: no GPU, an unknown shape or scheme, or a file that is no table.
+    """
+    if layers < 1:
+        raise ValueError(f"layers={layers} must be at least 1")
+    shape = parse_shape(shape_text)
+    if not torch.cuda.is_available():
+        raise ValueError(f"torch {torch.__version__} sees no GPU: run this where kernels can be timed")
+    tuner = Tuner(shape, scheme, layers)
+    path = out or table_path(tuner.gpu)
+    before = path.read_text(encoding="utf-8") if path.is_file() else None
+    made_by = {
+        "gpu": torch.cuda.get_device_name(),
+        "command": f"executorch-moe tune --shape {shape_text} --scheme {scheme} --layers {layers}",
+        **versions(("torch", "triton")),
+    }
+    with_entry(before, made_by, entry(tuner.layer, tuner.scheme, TunedLayer((), ())))  # a bad file fails now, not then
+    trials = tuner.trials()
+    with Progress(console=console, transient=True) as progress:
+        jobs = tuner.jobs(trials)
+        compiling = progress.add_task("compiling", total=len(jobs))
+        compile_ahead(jobs, on_done=lambda: progress.advance(compiling))
+        timing = progress.add_task("timing", total=len(trials))
+        tuned = tuner.run(on_trial=lambda trial, us: progress.advance(timing))
+    write_aside(path, with_entry(before, made_by, entry(tuner.layer, tuner.scheme, tuned)))
+    return path

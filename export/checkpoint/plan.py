@@ -1,0 +1,348 @@
+"""A model folder as a plan: which stored tensors make which weight of the model, checked before any is read.
+
+The renames and merges are transformers' own (`conversion_mapping`), so every layout that it loads is understood here:
+one matrix an expert, as checkpoints on the Hub have them, and the stacked ones that transformers 5 writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from executorch_moe.export.models.pretrained import plain_outputs_, require_transformers, special_tokens
+
+from . import tied_weights
+from .shards import COMPLETE, ShardReader, Shards, all_finite, listed
+
+_FLOATS = ("BF16", "F16", "F32", "F64")
+# Buffers that older transformers versions wrote and newer ones compute.
+_IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+# Layers that predict further tokens (multi-token prediction), which transformers does not run. They are stored behind
+# the decoder layers, and have weights that no decoder layer has, or under a name of their own.
+_NUMBERED = re.compile(r"^(?P<list>.*\blayers)\.(?P<number>\d+)\.(?P<rest>.*)$")
+_OF_PREDICTION = re.compile(r"^(eh_proj|enorm|hnorm|shared_head)\.")
+_PREDICTION = re.compile(r"(^|\.)mtp(_layers|_block|_heads)?\.")
+COMPARED_ROWS = 4096
+"""Rows of two stored matrices that are compared at a time."""
+
+
+def empty_model(folder: Path, dtype: torch.dtype, attention: str) -> nn.Module:
+    """The model of config.json in eval mode, its parameters on the meta device, its buffers as made.
+
+    Raises:
+        ValueError: a configuration that transformers refuses, or see `special_tokens`.
+    """
+    transformers = require_transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        plain_outputs_(config)
+        # Weights that are stored in fp8 are read as bf16; the model's layers are plain ones.
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with _parameters_on_meta():
+            model: nn.Module = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention
+            )
+    except Exception as error:  # transformers, its dataclasses and torch each raise their own kinds here
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{folder / 'config.json'} makes no model ({reason}): correct it, or take the one that the model was "
+            "published with"
+        ) from error
+    special_tokens(folder, config)
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Within it, modules are made without memory for parameters; buffers (rotary frequencies) get their values.
+
+    Modules that other threads make meanwhile are left alone.
+    """
+    mine = threading.get_ident()
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if threading.get_ident() != mine:  # hooks are the process's
+            return None
+        return nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    hook = register_module_parameter_registration_hook(on_meta)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@dataclass
+class Source:
+    """What one weight of the model is made of.
+
+    Attributes:
+        target: name in the model. Converters that make several weights of one tensor go by the first.
+        converter: transformers' WeightConverter, None for a tensor that is only renamed.
+        names: the converter's source pattern -> stored tensors, in order (experts by number).
+    """
+
+    target: str
+    converter: Any = None
+    names: dict[str, list[str]] = field(default_factory=dict)
+
+    def stacks_experts(self) -> bool:
+        """True if stored tensor i of each pattern is expert i: a run of experts is made of a run of tensors."""
+        first: Any = self.converter.operations[0] if self.converter is not None else None
+        return type(first).__name__ == "MergeModulelist" and first.dim == 0
+
+    def all_names(self) -> list[str]:
+        """The stored tensors, pattern by pattern."""
+        return [name for names in self.names.values() for name in names]
+
+
+class CheckpointPlan:
+    """Which stored tensors make which weight of `model`. Making it reads no weights.
+
+    Raises:
+        ValueError: tensors that are missing, that the model has no use for, of another shape or of a type that is no
+            plain float. Each message names the first ones.
+    """
+
+    def __init__(self, model: nn.Module, shards: Shards) -> None:
+        self.model, self.shards = model, shards
+        self.state: dict[str, Tensor] = model.state_dict(keep_vars=True)
+        self.sources = self._match()
+        self.made = self._check_shapes()
+        self._check_missing()
+
+    # ------------------------------------------------------------------ matching, before anything is read
+
+    def _match(self) -> dict[str, Source]:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            dot_natural_key,
+            rename_source_key,
+        )
+
+        model: Any = self.model
+        mapping = get_model_conversion_mapping(model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+        sources: dict[str, Source] = {}
+        unexpected = []
+        for name in sorted(self.shards.tensors, key=dot_natural_key):
+            target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, self.state)
+            if target not in self.state and name in self.state:
+                target, pattern = name, None
+            if target not in self.state:
+                unexpected.append(name)
+                continue
+            converter = by_pattern[pattern] if pattern is not None else None
+            source = sources.setdefault(target, Source(target, converter))
+            source.names.setdefault(pattern or "", []).append(name)
+        further = self._prediction_layers(unexpected)
+        unexpected = [name for name in unexpected if not self._is_ignored(name, "unexpected")]
+        if unexpected := [name for name in unexpected if not (_PREDICTION.search(name) or name.startswith(further))]:
+            raise ValueError(
+                f"{self.shards.folder} has {_tensors(unexpected)} that {type(model).__name__} has no use for: "
+                "check that config.json and weights are of the same model"
+            )
+        return sources
+
+    def _is_ignored(self, name: str, kind: str) -> bool:
+        """True for names that the model class declares it can do without ("missing"), or ignores ("unexpected")."""
+        attribute = f"_keys_to_ignore_on_load_{kind}"
+        patterns = {p for module in self.model.modules() for p in getattr(module, attribute, None) or ()}
+        return bool(_IGNORED.search(name)) or any(re.search(pattern, name) for pattern in patterns)
+
+    def _prediction_layers(self, names: list[str]) -> tuple[str, ...]:
+        """Prefixes of stored layers that only predict further tokens; each comes after the model's last layer."""
+        model: Any = self.model
+        found = {
+            f"{match['list']}.{match['number']}."
+            for match in map(_NUMBERED.match, names)
+            if match and _OF_PREDICTION.match(match["rest"]) and int(match["number"]) >= model.config.num_hidden_layers
+        }
+        return tuple(sorted(found))
+
+    def _check_shapes(self) -> set[str]:
+        """Makes every weight of tensors without data; returns the names of the weights."""
+        made: set[str] = set()
+        for source in self.sources.values():
+            self._check_experts(source)
+            tensors = {
+                pattern: [torch.empty(self._shape(name), device="meta") for name in names]
+                for pattern, names in source.names.items()
+            }
+            for target, tensor in self._convert(source, tensors).items():
+                made.add(target)
+                expected = tuple(self.state[target].shape) if target in self.state else None
+                if tuple(tensor.shape) != expected:
+                    raise ValueError(
+                        f"{listed(source.all_names(), 1)} of {self.shards.folder} makes {target} "
+                        f"{list(tensor.shape)}, but config.json asks for {list(expected or ())}: "
+                        "check that config.json and weights are of the same model"
+                    )
+        return made
+
+    def _check_experts(self, source: Source) -> None:
+        """The stored tensors of a weight: plain floats, of one shape, and none missing between the first and last."""
+        for name in source.all_names():
+            stored = self.shards.tensors[name]
+            if stored.dtype not in _FLOATS and stored.scale is None and self.state[source.target].is_floating_point():
+                raise ValueError(
+                    f"{name} of {self.shards.folder} is stored as {stored.dtype}, expected {', '.join(_FLOATS)}: "
+                    "use the checkpoint in bf16"
+                )
+        if not source.stacks_experts():
+            return
+        for pattern in source.converter.source_patterns:
+            names = source.names.get(pattern, [])
+            prefix, _, suffix = pattern.partition("*")
+            if not names:
+                raise ValueError(
+                    f"{self.shards.folder} has no tensor {prefix.strip('.')}.*{suffix} for {source.target}: {COMPLETE}"
+                )
+            count = self.state[source.target].shape[0]
+            numbers = [int(_expert_number(name, suffix)) for name in names]
+            if absent := sorted(set(range(count)) - set(numbers)):
+                like = names[0]
+                number = _expert_number(like, suffix)
+                lacking = [like.replace(f".{number}{suffix}", f".{i}{suffix}") for i in absent]
+                raise ValueError(f"{self.shards.folder} lacks {_tensors(lacking)}: {COMPLETE}")
+            if beyond := [name for name, number in zip(names, numbers, strict=True) if number >= count]:
+                raise ValueError(
+                    f"{self.shards.folder} has {_tensors(beyond)} beyond the {count} experts of config.json: "
+                    "check that config.json and weights are of the same model"
+                )
+            shapes = {name: self._shape(name) for name in names}
+            for name, shape in shapes.items():
+                if shape != shapes[names[0]]:
+                    raise ValueError(
+                        f"{name} has shape {list(shape)}, but {names[0]} has {list(shapes[names[0]])}: "
+                        "the experts of a layer must have one shape"
+                    )
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return self.shards.tensors[name].shape
+
+    def _check_missing(self) -> None:
+        made = self.made | tied_weights.supplied(self.model, self.made)
+        missing = [name for name in self.state if name not in made and not self._is_ignored(name, "missing")]
+        if missing:
+            remedy = tied_weights.untied_remedy(self.model, missing, made) or COMPLETE
+            raise ValueError(f"{self.shards.folder} lacks {_tensors(missing)}: {remedy}")
+
+    # ------------------------------------------------------------------ reading
+
+    def targets_below(self, module: str) -> list[str]:
+        """Weights below a module, by the names of their sources."""
+        return [target for target in self.sources if below(target, module)]
+
+    def names_below(self, module: str) -> list[str]:
+        """Stored tensors of which the weights below a module are made."""
+        return [name for target in self.targets_below(module) for name in self.sources[target].all_names()]
+
+    def can_read_runs(self, target: str) -> bool:
+        """True if `read_experts` reads no more of `target` than it returns."""
+        source = self.sources[target]
+        return source.converter is None or source.stacks_experts()
+
+    def read(self, reader: ShardReader, target: str) -> dict[str, Tensor]:
+        """The weight `target`, and what else is made of the same tensors, as stored (not yet converted in type)."""
+        source = self.sources[target]
+        tensors = {pattern: [reader.read(name) for name in names] for pattern, names in source.names.items()}
+        return self._convert(source, tensors)
+
+    def read_experts(self, reader: ShardReader, target: str, run: slice) -> Tensor:
+        """Experts `run` of the stacked weight `target`."""
+        source = self.sources[target]
+        if not self.can_read_runs(target):
+            return self.read(reader, target)[target][run]
+        if source.converter is None:
+            return reader.read(source.all_names()[0], run)
+        tensors = {pattern: [reader.read(name) for name in names[run]] for pattern, names in source.names.items()}
+        return self._convert(source, tensors)[target]
+
+    def _convert(self, source: Source, tensors: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+        if source.converter is None:
+            return {source.target: tensors[""][0]}
+        converter = copy.deepcopy(source.converter)
+        for pattern, parts in tensors.items():
+            for tensor in parts:
+                converter.add_tensor(source.target, source.target, pattern, tensor)
+        made = converter.convert(source.target, model=self.model, config=self.model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def load(self, except_below: tuple[str, ...] = ()) -> None:
+        """Reads every weight into the model, in the model's types, but those below some modules."""
+        for target in self.sources:
+            if any(below(target, module) for module in except_below):
+                continue
+            # A reader of its own: the file's pages are given back before the next weight is read.
+            with self.shards.reader() as reader:
+                for name, tensor in self.read(reader, target).items():
+                    converted = tensor.to(dtype := self.state[name].dtype, copy=True)
+                    if tensor.dtype.itemsize > dtype.itemsize and not all_finite(converted):
+                        raise ValueError(
+                            f"{name} of {self.shards.folder} holds values that {str(dtype).removeprefix('torch.')} "
+                            "cannot hold: export with --dtype fp32, or use another checkpoint"
+                        )
+                    set_weight(self.model, name, converted)
+        self.share_weights(self.model)
+
+    def share_weights(self, model: nn.Module) -> None:
+        """Makes one weight of those that are one in this checkpoint, in a model whose weights are set."""
+        tied_weights.share(model, self._shared)
+
+    @functools.cached_property
+    def _shared(self) -> dict[str, str]:
+        return tied_weights.shared(self.model, self.made, self._are_equal)
+
+    def _are_equal(self, first: str, second: str) -> bool:
+        """True for two stored weights that are the same in the model's types."""
+        dtype, shape = self.state[first].dtype, self.state[first].shape
+        if shape != self.state[second].shape:
+            return False
+        for start in range(0, shape[0], COMPARED_ROWS):
+            rows = slice(start, start + COMPARED_ROWS)
+            with self.shards.reader() as reader:
+                one, other = (self.read_experts(reader, name, rows).to(dtype) for name in (first, second))
+                if not torch.equal(one, other):
+                    return False
+        return True
+
+
+def below(name: str, module: str) -> bool:
+    """True for the name of a weight below a module."""
+    return name.startswith(f"{module}.")
+
+
+def set_weight(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor in place of a parameter or buffer."""
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    if attribute in module._parameters:
+        module._parameters[attribute] = nn.Parameter(tensor.contiguous(), requires_grad=False)
+    else:
+        module._buffers[attribute] = tensor.contiguous()
+
+
+def _expert_number(name: str, suffix: str) -> str:
+    match = re.search(r"\.(\d+)" + re.escape(suffix) + "$", name)
+    return match[1] if match else "-1"
+
+
+def _tensors(names: list[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({listed(names)})"

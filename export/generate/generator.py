@@ -1,0 +1,338 @@
+"""Text from an exported model: prompt checks, prefill, the decode loop, and how long each took."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from executorch_moe.backends.artifact.digests import COPY_AGAIN
+from executorch_moe.backends.errors import said_in_one_line
+from executorch_moe.export.build import made_again
+from executorch_moe.export.models.sampling import Sampler
+from executorch_moe.export.report.metadata import MADE_FROM, TOKENIZER_DIGEST, TOKENIZER_SUFFIX, tokenizer_digest
+
+from .text_stream import TextStream as TextStream
+
+if TYPE_CHECKING:
+    from executorch_moe.backends.artifact.pte import PteFile
+    from executorch_moe.backends.cuda.placeholders import MakeWeights
+    from executorch_moe.backends.runtime.load import LoadedProgram
+
+METHODS = ("prefill", "decode")
+WARMUP_DECODE_STEPS = 4
+"""ExecuTorch captures a CUDA graph on the fourth call of a method; what comes before is slower and is not counted."""
+
+
+Pick = Callable[[Tensor, int], Tensor]
+
+
+@dataclass
+class Generation:
+    """Tokens of one run and the time they took."""
+
+    prompt_tokens: int
+    tokens: list[int] = field(default_factory=list)
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    stopped_by: str = ""
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens a second, up to and including the first new token."""
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else float("nan")
+
+    @property
+    def decode_rate(self) -> float:
+        """New tokens a second, the first not counted: it comes out of prefill."""
+        steps = len(self.tokens) - 1
+        return steps / self.decode_seconds if steps > 0 and self.decode_seconds else float("nan")
+
+
+class TextGenerator:
+    """An exported causal language model with its tokenizer."""
+
+    def __init__(self, program: LoadedProgram, tokenizer: Any, prefill_chunk: int | None = None) -> None:
+        """Wraps a loaded program and a `tokenizers.Tokenizer`.
+
+        Args:
+            prefill_chunk: most tokens of a prompt that one call takes; None: the whole prompt.
+
+        Raises:
+            ValueError: the program was not exported by `executorch-moe export`, or a chunk of no tokens.
+        """
+        if prefill_chunk is not None and prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk={prefill_chunk} must be at least 1: try 512")
+        missing = [name for name in METHODS if name not in program.method_names]
+        if missing:
+            raise ValueError(
+                f"the program has the methods {', '.join(program.method_names) or 'none'}, "
+                f"but not {', '.join(missing)}: give a .pte that `executorch-moe export` made"
+            )
+        self.program = program
+        self.tokenizer = tokenizer
+        self.prefill_chunk = prefill_chunk
+        # Artifacts of before methods could pick tokens do not say what they return.
+        says = "get_method_output" in program.constant_names
+        self.output = str(program.constant("get_method_output")) if says else "logits"
+        self.max_context = int(program.constant("get_max_context_len"))
+        self.vocabulary = int(program.constant("get_vocab_size"))
+        eos = program.constant("get_eos_ids")
+        self.eos_ids = frozenset(int(token) for token in (eos if isinstance(eos, (list, tuple)) else [eos]))
+
+    @classmethod
+    def load(
+        cls,
+        pte: Path,
+        runtime: str = "auto",
+        *,
+        cuda_graph: bool = False,
+        prefill_chunk: int | None = None,
+        verify: bool = True,
+    ) -> TextGenerator:
+        """Opens NAME.pte with NAME.ptd and NAME.tokenizer.json beside it.
+
+        Args:
+            runtime: as for `executorch_moe.backends.runtime.load.load`.
+            cuda_graph: replay decode as a CUDA graph.
+            prefill_chunk: see `__init__`.
+            verify: as for `executorch_moe.backends.runtime.load.load`.
+
+        Raises:
+            FileNotFoundError: one of the three files is missing.
+            ValueError: a file is damaged or belongs to something else, or the runtime cannot run it here.
+        """
+        from executorch_moe.backends.artifact.files import companion
+        from executorch_moe.backends.artifact.pte import PteFile
+        from executorch_moe.backends.runtime.load import load
+
+        pte = pte_path(pte)
+        if not pte.is_file():
+            raise FileNotFoundError(
+                f"artifact={str(pte)!r} is not a file: give the .pte that `executorch-moe export` made"
+            )
+        beside = companion(pte, TOKENIZER_SUFFIX)
+        _check_there(beside)
+        opened = PteFile(pte, verify=verify)
+        check_tokenizer(opened, beside)
+        tokenizer = read_tokenizer(beside)
+        graphs = ("decode",) if cuda_graph else ()
+        program = load(opened, runtime=runtime, cuda_graph=graphs, make_weights=synthetic_weights, verify=verify)
+        with said_in_one_line(f"{pte} cannot be used", COPY_AGAIN, ValueError):
+            return cls(program, tokenizer, prefill_chunk)
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of a prompt.
+
+        Raises:
+            ValueError: an empty prompt, one that is no text, or a token that the model does not have.
+        """
+        check_text(prompt)
+        ids: list[int] = self.tokenizer.encode(prompt).ids
+        if not ids:
+            raise ValueError(f"prompt={prompt!r} has no tokens: give at least one character")
+        if max(ids) >= self.vocabulary:
+            raise ValueError(
+                f"the prompt has token {max(ids)} but the model's vocabulary ends at {self.vocabulary - 1}: "
+                "the tokenizer beside the artifact belongs to another model; export it again"
+            )
+        return ids
+
+    def check_length(self, prompt_tokens: int, max_new_tokens: int | None) -> int:
+        """How many tokens may be generated: `max_new_tokens`, or what fits into the cache if it is None (128 at most).
+
+        Raises:
+            ValueError: the prompt or the tokens asked for do not fit into the exported cache.
+        """
+        # The last new token is never fed back, so it needs no place in the cache.
+        room = self.max_context - prompt_tokens + 1
+        if prompt_tokens > self.max_context:
+            raise ValueError(
+                f"the prompt has {prompt_tokens} tokens but the model was exported with "
+                f"max_context={self.max_context}: "
+                "shorten the prompt, or export again with a larger --max-context, up to the model's own limit"
+            )
+        if max_new_tokens is None:
+            return min(128, room)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        if max_new_tokens > room:
+            raise ValueError(
+                f"max_new_tokens={max_new_tokens} after a prompt of {prompt_tokens} tokens do not fit into "
+                f"max_context={self.max_context}: ask for {room} at most, or export again with a larger --max-context, "
+                "up to the model's own limit"
+            )
+        return max_new_tokens
+
+    def generate(
+        self,
+        prompt_ids: list[int],
+        max_new_tokens: int | None = None,
+        sampler: Sampler | None = None,
+        on_token: Callable[[int], None] | None = None,
+        ignore_eos: bool = False,
+    ) -> Generation:
+        """Generates from an empty cache and times it.
+
+        Prefill waits for its token. Decode waits for each token if somebody looks at it (end of text, `on_token`); else
+        tokens stay on the device, each the input of the next call, and the last one is waited for.
+
+        Args:
+            prompt_ids: token ids, at least one.
+            max_new_tokens: None takes what fits, 128 at most.
+            sampler: greedy by default.
+            on_token: called with each new token; its time is not counted.
+            ignore_eos: go on after an end-of-text token, for benchmarks.
+
+        Raises:
+            ValueError: nothing to start from, or more tokens than the exported cache holds; the runtime is not called.
+        """
+        if not prompt_ids:
+            raise ValueError("prompt_ids is empty: give at least one token")
+        limit = self.check_length(len(prompt_ids), max_new_tokens)
+        result = Generation(prompt_tokens=len(prompt_ids))
+        tokens = self.stream(prompt_ids, sampler)
+        start = time.perf_counter()
+        token = int(next(tokens))
+        result.prefill_seconds = time.perf_counter() - start
+        if ignore_eos and on_token is None:
+            start = time.perf_counter()
+            rest = [next(tokens) for _ in range(limit - 1)]
+            result.tokens = [token, *(torch.cat(rest).flatten().tolist() if rest else [])]
+            result.decode_seconds = time.perf_counter() - start
+            result.stopped_by = "max_new_tokens"
+            return result
+        while True:
+            result.tokens.append(token)
+            if on_token is not None:
+                on_token(token)
+            if token in self.eos_ids and not ignore_eos:
+                result.stopped_by = "end of text"
+                return result
+            if len(result.tokens) == limit:
+                result.stopped_by = "max_new_tokens" if max_new_tokens is not None else f"length {limit}"
+                return result
+            start = time.perf_counter()
+            token = int(next(tokens))
+            result.decode_seconds += time.perf_counter() - start
+
+    def stream(self, prompt_ids: list[int], sampler: Sampler | None = None) -> Iterator[Tensor]:
+        """Tokens after a prompt, int64 [1, 1] on the device, from an empty cache; each `next` makes one.
+
+        The caller counts: nothing here knows where the cache ends (`check_length` does).
+        """
+        self.program.reset()
+        return self._tokens(prompt_ids, self._picker(sampler or Sampler()))
+
+    def _tokens(self, prompt_ids: list[int], pick: Pick) -> Iterator[Tensor]:
+        chunk = self.prefill_chunk or len(prompt_ids)
+        ids = torch.tensor([prompt_ids], dtype=torch.int64, device=self.program.device)
+        for start in range(0, len(prompt_ids), chunk):
+            token = pick(ids[:, start : start + chunk], start)
+        for position in itertools.count(len(prompt_ids)):
+            yield token
+            token = pick(token, position)
+
+    def warm_up(self, prompt_tokens: int) -> None:
+        """Runs both methods at the size to come, so that one-time costs are not in the times."""
+        steps = min(WARMUP_DECODE_STEPS + 1, self.max_context - prompt_tokens + 1)
+        self.generate([0] * prompt_tokens, steps, ignore_eos=True)
+
+    def _picker(self, sampler: Sampler) -> Pick:
+        """(input_ids [1, T], position of the first) -> the next token, int64 [1, 1], both on the device."""
+        device = self.program.device
+        settings = sampler.inputs(device) if self.output == "token" else ()
+        if self.output == "greedy" and sampler.temperature > 0:
+            raise ValueError(
+                f"temperature={sampler.temperature} is not for this artifact, which always takes the likeliest token: "
+                "leave it out, or export with --output token"
+            )
+
+        def pick(input_ids: Tensor, position: int) -> Tensor:
+            end = position + input_ids.shape[1]
+            cache_position = torch.arange(position, end, dtype=torch.int64, device=device)
+            # prefill was exported for 2 tokens and more.
+            method = "prefill" if input_ids.shape[1] > 1 else "decode"
+            (out,) = self.program.run(method, input_ids, cache_position, *settings)
+            return out if self.output != "logits" else torch.tensor([[sampler(out, end)]], device=device)
+
+        return pick
+
+
+def pte_path(artifact: Path) -> Path:
+    """The .pte that is meant by its name with or without the ending, as `inspect` takes it."""
+    from executorch_moe.backends.artifact.files import artifact_paths
+
+    return artifact if artifact.is_file() else artifact_paths(artifact).pte
+
+
+def check_text(prompt: str) -> None:
+    """Check that a prompt is text: Python keeps bytes of a command line that are not UTF-8 as lone surrogates.
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"prompt={prompt!r} is not valid UTF-8 at character {error.start}: give the text in UTF-8"
+        ) from None
+
+
+def synthetic_weights(program: PteFile, device: torch.device) -> MakeWeights | None:
+    """What makes the weights of a synthetic model that was exported without them; None for other artifacts."""
+    if MADE_FROM not in program.constant_names:
+        return None
+    with said_in_one_line(f"{MADE_FROM} of the artifact cannot be read", COPY_AGAIN, ValueError):
+        choices: Any = SimpleNamespace(**json.loads(program.constant(MADE_FROM)))
+    return made_again(choices, device)
+
+
+def check_tokenizer(program: PteFile, path: Path) -> None:
+    """Check that a tokenizer.json is the one of the export; artifacts of before it was recorded pass.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    if TOKENIZER_DIGEST not in program.constant_names:
+        return
+    if program.constant(TOKENIZER_DIGEST) != tokenizer_digest(path.read_bytes()):
+        raise ValueError(
+            f"{path} is damaged or does not belong to the .pte beside it: its text differs from the tokenizer of that "
+            "export. Copy the tokenizer.json of the same export"
+        )
+
+
+def read_tokenizer(path: Path) -> Any:
+    """A `tokenizers.Tokenizer` from a tokenizer.json.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ModuleNotFoundError: the tokenizers package is missing.
+        ValueError: the file is not a tokenizer.
+    """
+    try:
+        from tokenizers import Tokenizer
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "tokenizers is not installed: text needs it; pip install 'executorch-moe[hf]'"
+        ) from None
+    _check_there(path)
+    with said_in_one_line(f"{path} is not a tokenizer", "copy the tokenizer.json of the same export", ValueError):
+        return Tokenizer.from_file(str(path))  # the bindings raise plain Exception
+
+
+def _check_there(tokenizer: Path) -> None:
+    if not tokenizer.is_file():
+        raise FileNotFoundError(
+            f"{tokenizer} is missing: copy it beside the .pte (an export writes .pte, .ptd and .tokenizer.json)"
+        )

@@ -1,0 +1,122 @@
+"""A decoder layer that does one token in few launches: two operators of ours round the experts, no kernels between.
+
+With more tokens it is transformers' layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from executorch_moe.export.quantize.dense import Int8Linear, is_one_row
+from executorch_moe.kernels.decode.op import fits_one_token
+
+from .attention import MergedAttention
+from .causal_lm import CacheView
+from .keywords import take_cache
+from .router import TopKFirstRouter
+
+
+class StreamlinedLayer(nn.Module):
+    """Takes the place of a Qwen3-MoE decoder layer whose attention and router were replaced; the names stay.
+
+    For one token the layers hand on two tensors: the experts' output is added by the next layer's first kernel. Only
+    the last of consecutive such layers adds it itself (`last`).
+    """
+
+    def __init__(self, layer: Any) -> None:
+        """Takes the submodules of a layer over."""
+        super().__init__()
+        self.self_attn, self.mlp = layer.self_attn, layer.mlp
+        self.input_layernorm, self.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
+        self.last = False
+
+    def forward(
+        self,
+        hidden_states: Tensor | tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **keywords: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """transformers' interface of a decoder layer; hidden_states [1, T, H], or what `_one_token` returned.
+
+        Raises:
+            ValueError: an argument that is unknown or asks for something else, see `keywords.take_cache`.
+        """
+        cache = take_cache(type(self).__name__, keywords)
+        hidden, update = hidden_states if isinstance(hidden_states, tuple) else (hidden_states, None)
+        assert position_embeddings is not None
+        if self._does_one_token(hidden, cache):
+            hidden, update = self._one_token(hidden, update, position_embeddings, cache)
+            return hidden + update if self.last else (hidden, update)
+        assert update is None, "layers of one model all do one token in one way"
+        normed = self.input_layernorm(hidden)
+        hidden = hidden + self.self_attn(normed, position_embeddings, attention_mask, cache=cache)[0]
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+    def _does_one_token(self, hidden: Tensor, cache: Any) -> bool:
+        return (
+            is_one_row(hidden)
+            and hidden.dtype == torch.bfloat16
+            and isinstance(cache, CacheView)
+            and not self.self_attn.sliding_window
+            and fits_one_token(self.self_attn.head_dim, hidden.shape[-1], len(self.mlp.gate.weight))
+            and all(_weights(linear) for linear in (self.self_attn.qkv_proj, self.self_attn.o_proj))
+        )
+
+    def _one_token(
+        self, hidden: Tensor, update: Tensor | None, position_embeddings: tuple[Tensor, Tensor], cache: CacheView
+    ) -> tuple[Tensor, Tensor]:
+        """hidden and update bf16 [1, 1, H], to be added up -> the same of the next layer."""
+        attention, norm, router = self.self_attn, self.post_attention_layernorm, self.mlp.gate
+        key, value = cache.layer(attention.layer_idx)
+        cos, sin = (part[..., : attention.head_dim // 2] for part in position_embeddings)  # both halves are equal
+        hidden, out, new = torch.ops.executorch_moe.attention_of_one(
+            hidden, update, self.input_layernorm.weight, *(_weights(attention.qkv_proj) or ()), attention.q_norm,
+            attention.k_norm, cos, sin, cache.cache_position, key, value, attention.scaling, attention.eps,
+        )  # fmt: skip
+        cache.update(new[0], new[1], attention.layer_idx)
+        hidden, normed, weights, experts = torch.ops.executorch_moe.route_one(
+            out, *(_weights(attention.o_proj) or ()), hidden, norm.weight, router.weight, router.top_k,
+            norm.variance_epsilon,
+        )  # fmt: skip
+        return hidden, self.mlp.experts(normed, experts, weights)[None]
+
+
+def _weights(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and scale of a linear layer that the operators take, None for another."""
+    if isinstance(linear, Int8Linear) and linear.bias is None:
+        return linear.qdata, linear.scale
+    if type(linear) is nn.Linear and linear.bias is None:
+        return linear.weight, None
+    return None
+
+
+def streamline_layers_(module: nn.Module) -> nn.Module:
+    """Replaces every layer whose attention and router were replaced, in place; marks those that add up themselves."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            for index, layer in enumerate(child):
+                if _fits(layer):
+                    child[index] = StreamlinedLayer(layer)
+            for layer, following in zip(child, [*child[1:], None], strict=True):
+                if isinstance(layer, StreamlinedLayer):
+                    layer.last = not _takes_two(following)
+        else:
+            streamline_layers_(child)
+    return module
+
+
+def _takes_two(layer: nn.Module | None) -> bool:
+    """True for a layer that accepts (hidden states, update) from the layer before it when decoding one token."""
+    return isinstance(layer, StreamlinedLayer) and not layer.self_attn.sliding_window
+
+
+def _fits(layer: nn.Module) -> bool:
+    return (
+        type(layer).__name__ == "Qwen3MoeDecoderLayer"
+        and isinstance(getattr(layer, "self_attn", None), MergedAttention)
+        and isinstance(getattr(getattr(layer, "mlp", None), "gate", None), TopKFirstRouter)
+    )

@@ -1,0 +1,234 @@
+"""Reads a Hugging Face model folder: configuration, weights and tokenizer, from disk only."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from executorch_moe.backends.versions import check_versions
+from executorch_moe.export.checkpoint.shards import COMPLETE, Shards, all_finite, fp8_block, listed, read_config
+from executorch_moe.export.report.sizes import check_sizes
+
+# model_type of config.json. Any model's experts are fused by our partitioners; these fit `CausalLM` as well.
+SUPPORTED_MODEL_TYPES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "glm4_moe", "gpt_oss", "deepseek_v3")
+WITH_SINKS = ("gpt_oss",)
+"""Of these, those whose attention has a sink for each head."""
+WITH_LATENTS = ("deepseek_v3",)
+"""Of these, those whose attention has keys and values of different widths, made of latents."""
+TINY = "tiny"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def require_transformers() -> Any:
+    """The transformers package, silenced.
+
+    Raises:
+        RuntimeError: it or a package that this package requires is missing or has a version outside its range.
+    """
+    check_versions("transformers", "tokenizers", "safetensors")
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def resolve(model: str | Path) -> Path:
+    """The folder that `model` names; "tiny" is the model that comes with this package.
+
+    Raises:
+        FileNotFoundError: no such folder, or a folder without config.json or weights.
+    """
+    if str(model) == TINY:
+        # Found by name, not imported: the examples are a layer above this one.
+        return Path(str(importlib.resources.files("executorch_moe.examples.tiny") / "checkpoint"))
+    folder = Path(model)
+    remedy = "give a folder with config.json and *.safetensors (nothing is downloaded), or 'tiny'"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"model={str(model)!r} is not a folder: {remedy}")
+    for pattern in ("config.json", "*.safetensors"):
+        if not any(folder.glob(pattern)):
+            raise FileNotFoundError(f"model={str(model)!r} has no {pattern}: {remedy}")
+    return folder
+
+
+def check_supported(folder: Path) -> dict[str, Any]:
+    """The parsed config.json of a supported model.
+
+    Raises:
+        ValueError: config.json is unreadable, or of a model without experts.
+        NotImplementedError: another architecture, or weights that are quantised already, but for fp8 in blocks.
+    """
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = config["model_type"]
+        method = dict(config.get("quantization_config") or {}).get("quant_method")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{folder / 'config.json'} is no model configuration ({type(error).__name__}: {error}): "
+            "take the one that the model was published with"
+        ) from None
+    if not any("expert" in key for key in _all_keys(config)):
+        raise ValueError(
+            f"model_type={kind!r} in {folder / 'config.json'} is no Mixture-of-Experts model (no experts in its "
+            f"configuration): use a model of type {', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
+    if kind not in SUPPORTED_MODEL_TYPES:
+        raise NotImplementedError(
+            f"model_type={kind!r} in {folder / 'config.json'} is not supported yet: "
+            f"use a model of type {', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
+    if method and fp8_block(config) is None:
+        raise NotImplementedError(
+            f"the weights in {folder} are quantised ({method}), which is not supported yet: use the model in bf16"
+        )
+    return config
+
+
+def plain_outputs_(config: Any) -> None:
+    """Changes a configuration of transformers so that the model returns logits in an output object, and nothing else.
+
+    Fine-tuned checkpoints keep what their training asked for, for example `output_router_logits`: with it a model also
+    computes a loss, of the routers of all layers, which cannot be traced with a cache.
+    """
+    for name in ("output_router_logits", "output_attentions", "output_hidden_states"):
+        if getattr(config, name, None):
+            setattr(config, name, False)
+    if getattr(config, "return_dict", True) is not True:
+        config.return_dict = True
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """generation_config.json of a model folder, empty if there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise TypeError(f"a {type(config).__name__}")
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no generation configuration ({type(error).__name__}: {error}): download it again, or remove it"
+        ) from None
+    return config
+
+
+def special_tokens(folder: Path | None, config: Any) -> tuple[list[int], int | None]:
+    """The tokens that end a text, and the one that begins it, None if there is none.
+
+    As in transformers, generation_config.json decides where it says something, else config.json: chat models often end
+    a turn with a token that config.json does not name.
+
+    Args:
+        folder: of the model; None for one without files.
+        config: the model's configuration in transformers.
+
+    Raises:
+        ValueError: something that is no token, or a damaged generation_config.json.
+    """
+    generation = {} if folder is None else read_generation_config(folder)
+
+    def tokens(name: str) -> list[int]:
+        where, value = "generation_config.json", generation.get(name)
+        if value is None:
+            where, value = "config.json", getattr(config, name, None)
+        found = [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+        # Configurations without a token may say -1.
+        found = [token for token in dict.fromkeys(found) if token != -1]
+        for token in found:
+            if type(token) is not int or token < 0:
+                raise ValueError(
+                    f"{name}={value!r} of {where} must be a token's number or a list of them: correct it, or download "
+                    "the model again"
+                )
+        return found
+
+    begins = tokens("bos_token_id")
+    return tokens("eos_token_id"), begins[0] if begins else None
+
+
+def _all_keys(config: dict[str, Any]) -> set[str]:
+    """Keys of a configuration and of the configurations in it."""
+    inner = [_all_keys(value) for value in config.values() if isinstance(value, dict)]
+    return {*config, *(key for keys in inner for key in keys)}
+
+
+def check_loadable(folder: Path) -> None:
+    """Check that `load_model` reads weights of this format.
+
+    Raises:
+        NotImplementedError: weights in fp8, which only `StreamedModel` reads.
+    """
+    if fp8_block(read_config(folder)) is not None:
+        raise NotImplementedError(
+            f"the weights in {folder} are in fp8, which only --experts ours reads: leave --experts out"
+        )
+
+
+def load_model(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
+    """The model on the CPU in `dtype`, in eval mode; `attention` is transformers' `attn_implementation`.
+
+    Raises:
+        ValueError: the weights are unreadable or do not fit the configuration.
+        NotImplementedError: weights in fp8, which only `StreamedModel` reads.
+    """
+    transformers = require_transformers()
+    check_loadable(folder)
+    check_sizes(read_config(folder), Shards(folder))
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        plain_outputs_(config)
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, local_files_only=True, attn_implementation=attention,
+            output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:  # safetensors, transformers and torch each raise their own kinds here
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"the weights in {folder} cannot be loaded ({reason}): check that config.json and weights are of the same "
+            "model and whole"
+        ) from error
+    special_tokens(folder, config)
+    if missing := sorted(found["missing_keys"]):  # which transformers fills with random numbers
+        raise ValueError(f"{folder} lacks {listed(missing)}: {COMPLETE}")
+    for name, tensor in model.state_dict().items():
+        if not all_finite(tensor):
+            raise ValueError(
+                f"{name} in {folder} holds NaN or Inf: compare the files' checksums with the publisher's; if they are "
+                "theirs, use another checkpoint"
+            )
+    return model.eval()
+
+
+def tokenizer_json(folder: Path) -> str:
+    """The tokenizer as the text of a `tokenizer.json`.
+
+    Raises:
+        ValueError: the folder has no tokenizer that can be written as one file.
+    """
+    transformers = require_transformers()
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    try:
+        # Without any file of its own, AutoTokenizer makes an empty tokenizer of the model's kind.
+        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            raise FileNotFoundError(f"none of {', '.join(TOKENIZER_FILES)}")
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+        else:
+            text = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer.to_str()
+        Tokenizer.from_str(text)
+    except Exception as error:  # the bindings of tokenizers raise plain Exception
+        raise ValueError(f"{folder} has no usable tokenizer ({error}): put the model's tokenizer.json there") from error
+    return text

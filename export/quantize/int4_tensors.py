@@ -1,0 +1,196 @@
+"""4-bit weights that were quantised elsewhere -> codes of this package, without rounding them again.
+
+| from | codes | value |
+|---|---|---|
+| torchao `Int4Tensor`, int8 data | signed nibbles | q * scale + zero_point |
+| the same class as ExecuTorch fills it, uint8 data; its `ExportableInt4Tensor` | unsigned | (q - zero_point) * scale |
+| torchao `IntxUnpackedToInt8Tensor` of int4 | one int8 a code | (q - zero_point) * scale |
+| ExecuTorch's packed experts | unsigned nibbles | (q - 8) * scale |
+
+Of two nibbles in a byte, the low one is the even K. Codes are kept as they are. Scales and zero points are stored as
+bf16: those that are wider are rounded to it.
+
+Source: torchao/quantization/quantize_/workflows (int4, intx), executorch/extension/llm/export (int4.py,
+quant/quantize.py) and executorch/backends/cuda/triton/kernels/fused_moe.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from executorch_moe.backends.fusion.recognize import ExpertLayout
+from executorch_moe.kernels import Int4Codes, PackedExperts, pack_codes
+
+ACCEPTED = ("Int4Tensor", "ExportableInt4Tensor", "IntxUnpackedToInt8Tensor")
+
+
+def is_quantised(weight: Tensor) -> bool:
+    """True for a tensor subclass of torchao or ExecuTorch that holds quantised data."""
+    return hasattr(weight, "tensor_data_names") and hasattr(weight, "qdata")
+
+
+def int4_codes(weight: Tensor | Sequence[Tensor]) -> Int4Codes:
+    """Codes of a quantised weight.
+
+    Args:
+        weight: one of the tensors in the module's table, [N, K] or [E, N, K], or a sequence of E tensors [N, K], which
+            are stacked. Quantisation of activations that a tensor asks for is not part of its codes.
+
+    Returns:
+        Int4Codes with q [N, K] or [E, N, K].
+
+    Raises:
+        ValueError: groups that do not run along K, or tensors whose shapes disagree.
+        NotImplementedError: another kind of tensor, another number of bits, or weights scaled per input channel.
+    """
+    if not isinstance(weight, Tensor):
+        return _stack([int4_codes(one) for one in weight])
+    tensor: Any = weight
+    kind = type(weight).__name__
+    if kind not in ACCEPTED:
+        raise NotImplementedError(
+            f"{kind} is no 4-bit tensor that can be packed: use {', '.join(ACCEPTED)}, or pass the float weights"
+        )
+    if getattr(tensor, "act_pre_scale", None) is not None:
+        raise NotImplementedError(
+            f"{kind} has act_pre_scale, a scale of its input: fold it into the layer before, or pass the float weights"
+        )
+    if kind == "IntxUnpackedToInt8Tensor":
+        if tensor.target_dtype != torch.int4:
+            raise NotImplementedError(f"{kind} has target_dtype={tensor.target_dtype}: use torch.int4")
+        _check_groups(kind, weight, tensor.block_size, tensor.qdata)
+        return _affine(tensor.qdata, tensor.scale, tensor.zero_point.float())
+    _check_groups(kind, weight, getattr(tensor, "block_size", [1] * (weight.dim() - 1) + [0]), tensor.qdata, 2)
+    scale, zero = tensor.scale.transpose(-1, -2), tensor.zero_point.transpose(-1, -2)
+    if kind == "Int4Tensor" and tensor.qdata.dtype == torch.int8:
+        return _with_zero(_nibbles(tensor.qdata, signed=True), scale, zero)
+    return _affine(_nibbles(tensor.qdata, signed=False), scale, zero.float() - 8)
+
+
+def executorch_codes(packed: Tensor, scale: Tensor) -> Int4Codes:
+    """Codes of one matrix in the layout of ExecuTorch's fused MoE kernels.
+
+    Args:
+        packed: int8 or uint8 [E, N, K/2].
+        scale: float [E, N, K/group_size].
+
+    Raises:
+        ValueError: shapes or a dtype that this layout does not have.
+    """
+    fits = packed.dim() == 3 and scale.dim() == 3 and packed.shape[:2] == scale.shape[:2] and scale.shape[2] > 0
+    if packed.dtype not in (torch.int8, torch.uint8) or not fits or 2 * packed.shape[2] % scale.shape[2]:
+        raise ValueError(
+            f"packed {packed.dtype} {list(packed.shape)} and scale {list(scale.shape)} are not ExecuTorch's packed "
+            "experts: pass int8 [E, N, K/2] and [E, N, K/group_size]"
+        )
+    return Int4Codes(_nibbles(packed, signed=False), scale.bfloat16().contiguous())
+
+
+def pack_executorch_experts(
+    w1: Tensor, w1_scale: Tensor, w2: Tensor, w2_scale: Tensor, *, scheme: str = "w4a16"
+) -> PackedExperts:
+    """Experts in the layout of ExecuTorch's fused MoE kernels, packed for ours.
+
+    Args:
+        w1: int8 [E, 2I, H/2], gate rows first. w1_scale: [E, 2I, H/group_size].
+        w2: int8 [E, H, I/2]. w2_scale: [E, H, I/group_size].
+        scheme: "w4a16", or "w4a8" if its scales are as `pack_codes` wants them.
+
+    Raises:
+        ValueError: see `executorch_codes` and `pack_codes`.
+    """
+    return pack_codes(executorch_codes(w1, w1_scale), executorch_codes(w2, w2_scale), scheme=scheme)
+
+
+def pack_quantised(layout: ExpertLayout, parameters: Mapping[str, Tensor], scheme: str) -> PackedExperts:
+    """Experts of a module whose weights are quantised already, packed with the codes that they have.
+
+    Args:
+        layout: how the module stores its experts.
+        parameters: by name, as in `layout`; weights as `int4_codes` takes them, biases as floats.
+        scheme: "w4a16" or "w4a8".
+
+    Raises:
+        ValueError: weights that are stored [E, in, out], some that are not quantised, or see `pack_codes`.
+        NotImplementedError: see `int4_codes`.
+    """
+    names = (*layout.gate_up, layout.down)
+    if plain := [name for name in names if not is_quantised(parameters[name])]:
+        raise ValueError(f"{plain[0]} is not quantised but other weights are: quantise all of them, or none")
+    if layout.transposed:
+        raise ValueError(
+            f"{layout.down} is stored [E, in, out], so its groups do not run along K: pass the float weights"
+        )
+    codes = dict(zip(names, _alike([int4_codes(parameters[name]) for name in names]), strict=True))
+    biases = {name: parameters[name] for name in (layout.gate_up_bias, layout.down_bias) if name is not None}
+
+    def rows(parts: Mapping[str, Tensor | None]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        return layout.canonical({**biases, **{name: part for name, part in parts.items() if part is not None}})
+
+    q13, q2, gate_up_bias, down_bias = rows({name: code.q for name, code in codes.items()})
+    s13, s2, *_ = rows({name: code.scale for name, code in codes.items()})
+    z13 = z2 = None
+    if codes[layout.down].zero is not None:
+        z13, z2, *_ = rows({name: code.zero for name, code in codes.items()})
+    return pack_codes(
+        Int4Codes(q13, s13, z13),
+        Int4Codes(q2, s2, z2),
+        scheme=scheme,
+        gate_up_bias=gate_up_bias,
+        down_bias=down_bias,
+    )
+
+
+def _check_groups(kind: str, weight: Tensor, block_size: Sequence[int], qdata: Tensor, codes_a_byte: int = 1) -> None:
+    """Groups run along the last dimension, and so do the codes of a byte."""
+    wide = (*qdata.shape[:-1], qdata.shape[-1] * codes_a_byte)
+    if any(size != 1 for size in block_size[:-1]) or wide != tuple(weight.shape) or weight.dim() not in (2, 3):
+        raise ValueError(
+            f"{kind} {list(weight.shape)} has block_size={list(block_size)} and data {list(qdata.shape)}: only groups "
+            "along the last dimension of [N, K] or [E, N, K] can be packed; quantise before any transposition"
+        )
+
+
+def _nibbles(packed: Tensor, signed: bool) -> Tensor:
+    """[..., K/2] bytes, even K in the low nibble -> int8 [..., K] in [-8, 7]; unsigned codes lose 8."""
+    byte = packed.view(torch.uint8)
+    both = torch.stack((byte & 0xF, byte >> 4), -1).flatten(-2)
+    return ((both ^ 8 if signed else both).to(torch.int8) - 8).contiguous()
+
+
+def _affine(q: Tensor, scale: Tensor, zero_point: Tensor) -> Int4Codes:
+    """Codes of value = (q - zero_point) * scale."""
+    return _with_zero(q, scale, -zero_point * scale.float())
+
+
+def _with_zero(q: Tensor, scale: Tensor, zero: Tensor) -> Int4Codes:
+    """Zero points that are all zero are none."""
+    return Int4Codes(q, scale.bfloat16().contiguous(), zero.bfloat16().contiguous() if zero.any() else None)
+
+
+def _alike(codes: Sequence[Int4Codes]) -> list[Int4Codes]:
+    """One group size for all, and zero points for all or none; values stay."""
+    group_size = math.gcd(*(code.group_size for code in codes))
+    same = [code.regrouped(group_size) for code in codes]
+    if all(code.zero is None for code in same):
+        return same
+    return [Int4Codes(c.q, c.scale, torch.zeros_like(c.scale) if c.zero is None else c.zero) for c in same]
+
+
+def _stack(codes: Sequence[Int4Codes]) -> Int4Codes:
+    shapes = {tuple(code.q.shape) for code in codes}
+    if len(shapes) != 1 or len(next(iter(shapes))) != 2:
+        found = ", ".join(str(list(shape)) for shape in sorted(shapes)) or "none"
+        raise ValueError(f"the experts' weights have shapes {found}: pass one 2-D tensor an expert, all of one shape")
+    same = _alike(codes)
+    zeros = [code.zero for code in same if code.zero is not None]
+    return Int4Codes(
+        torch.stack([code.q for code in same]),
+        torch.stack([code.scale for code in same]),
+        torch.stack(zeros) if zeros else None,
+    )

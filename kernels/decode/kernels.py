@@ -1,0 +1,397 @@
+"""What stands around the experts of a decoder layer, for one token: two operators of two launches each, and one of one.
+
+A decode step at batch 1 is a chain of short kernels, each of which costs its launch. `attention_of_one` is norm, the
+projection of query, key and value, their norm and rotation, and attention over the cache; `route_one` is the output
+projection with the residual, norm, the router's product, top-k and the softmax; `linear_of_one` is a matrix-vector
+product alone. In the first two, the last program of the second launch to arrive puts together what all of them wrote,
+in fixed order: the same input gives the same bits. What counts the arrivals is set to zero by the first launch.
+
+Letters: H hidden size, D head_dim, G query heads to a key/value head, C positions in the cache, E experts.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from executorch_moe.kernels._device import launches_before, to_bf16
+
+
+@triton.jit
+def bf16_round(x, PTX: tl.constexpr):
+    """fp32 -> the nearest bf16, as fp32."""
+    return to_bf16(x, PTX).to(tl.float32)
+
+
+@triton.jit
+def dot_bytes(a, b, PTX: tl.constexpr):
+    """int32 words of four int8 each -> the sum of the products of their bytes."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, 0;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        total = (a >> 24) * (b >> 24) + ((a << 8) >> 24) * ((b << 8) >> 24)
+        return total + ((a << 16) >> 24) * ((b << 16) >> 24) + ((a << 24) >> 24) * ((b << 24) >> 24)
+
+
+@triton.jit
+def two_bytes(x, unit, SIZE: tl.constexpr):
+    """fp32 [SIZE] as 256 * high + low units, int8 both: words of four highs and of four lows, int32 [SIZE/4] each."""
+    # Adding 1.5 * 2^23 leaves the nearest integer in the lowest bits.
+    units = (x / unit + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+    high = (units + 128) >> 8
+    low = units - (high << 8)
+    shifts = (8 * tl.arange(0, 4))[None, :]
+    high_words = tl.sum((high & 255).reshape(SIZE // 4, 4) << shifts, axis=1)
+    low_words = tl.sum((low & 255).reshape(SIZE // 4, 4) << shifts, axis=1)
+    return high_words, low_words
+
+
+@triton.jit
+def load_pieces(
+    w_ptr, row, first,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Columns from `first` on of BLOCK_N rows from `row` on, of a matrix [N, K], in pieces: [STEPS, BLOCK_N, BLOCK_K].
+
+    Loaded as a matrix of STEPS * BLOCK_N rows, which warps take in turn: all pieces of a row are one warp's, and
+    nothing is summed across warps. Loaded as three dimensions, Triton 3.7 gives warps to the pieces.
+    """
+    index = tl.arange(0, STEPS * BLOCK_N)
+    near = index % BLOCK_N
+    columns = first + (index // BLOCK_N)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    inside = (row + near < N)[:, None] & (columns < K)
+    # 64 bits for the first row only: a vocabulary's matrix may have more elements than 32 bits count.
+    w = tl.load(w_ptr + row.to(tl.int64) * K + (near[:, None] * K + columns), mask=inside, other=0)
+    return w.reshape(STEPS, BLOCK_N, BLOCK_K)
+
+
+@triton.jit
+def moe_row_matvec(
+    x_ptr,  # bf16 [K]
+    add_ptr,  # bf16 [K], HAS_ADD only: x + add is what is multiplied
+    norm_ptr,  # bf16 [K], HAS_NORM only: weight of the RMS norm
+    w_ptr,  # int8 or bf16 [N, K]
+    scale_ptr,  # fp32 [N], HAS_SCALE only
+    residual_ptr,  # bf16 [N], HAS_RESIDUAL only
+    sum_ptr,  # bf16 [K], HAS_NORM only: x + add
+    out_ptr,  # bf16 [N]
+    arrivals_ptr,  # int32 [NUM_ARRIVALS], set to zero
+    position_ptr, key_ptr, value_ptr,  # HAS_AHEAD only: what the next launch reads without waiting for this one
+    EPS: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr, BLOCK_K: tl.constexpr,
+    NUM_ARRIVALS: tl.constexpr,
+    HAS_ADD: tl.constexpr, HAS_NORM: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    HAS_AHEAD: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """out = W @ norm(x + add) * scale + residual; program i does rows [i * BLOCK_N, (i + 1) * BLOCK_N).
+
+    The norm's factor is one number, so it is applied to the sums. A chunk of K is STEPS pieces of BLOCK_K; the piece of
+    a row is a warp's, so no product is summed across warps. int8 weights stay as they are: x comes as 16-bit integers,
+    in units of the chunk's largest / 32512, which is finer than bf16 is for numbers from 1/64 of that on.
+    """
+    INT8: tl.constexpr = (w_ptr.dtype.element_ty == tl.int8) & (K % 4 == 0)
+    CHUNK: tl.constexpr = STEPS * BLOCK_K
+    # Words of four weights, if they are int8.
+    WIDTH: tl.constexpr = 4 if INT8 else 1
+    program = tl.program_id(0)
+    offs_n = program * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = offs_n < N
+    if INT8:
+        words_ptr = w_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    else:
+        words_ptr = w_ptr
+    out = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    squares = 0.0
+    for chunk in tl.static_range((K + CHUNK - 1) // CHUNK):
+        w = load_pieces(
+            words_ptr, program * BLOCK_N, chunk * (CHUNK // WIDTH), N, K // WIDTH, BLOCK_N, STEPS, BLOCK_K // WIDTH
+        )
+        offs_k = chunk * CHUNK + tl.arange(0, CHUNK)
+        inside = offs_k < K
+        if HAS_NORM:
+            norm = tl.load(norm_ptr + offs_k, mask=inside, other=0.0)
+        if chunk == 0:  # the first weights are on their way by now
+            if HAS_SCALE:
+                scale = tl.load(scale_ptr + offs_n, mask=rows, other=0.0)
+            zero = launches_before(True, PTX)
+            x_ptr += zero
+            add_ptr += zero
+            residual_ptr += zero
+            arrivals_ptr += zero
+            sum_ptr += zero
+            out_ptr += zero
+            if HAS_RESIDUAL:
+                residual = tl.load(residual_ptr + offs_n, mask=rows, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + offs_k, mask=inside, other=0.0).to(tl.float32)
+        if HAS_ADD:
+            x = bf16_round(x + tl.load(add_ptr + offs_k, mask=inside, other=0.0).to(tl.float32), PTX)
+        if HAS_NORM:
+            tl.store(sum_ptr + offs_k, to_bf16(x, PTX), mask=inside & (program == 0))
+            squares += tl.sum(x * x, axis=0)
+            x *= norm.to(tl.float32)
+        if INT8:
+            unit = tl.maximum(tl.max(tl.abs(x), axis=0) / 32512.0, 1e-30)
+            high, low = two_bytes(x, unit, CHUNK)
+            high = high.reshape(STEPS, BLOCK_K // 4)[:, None, :]
+            low = low.reshape(STEPS, BLOCK_K // 4)[:, None, :]
+            units = tl.sum(dot_bytes(w, high, PTX), axis=0) * 256 + tl.sum(dot_bytes(w, low, PTX), axis=0)
+            out += tl.sum(units.to(tl.float32), axis=1) * unit
+        else:
+            out += tl.sum(tl.sum(w.to(tl.float32) * x.reshape(STEPS, BLOCK_K)[:, None, :], axis=0), axis=1)
+    if HAS_NORM:
+        out *= tl.rsqrt(squares / K + EPS)
+    if HAS_SCALE:
+        out *= scale
+    if HAS_RESIDUAL:
+        out = bf16_round(out, PTX) + residual
+    tl.store(out_ptr + offs_n, to_bf16(out, PTX), mask=rows)
+    if NUM_ARRIVALS > 0:
+        arrivals = tl.arange(0, NUM_ARRIVALS)
+        tl.store(arrivals_ptr + arrivals, tl.zeros_like(arrivals), mask=(arrivals >= 0) & (program == 0))
+    if HAS_AHEAD and program == 0:
+        # Whoever orders the launches sees by this that they must be written before this one.
+        tl.load(position_ptr + zero, volatile=True)
+        tl.load(key_ptr + zero, volatile=True)
+        tl.load(value_ptr + zero, volatile=True)
+
+
+@triton.jit
+def load_halves(ptr, HALF: tl.constexpr):
+    """A vector of a head as two halves, fp32 [1, D/2] each."""
+    offs = tl.arange(0, HALF)[None, :]
+    return tl.load(ptr + offs).to(tl.float32), tl.load(ptr + HALF + offs).to(tl.float32)
+
+
+@triton.jit
+def normed_and_turned(
+    low, high, norm_low, norm_high, cos_ptr, sin_ptr, EPS: tl.constexpr, HALF: tl.constexpr, PTX: tl.constexpr
+):  # fmt: skip
+    """RMS norm and rotation of rows given as two halves, fp32 [R, D/2] each; rounded to bf16 once, held as fp32.
+
+    The rotation of (a, b) is (a cos - b sin, b cos + a sin).
+    """
+    offs = tl.arange(0, HALF)[None, :]
+    cos = tl.load(cos_ptr + offs).to(tl.float32)
+    sin = tl.load(sin_ptr + offs).to(tl.float32)
+    factor = tl.rsqrt((tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1)) / (2 * HALF) + EPS)[:, None]
+    low = low * factor * norm_low
+    high = high * factor * norm_high
+    first = low * cos - high * sin
+    second = high * cos + low * sin
+    return bf16_round(first, PTX), bf16_round(second, PTX)
+
+
+@triton.jit
+def dot_bf16(a, b, acc, PTX: tl.constexpr):
+    """acc + a @ b of bf16 operands, fp32 accumulator."""
+    if PTX:
+        return tl.dot(a, b, acc)
+    else:  # the interpreter multiplies raw bf16 bits; fp32 holds the same values
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+
+
+@triton.jit
+def load_keys(key_ptr, first, end, HALF: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Keys of BLOCK_T positions from `first` on as two halves, bf16 [BLOCK_T, D/2] each."""
+    offs_t = first + tl.arange(0, BLOCK_T)
+    offs = offs_t[:, None] * (2 * HALF) + tl.arange(0, HALF)[None, :]
+    seen = (offs_t < end)[:, None]
+    return tl.load(key_ptr + offs, mask=seen, other=0.0), tl.load(key_ptr + offs + HALF, mask=seen, other=0.0)
+
+
+@triton.jit
+def load_values(value_ptr, first, end, D: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Values of BLOCK_T positions from `first` on, bf16 [BLOCK_T, D]."""
+    offs_t = first + tl.arange(0, BLOCK_T)
+    offs = offs_t[:, None] * D + tl.arange(0, D)[None, :]
+    return tl.load(value_ptr + offs, mask=(offs_t < end)[:, None], other=0.0)
+
+
+@triton.jit
+def moe_row_attention(
+    qkv_ptr,  # bf16 [(KV_HEADS * G + 2 * KV_HEADS) * D]: query heads, key heads, value heads
+    q_norm_ptr, k_norm_ptr,  # bf16 [D]
+    cos_ptr, sin_ptr,  # float [D/2]: the angles of both halves are equal
+    position_ptr,  # int64 [1]
+    key_ptr, value_ptr,  # bf16 [KV_HEADS, C, D]: positions before this one
+    new_ptr,  # bf16 [2, KV_HEADS, D]: this position's key and value, for the cache
+    partial_ptr,  # fp32 [SPLITS + 1, KV_HEADS * G, D]: of each part, not yet divided
+    max_ptr, sum_ptr,  # fp32 [SPLITS + 1, KV_HEADS * G]
+    arrivals_ptr,  # int32 [KV_HEADS], zero
+    out_ptr,  # bf16 [KV_HEADS * G * D]
+    SCALING: tl.constexpr, EPS: tl.constexpr,
+    C: tl.constexpr, KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, G_POW2: tl.constexpr, G_PAD: tl.constexpr,
+    HALF: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Attention of one token: program (key/value head, part) does every SPLITS-th block of the positions.
+
+    The last part is the token itself, whose key and value are not in the cache yet.
+
+    `position`, the keys and the values are read before the wait. That is allowed because they are complete before this
+    kernel can start, wherever they come from (an earlier step's or prefill's write to the cache, a kernel that computes
+    the position):
+    1. The operator's first launch, `moe_row_matvec`, takes the three tensors too and reads them behind its wait
+       (HAS_AHEAD). Whoever orders launches by their arguments, as Inductor does, puts each write to them before that
+       launch, or, if it belongs to this token, behind this kernel, which reads them as well.
+    2. Launches between `moe_row_matvec` and this kernel, if Inductor puts any there, therefore write none of them.
+    3. This kernel starts when all programs of the launch before it have ended or have called `launch_dependents`. Our
+       kernels call that behind their own wait, and others never call it. So by then every launch before the one before
+       it has ended, and its writes are visible: `moe_row_matvec` is that one, or has itself ended, and all launches
+       before `moe_row_matvec` have ended in both cases.
+    """
+    head, part = tl.program_id(0), tl.program_id(1)
+    D: tl.constexpr = 2 * HALF
+    HEADS: tl.constexpr = KV_HEADS * GROUPS
+    group = tl.arange(0, G_PAD)
+    real = group < GROUPS
+    offs_h, offs_d = tl.arange(0, HALF), tl.arange(0, D)
+
+    # The first keys and values are on their way before the query is.
+    length = tl.minimum(tl.load(position_ptr), C).to(tl.int32)  # positions in the cache
+    key_ptr += head.to(tl.int64) * (C * D)
+    value_ptr += head.to(tl.int64) * (C * D)
+    start = part * BLOCK_T
+    k_low, k_high = load_keys(key_ptr, start, length, HALF, BLOCK_T)
+    v = load_values(value_ptr, start, length, D, BLOCK_T)
+    norm_low, norm_high = load_halves(q_norm_ptr, HALF)
+    zero = launches_before(True, PTX)
+    qkv_ptr += zero
+    cos_ptr += zero
+    sin_ptr += zero
+    arrivals_ptr += zero
+    # What is stored may be known before the wait: its address is not.
+    new_ptr += zero
+    partial_ptr += zero
+    max_ptr += zero
+    sum_ptr += zero
+    out_ptr += zero
+
+    q_rows = (head * GROUPS + group)[:, None] * D + offs_h[None, :]
+    q_low = tl.load(qkv_ptr + q_rows, mask=real[:, None], other=0.0).to(tl.float32)
+    q_high = tl.load(qkv_ptr + q_rows + HALF, mask=real[:, None], other=0.0).to(tl.float32)
+    q_low, q_high = normed_and_turned(q_low, q_high, norm_low, norm_high, cos_ptr, sin_ptr, EPS, HALF, PTX)
+
+    rows = part * HEADS + head * GROUPS + group
+    if part == SPLITS:
+        k_rows = (HEADS + head) * D + offs_h[None, :]
+        new_low = tl.load(qkv_ptr + k_rows).to(tl.float32)
+        new_high = tl.load(qkv_ptr + k_rows + HALF).to(tl.float32)
+        norm_low, norm_high = load_halves(k_norm_ptr, HALF)
+        new_low, new_high = normed_and_turned(new_low, new_high, norm_low, norm_high, cos_ptr, sin_ptr, EPS, HALF, PTX)
+        new_v = tl.load(qkv_ptr + (HEADS + KV_HEADS + head) * D + offs_d)
+        new_rows = head * D + offs_h[None, :]
+        tl.store(new_ptr + new_rows, to_bf16(new_low, PTX))
+        tl.store(new_ptr + new_rows + HALF, to_bf16(new_high, PTX))
+        tl.store(new_ptr + (KV_HEADS + head) * D + offs_d, new_v)
+        score = (tl.sum(q_low * new_low, axis=1) + tl.sum(q_high * new_high, axis=1)) * SCALING
+        acc = tl.zeros((G_PAD, D), dtype=tl.float32) + new_v.to(tl.float32)[None, :]
+        tl.store(partial_ptr + rows[:, None] * D + offs_d[None, :], acc, mask=real[:, None])
+        tl.store(max_ptr + rows, score, mask=real)
+        tl.store(sum_ptr + rows, tl.full((G_PAD,), 1.0, dtype=tl.float32), mask=real)
+    else:
+        best = tl.full((G_PAD,), -float("inf"), dtype=tl.float32)
+        total = tl.zeros((G_PAD,), dtype=tl.float32)
+        acc = tl.zeros((G_PAD, D), dtype=tl.float32)
+        q_low_bf16, q_high_bf16 = to_bf16(q_low, PTX), to_bf16(q_high, PTX)
+        for first in tl.range(start, length, SPLITS * BLOCK_T, num_stages=1):
+            seen = first + tl.arange(0, BLOCK_T) < length
+            scores = dot_bf16(q_low_bf16, k_low.trans(), tl.zeros((G_PAD, BLOCK_T), dtype=tl.float32), PTX)
+            scores = dot_bf16(q_high_bf16, k_high.trans(), scores, PTX) * SCALING
+            scores = tl.where(seen[None, :], scores, -float("inf"))
+            higher = tl.maximum(best, tl.max(scores, axis=1))  # finite: a block has a position that is seen
+            weights = tl.exp(scores - higher[:, None])
+            shrink = tl.exp(best - higher)
+            total = total * shrink + tl.sum(weights, axis=1)
+            acc = dot_bf16(to_bf16(weights, PTX), v, acc * shrink[:, None], PTX)
+            best = higher
+            k_low, k_high = load_keys(key_ptr, first + SPLITS * BLOCK_T, length, HALF, BLOCK_T)
+            v = load_values(value_ptr, first + SPLITS * BLOCK_T, length, D, BLOCK_T)
+        tl.store(partial_ptr + rows[:, None] * D + offs_d[None, :], acc, mask=real[:, None])
+        tl.store(max_ptr + rows, best, mask=real)
+        tl.store(sum_ptr + rows, total, mask=real)
+    tl.debug_barrier()  # all threads' stores before the one thread's release
+    arrived = tl.atomic_add(arrivals_ptr + head, 1, sem="acq_rel", scope="gpu")
+    if arrived == SPLITS:
+        # A thread has the same numbers of every part, so nothing is summed across threads, and all loads can be on
+        # their way at once. .cg: it was written by others.
+        query = head * GROUPS + tl.arange(0, G_POW2)
+        mine = tl.arange(0, G_POW2) < GROUPS
+        highest = tl.full((G_POW2,), -float("inf"), dtype=tl.float32)
+        for i in tl.static_range(SPLITS + 1):
+            highest = tl.maximum(
+                highest, tl.load(max_ptr + i * HEADS + query, mask=mine, other=0.0, cache_modifier=".cg")
+            )
+        sums_of_all = tl.zeros((G_POW2,), dtype=tl.float32)
+        result = tl.zeros((G_POW2, D), dtype=tl.float32)
+        cells = query[:, None] * D + offs_d[None, :]
+        for i in tl.static_range(SPLITS + 1):
+            maxima = tl.load(max_ptr + i * HEADS + query, mask=mine, other=0.0, cache_modifier=".cg")
+            sums = tl.load(sum_ptr + i * HEADS + query, mask=mine, other=1.0, cache_modifier=".cg")
+            values = tl.load(partial_ptr + i * HEADS * D + cells, mask=mine[:, None], other=0.0, cache_modifier=".cg")
+            factor = tl.exp(maxima - highest)
+            sums_of_all += sums * factor
+            result += values * factor[:, None]
+        tl.store(out_ptr + cells, to_bf16(result / sums_of_all[:, None], PTX), mask=mine[:, None])
+
+
+@triton.jit
+def moe_row_router(
+    x_ptr,  # bf16 [H]
+    norm_ptr,  # bf16 [H]
+    w_ptr,  # bf16 [E, H]
+    normed_ptr,  # bf16 [H]: the experts' input
+    logits_ptr,  # fp32 [E]
+    arrivals_ptr,  # int32 [1], zero
+    weights_ptr,  # fp32 [TOP_K]
+    ids_ptr,  # int64 [TOP_K]
+    EPS: tl.constexpr,
+    H: tl.constexpr, E: tl.constexpr, E_POW2: tl.constexpr, TOP_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK_H: tl.constexpr, RANK_BLOCK: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """RMS norm, logits of BLOCK_E experts a program, then top-k and the softmax over the chosen by the last program.
+
+    Logits are rounded to bf16, as a linear layer gives them; of equal ones the lower expert comes first. NaN ranks as
+    infinity: TOP_K different experts are chosen whatever the logits are, and the weights are NaN.
+    """
+    program = tl.program_id(0)
+    PROGRAMS: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
+    offs_h = tl.arange(0, STEPS)[:, None] * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]  # as in moe_row_matvec
+    inside = offs_h < H
+    offs_e = program * BLOCK_E + tl.arange(0, BLOCK_E)
+    rows = offs_e < E
+    w = load_pieces(w_ptr, program * BLOCK_E, 0, E, H, BLOCK_E, STEPS, BLOCK_H)
+    norm = tl.load(norm_ptr + offs_h, mask=inside, other=0.0).to(tl.float32)
+    zero = launches_before(True, PTX)
+    x_ptr += zero
+    arrivals_ptr += zero
+    normed_ptr += zero
+    logits_ptr += zero
+    weights_ptr += zero
+    ids_ptr += zero
+    x = tl.load(x_ptr + offs_h, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.rsqrt(tl.sum(tl.sum(x * x, axis=0), axis=0) / H + EPS)
+    x = bf16_round(x * factor * norm, PTX)
+    tl.store(normed_ptr + offs_h, to_bf16(x, PTX), mask=inside & (program == 0))
+    logits = tl.sum(tl.sum(w.to(tl.float32) * x[:, None, :], axis=0), axis=1)
+    tl.store(logits_ptr + offs_e, bf16_round(logits, PTX), mask=rows)
+    tl.debug_barrier()
+    arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu")
+    if arrived == PROGRAMS - 1:
+        expert = tl.arange(0, E_POW2)
+        mine = tl.load(logits_ptr + expert, mask=expert < E, other=-float("inf"), cache_modifier=".cg")
+        # The place of an expert is how many come before it: one comparison with all, no chain of top_k maxima.
+        rank = tl.where(mine == mine, mine, float("inf"))
+        place = tl.zeros((E_POW2,), dtype=tl.int32)
+        for first in tl.static_range(0, E_POW2, RANK_BLOCK):
+            other = first + tl.arange(0, RANK_BLOCK)
+            theirs = tl.load(logits_ptr + other, mask=other < E, other=-float("inf"), cache_modifier=".cg")
+            theirs = tl.where(theirs == theirs, theirs, float("inf"))
+            before = theirs[:, None] > rank[None, :]
+            before = before | ((theirs[:, None] == rank[None, :]) & (other[:, None] < expert[None, :]))
+            place += tl.sum(before.to(tl.int32), axis=0)
+        chosen = (place < TOP_K) & (expert < E)
+        share = tl.where(chosen, tl.exp(mine - tl.max(mine, axis=0)), 0.0)
+        tl.store(weights_ptr + place, share / tl.sum(share, axis=0), mask=chosen)
+        tl.store(ids_ptr + place, expert.to(tl.int64), mask=chosen)

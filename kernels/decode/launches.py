@@ -1,0 +1,224 @@
+"""`attention_of_one`, `route_one` and `linear_of_one` as kernel launches; the kernels are in one_token.py."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+import triton
+from torch import Tensor
+
+from executorch_moe.kernels.gpus import gpu_of
+from executorch_moe.kernels.launch import Launch
+from executorch_moe.kernels.tuning.configs import INTERPRETER_GPU, Gpu
+
+from .arguments import AttentionArguments, RouteArguments
+from .kernels import moe_row_attention, moe_row_matvec, moe_row_router
+
+ROUTER_ROWS = 4
+"""Experts of one program of the router."""
+POSITIONS = 128
+"""Positions that a program of attention takes at a time."""
+MAX_CELLS = 16384
+"""Numbers that a program holds at once."""
+
+
+def run_linear_of_one(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    *,
+    gpu: Gpu | None = None,
+    submit: Callable[[Launch], None] = Launch.run,
+) -> Tensor:
+    """One launch; `gpu` and `submit` as for `plan.run_fused_experts`."""
+    x = x.contiguous()
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    submit(_matvec(x, None, None, weight, scale, None, out, out, None, 0.0, _ptx(gpu or _gpu(x))))
+    return out
+
+
+def run_attention_of_one(
+    arguments: AttentionArguments,
+    *,
+    gpu: Gpu | None = None,
+    submit: Callable[[Launch], None] = Launch.run,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Two launches; `gpu` and `submit` as for `plan.run_fused_experts`."""
+    hidden, update, norm, weight, scale, q_norm, k_norm, cos, sin, position, key, value, scaling, eps = arguments
+    hidden, update = hidden.contiguous(), None if update is None else update.contiguous()
+    q_norm, k_norm, cos, sin = (t.contiguous() for t in (q_norm, k_norm, cos, sin))
+    gpu = gpu or _gpu(hidden)
+    ptx = _ptx(gpu)
+    _, kv_heads, context, head_dim = key.shape
+    heads = weight.shape[0] // head_dim - 2 * kv_heads
+    groups = triton.next_power_of_2(heads // kv_heads)
+    splits = splits_of(gpu, kv_heads, groups * head_dim)
+    summed, qkv = torch.empty_like(hidden), hidden.new_empty(weight.shape[0])
+    arrivals = torch.empty(triton.next_power_of_2(kv_heads), dtype=torch.int32, device=hidden.device)
+    ahead = (position, key, value)
+    submit(_matvec(hidden, update, norm, weight, scale, None, summed, qkv, arrivals, eps, ptx, ahead))
+    out, new = hidden.new_empty(1, 1, heads * head_dim), hidden.new_empty(2, 1, kv_heads, 1, head_dim)
+    partial = torch.empty(splits + 1, heads, head_dim, dtype=torch.float32, device=hidden.device)
+    maxima = torch.empty(splits + 1, heads, dtype=torch.float32, device=hidden.device)
+    attention = Launch(
+        moe_row_attention,
+        (kv_heads, splits + 1),
+        {
+            "qkv_ptr": qkv,
+            "q_norm_ptr": q_norm,
+            "k_norm_ptr": k_norm,
+            "cos_ptr": cos,
+            "sin_ptr": sin,
+            "position_ptr": position,
+            "key_ptr": key,
+            "value_ptr": value,
+            "new_ptr": new,
+            "partial_ptr": partial,
+            "max_ptr": maxima,
+            "sum_ptr": torch.empty_like(maxima),
+            "arrivals_ptr": arrivals,
+            "out_ptr": out,
+        },
+        {
+            "SCALING": scaling,
+            "EPS": eps,
+            "C": context,
+            "KV_HEADS": kv_heads,
+            "GROUPS": heads // kv_heads,
+            "G_POW2": groups,
+            "G_PAD": max(16, groups),
+            "HALF": head_dim // 2,
+            "SPLITS": splits,
+            "BLOCK_T": POSITIONS,
+            "PTX": ptx,
+        },
+        num_warps=8,
+    )
+    submit(attention)
+    return summed, out, new
+
+
+def run_route_one(
+    arguments: RouteArguments, *, gpu: Gpu | None = None, submit: Callable[[Launch], None] = Launch.run
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two launches; `gpu` and `submit` as for `plan.run_fused_experts`."""
+    x, weight, scale, residual, norm, router, top_k, eps = arguments
+    x, residual = x.contiguous(), residual.contiguous()
+    ptx = _ptx(gpu or _gpu(x))
+    (experts, hidden), device = router.shape, x.device
+    out, normed = torch.empty_like(residual), residual.new_empty(1, hidden)
+    arrivals = torch.empty(1, dtype=torch.int32, device=device)
+    submit(_matvec(x, None, None, weight, scale, residual, out, out, arrivals, eps, ptx))
+    weights = torch.empty(1, top_k, dtype=torch.float32, device=device)
+    ids = torch.empty(1, top_k, dtype=torch.int64, device=device)
+    steps, block_h = row_pieces(hidden, router.dtype.itemsize)
+    routing = Launch(
+        moe_row_router,
+        (-(-experts // ROUTER_ROWS),),
+        {
+            "x_ptr": out,
+            "norm_ptr": norm,
+            "w_ptr": router,
+            "normed_ptr": normed,
+            "logits_ptr": torch.empty(experts, dtype=torch.float32, device=device),
+            "arrivals_ptr": arrivals,
+            "weights_ptr": weights,
+            "ids_ptr": ids,
+        },
+        {
+            "EPS": eps,
+            "H": hidden,
+            "E": experts,
+            "E_POW2": triton.next_power_of_2(experts),
+            "TOP_K": top_k,
+            "BLOCK_E": ROUTER_ROWS,
+            "STEPS": steps,
+            "BLOCK_H": block_h,
+            "RANK_BLOCK": min(32, triton.next_power_of_2(experts)),
+            "PTX": ptx,
+        },
+    )
+    submit(routing)
+    return out, normed, weights, ids
+
+
+def row_pieces(columns: int, itemsize: int) -> tuple[int, int]:
+    """How many pieces a row is read in, a power of two, and columns of one: each thread of a warp reads 16 bytes."""
+    piece = min(512 // itemsize, triton.next_power_of_2(columns))
+    return triton.next_power_of_2(-(-columns // piece)), piece
+
+
+def splits_of(gpu: Gpu, kv_heads: int, width: int) -> int:
+    """Parts of the cache for each head, a power of two: programs for half of the multiprocessors.
+
+    No more than the last program can hold, which puts `width` numbers of each part together.
+    """
+    most = max(1, min(MAX_CELLS // width, gpu.num_sms // (2 * kv_heads)))
+    return 1 << (most.bit_length() - 1)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _ptx(gpu: Gpu) -> int:
+    return 0 if _interpreted() else gpu.capability
+
+
+def _gpu(x: Tensor) -> Gpu:
+    return INTERPRETER_GPU if _interpreted() else gpu_of(x.device.index)
+
+
+def _matvec(
+    x: Tensor,
+    add: Tensor | None,
+    norm: Tensor | None,
+    weight: Tensor,
+    scale: Tensor | None,
+    residual: Tensor | None,
+    summed: Tensor,
+    out: Tensor,
+    arrivals: Tensor | None,
+    eps: float,
+    ptx: int,
+    ahead: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Launch:
+    """weight @ norm(x + add) * scale + residual; absent arguments are filled with a tensor that is never read."""
+    n, k = weight.shape
+    # Rows of a program: enough programs to fill a large GPU at least once. Weights of a chunk: 128 a thread.
+    block_n = 8 if n > 4096 else 4
+    steps, block_k = row_pieces(k, weight.dtype.itemsize)
+    steps = min(steps, max(1, MAX_CELLS // (block_k * block_n)))
+    return Launch(
+        moe_row_matvec,
+        (-(-n // block_n),),
+        {
+            "x_ptr": x,
+            "add_ptr": x if add is None else add,
+            "norm_ptr": x if norm is None else norm,
+            "w_ptr": weight,
+            "scale_ptr": weight if scale is None else scale,
+            "residual_ptr": x if residual is None else residual,
+            "sum_ptr": summed,
+            "out_ptr": out,
+            "arrivals_ptr": out if arrivals is None else arrivals,
+            **dict(zip(("position_ptr", "key_ptr", "value_ptr"), ahead or (x, x, x), strict=True)),
+        },
+        {
+            "EPS": eps,
+            "N": n,
+            "K": k,
+            "BLOCK_N": block_n,
+            "STEPS": steps,
+            "BLOCK_K": block_k,
+            "NUM_ARRIVALS": 0 if arrivals is None else arrivals.shape[0],
+            "HAS_ADD": add is not None,
+            "HAS_NORM": norm is not None,
+            "HAS_SCALE": scale is not None,
+            "HAS_RESIDUAL": residual is not None,
+            "HAS_AHEAD": ahead is not None,
+            "PTX": ptx,
+        },
+    )

@@ -1,0 +1,171 @@
+"""`attention_of_one`, `route_one`, `linear_of_one`: schemas, fakes, CPU kernels. See one_token_launches.py for CUDA.
+
+None writes to its arguments: the new key and value come back, and the caller puts them into the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import triton_op
+
+from executorch_moe.kernels.inference_only import inference_only
+
+from .arguments import (
+    AttentionArguments,
+    RouteArguments,
+    check_attention_of_one,
+    check_linear_of_one,
+    check_position,
+    check_route_one,
+)
+from .arguments import fits_one_token as fits_one_token
+from .aten import attention_of_one_aten, linear_of_one_aten, route_one_aten
+from .launches import run_attention_of_one, run_linear_of_one, run_route_one
+from .launches import splits_of as splits_of
+
+
+@triton_op("executorch_moe::attention_of_one", mutates_args={})
+def attention_of_one(
+    hidden: Tensor,
+    update: Tensor | None,
+    norm: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm, one projection of query, key and value, their norm and rotation, attention over the cache, for one token.
+
+    Args:
+        hidden: bf16 [1, 1, H], or what is to be added to `update` to give it.
+        update: bf16 [1, 1, H] or None: the experts' output, which the layer before has not added yet.
+        norm: bf16 [H]. q_norm, k_norm: bf16, D elements.
+        weight: int8 or bf16 [(heads + 2 * kv_heads) * D, H]. scale: fp32, one for each row, or None.
+        cos, sin: float, D/2 elements: of the first half of a head, whose angles are those of the second half too.
+        position: int64 [1]; positions before it are read from the cache.
+        key, value: bf16 [1, kv_heads, C, D].
+        scaling: of the scores. eps: of the norms.
+
+    Returns:
+        hidden + update, bf16 [1, 1, H]; attention's result, bf16 [1, 1, heads * D]; this token's key and value, bf16
+        [2, 1, kv_heads, 1, D].
+
+    Raises:
+        ValueError: see `check_attention_of_one`; on the CPU also a position outside [0, C].
+    """
+    arguments = AttentionArguments(
+        hidden, update, norm, weight, scale, q_norm, k_norm, cos, sin, position, key, value, scaling, eps
+    )
+    check_attention_of_one(arguments)
+    if hidden.device.type == "cpu":  # opened while tracing for the CPU
+        return attention_of_one_aten(arguments)
+    return run_attention_of_one(arguments)
+
+
+@triton_op("executorch_moe::route_one", mutates_args={})
+def route_one(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    residual: Tensor,
+    norm: Tensor,
+    router: Tensor,
+    top_k: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A projection with the residual, norm, and the routing of the result, for one token.
+
+    Args:
+        x: bf16 [1, 1, K]. residual: bf16 [1, 1, H]. norm: bf16 [H].
+        weight: int8 or bf16 [H, K]. scale: fp32 [H] or None.
+        router: bf16 [E, H]. top_k: experts of a token.
+
+    Returns:
+        The projection plus residual, bf16 [1, 1, H]; its norm, bf16 [1, H]; routing weights, fp32 [1, top_k], which sum
+        to 1; experts, int64 [1, top_k], which differ and are within [0, E) even where logits are NaN.
+
+    Raises:
+        ValueError: see `check_route_one`.
+    """
+    arguments = RouteArguments(x, weight, scale, residual, norm, router, top_k, eps)
+    check_route_one(arguments)
+    return route_one_aten(arguments) if x.device.type == "cpu" else run_route_one(arguments)
+
+
+@triton_op("executorch_moe::linear_of_one", mutates_args={})
+def linear_of_one(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    """A linear layer of one token.
+
+    Args:
+        x: bf16 [..., K], one row. weight: int8 or bf16 [N, K]. scale: fp32 [N] or None.
+
+    Returns:
+        bf16 [..., N].
+
+    Raises:
+        ValueError: see `check_linear_of_one`.
+    """
+    check_linear_of_one(x, weight, scale)
+    return linear_of_one_aten(x, weight, scale) if x.device.type == "cpu" else run_linear_of_one(x, weight, scale)
+
+
+@attention_of_one.register_kernel("cpu")
+def _(*args):  # type: ignore[no-untyped-def]
+    arguments = AttentionArguments(*args)
+    check_attention_of_one(arguments)
+    check_position(arguments.position, arguments.key.shape[2])
+    return attention_of_one_aten(arguments)
+
+
+@route_one.register_kernel("cpu")
+def _(*args):  # type: ignore[no-untyped-def]
+    arguments = RouteArguments(*args)
+    check_route_one(arguments)
+    return route_one_aten(arguments)
+
+
+@linear_of_one.register_kernel("cpu")
+def _(x, weight, scale):  # type: ignore[no-untyped-def]
+    check_linear_of_one(x, weight, scale)
+    return linear_of_one_aten(x, weight, scale)
+
+
+@attention_of_one.register_fake
+def _(*args):  # type: ignore[no-untyped-def]
+    arguments = AttentionArguments(*args)
+    check_attention_of_one(arguments)
+    hidden, (_, kv_heads, _, head_dim) = arguments.hidden, arguments.key.shape
+    heads = arguments.weight.shape[0] // head_dim - 2 * kv_heads
+    summed = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    return summed, hidden.new_empty(1, 1, heads * head_dim), hidden.new_empty(2, 1, kv_heads, 1, head_dim)
+
+
+@route_one.register_fake
+def _(*args):  # type: ignore[no-untyped-def]
+    arguments = RouteArguments(*args)
+    check_route_one(arguments)
+    residual, top_k = arguments.residual, arguments.top_k
+    return (
+        torch.empty_like(residual, memory_format=torch.contiguous_format),
+        residual.new_empty(1, residual.shape[2]),
+        residual.new_empty(1, top_k, dtype=torch.float32),
+        residual.new_empty(1, top_k, dtype=torch.int64),
+    )
+
+
+@linear_of_one.register_fake
+def _(x, weight, scale):  # type: ignore[no-untyped-def]
+    check_linear_of_one(x, weight, scale)
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+for operator in (attention_of_one, route_one, linear_of_one):
+    inference_only(operator)

@@ -1,0 +1,118 @@
+"""`fused_experts` in ATen: the eager CPU kernel, and a traceable form for runtimes without the Triton kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, silu
+
+from executorch_moe.kernels.arguments import ExpertArguments, ExpertMatrix
+from executorch_moe.kernels.packing.experts import dequantize, fragment_order
+from executorch_moe.kernels.schemes import (
+    GATE_UP_GRANULE,
+    K_BLOCK,
+    SWIGLU_OAI_ALPHA,
+    SWIGLU_OAI_LIMIT,
+    get_scheme,
+    max_scale_ratio,
+    round_up,
+)
+
+
+def quantize_activations(x: Tensor, act_group: int) -> Tensor:
+    """Round activations to int8 codes times one scale a group, as the W4A8 kernels do; returns fp32 [..., K].
+
+    Args:
+        x: float [..., K].
+        act_group: consecutive values that share a scale, the last of a row may be fewer; 0 returns `x` unchanged in
+            fp32. A group's scale is at least 1 / `max_scale_ratio` of the largest of its row.
+    """
+    x = x.to(torch.float32)
+    if act_group == 0:
+        return x
+    k = x.shape[-1]
+    k_pad = round_up(k, act_group)
+    padded = pad(x, (0, k_pad - k)) if k_pad > k else x
+    grouped = padded.reshape(*x.shape[:-1], k_pad // act_group, act_group)
+    largest = grouped.abs().amax(-1, keepdim=True)
+    least = largest.amax(-2, keepdim=True) / max_scale_ratio(round_up(k, K_BLOCK))
+    scale = (torch.maximum(largest, least) / 127.0).clamp(min=1e-12)
+    rounded = ((grouped / scale).round() * scale).reshape(padded.shape)
+    return rounded[..., :k] if k_pad > k else rounded
+
+
+def _activate(projected: Tensor, activation: str) -> Tensor:
+    """[..., 2*Ip] with gate and up rows in runs of 8 -> the gated activation, [..., Ip]."""
+    *lead, n = projected.shape
+    runs = projected.reshape(*lead, n // (2 * GATE_UP_GRANULE), 2, GATE_UP_GRANULE)
+    gate, up = runs.select(-2, 0), runs.select(-2, 1)
+    if activation == "swiglu_oai":
+        gate = gate.clamp(max=SWIGLU_OAI_LIMIT)
+        up = up.clamp(-SWIGLU_OAI_LIMIT, SWIGLU_OAI_LIMIT) + 1.0
+        return (gate * torch.sigmoid(SWIGLU_OAI_ALPHA * gate) * up).reshape(*lead, n // 2)
+    return (silu(gate) * up).reshape(*lead, n // 2)
+
+
+def _expert_ffn(x: Tensor, w13: ExpertMatrix, w2: ExpertMatrix, arguments: ExpertArguments) -> Tensor:
+    """Batched expert: x fp32 [B, M, Hp], packed matrices of B experts -> fp32 [B, M, Hp]."""
+    kind = get_scheme(arguments.scheme)
+
+    def project(x: Tensor, matrix: ExpertMatrix, gemm: int) -> Tensor:
+        order = fragment_order(kind, gemm)
+        weight = dequantize(matrix.weight, matrix.scale, matrix.zero, order)
+        y = torch.bmm(quantize_activations(x, kind.act_group(gemm)), weight.transpose(1, 2))
+        return y if matrix.bias is None else y + matrix.bias.unsqueeze(1)
+
+    return project(_activate(project(x, w13, 1), arguments.activation), w2, 2)
+
+
+def fused_experts_aten(arguments: ExpertArguments) -> Tensor:
+    """`fused_experts` as a static graph of ATen operators that ExecuTorch's CPU runtime has.
+
+    Two forms, by what is cheaper and known at trace time: a fixed number of pairs below E gathers the experts it needs
+    (decode); else every expert runs on every token and the routing weights, zero for experts not chosen, select. Peak
+    memory is one dequantised layer in fp32 (or top_k of its experts).
+    """
+    hidden_states, topk_ids, topk_weights = arguments[:3]
+    num_tokens, h = hidden_states.shape
+    top_k, e = topk_ids.shape[1], arguments.w13.shape[0]
+    x = pad(hidden_states.to(torch.float32), (0, round_up(h, K_BLOCK) - h))
+    ids = topk_ids.to(torch.int64)
+    valid = torch.logical_and(ids >= 0, ids < e)
+    weights = torch.where(valid, topk_weights.to(torch.float32), torch.zeros_like(topk_weights, dtype=torch.float32))
+    w13, w2 = arguments.matrix(1), arguments.matrix(2)
+
+    if isinstance(num_tokens, int) and num_tokens * top_k < e:
+        chosen = torch.where(valid, ids, torch.zeros_like(ids)).reshape(-1)
+        pairs = x.unsqueeze(1).expand(num_tokens, top_k, x.shape[1]).reshape(num_tokens * top_k, 1, x.shape[1])
+
+        def pick(matrix: ExpertMatrix) -> ExpertMatrix:
+            return matrix.map(lambda t: t.index_select(0, chosen))
+
+        y = _expert_ffn(pairs, pick(w13), pick(w2), arguments)
+        out = (y.reshape(num_tokens, top_k, -1) * weights.unsqueeze(-1)).sum(1)
+    else:
+        y = _expert_ffn(x.unsqueeze(0).expand(e, num_tokens, x.shape[1]), w13, w2, arguments)
+        expert = torch.arange(e, dtype=torch.int64, device=ids.device)
+        hit = (ids.unsqueeze(-1) == expert).to(torch.float32)  # [T, top_k, E]
+        share = (hit * weights.unsqueeze(-1)).sum(1)  # [T, E]
+        out = (y * share.transpose(0, 1).unsqueeze(-1)).sum(0)
+    return out[:, :h].to(hidden_states.dtype).contiguous()
+
+
+def fused_experts_cpu(arguments: ExpertArguments) -> Tensor:
+    """Eager CPU kernel: one dequantised expert at a time, only experts that have tokens."""
+    hidden_states, topk_ids, topk_weights = arguments[:3]
+    h = hidden_states.shape[1]
+    x = pad(hidden_states.float(), (0, round_up(h, K_BLOCK) - h))
+    out = torch.zeros_like(x)
+    for expert in topk_ids.unique().tolist():
+        if not 0 <= expert < arguments.w13.shape[0]:
+            continue
+        token, slot = (topk_ids == expert).nonzero(as_tuple=True)
+        one = slice(expert, expert + 1)
+        w13, w2 = (arguments.matrix(gemm).map(lambda t: t[one]) for gemm in (1, 2))  # noqa: B023 used at once
+        y = _expert_ffn(x[token].unsqueeze(0), w13, w2, arguments)
+        # A token chooses an expert at most once in practice; index_add_ stays right if ids repeat.
+        out.index_add_(0, token, topk_weights[token, slot].float()[:, None] * y[0])
+    return out[:, :h].to(hidden_states.dtype).contiguous()

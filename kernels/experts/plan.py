@@ -1,0 +1,364 @@
+"""From the operator's arguments to kernel launches: which path, which buffers, which configuration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from executorch_moe.kernels.arguments import ExpertArguments
+from executorch_moe.kernels.gpus import Gpu, gpu_of
+from executorch_moe.kernels.launch import Launch as Launch
+from executorch_moe.kernels.schemes import max_scale_ratio, round_up
+from executorch_moe.kernels.tuning.choose import (
+    MAX_PAIRS,
+    Variant,
+    few_token_configs,
+    grouped_variants,
+    heuristic_few_tokens,
+)
+from executorch_moe.kernels.tuning.configs import INTERPRETER_GPU, GemmConfig
+
+from .elementwise import moe_quantize_rows, moe_sum_pairs
+from .grouped_gemm import moe_few_tokens_gemm, moe_grouped_gemm
+from .problem import Options as Options
+from .problem import Problem as Problem
+from .problem import cdiv, needs_wide_offsets
+from .routing import moe_route_count, moe_route_scatter
+
+SHORT_WAVE = 3
+"""Programs of a multiprocessor up to which few-token launches are made for latency."""
+
+
+def check_config(config: GemmConfig, gemm: int, n: int) -> None:
+    if n % config.block_n:
+        raise ValueError(f"block_n={config.block_n} must divide N={n} of GEMM{gemm}: use block_n=128")
+
+
+def tile_constants(config: GemmConfig, constants: dict[str, Any]) -> dict[str, Any]:
+    """Constexprs of a configuration that both kernels share."""
+    return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "NUM_STAGES": config.num_stages,
+        "UNROLL": config.unroll,
+        "SCALE_AFTER": config.scale_after and constants["GROUP"] >= 128 and not constants["HAS_ZERO"],
+    }
+
+
+def run_few_tokens(p: Problem) -> Tensor:
+    """Two launches: GEMM1 with the activation, GEMM2 with the weighted sum over top_k."""
+    chosen = few_token_configs(p.gpu, p.scheme, p.layer, p.num_tokens, p.options.tables)
+    if chosen is None:  # the path was forced
+        chosen = heuristic_few_tokens(p.gpu, p.scheme, p.layer, p.num_tokens)
+    configs = (p.options.gemm1 or chosen[0], p.options.gemm2 or chosen[1])
+    for gemm, config in enumerate(configs, start=1):
+        check_config(config, gemm, p.layer.rows_and_k(gemm)[0])
+    split_k = configs[1].split_k
+    arrivals = triton.next_power_of_2(p.h_pad // configs[1].block_n)
+    counters = p.empty((arrivals,), torch.int32)
+    hidden = p.empty((p.num_pairs, p.i_pad), torch.bfloat16)
+    y = p.empty((split_k * p.num_pairs, p.h), torch.float32)
+    out = p.empty((p.num_tokens, p.h), torch.bfloat16)
+    for gemm, config, x, made in ((1, configs[0], p.hidden_states, hidden), (2, configs[1], hidden, y)):
+        constants = p.constants(gemm)
+        parts = split_k if gemm == 2 else 1
+        programs = constants["N"] // config.block_n * p.num_pairs * parts
+        p.submit(
+            Launch(
+                moe_few_tokens_gemm,
+                (constants["N"] // config.block_n, p.num_pairs, parts),
+                {
+                    "x_ptr": x,
+                    "x_scale_ptr": x,
+                    **p.weights(gemm),
+                    "y_ptr": made,
+                    "pair_weight_ptr": p.topk_weights,
+                    "topk_ids_ptr": p.topk_ids,
+                    "arrivals_ptr": counters,
+                    "out_ptr": out,
+                    "num_tokens": p.num_tokens,
+                },
+                {
+                    **constants,
+                    **tile_constants(config, constants),
+                    "NUM_ARRIVALS": arrivals,
+                    "NUM_EXPERTS": p.num_experts,
+                    "PAIRS": triton.next_power_of_2(p.num_pairs),
+                    "TOKENS": triton.next_power_of_2(p.num_tokens),
+                    "STRIDE_X": int(x.shape[1]),
+                    "ACT_GROUP": 0,  # a launch less, and more exact: here bytes are what counts
+                    "SPLIT_K": parts,
+                    "SHORT": programs <= SHORT_WAVE * p.gpu.num_sms,
+                },
+                num_warps=config.num_warps,
+            )
+        )
+    return out
+
+
+@dataclass
+class Routing:
+    """What routing leaves on the device; see routing.py."""
+
+    sorted_pair_ids: Tensor
+    expert_offsets: Tensor
+    block_expert: Tensor
+    block_row: Tensor
+    num_row_blocks: Tensor
+
+    def pointers(self) -> dict[str, Any]:
+        """The lists as the kernels name them."""
+        return {f"{name}_ptr": tensor for name, tensor in vars(self).items()}
+
+
+def max_row_blocks(num_pairs: Any, num_experts: int, block_m: int) -> Any:
+    """Upper bound of the row blocks of any routing: every expert may end in a partial block."""
+    bound = num_pairs // block_m + num_experts
+    return min(bound, num_pairs) if isinstance(num_pairs, int) else bound
+
+
+def route_chunk(num_pairs: Any) -> int:
+    """Pairs that one routing program ranks: one program while that is enough, then a balance between ranking a chunk
+    (quadratic in its size) and summing the counts of all chunks (each program reads them all)."""
+    if not isinstance(num_pairs, int):
+        return 256
+    if num_pairs <= 256:
+        return max(64, triton.next_power_of_2(num_pairs))
+    return 256 if num_pairs <= 32768 else 512
+
+
+@dataclass(frozen=True)
+class Heights:
+    """Rows of a row block: block_m, or block_m_few with up to `few` pairs, or block_m_many with more than `many`."""
+
+    block_m: int
+    few: int = -1
+    block_m_few: int = 8
+    many: int = MAX_PAIRS
+    block_m_many: int = 8
+
+    @staticmethod
+    def of(variants: tuple[Variant, ...]) -> Heights:
+        """Heights that serve up to three variants."""
+        heights = [v.gemm1.block_m for v in variants]
+        if len(variants) == 1:
+            return Heights(heights[0])
+        if len(variants) == 2:
+            return Heights(heights[1], variants[0].pairs_to, heights[0])
+        few, middle, _ = variants
+        return Heights(heights[1], few.pairs_to, heights[0], middle.pairs_to, heights[2])
+
+    @property
+    def least(self) -> int:
+        """Of those that can occur, the smallest: it makes the most row blocks."""
+        found = [self.block_m]
+        found += [self.block_m_few] if self.few >= 0 else []
+        found += [self.block_m_many] if self.many < MAX_PAIRS else []
+        return min(found)
+
+
+def run_routing(p: Problem, heights: Heights) -> Routing:
+    """Two launches (one for few pairs); the row-block list is for tiles of these heights."""
+    e_pow2 = max(32, triton.next_power_of_2(p.num_experts))
+    chunk = route_chunk(p.num_pairs)
+    num_chunks = cdiv(p.num_pairs, chunk)
+    one_chunk = isinstance(num_chunks, int) and num_chunks == 1
+    blocks = max_row_blocks(p.num_pairs, p.num_experts, heights.least)
+    r = Routing(
+        sorted_pair_ids=p.empty((p.num_pairs,), torch.int32),
+        expert_offsets=p.empty((p.num_experts + 1,), torch.int32),
+        block_expert=p.empty((blocks,), torch.int32),
+        block_row=p.empty((blocks,), torch.int32),
+        num_row_blocks=p.empty((1,), torch.int32),
+    )
+    shape = {"NUM_EXPERTS": p.num_experts, "E_POW2": e_pow2, "CHUNK": chunk, "PTX": p.ptx}
+    counts = r.num_row_blocks
+    if not one_chunk:
+        counts = p.empty((num_chunks, e_pow2), torch.int32)
+        p.submit(
+            Launch(
+                moe_route_count,
+                (num_chunks,),
+                {"topk_ids_ptr": p.topk_ids, "chunk_counts_ptr": counts, "num_pairs": p.num_pairs},
+                shape,
+            )
+        )
+    p.submit(
+        Launch(
+            moe_route_scatter,
+            (num_chunks,),
+            {
+                "topk_ids_ptr": p.topk_ids,
+                "chunk_counts_ptr": counts,
+                **r.pointers(),
+                "num_pairs": p.num_pairs,
+                "num_chunks": num_chunks,
+            },
+            {
+                **shape,
+                "ONE_CHUNK": one_chunk,
+                "COUNT_BLOCK": 16,
+                "RANK_BLOCK": 32,
+                "BLOCK_M": heights.block_m,
+                "FEW": heights.few,
+                "BLOCK_M_FEW": heights.block_m_few,
+                "MANY": heights.many,
+                "BLOCK_M_MANY": heights.block_m_many,
+            },
+            num_warps=8,
+        )
+    )
+    return r
+
+
+def quantize_rows(p: Problem, x: Tensor, rows: Any, k: int, act_group: int) -> tuple[Tensor, Tensor]:
+    """One launch: int8 codes [rows, Kp] and fp32 scales [rows, Kp/act_group rounded up] of bf16 [rows, k]."""
+    k_pad = round_up(k, 128)
+    groups = cdiv(k_pad, act_group)
+    groups_pow2 = triton.next_power_of_2(groups)
+    q = p.empty((rows, k_pad), torch.int8)
+    scale = p.empty((rows, groups), torch.float32)
+    p.submit(
+        Launch(
+            moe_quantize_rows,
+            (rows,),
+            {"x_ptr": x, "q_ptr": q, "scale_ptr": scale},
+            {
+                "K": k,
+                "KP": k_pad,
+                "ACT_GROUP": act_group,
+                "NUM_GROUPS": groups,
+                "GROUPS_POW2": groups_pow2,
+                "MAX_RATIO": max_scale_ratio(k_pad),
+                "PTX": p.ptx,
+            },
+            num_warps=min(16, max(4, groups_pow2 * act_group // 1024)),
+        )
+    )
+    return q, scale
+
+
+def run_grouped_gemm(
+    p: Problem, gemm: int, variants: tuple[Variant, ...], x: Tensor, rows: Any, out: Tensor, r: Routing
+) -> None:
+    """GEMM1 or GEMM2 over the row blocks that routing wrote; a launch for each variant, of which one finds work."""
+    constants = p.constants(gemm)
+    act_group = p.scheme.act_group(gemm)
+    scale = x
+    if act_group:
+        x, scale = quantize_rows(p, x, rows, constants["K"], act_group)
+    wide = needs_wide_offsets(rows, int(x.shape[1]))
+    for variant in variants:
+        config = variant.gemm1 if gemm == 1 else variant.gemm2
+        check_config(config, gemm, constants["N"])
+        tiles = max_row_blocks(p.num_pairs, p.num_experts, config.block_m) * (constants["N"] // config.block_n)
+        programs = p.gpu.num_sms * config.ctas_per_sm
+        if p.options.persistent:
+            grid = min(programs, tiles) if isinstance(tiles, int) else programs
+        else:
+            grid = tiles
+        p.submit(
+            Launch(
+                moe_grouped_gemm,
+                (grid,),
+                {
+                    "x_ptr": x,
+                    "x_scale_ptr": scale,
+                    **p.weights(gemm),
+                    "out_ptr": out,
+                    "pair_weight_ptr": p.topk_weights,
+                    **r.pointers(),
+                    "num_pairs": p.num_pairs,
+                },
+                {
+                    **constants,
+                    **tile_constants(config, constants),
+                    "PAIRS_FROM": variant.pairs_from,
+                    "PAIRS_TO": variant.pairs_to,
+                    "STRIDE_X": int(x.shape[1]),
+                    "WIDE_X": wide,
+                    "ACT_GROUP": act_group,
+                    "GROUP_SIZE_M": p.options.group_size_m or config.group_size_m,
+                    "PERSISTENT": p.options.persistent,
+                },
+                num_warps=config.num_warps,
+            )
+        )
+
+
+def forced_variants(p: Problem) -> tuple[Variant, ...]:
+    """The variants to run: as chosen, or with the configurations that the options force."""
+    if p.options.variants is not None:
+        return p.options.variants
+    pairs = p.num_pairs if isinstance(p.num_pairs, int) else None
+    variants = grouped_variants(p.gpu, p.scheme, p.layer, pairs, p.options.tables)
+    if p.options.gemm1 is None and p.options.gemm2 is None:
+        return variants
+    gemm1 = p.options.gemm1 or variants[-1].gemm1
+    gemm2 = p.options.gemm2 or variants[-1].gemm2
+    if gemm1.block_m != gemm2.block_m:
+        raise ValueError(
+            f"block_m={gemm1.block_m} of GEMM1 and {gemm2.block_m} of GEMM2 differ: both walk the same row blocks"
+        )
+    return (Variant(0, MAX_PAIRS, gemm1, gemm2),)
+
+
+def run_grouped(p: Problem) -> Tensor:
+    """Routing, GEMM1, GEMM2, sum over top_k."""
+    variants = forced_variants(p)
+    routing = run_routing(p, Heights.of(variants))
+    hidden = p.empty((p.num_pairs, p.i_pad), torch.bfloat16)
+    run_grouped_gemm(p, 1, variants, p.hidden_states, p.num_tokens, hidden, routing)
+    y = p.empty((p.num_pairs, p.h), torch.bfloat16)
+    run_grouped_gemm(p, 2, variants, hidden, p.num_pairs, y, routing)
+    out = p.empty((p.num_tokens, p.h), torch.bfloat16)
+    block_h = min(1024, triton.next_power_of_2(p.h))
+    p.submit(
+        Launch(
+            moe_sum_pairs,
+            (p.num_tokens, cdiv(p.h, block_h)),
+            {"y_ptr": y, "topk_ids_ptr": p.topk_ids, "out_ptr": out},
+            {"H": p.h, "TOP_K": p.top_k, "NUM_EXPERTS": p.num_experts, "BLOCK_H": block_h, "PTX": p.ptx},
+        )
+    )
+    return out
+
+
+def run_fused_experts(
+    arguments: ExpertArguments,
+    *,
+    options: Options = Options(),
+    gpu: Gpu | None = None,
+    submit: Callable[[Launch], None] = Launch.run,
+) -> Tensor:
+    """Run the expert layer with the Triton kernels; the operator, `op.fused_experts`, has checked the arguments.
+
+    Args:
+        options: forced choices. gpu: target instead of the tensors' device.
+        submit: what to do with each launch; the default runs it.
+
+    Returns:
+        bf16 [T, H].
+    """
+    hidden_states = arguments.hidden_states
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if gpu is None:
+        gpu = INTERPRETER_GPU if interpreted else gpu_of(hidden_states.device.index)
+    num_tokens = hidden_states.shape[0]
+    if isinstance(num_tokens, int) and num_tokens == 0:
+        return torch.empty_like(hidden_states)
+    p = Problem(arguments, gpu, 0 if interpreted else gpu.capability, options, submit)
+    path = options.path
+    if path is None:
+        few = (
+            isinstance(num_tokens, int)
+            and few_token_configs(p.gpu, p.scheme, p.layer, num_tokens, options.tables) is not None
+        )
+        path = "few_tokens" if few else "grouped"
+    return run_few_tokens(p) if path == "few_tokens" else run_grouped(p)

@@ -1,0 +1,111 @@
+"""The arguments of `fused_experts` with the sizes and choices that its launches share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from executorch_moe.kernels.arguments import ExpertArguments
+from executorch_moe.kernels.gpus import Gpu
+from executorch_moe.kernels.launch import Launch
+from executorch_moe.kernels.packing.experts import fragment_order
+from executorch_moe.kernels.schemes import get_activation, get_scheme, round_up
+from executorch_moe.kernels.tuning.choose import LayerShape, Variant
+from executorch_moe.kernels.tuning.configs import GemmConfig
+
+OFFSETS_32_BITS = 2**32
+"""Elements that a GEMM addresses with unsigned 32-bit offsets. Offsets of 64 bits take twice the registers."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Choices that tests and benchmarks force; None leaves a choice to the operator.
+
+    Attributes:
+        path: "grouped" or "few_tokens".
+        persistent: False runs the one-CTA-per-tile schedule.
+        gemm1, gemm2: tile configurations. variants: of the grouped path, in place of them.
+        group_size_m: of the tile order, in place of the configuration's. tables: False leaves the choice to heuristics.
+    """
+
+    path: str | None = None
+    persistent: bool = True
+    gemm1: GemmConfig | None = None
+    gemm2: GemmConfig | None = None
+    variants: tuple[Variant, ...] | None = None
+    group_size_m: int | None = None
+    tables: bool = True
+
+
+@dataclass
+class Problem:
+    """The operator's arguments with the sizes that every launch needs."""
+
+    arguments: ExpertArguments
+    gpu: Gpu
+    ptx: int
+    options: Options = field(default_factory=Options)
+    submit: Callable[[Launch], None] = Launch.run
+
+    def __post_init__(self) -> None:
+        self.hidden_states, self.topk_ids, self.topk_weights = (t.contiguous() for t in self.arguments[:3])
+        self.scheme = get_scheme(self.arguments.scheme)
+        self.num_tokens = self.hidden_states.shape[0]
+        # int(): kernels are compiled for these, so a size that is traced as a symbol becomes a number here.
+        self.h, self.top_k = int(self.hidden_states.shape[1]), int(self.topk_ids.shape[1])
+        self.num_pairs = self.num_tokens * self.top_k
+        self.num_experts, w2 = int(self.arguments.w13.shape[0]), self.arguments.w2
+        self.h_pad = round_up(self.h, 128)
+        self.i_pad = int(w2.shape[1] * 128 if self.scheme.packed else w2.shape[2])
+        self.group_size = self.arguments.group_size if self.scheme.packed else 0
+        self.layer = LayerShape(self.num_experts, self.top_k, self.h_pad, self.i_pad, self.group_size)
+
+    def empty(self, shape: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.hidden_states.device)
+
+    def weights(self, gemm: int) -> dict[str, Any]:
+        """Pointer arguments of one GEMM's weights; absent ones are filled with a tensor that is never read."""
+        w, scale, zero, bias = self.arguments.matrix(gemm)
+        return {
+            "w_ptr": w,
+            "w_scale_ptr": w if scale is None else scale,
+            "w_zero_ptr": w if zero is None else zero,
+            "bias_ptr": w if bias is None else bias,
+        }
+
+    def constants(self, gemm: int) -> dict[str, Any]:
+        """Constexprs that both mainloops share."""
+        matrix = self.arguments.matrix(gemm)
+        return {
+            "N": 2 * self.i_pad if gemm == 1 else self.h_pad,
+            "K": self.h if gemm == 1 else self.i_pad,
+            "KP": self.h_pad if gemm == 1 else self.i_pad,
+            "OUT_COLS": self.i_pad if gemm == 1 else self.h,
+            "TOP_K": self.top_k,
+            "GROUP": self.group_size or 128,
+            "W_BITS": self.scheme.weight_bits,
+            "INT8_ORDER": self.scheme.packed and fragment_order(self.scheme, gemm) == "w4a8",
+            "HAS_ZERO": matrix.zero is not None,
+            "HAS_BIAS": matrix.bias is not None,
+            "ACTIVATION": get_activation(self.arguments.activation),
+            "GEMM": gemm,
+            "PTX": self.ptx,
+        }
+
+
+def cdiv(a: Any, b: int) -> Any:
+    return (a + b - 1) // b
+
+
+def needs_wide_offsets(rows: Any, columns: int) -> bool:
+    """True if [rows, columns] may have more elements than 32-bit offsets reach.
+
+    rows: a number, or the symbol of a traced program, of which the bounds of its dimension are known.
+    """
+    fits = rows * columns <= OFFSETS_32_BITS
+    return not (fits if isinstance(fits, bool) else statically_known_true(fits))

@@ -1,0 +1,155 @@
+"""Routing on the device: pairs sorted by expert, the list of row blocks and how many there are. No host read.
+
+A pair is one (token, expert choice); pair i belongs to token i // top_k. Two launches, both deterministic:
+  1. `moe_route_count`: each program counts the experts of one chunk of pairs. Left out if there is one chunk.
+  2. `moe_route_scatter`: each program sums the counts of all chunks (the total gives the experts' offsets, the chunks
+     before its own its starting places), ranks its pairs by comparing each with those before it, and writes them to
+     their places. The programs share the writing of the row-block list.
+The sort is stable. Pairs whose id lies outside [0, E) are counted nowhere and appear in no list.
+
+Worked example: top_k = 1, ids = [2, 0, 2, 9, 2], E = 3, BLOCK_M = 2
+  sorted_pair_ids = [1, 0, 2, 4, -]   expert_offsets = [0, 1, 1, 4]
+  row blocks: expert [0, 2, 2], first row [0, 1, 3], num_row_blocks = 3
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from executorch_moe.kernels._device import launches_before
+
+
+@triton.jit
+def valid_experts(ids, NUM_EXPERTS: tl.constexpr):
+    """Experts as int32, -1 for pairs to drop. An id beyond 32 bits must not wrap into range.
+
+    Takes ids and not their address: torch takes a pointer for written to if it goes into a function whose result goes
+    into the address of a store.
+    """
+    return tl.where((ids >= 0) & (ids < NUM_EXPERTS), ids, -1).to(tl.int32)
+
+
+@triton.jit
+def count_experts(ids, E_POW2: tl.constexpr):
+    """int32 [E_POW2]: how often each expert occurs in `ids`."""
+    return tl.histogram(tl.maximum(ids, 0), E_POW2, mask=ids >= 0)
+
+
+@triton.jit
+def moe_route_count(
+    topk_ids_ptr,  # int32 or int64 [P]
+    chunk_counts_ptr,  # int32 [num_chunks, E_POW2]
+    num_pairs, NUM_EXPERTS: tl.constexpr, E_POW2: tl.constexpr, CHUNK: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Count the experts of chunk `program_id(0)`."""
+    topk_ids_ptr += launches_before(False, PTX)
+    chunk = tl.program_id(0)
+    offs = chunk * CHUNK + tl.arange(0, CHUNK)
+    ids = valid_experts(tl.load(topk_ids_ptr + offs, mask=offs < num_pairs, other=-1), NUM_EXPERTS)
+    counts_ptr = chunk_counts_ptr + chunk.to(tl.int64) * E_POW2
+    tl.store(counts_ptr + tl.arange(0, E_POW2), count_experts(ids, E_POW2))
+
+
+@triton.jit
+def moe_route_scatter(
+    topk_ids_ptr,  # int32 or int64 [P]
+    chunk_counts_ptr,  # int32 [num_chunks, E_POW2], not read if ONE_CHUNK
+    sorted_pair_ids_ptr,  # int32 [P]
+    expert_offsets_ptr,  # int32 [E + 1]
+    block_expert_ptr,  # int32 [max row blocks]
+    block_row_ptr,  # int32 [max row blocks]
+    num_row_blocks_ptr,  # int32 [1]
+    num_pairs, num_chunks,
+    NUM_EXPERTS: tl.constexpr, E_POW2: tl.constexpr, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr,
+    COUNT_BLOCK: tl.constexpr, RANK_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr, FEW: tl.constexpr, BLOCK_M_FEW: tl.constexpr, MANY: tl.constexpr, BLOCK_M_MANY: tl.constexpr,
+    PTX: tl.constexpr,
+):  # fmt: skip
+    """Place the pairs of chunk `program_id(0)` and write this program's share of the row-block list.
+
+    A row block has BLOCK_M rows, BLOCK_M_FEW with up to FEW pairs, BLOCK_M_MANY with more than MANY: a program that was
+    exported for any number of tokens finds its tile height here.
+    """
+    zero = launches_before(False, PTX)
+    topk_ids_ptr += zero
+    chunk_counts_ptr += zero
+    # Without chunks, the totals were known before the wait: the addresses are not.
+    sorted_pair_ids_ptr += zero
+    expert_offsets_ptr += zero
+    block_expert_ptr += zero
+    block_row_ptr += zero
+    num_row_blocks_ptr += zero
+    chunk = tl.program_id(0)
+    experts = tl.arange(0, E_POW2)
+    offs = chunk * CHUNK + tl.arange(0, CHUNK)
+    ids = valid_experts(tl.load(topk_ids_ptr + offs, mask=offs < num_pairs, other=-1), NUM_EXPERTS)
+    if ONE_CHUNK:
+        total = count_experts(ids, E_POW2)
+        before = tl.zeros((E_POW2,), dtype=tl.int32)
+    else:
+        # A thread has the same expert in every chunk, so nothing is summed across threads.
+        total = tl.zeros((E_POW2,), dtype=tl.int32)
+        before = tl.zeros((E_POW2,), dtype=tl.int32)
+        for first in range(0, num_chunks, COUNT_BLOCK):
+            for i in tl.static_range(COUNT_BLOCK):
+                other = first + i
+                counts_ptr = chunk_counts_ptr + tl.cast(other, tl.int64) * E_POW2
+                counts = tl.load(counts_ptr + experts, mask=other < num_chunks, other=0)
+                total += counts
+                before += tl.where(other < chunk, counts, 0)
+    ends = tl.cumsum(total, axis=0)
+    starts = ends - total
+
+    # How many pairs of the chunk before this one chose the same expert, RANK_BLOCK of them at a time: the comparison
+    # of all with all would not fit the registers.
+    rank = tl.zeros((CHUNK,), dtype=tl.int32)
+    for first in tl.range(0, CHUNK, RANK_BLOCK, num_stages=4):
+        earlier = chunk * CHUNK + first + tl.arange(0, RANK_BLOCK)
+        others = valid_experts(tl.load(topk_ids_ptr + earlier, mask=earlier < num_pairs, other=-1), NUM_EXPERTS)
+        same = (others[:, None] == ids[None, :]) & (earlier[:, None] < offs[None, :])
+        rank += tl.sum(same.to(tl.int32), axis=0)
+    place = tl.gather(starts + before, tl.maximum(ids, 0), axis=0)
+    tl.store(sorted_pair_ids_ptr + place + rank, offs, mask=ids >= 0)
+
+    block_m = tl.where(num_pairs <= FEW, BLOCK_M_FEW, tl.where(num_pairs > MANY, BLOCK_M_MANY, BLOCK_M))
+    blocks = (total + block_m - 1) // block_m
+    first_block = tl.cumsum(blocks, axis=0) - blocks
+    if chunk == 0:
+        tl.store(expert_offsets_ptr + experts, starts, mask=experts < NUM_EXPERTS)
+        tl.store(expert_offsets_ptr + NUM_EXPERTS, tl.sum(total, axis=0))
+        tl.store(num_row_blocks_ptr, tl.sum(blocks, axis=0))
+    # Block b of every expert at once; the programs take turns, so that one hot expert is no long loop.
+    for b in range(chunk, tl.max(blocks, axis=0), num_chunks):
+        has = b < blocks
+        tl.store(block_expert_ptr + first_block + b, experts, mask=has)
+        tl.store(block_row_ptr + first_block + b, starts + b * block_m, mask=has)
+
+
+@triton.jit
+def leads_row_block(ids, expert, first_pair, NUM_EXPERTS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Routing for few pairs, by each program for itself: does pair `first_pair` lead a row block?
+
+    The pairs of an expert form row blocks of BLOCK_M in their order; the first of each block leads it.
+
+    Args:
+        ids: experts of all pairs, [PAIRS], a power of two from P on, -1 behind. expert: int64, that of `first_pair`.
+
+    Returns:
+        How many pairs before this one chose the expert, and whether this one leads.
+    """
+    same = valid_experts(ids, NUM_EXPERTS).to(tl.int64) == expert
+    before = tl.sum((same & (tl.arange(0, PAIRS) < first_pair)).to(tl.int32), axis=0)
+    return before, (expert >= 0) & (expert < NUM_EXPERTS) & (before % BLOCK_M == 0)
+
+
+@triton.jit
+def rows_of_leader(
+    ids, expert, before, NUM_EXPERTS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr
+):  # fmt: skip
+    """The row block that a pair leads: pairs int32 [BLOCK_M] (0 where masked) and their mask."""
+    same = valid_experts(ids, NUM_EXPERTS).to(tl.int64) == expert
+    rank = tl.where(same, tl.cumsum(same.to(tl.int32), axis=0) - 1 - before, -1)
+    chosen = rank[None, :] == tl.arange(0, BLOCK_M)[:, None]
+    pair = tl.sum(tl.where(chosen, tl.arange(0, PAIRS)[None, :], 0), axis=1)
+    return pair, tl.sum(chosen.to(tl.int32), axis=1) > 0

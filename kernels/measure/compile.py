@@ -1,0 +1,187 @@
+"""Compiling every kernel for GPUs that are not here: registers, spills and shared memory without a device."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from executorch_moe.kernels.experts.plan import Launch, Options, run_fused_experts
+from executorch_moe.kernels.gpus import Gpu, GpuModel, gpu_of
+from executorch_moe.kernels.schemes import K_BLOCK, round_up
+
+from .timing import Shape, random_packed
+
+_POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.uint8: "*u8",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """What the compiler made of one kernel for one target.
+
+    Attributes:
+        kernel: its name. capability: e.g. 90. constants: the constexprs that tell the variants apart.
+        shared: bytes of dynamic shared memory. registers: of a thread. spill_bytes: of local memory a thread.
+        num_warps: of a program.
+    """
+
+    kernel: str
+    capability: int
+    constants: str
+    shared: int
+    registers: int
+    spill_bytes: int
+    num_warps: int
+
+    def programs_per_sm(self, gpu: GpuModel) -> int:
+        """Programs of this kernel that are resident on one multiprocessor at a time."""
+        threads = 32 * self.num_warps
+        registers = self.num_warps * -(-self.registers * 32 // 256) * 256  # handed out to a warp by the 256
+        # 1 KB a block is the system's, and a multiprocessor has one block's limit and that.
+        shared = (gpu.max_shared + 1024) // (self.shared + 1024)
+        return min(65536 // registers, shared, gpu.max_threads_per_sm // threads)
+
+
+def record_launches(
+    gpu: Gpu,
+    scheme: str,
+    tokens: int,
+    experts: int,
+    top_k: int,
+    h: int,
+    i: int,
+    group_size: int,
+    options: Options,
+    activation: str = "silu",
+    bias: bool = False,
+) -> list[Launch]:
+    """Launches of one expert layer for a GPU that need not be here, on tensors without storage."""
+    shape = Shape("recorded", experts, top_k, h, i, group_size)
+    packed = random_packed(shape, scheme, "meta", torch.Generator())
+    with torch.device("meta"):
+        if bias:
+            rows, columns = 2 * round_up(i, K_BLOCK), round_up(h, K_BLOCK)
+            packed = packed.with_tensors(
+                {"w13_bias": torch.empty(experts, rows), "w2_bias": torch.empty(experts, columns)}
+            )
+        x = torch.empty(tokens, h, dtype=torch.bfloat16)
+        ids = torch.empty(tokens, top_k, dtype=torch.int64)
+        weights = torch.empty(tokens, top_k)
+        launches: list[Launch] = []
+        arguments = packed.arguments(x, ids, weights, activation)
+        run_fused_experts(arguments, options=options, gpu=gpu, submit=launches.append)
+    return launches
+
+
+def _signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+    names = launch.kernel.arg_names
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for index, name in enumerate(names):
+        value = launch.args.get(name)
+        if isinstance(value, Tensor):
+            signature[name] = _POINTERS[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif name in launch.args:
+            signature[name] = "i32"
+        else:
+            signature[name] = "constexpr"
+            constants[(index,)] = launch.constexprs[name]
+    return signature, constants, attributes
+
+
+def cuobjdump(cubin: bytes, option: str) -> str:
+    """What the cuobjdump that Triton ships prints of a cubin: "-sass" its instructions, "-res-usage" its registers."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    handle, path = tempfile.mkstemp(suffix=".cubin")
+    try:
+        with os.fdopen(handle, "wb") as f:
+            f.write(cubin)
+        return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
+    finally:
+        os.unlink(path)
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and local memory bytes of the one kernel of a cubin."""
+    text = cuobjdump(cubin, "-res-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def compile_kernel(launch: Launch, capability: int) -> Any:
+    """Triton's compiled kernel of one launch for a capability; needs no GPU."""
+    signature, constants, attributes = _signature(launch)
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.num_warps})
+
+
+def compile_launch(launch: Launch, capability: int) -> KernelReport:
+    """Compile one launch for a capability; needs no GPU.
+
+    Raises:
+        RuntimeError: the kernel does not compile, with the compiler's reason as cause.
+    """
+    compiled = compile_kernel(launch, capability)
+    registers, spill_bytes = _resources(compiled.asm["cubin"])
+    telling = ("GEMM", "W_BITS", "ACT_GROUP", "GROUP", "BLOCK_M", "BLOCK_N", "NUM_STAGES", "PERSISTENT")
+    return KernelReport(
+        kernel=launch.kernel.__name__,
+        capability=capability,
+        constants=" ".join(f"{n}={launch.constexprs[n]}" for n in telling if n in launch.constexprs),
+        shared=compiled.metadata.shared,
+        registers=registers,
+        spill_bytes=spill_bytes,
+        num_warps=launch.num_warps,
+    )
+
+
+@dataclass(frozen=True)
+class CompileJob:
+    """One expert layer whose kernels are to be compiled: sizes, scheme, number of tokens and options."""
+
+    shape: Shape
+    scheme: str
+    tokens: int
+    options: Options
+
+
+def compile_ahead(jobs: Sequence[CompileJob], on_done: Callable[[], None] = lambda: None) -> None:
+    """Fill Triton's cache for the GPU of this machine, on all cores: compiling takes longer than timing."""
+    gpu = gpu_of(torch.cuda.current_device())
+    workers = max(1, min((os.cpu_count() or 2) - 1, len(jobs)))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for _ in pool.map(_fill_cache, [(gpu, job) for job in jobs], chunksize=2):
+            on_done()
+
+
+def _fill_cache(work: tuple[Gpu, CompileJob]) -> None:
+    gpu, job = work
+    s = job.shape
+    sizes = (job.tokens, s.experts, s.top_k, s.hidden, s.intermediate, s.group_size)
+    for launch in record_launches(gpu, job.scheme, *sizes, job.options):
+        launch.kernel.warmup(**launch.args, **launch.constexprs, **launch.options, grid=launch.grid)

@@ -1,0 +1,251 @@
+"""Timing one expert layer on a GPU: shapes, routing, cold weights, CUDA graph, median, and the floor to compare with.
+
+The method: a CUDA graph runs several layers that differ in weights and routing, so that weights never sit in L2; after
+warm-up the graph is replayed and timed with events; the figure is the median over the replays, divided by the layers.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from executorch_moe.kernels.arguments import ExpertArguments
+from executorch_moe.kernels.experts.plan import Launch, Options, run_fused_experts
+from executorch_moe.kernels.packing.experts import PackedExperts, fragment_order, interleave_gate_up
+from executorch_moe.kernels.reference import reference_experts
+from executorch_moe.kernels.schemes import get_scheme, round_up
+
+H200_FLOPS = 790e12
+"""bf16 FLOP/s that an 8192^3 matrix product reached on random data on an H200."""
+H200_BYTES = 4.3e12
+"""Bytes/s of a large device-to-device copy on an H200, read plus written."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An expert layer: E experts, top_k, hidden H, intermediate I, weight group size."""
+
+    name: str
+    experts: int
+    top_k: int
+    hidden: int
+    intermediate: int
+    group_size: int = 128
+
+
+SHAPES = {
+    s.name: s
+    for s in (
+        Shape("qwen35", 256, 8, 2048, 512),
+        Shape("qwen3", 128, 8, 2048, 768),
+        Shape("mixtral", 8, 2, 4096, 14336),
+        Shape("gpt-oss", 32, 4, 2880, 2880, 32),
+        Shape("olmoe", 64, 8, 2048, 1024),
+        Shape("deepseek-v3", 256, 8, 7168, 2048),
+    )
+}
+
+
+def random_packed(shape: Shape, scheme: str, device: str, generator: torch.Generator) -> PackedExperts:
+    """A packed layer of random codes, made on the device without ever holding the weights in bf16.
+
+    Padding is worth nothing, as in layers that `pack_experts` makes: the kernels rely on it.
+    """
+    e, h, i, g = shape.experts, round_up(shape.hidden, 128), round_up(shape.intermediate, 128), shape.group_size
+
+    kind = get_scheme(scheme)
+
+    def matrix(gemm: int, n: int, k: int) -> tuple[Tensor, Tensor | None]:
+        rows, columns = padding_of(shape, gemm, device)
+        if not kind.packed:
+            w = torch.empty(e, n, k, dtype=torch.bfloat16, device=device)
+            return w.normal_(0, k**-0.5, generator=generator).masked_fill_(rows[:, None] | columns, 0), None
+        # Whole words: on a CPU eight times as fast as byte by byte.
+        words = torch.empty(e, k // 128, n, 8, dtype=torch.int64, device=device)
+        w = words.random_(-(2**63), None, generator=generator).view(torch.uint8)
+        scale = torch.rand(e, k // g, n, device=device, generator=generator) * 0.5 + 0.75
+        # Rows r and r + 8 of 16 are next to each other in the scales; a group is padding or it is not.
+        pairs = rows.reshape(n // 16, 2, 8).transpose(1, 2).reshape(n)
+        scale.masked_fill_(columns[::g, None] | pairs, 0)
+        # A uniform signed nibble has a standard deviation of 4.6.
+        unit = k**-0.5 / 4.6
+        if kind.row_scaled(gemm):
+            return w, torch.cat(((12 * scale).round(), torch.full_like(scale[:, :1], unit / 12)), dim=1).bfloat16()
+        return w, (scale * unit).bfloat16()
+
+    (w13, s13), (w2, s2) = matrix(1, 2 * i, h), matrix(2, h, i)
+    return PackedExperts(
+        w13, w2, s13, s2, None, None, None, None, scheme, g if s13 is not None else 0, shape.hidden, shape.intermediate
+    )
+
+
+def padding_of(shape: Shape, gemm: int, device: str) -> tuple[Tensor, Tensor]:
+    """Which rows, in packed order, and which columns of a GEMM's weights are padding: bool [N] and bool [K]."""
+    h_pad, i_pad = round_up(shape.hidden, 128), round_up(shape.intermediate, 128)
+    h = torch.arange(h_pad, device=device) >= shape.hidden
+    i = torch.arange(i_pad, device=device) >= shape.intermediate
+    return (interleave_gate_up(i.repeat(2)[None])[0], h) if gemm == 1 else (h, i)
+
+
+def random_routing(
+    tokens: int, shape: Shape, routing: str, device: str, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Distinct experts for each token, int64 [T, top_k], and softmax weights, fp32 [T, top_k].
+
+    Args:
+        routing: "uniform"; "zipf" (expert r chosen in proportion to 1 / (r + 1)^1.2); "hot" (all to the same top_k).
+    """
+    rank = torch.arange(1, shape.experts + 1, device=device, dtype=torch.float32)
+    if routing == "uniform":
+        score = torch.zeros_like(rank)
+    elif routing == "zipf":
+        score = -1.2 * rank.log()
+    elif routing == "hot":
+        score = torch.where(rank <= shape.top_k, 1e4, 0.0)
+    else:
+        raise ValueError(f"routing={routing!r} is unknown: use uniform, zipf or hot")
+    # Gumbel top-k draws without replacement in proportion to exp(score).
+    uniform = torch.rand(tokens, shape.experts, device=device, generator=generator).clamp_(1e-9, 1 - 1e-7)
+    ids = (score - (-uniform.log()).log()).topk(shape.top_k, dim=1).indices
+    weights = torch.randn(tokens, shape.top_k, device=device, generator=generator).softmax(-1)
+    return ids, weights
+
+
+@dataclass
+class LayerInputs:
+    """One layer's weights, tokens and routing, ready for the operator."""
+
+    packed: PackedExperts | None
+    hidden_states: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+
+    def args(self) -> ExpertArguments:
+        p = self.packed
+        assert p is not None, "a layer without weights of ours"
+        return p.arguments(self.hidden_states, self.topk_ids, self.topk_weights)
+
+    def run(self, options: Options = Options(), submit: Callable[[Launch], None] = Launch.run_now) -> Tensor:
+        return run_fused_experts(self.args(), options=options, submit=submit)
+
+    @functools.cached_property
+    def answer(self) -> Answer:
+        """What to compare results with, computed once."""
+        return Answer(self)
+
+    def dequantized(self, expert: int) -> tuple[Tensor, Tensor]:
+        """fp32 gate_up [2I, H] and down [H, I] of one expert."""
+        from executorch_moe.kernels.packing.experts import deinterleave_gate_up, dequantize
+
+        p, at = self.packed, slice(expert, expert + 1)
+        assert p is not None
+        s13 = None if p.w13_scale is None else p.w13_scale[at]
+        s2 = None if p.w2_scale is None else p.w2_scale[at]
+        w13 = deinterleave_gate_up(dequantize(p.w13[at], s13, None, fragment_order(p.scheme, 1)))[0]
+        w2 = dequantize(p.w2[at], s2, None, fragment_order(p.scheme, 2))[0]
+        i_pad, h, i = w2.shape[1], p.hidden_size, p.intermediate_size
+        return torch.cat((w13[:i, :h], w13[i_pad : i_pad + i, :h])), w2[:h, :i]
+
+
+class Answer:
+    """What two tokens of a layer should come out as: enough to see that what was timed is right.
+
+    Attributes:
+        rows: which tokens. expected: fp32 [len(rows), H], in fp32 from the dequantised weights.
+    """
+
+    LARGEST_ERROR = 0.03
+    """Relative L2: more than any scheme rounds, and far less than anything that is out of order."""
+
+    def __init__(self, layer: LayerInputs) -> None:
+        self.rows = sorted({0, len(layer.hidden_states) - 1})
+        ids = layer.topk_ids[self.rows]
+        chosen = ids.unique().tolist()
+        matrices = [layer.dequantized(expert) for expert in chosen]
+        self.expected = reference_experts(
+            layer.hidden_states[self.rows],
+            torch.searchsorted(torch.tensor(chosen, device=ids.device), ids),
+            layer.topk_weights[self.rows],
+            torch.stack([gate_up for gate_up, _ in matrices]),
+            torch.stack([down for _, down in matrices]),
+        )
+
+    def check(self, out: Tensor, what: str) -> None:
+        """`out` is the layer's result, [T, H].
+
+        Raises:
+            RuntimeError: it is wrong; names `what` was run.
+        """
+        error = float((out[self.rows].float() - self.expected).norm() / self.expected.norm())
+        if not error <= self.LARGEST_ERROR:
+            raise RuntimeError(
+                f"{what} gives wrong results (relative error {error:.2g}), so its time means nothing: report this"
+            )
+
+
+def make_layers(
+    shape: Shape, scheme: str, tokens: int, count: int, routing: str = "uniform", device: str = "cuda", seed: int = 0
+) -> list[LayerInputs]:
+    """`count` layers that differ in weights, tokens and routing."""
+    g = torch.Generator(device).manual_seed(seed)
+    layers = []
+    for _ in range(count):
+        packed = random_packed(shape, scheme, device, g)
+        layers.append(with_tokens(packed, shape, tokens, routing, g))
+    return layers
+
+
+def with_tokens(
+    packed: PackedExperts | None, shape: Shape, tokens: int, routing: str, generator: torch.Generator
+) -> LayerInputs:
+    """Fresh tokens and routing on the generator's device, for weights that exist already (None: somebody else's)."""
+    device = generator.device.type
+    x = torch.randn(tokens, shape.hidden, device=device, generator=generator).bfloat16()
+    return LayerInputs(packed, x, *random_routing(tokens, shape, routing, device, generator))
+
+
+def work(shape: Shape, scheme: str, layers: list[LayerInputs]) -> tuple[float, float]:
+    """FLOPs of a layer and bytes of the weights that its tokens touch, mean over the layers."""
+    tokens = layers[0].hidden_states.shape[0]
+    touched = statistics.mean(int(layer.topk_ids.unique().numel()) for layer in layers)
+    flops = 2.0 * tokens * shape.top_k * 3 * shape.hidden * shape.intermediate
+    bits = get_scheme(scheme).weight_bits + (16 / shape.group_size if get_scheme(scheme).packed else 0)
+    return flops, touched * 3 * shape.hidden * shape.intermediate * bits / 8
+
+
+def floor_us(shape: Shape, scheme: str, layers: list[LayerInputs]) -> float:
+    """Fastest a layer could run: the larger of FLOPs and touched weight bytes over the measured H200 ceilings."""
+    flops, nbytes = work(shape, scheme, layers)
+    return 1e6 * max(flops / H200_FLOPS, nbytes / H200_BYTES)
+
+
+def time_graph(steps: list[Callable[[], object]], replays: int = 25) -> float:
+    """Microseconds a step: median over the replays of one CUDA graph of all steps, divided by their number."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            for step in steps:
+                step()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [step() for step in steps]
+    for _ in range(3):
+        graph.replay()
+    times = []
+    for _ in range(replays):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    del kept
+    return 1e3 * statistics.median(times) / len(steps)

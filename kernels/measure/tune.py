@@ -1,0 +1,272 @@
+"""Finding configurations by measuring, for the tables that `tables.py` reads.
+
+The GEMMs of a layer are timed one by one, in the way of benchmark.py, for each candidate; the best of each are kept for
+a number of tokens (few tokens), or for each tile height, of which the one with the smallest sum wins (grouped path).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from executorch_moe.kernels.experts.plan import Launch, Options
+from executorch_moe.kernels.gpus import Gpu, gpu_of
+from executorch_moe.kernels.schemes import Scheme, get_scheme, round_up
+from executorch_moe.kernels.tuning.choose import LayerShape
+from executorch_moe.kernels.tuning.configs import GemmConfig, fit
+from executorch_moe.kernels.tuning.tables import TunedLayer, TunedRow, layer_key
+
+from .compile import CompileJob
+from .timing import LayerInputs, Shape, random_packed, time_graph, with_tokens
+
+FEW_TOKENS = (1, 2, 4, 8, 16)
+PAIRS_PER_EXPERT = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+HEIGHTS = {
+    1: (16,),
+    2: (16,),
+    4: (16,),
+    8: (16,),
+    16: (16, 32),
+    32: (32, 64),
+    64: (64,),
+    128: (64, 128),
+    256: (64, 128, 256),
+    512: (128, 256),
+}
+"""Tile heights worth trying, by mean pairs of an expert."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One configuration to time: of GEMM `gemm` on a path, at a number of tokens."""
+
+    path: str
+    tokens: int
+    gemm: int
+    config: GemmConfig
+
+
+def few_token_candidates(layer: LayerShape, gemm: int, tokens: int) -> Iterator[GemmConfig]:
+    """Configurations of the few-token path that are worth timing."""
+    n, k = layer.rows_and_k(gemm)
+    # Shorter parts pay while there are few programs.
+    least = 2 if tokens <= 2 else 14
+    splits = [s for s in (1, 2, 3, 4, 8) if s == 1 or (gemm == 2 and k // 128 >= least * s)]
+    tiles: tuple[tuple[int, int], ...] = ((64, 2), (64, 4), (128, 4))
+    if tokens <= 2:  # few programs: smaller ones spread more evenly over the multiprocessors
+        tiles = ((32, 2), *tiles)
+    if tokens >= 4:  # more rows a warp: fewer instructions a weight, fewer programs
+        tiles += ((128, 2), (256, 4))
+    # A program has few K blocks: with all of them on their way at once it waits for memory once.
+    pipelines: tuple[tuple[int, int], ...] = ((3, 1), (4, 1), (2, 2), (3, 2))
+    if tokens <= 4:
+        pipelines += ((2, 1), (4, 2))
+    for (block_n, warps), (stages, unroll), split_k in itertools.product(tiles, pipelines, splits):
+        if n % block_n == 0 and k // 128 >= unroll:
+            yield GemmConfig(
+                8 if tokens <= 8 else 16, block_n, 1, warps, stages, unroll, split_k=split_k, scale_after=True
+            )
+
+
+def grouped_candidates(scheme: Scheme, layer: LayerShape, gemm: int, height: int) -> Iterator[GemmConfig]:
+    """Configurations of the grouped path for a tile height that are worth timing."""
+    n, _ = layer.rows_and_k(gemm)
+    tiles: tuple[tuple[int, int], ...] = (
+        ((256, 4), (128, 4), (256, 8)) if height == 16 else ((128, 4), (256, 8), (128, 8))
+    )
+    if height == 256:
+        tiles = ((128, 8),)  # four warps have no registers for it
+    scaling = (True,) if height == 16 else (False, True) if height < 128 else (False,)
+    if not scheme.packed or scheme.act_group(gemm):
+        scaling = (False,)  # it means nothing there
+    ctas = (2, 4) if height == 16 else (1, 2, 3) if height < 128 else (1, 2) if height == 128 else (1,)
+    depths = (2, 3) if height == 256 else (3, 4)
+    # With many row blocks of an expert their order matters: it decides what is still in L2.
+    groups = (1, 8, 32) if height >= 128 else (8,)
+    for (block_n, warps), stages, after, per_sm, group in itertools.product(tiles, depths, scaling, ctas, groups):
+        if n % block_n == 0:
+            yield GemmConfig(height, block_n, group, warps, stages, ctas_per_sm=per_sm, scale_after=after)
+
+
+class Tuner:
+    """Tunes one layer on the GPU of this machine.
+
+    Attributes:
+        shape, scheme: the layer. layers: how many with different weights one measurement goes through.
+        replays: that the median of a measurement is taken of.
+    """
+
+    def __init__(self, shape: Shape, scheme: str, layers: int = 3, replays: int = 10) -> None:
+        self.shape, self.scheme = shape, get_scheme(scheme)
+        self.gpu: Gpu = gpu_of(torch.cuda.current_device())
+        self.layer = LayerShape(
+            shape.experts,
+            shape.top_k,
+            round_up(shape.hidden, 128),
+            round_up(shape.intermediate, 128),
+            shape.group_size if self.scheme.packed else 0,
+        )
+        self.replays = replays
+        self._seeded = torch.Generator("cuda").manual_seed(0)
+        self._packed = [random_packed(shape, scheme, "cuda", self._seeded) for _ in range(layers)]
+
+    def trials(self) -> list[Trial]:
+        """Everything that will be timed."""
+        found = []
+        for tokens in FEW_TOKENS:
+            for gemm in (1, 2):
+                found += [
+                    Trial("few_tokens", tokens, gemm, config)
+                    for config in few_token_candidates(self.layer, gemm, tokens)
+                ]
+        for ratio in PAIRS_PER_EXPERT:
+            for height, gemm in itertools.product(HEIGHTS[ratio], (1, 2)):
+                found += [
+                    Trial("grouped", self._tokens(ratio), gemm, config)
+                    for config in grouped_candidates(self.scheme, self.layer, gemm, height)
+                ]
+        return [t for t in found if fit(t.config, self.scheme, t.gemm, self.gpu) == t.config]
+
+    def jobs(self, trials: list[Trial]) -> list[CompileJob]:
+        """What has to be compiled for the trials, each kernel once."""
+        # Neither the grid nor, on the grouped path, the number of tokens is compiled in.
+        distinct = {
+            (t.path, t.tokens if t.path == "few_tokens" else 0, t.gemm, replace(t.config, ctas_per_sm=1)): t
+            for t in trials
+        }
+        return [CompileJob(self.shape, self.scheme.name, t.tokens, _options(t)) for t in distinct.values()]
+
+    def run(self, on_trial: Callable[[Trial, float], None] = lambda trial, us: None) -> TunedLayer:
+        """Time all trials and keep the best; `on_trial` is told each time in microseconds."""
+        times: dict[tuple[str, int, int], list[tuple[float, GemmConfig]]] = {}
+        for (path, tokens), trials in itertools.groupby(self.trials(), key=lambda t: (t.path, t.tokens)):
+            inputs = self._inputs(tokens)
+            for trial in trials:
+                us = self._time(inputs, trial)
+                times.setdefault((path, tokens, trial.gemm), []).append((us, trial.config))
+                on_trial(trial, us)
+        grouped = [self._best_grouped(ratio, times) for ratio in PAIRS_PER_EXPERT]
+        few = []
+        for tokens in FEW_TOKENS:
+            best = [min(times["few_tokens", tokens, gemm], key=_time_of)[1] for gemm in (1, 2)]
+            few.append(TunedRow(tokens, best[0], best[1]))
+        return TunedLayer(tuple(self._few_that_win(few, grouped)), tuple(_merged(grouped)))
+
+    def _tokens(self, ratio: int) -> int:
+        return max(1, ratio * self.shape.experts // self.shape.top_k)
+
+    def _inputs(self, tokens: int) -> list[LayerInputs]:
+        return [with_tokens(packed, self.shape, tokens, "uniform", self._seeded) for packed in self._packed]
+
+    def _time(self, inputs: list[LayerInputs], trial: Trial) -> float:
+        steps: list[Callable[[], object]] = []
+        for layer in inputs:
+            launches: list[Launch] = []
+
+            def record(launch: Launch, launches: list[Launch] = launches) -> None:
+                launches.append(launch)
+                launch.run_now()
+
+            out = layer.run(_options(trial), submit=record)
+            if layer is inputs[0]:
+                layer.answer.check(out, str(trial))
+            if trial.path == "few_tokens":  # GEMM2 ends with a sum that GEMM1 has to arm: time both
+                steps.append(partial(_run_all, launches))
+            else:
+                steps.append(next(x for x in launches if x.constexprs.get("GEMM") == trial.gemm).run_now)
+        return time_graph(steps, self.replays)
+
+    def _time_layer(self, inputs: list[LayerInputs], options: Options) -> float:
+        return time_graph([partial(layer.run, options) for layer in inputs], self.replays)
+
+    def _best_grouped(self, ratio: int, times: dict[Any, list[tuple[float, GemmConfig]]]) -> TunedRow:
+        tokens = self._tokens(ratio)
+        pairs = []
+        for height in HEIGHTS[ratio]:
+            best = [
+                min((t for t in times["grouped", tokens, gemm] if t[1].block_m == height), key=_time_of)
+                for gemm in (1, 2)
+            ]
+            pairs.append((best[0][0] + best[1][0], best[0][1], best[1][1]))
+        _, gemm1, gemm2 = min(pairs, key=lambda pair: pair[0])
+        return TunedRow(ratio, gemm1, gemm2)
+
+    def _few_that_win(self, few: list[TunedRow], grouped: list[TunedRow]) -> list[TunedRow]:
+        """Rows up to the token count from which the grouped path, as a whole, is faster."""
+        kept = []
+        for row in few:
+            ratio = row.up_to * self.shape.top_k / self.shape.experts
+            other = next((g for g in grouped if ratio <= g.up_to), grouped[-1])
+            inputs = self._inputs(int(row.up_to))
+            few_us = self._time_layer(inputs, Options(path="few_tokens", gemm1=row.gemm1, gemm2=row.gemm2))
+            grouped_us = self._time_layer(inputs, Options(path="grouped", gemm1=other.gemm1, gemm2=other.gemm2))
+            if few_us > grouped_us:
+                break
+            kept.append(row)
+        return kept
+
+
+def _run_all(launches: list[Launch]) -> None:
+    for launch in launches:
+        launch.run_now()
+
+
+def _time_of(timed: tuple[float, GemmConfig]) -> float:
+    return timed[0]
+
+
+def _options(trial: Trial) -> Options:
+    """The trial's configuration for its GEMM, and a plain one of the same height for the other."""
+    if trial.path == "few_tokens":
+        plain = GemmConfig(trial.config.block_m, 64, 1, num_warps=2, scale_after=True)
+    else:
+        plain = GemmConfig(trial.config.block_m, 128)
+    gemm1, gemm2 = (trial.config, plain) if trial.gemm == 1 else (plain, trial.config)
+    return Options(path=trial.path, gemm1=gemm1, gemm2=gemm2)
+
+
+def _merged(rows: list[TunedRow]) -> Iterator[TunedRow]:
+    """Neighbours with equal configurations as one row."""
+    for row, following in itertools.pairwise([*rows, None]):
+        assert row is not None
+        if following is None or (row.gemm1, row.gemm2) != (following.gemm1, following.gemm2):
+            yield row
+
+
+def entry(layer: LayerShape, scheme: Scheme, tuned: TunedLayer) -> dict[str, Any]:
+    """A layer as it stands in a table's `layers`."""
+
+    def rows(found: tuple[TunedRow, ...]) -> list[dict[str, Any]]:
+        return [{"up_to": row.up_to, "gemm1": asdict(row.gemm1), "gemm2": asdict(row.gemm2)} for row in found]
+
+    return {"layer": layer_key(scheme, layer), "few_tokens": rows(tuned.few_tokens), "grouped": rows(tuned.grouped)}
+
+
+def with_entry(text: str | None, made_by: dict[str, str], new: dict[str, Any]) -> str:
+    """A table (its text, or None) with an entry put in or replaced; one configuration a line.
+
+    Raises:
+        ValueError: the text is no table.
+    """
+    try:
+        layers = [] if text is None else json.loads(text)["layers"]
+        layers = [old for old in layers if old["layer"] != new["layer"]]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"this is no configuration table ({error}): delete the file, or give another --out") from None
+    layers.append({**new, "made_by": made_by})
+    lines = ['{"layers": [']
+    for index, layer in enumerate(layers):
+        lines.append(f'{{"layer": {json.dumps(layer["layer"])},')
+        lines.append(f' "made_by": {json.dumps(layer["made_by"])},')
+        for name in ("few_tokens", "grouped"):
+            rows = ",\n  ".join(json.dumps(row) for row in layer[name])
+            lines.append(f' "{name}": [\n  {rows}]' + ("," if name == "few_tokens" else "}"))
+        if index < len(layers) - 1:
+            lines[-1] += ","
+    return "\n".join([*lines, "]}"]) + "\n"

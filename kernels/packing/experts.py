@@ -1,0 +1,460 @@
+"""Packing expert weights into the layout that the kernels read (layout version 3), and back.
+
+Two matrices an expert: `w13` = gate and up projections, N = 2I rows over K = H; `w2` = down projection, N = H rows over
+K = I. I and H are padded to multiples of 128 with zeros (which add nothing), written Ip and Hp below.
+
+Rows of `w13`: gate and up rows alternate in runs of 8: packed row 16b + j is gate row 8b + j for j < 8, else up row
+8b + j - 8. An MMA accumulator gives a thread rows r and r + 8, so gate and up of one element meet in one thread.
+
+4-bit schemes, uint8 [E, K/128, N, 64]: the 128 values of one row in one K block are 64 consecutive bytes, and the rows
+of a block follow each other. Values are signed nibbles q in [-8, 7], value = q * scale (+ zero). Inside the 64 bytes,
+thread t of the 4 that share an MMA row owns the 16 bytes from 16t on: exactly the values of its operand fragments.
+    w4a16 (bf16 fragments, m16k16):  k = 32s + 16c + 8h + 2t + l  ->  byte 16t + 8c + 4h + 2l + s // 2, nibble s % 2
+    w4a8  (int8 fragments, m16k32):  k = 64s + 32c + 16h + 4t + 2m + l ->  byte 16t + 8c + 4h + 2l + m, nibble s
+    (s, c, h, m, l in range; nibble 0 is the low one)
+The middle two of every four int8 values are swapped, in the weights here and in the activations when they are
+quantised: the product is the same, and the bf16 decoder finds neighbours where it looks for them, so that few tokens
+can be multiplied in bf16.
+Scales, and the optional zeros, bf16 [E, K/group_size, N]: n contiguous, as a tile reads a run of rows at one group, and
+within runs of 16 in the order 0, 8, 1, 9, ... 7, 15: rows r and r + 8, whose sums one thread has, share a 32-bit word.
+Of int8 fragments, a scale is an integer multiple, 0 (padding) to 16, of its row's scale, and the rows' scales follow
+those of the groups: bf16 [E, K/group_size + 1, N]. A code times its multiple is an int8 value.
+
+bf16 scheme, bf16 [E, N, K]: rows as above, K contiguous.
+
+Source: the fragment orders of mma.m16n8k16 (bf16) and mma.m16n8k32 (s8), PTX ISA, section "Matrix fragments".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+from torch.nn.functional import pad
+
+from executorch_moe.kernels.arguments import ExpertArguments
+from executorch_moe.kernels.schemes import GATE_UP_GRANULE, K_BLOCK, Scheme, check_group_size, get_scheme, round_up
+
+from .rounding import Int4Codes, check_algorithm, round_weights
+from .rounding import quantize_int4 as quantize_int4
+
+TENSORS = ("w13", "w2", "w13_scale", "w2_scale", "w13_zero", "w2_zero", "w13_bias", "w2_bias")
+"""What a packed layer consists of, in the operator's argument order."""
+
+
+@dataclass
+class PackedExperts:
+    """Weights of one expert layer in the packed layout, with what is needed to call the operator.
+
+    Attributes:
+        w13: packed gate and up projection. uint8 [E, Hp/128, 2*Ip, 64], or bf16 [E, 2*Ip, Hp] for scheme bf16.
+        w2: packed down projection. uint8 [E, Ip/128, Hp, 64], or bf16 [E, Hp, Ip] for scheme bf16.
+        w13_scale, w2_scale: bf16 [E, K/group_size, N], None for scheme bf16. w13_scale of scheme w4a8 has multiples of
+            the rows' scales, and those in one more group: [E, K/group_size + 1, N].
+        w13_zero, w2_zero: bf16, shaped like the scales, or None. Added after scaling: value = q * scale + zero.
+        w13_bias, w2_bias: fp32 [E, 2*Ip] in packed row order and fp32 [E, Hp], or None.
+        scheme, group_size: as passed to `pack_experts`; group_size is 0 for scheme bf16.
+        hidden_size, intermediate_size: H and I before padding.
+    """
+
+    w13: Tensor
+    w2: Tensor
+    w13_scale: Tensor | None
+    w2_scale: Tensor | None
+    w13_zero: Tensor | None
+    w2_zero: Tensor | None
+    w13_bias: Tensor | None
+    w2_bias: Tensor | None
+    scheme: str
+    group_size: int
+    hidden_size: int
+    intermediate_size: int
+
+    @property
+    def num_experts(self) -> int:
+        return self.w13.shape[0]
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """The eight tensors by field name, in the operator's argument order."""
+        return {name: getattr(self, name) for name in TENSORS}
+
+    def arguments(
+        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, activation: str = "silu"
+    ) -> ExpertArguments:
+        """The operator's arguments with these weights."""
+        return ExpertArguments(
+            hidden_states, topk_ids, topk_weights, self.w13, self.w2, self.w13_scale, self.w2_scale,
+            self.w13_zero, self.w2_zero, self.w13_bias, self.w2_bias, self.scheme, activation, self.group_size,
+        )  # fmt: skip
+
+    def with_tensors(self, tensors: Mapping[str, Tensor | None]) -> PackedExperts:
+        """A copy with other tensors, by field name; it shares those that are not named."""
+        return replace(self, **tensors)  # type: ignore[arg-type]
+
+    def to(self, device: torch.device | str) -> PackedExperts:
+        """The same weights on another device."""
+        return self.with_tensors({name: None if t is None else t.to(device) for name, t in self.tensors().items()})
+
+    def nbytes(self) -> int:
+        """Bytes of all packed tensors."""
+        return sum(t.nbytes for t in self.tensors().values() if t is not None)
+
+
+def interleave_gate_up(rows: Tensor) -> Tensor:
+    """Reorder [E, 2*Ip, ...] from gate rows then up rows to runs of 8 of each in turn."""
+    e, n = rows.shape[:2]
+    tail = rows.shape[2:]
+    return rows.reshape(e, 2, n // (2 * GATE_UP_GRANULE), GATE_UP_GRANULE, *tail).transpose(1, 2).reshape(e, n, *tail)
+
+
+def deinterleave_gate_up(rows: Tensor) -> Tensor:
+    """Inverse of `interleave_gate_up`."""
+    e, n = rows.shape[:2]
+    tail = rows.shape[2:]
+    return rows.reshape(e, n // (2 * GATE_UP_GRANULE), 2, GATE_UP_GRANULE, *tail).transpose(1, 2).reshape(e, n, *tail)
+
+
+def pack_int4(q: Tensor, scheme: str) -> Tensor:
+    """Pack 4-bit codes into layout version 3.
+
+    Args:
+        q: int8 [E, N, K] in [-8, 7], K a multiple of 128.
+        scheme: "w4a16" or "w4a8": decides the fragment order.
+
+    Returns:
+        uint8 [E, K/128, N, 64].
+    """
+    e, n, k = q.shape
+    nibbles = q.view(torch.uint8).bitwise_and(0xF).reshape(e, n, k // K_BLOCK, K_BLOCK).transpose(1, 2)
+    lead = nibbles.shape[:3]
+    if scheme == "w4a8":  # k = (s, c, h, t, m, l) -> byte (t, c, h, l, m), nibble s
+        frag = nibbles.reshape(*lead, 2, 2, 2, 4, 2, 2).permute(0, 1, 2, 6, 4, 5, 8, 7, 3)
+    else:  # k = (s1, s0, c, h, t, l) -> byte (t, c, h, l, s1), nibble s0
+        frag = nibbles.reshape(*lead, 2, 2, 2, 2, 4, 2).permute(0, 1, 2, 7, 5, 6, 8, 3, 4)
+    frag = frag.reshape(*lead, 64, 2)
+    return (frag[..., 0] | (frag[..., 1] << 4)).contiguous()
+
+
+def unpack_int4(packed: Tensor, scheme: str) -> Tensor:
+    """Codes of a packed matrix as fp32; plain ATen operators only, so that it can be traced into an exported program.
+
+    Args:
+        packed: uint8 [E, K/128, N, 64].
+        scheme: "w4a16" or "w4a8".
+
+    Returns:
+        fp32 [E, N, K] with integers in [-8, 7].
+    """
+    e, kb, n, _ = packed.shape
+    byte = packed.to(torch.int32)
+    # Two's complement nibble -> integer without a branch: (x ^ 8) - 8.
+    nibble = torch.stack(((byte & 0xF) ^ 8, ((byte >> 4) & 0xF) ^ 8), dim=-1)
+    if scheme == "w4a8":  # (t, c, h, l, m, s) -> (s, c, h, t, m, l)
+        natural = nibble.reshape(e, kb, n, 4, 2, 2, 2, 2, 2).permute(0, 2, 1, 8, 4, 5, 3, 7, 6)
+    else:  # (t, c, h, l, s1, s0) -> (s1, s0, c, h, t, l)
+        natural = nibble.reshape(e, kb, n, 4, 2, 2, 2, 2, 2).permute(0, 2, 1, 7, 8, 4, 5, 3, 6)
+    return natural.reshape(e, n, kb * K_BLOCK).to(torch.float32) - 8.0
+
+
+def dequantize(packed: Tensor, scale: Tensor | None, zero: Tensor | None, scheme: str) -> Tensor:
+    """Dequantise one packed matrix; traceable.
+
+    Args:
+        packed: w13 or w2 of `PackedExperts`.
+        scale, zero: bf16 [E, K/group_size, N] or None; with the rows' own scales behind them for "w4a8".
+        scheme: fragment order of the packed matrix, "w4a16" or "w4a8".
+
+    Returns:
+        fp32 [E, N, K] (padded sizes, rows in packed order).
+    """
+    if scale is None:
+        return packed.to(torch.float32)
+    codes = unpack_int4(packed, scheme)
+    e, n, k = codes.shape
+
+    def by_row(t: Tensor) -> Tensor:  # [E, groups, N] in pairs of rows -> fp32 [E, N, groups, 1]
+        natural = t.to(torch.float32).reshape(e, t.shape[1], n // 16, 8, 2).permute(0, 2, 4, 3, 1)
+        return natural.reshape(e, n, t.shape[1], 1)
+
+    scales = by_row(scale)
+    if scheme == "w4a8":
+        scales = scales[:, :, :-1] * scales[:, :, -1:]
+    groups = scales.shape[2]
+    weight = codes.reshape(e, n, groups, k // groups) * scales
+    if zero is not None:
+        weight = weight + by_row(zero)
+    return weight.reshape(e, n, k)
+
+
+def _pack_matrix(codes: Int4Codes, order: str, n_pad: int, k_pad: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Pad q [E, N, K] and its groups [E, N, K/g] to n_pad and k_pad, then pack; groups become [E, Kp/g, Np] in pairs
+    of rows, those of the rows' own scales included if there are any."""
+    n, k = codes.q.shape[1:]
+    q = pad(codes.q, (0, k_pad - k, 0, n_pad - n))
+
+    def by_group(t: Tensor, groups: int = -(-k_pad // codes.group_size)) -> Tensor:
+        padded = pad(t.bfloat16(), (0, groups - t.shape[-1], 0, n_pad - n))
+        pairs = padded.reshape(-1, n_pad // 16, 2, 8, groups).permute(0, 4, 1, 3, 2)
+        return pairs.reshape(-1, groups, n_pad)
+
+    scale = by_group(codes.scale)
+    if codes.row_scale is not None:
+        scale = torch.cat((scale, by_group(codes.row_scale, 1)), dim=1)
+    return pack_int4(q, order), scale, None if codes.zero is None else by_group(codes.zero)
+
+
+def _pad_gate_up(rows: Tensor, i_pad: int) -> Tensor:
+    """[E, 2I, ...] gate then up -> [E, 2*Ip, ...], interleaved."""
+    e, n = rows.shape[:2]
+    halves = rows.reshape(e, 2, n // 2, *rows.shape[2:])
+    padded = pad(halves, (0, 0) * (halves.dim() - 3) + (0, i_pad - n // 2))
+    return interleave_gate_up(padded.reshape(e, 2 * i_pad, *rows.shape[2:]))
+
+
+def _check_weights(gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None, down_bias: Tensor | None) -> None:
+    if gate_up.dim() != 3 or down.dim() != 3:
+        raise ValueError(
+            f"gate_up {list(gate_up.shape)} and down {list(down.shape)} must be 3-D, [E, 2I, H] and [E, H, I]: "
+            "stack the experts along a new first dimension"
+        )
+    e, n, h = gate_up.shape
+    if n % 2 or down.shape != (e, h, n // 2):
+        raise ValueError(
+            f"gate_up {list(gate_up.shape)} and down {list(down.shape)} do not belong together: gate_up [E, 2I, H] "
+            f"needs down [E, H, I] = [{e}, {h}, {n // 2}]; transpose weights that are stored [E, in, out]"
+        )
+    if not gate_up.numel():
+        raise ValueError(f"gate_up {list(gate_up.shape)} has no values: pass at least one expert")
+    for name, t, shape in (("gate_up_bias", gate_up_bias, (e, n)), ("down_bias", down_bias, (e, h))):
+        if t is not None and t.shape != shape:
+            raise ValueError(f"{name} has shape {list(t.shape)}, expected {list(shape)}")
+    for name, t in (("down", down), ("gate_up_bias", gate_up_bias), ("down_bias", down_bias)):
+        if t is not None and t.device != gate_up.device:
+            raise ValueError(f"{name} is on {t.device} but gate_up is on {gate_up.device}: move both to one device")
+
+
+def _check_floats(**tensors: Tensor | None) -> None:
+    """Integers would be packed as if they were values, and of complex numbers only the real part."""
+    for name, t in tensors.items():
+        if t is not None and not t.is_floating_point():
+            raise ValueError(
+                f"{name} has dtype {str(t.dtype).removeprefix('torch.')}, expected floats: dequantise the weights "
+                "first, or pass 4-bit codes to pack_codes"
+            )
+
+
+def _check_finite(expert: int, **tensors: Tensor | Int4Codes | None) -> None:
+    """Check what was rounded, which is less to read than the weights: a scale is finite only if all of its group is.
+
+    Raises:
+        ValueError: NaN or Inf, of which rounding would make a group of NaN; names the first tensor with one.
+    """
+    for name, rounded in tensors.items():
+        if isinstance(rounded, Int4Codes):
+            rounded = rounded.scale if rounded.row_scale is None else rounded.row_scale
+        # Of weights without values (meta, fake) nothing can be said. Both ends are NaN where any value is.
+        if rounded is None or rounded.is_meta or is_fake(rounded):
+            continue
+        if not torch.stack(rounded.aminmax()).isfinite().all():
+            raise ValueError(
+                f"{name} of expert {expert} holds NaN, Inf or values that bfloat16 cannot hold: use another "
+                "checkpoint, or convert the original weights to bfloat16 (float16 ends at 65504)"
+            )
+
+
+@torch.no_grad()
+def pack_experts(
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    scheme: str = "w4a16",
+    group_size: int = 128,
+    algorithm: str = "minmax",
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    first_expert: int = 0,
+) -> PackedExperts:
+    """Quantise (4-bit schemes) and pack the experts of one layer, one expert at a time.
+
+    Args:
+        gate_up: float [E, 2I, H], gate rows first, then up rows (the layout of transformers' Qwen3-MoE experts).
+        down: float [E, H, I].
+        scheme: "w4a16", "w4a8" or "bf16".
+        group_size: weights that share one scale; divides H and I. Ignored by scheme bf16.
+        algorithm: "minmax" or "hqq", see `rounding`; hqq gives zero points where the scheme takes them (w4a16).
+            Ignored by scheme bf16.
+        gate_up_bias, down_bias: float [E, 2I] and [E, H], or None.
+        first_expert: number of the first one in its layer, for errors that name an expert.
+
+    Returns:
+        PackedExperts on the device of `gate_up`.
+
+    Raises:
+        ValueError: unknown scheme or algorithm, shapes or devices that disagree, weights that are no floats or hold NaN
+            or Inf, or a group size that is unsupported or does not divide K.
+    """
+    kind = get_scheme(scheme)
+    check_algorithm(algorithm)
+    _check_weights(gate_up, down, gate_up_bias, down_bias)
+    _check_floats(gate_up=gate_up, down=down, gate_up_bias=gate_up_bias, down_bias=down_bias)
+    if kind.packed:
+        check_group_size(group_size, gate_up.shape[2], "hidden size H")
+        check_group_size(group_size, down.shape[2], "intermediate size I")
+
+    def one(e: int) -> PackedExperts:
+        w13, w2 = gate_up[e], down[e]
+        biases = [None if bias is None else bias[e : e + 1].float() for bias in (gate_up_bias, down_bias)]
+        _check_finite(first_expert + e, gate_up_bias=biases[0], down_bias=biases[1])
+        if not kind.packed:
+            w13, w2 = w13.bfloat16(), w2.bfloat16()
+            _check_finite(first_expert + e, gate_up=w13, down=w2)
+            return _pack_floats(w13[None], w2[None], scheme, *biases)
+        q13, q2 = (
+            round_weights(weight, group_size, algorithm, kind.takes_zeros, kind.row_scaled(gemm))
+            for gemm, weight in ((1, w13), (2, w2))
+        )
+        _check_finite(first_expert + e, gate_up=q13, down=q2)
+        return _pack_codes(q13[None], q2[None], scheme, *biases)
+
+    return stack_experts(map(one, range(gate_up.shape[0])), gate_up.shape[0])
+
+
+@torch.no_grad()
+def pack_codes(
+    gate_up: Int4Codes,
+    down: Int4Codes,
+    *,
+    scheme: str = "w4a16",
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> PackedExperts:
+    """Pack experts that are 4-bit codes already: nothing is rounded.
+
+    Args:
+        gate_up: codes [E, 2I, H], gate rows first, then up rows.
+        down: codes [E, H, I]. Group sizes that differ are brought to their greatest common divisor, which is exact.
+        scheme: "w4a16", or "w4a8" for codes without zero points whose `gate_up` scales are 1 to 16 times that of their
+            row, as a single one a row is.
+        gate_up_bias, down_bias: float [E, 2I] and [E, H], or None.
+
+    Returns:
+        PackedExperts on the device of `gate_up`. One side's missing zero points become zeros.
+
+    Raises:
+        ValueError: unknown scheme or one without codes, shapes or devices that disagree, a group size that is
+            unsupported, or zero points or scales that w4a8 does not have.
+    """
+    kind = get_scheme(scheme)
+    if not kind.packed:
+        raise ValueError(f"scheme={scheme} holds no 4-bit codes: use w4a16 or w4a8, or dequantise the weights first")
+    _check_weights(gate_up.q, down.q, gate_up_bias, down_bias)
+    if not kind.takes_zeros and not (gate_up.zero is None and down.zero is None):
+        raise ValueError(
+            f"scheme={scheme} multiplies in int8 and takes no zero points, and these weights have some: use w4a16, or "
+            "quantise the original weights anew"
+        )
+    group_size = math.gcd(gate_up.group_size, down.group_size)
+    check_group_size(group_size, gate_up.q.shape[2], "hidden size H")
+    check_group_size(group_size, down.q.shape[2], "intermediate size I")
+    if (gate_up.zero is None) != (down.zero is None):
+        gate_up, down = _with_zero(gate_up), _with_zero(down)
+    if kind.row_scaled(1):
+        gate_up = gate_up.row_scaled()
+    if kind.row_scaled(2):
+        down = down.row_scaled()
+
+    def one(e: int) -> PackedExperts:
+        biases = (None if bias is None else bias[e : e + 1] for bias in (gate_up_bias, down_bias))
+        q13, q2 = (codes[e : e + 1].regrouped(group_size) for codes in (gate_up, down))
+        return _pack_codes(q13, q2, scheme, *biases)
+
+    return stack_experts(map(one, range(gate_up.q.shape[0])), gate_up.q.shape[0])
+
+
+def stack_experts(parts: Iterable[PackedExperts], num_experts: int) -> PackedExperts:
+    """Experts of one layer after each other, with one part and the result in memory at a time.
+
+    Args:
+        parts: one or more experts each, of the same sizes, scheme and optional tensors.
+        num_experts: how many they are together.
+    """
+    whole: PackedExperts | None = None
+    start = 0
+    for part in parts:
+        if whole is None:
+            empty = {
+                name: None if t is None else t.new_empty(num_experts, *t.shape[1:])
+                for name, t in part.tensors().items()
+            }
+            whole = part.with_tensors(empty)
+        for to, t in zip(whole.tensors().values(), part.tensors().values(), strict=True):
+            if to is not None and t is not None:
+                to[start : start + part.num_experts] = t
+        start += part.num_experts
+    assert whole is not None and start == num_experts, f"{start} experts came, {num_experts} were announced"
+    return whole
+
+
+def _with_zero(codes: Int4Codes) -> Int4Codes:
+    return codes if codes.zero is not None else Int4Codes(codes.q, codes.scale, torch.zeros_like(codes.scale))
+
+
+def _pack_floats(
+    gate_up: Tensor, down: Tensor, scheme: str, gate_up_bias: Tensor | None, down_bias: Tensor | None
+) -> PackedExperts:
+    """Experts of a scheme without codes; arguments as checked."""
+    h, i = gate_up.shape[2], down.shape[2]
+    h_pad, i_pad = round_up(h, K_BLOCK), round_up(i, K_BLOCK)
+    w13 = pad(_pad_gate_up(gate_up.bfloat16(), i_pad), (0, h_pad - h)).contiguous()
+    w2 = pad(down.bfloat16(), (0, i_pad - i, 0, h_pad - h)).contiguous()
+    biases = _pack_biases(gate_up_bias, down_bias, h_pad, i_pad)
+    return PackedExperts(w13, w2, None, None, None, None, *biases, scheme, 0, h, i)
+
+
+def _pack_codes(
+    gate_up: Int4Codes, down: Int4Codes, scheme: str, gate_up_bias: Tensor | None, down_bias: Tensor | None
+) -> PackedExperts:
+    """Experts of a 4-bit scheme; arguments as checked, with one group size."""
+    h, i = gate_up.q.shape[2], down.q.shape[2]
+    h_pad, i_pad = round_up(h, K_BLOCK), round_up(i, K_BLOCK)
+    rows = gate_up.map(lambda t: _pad_gate_up(t, i_pad))
+    w13, w13_scale, w13_zero = _pack_matrix(rows, fragment_order(scheme, 1), 2 * i_pad, h_pad)
+    w2, w2_scale, w2_zero = _pack_matrix(down, fragment_order(scheme, 2), h_pad, i_pad)
+    biases = _pack_biases(gate_up_bias, down_bias, h_pad, i_pad)
+    group_size = gate_up.group_size
+    return PackedExperts(w13, w2, w13_scale, w2_scale, w13_zero, w2_zero, *biases, scheme, group_size, h, i)
+
+
+def _pack_biases(
+    gate_up: Tensor | None, down: Tensor | None, h_pad: int, i_pad: int
+) -> tuple[Tensor | None, Tensor | None]:
+    return (
+        None if gate_up is None else _pad_gate_up(gate_up.float(), i_pad).contiguous(),
+        None if down is None else pad(down.float(), (0, h_pad - down.shape[1])).contiguous(),
+    )
+
+
+def unpack_experts(packed: PackedExperts) -> tuple[Tensor, Tensor]:
+    """Dequantised weights of a packed layer in the layout that `pack_experts` takes.
+
+    Returns:
+        gate_up fp32 [E, 2I, H] and down fp32 [E, H, I].
+    """
+    h, i = packed.hidden_size, packed.intermediate_size
+    w13 = deinterleave_gate_up(
+        dequantize(packed.w13, packed.w13_scale, packed.w13_zero, fragment_order(packed.scheme, 1))
+    )
+    w2 = dequantize(packed.w2, packed.w2_scale, packed.w2_zero, fragment_order(packed.scheme, 2))
+    e, n, _ = w13.shape
+    gate_up = w13.reshape(e, 2, n // 2, -1)[:, :, :i, :h].reshape(e, 2 * i, h)
+    return gate_up, w2[:, :h, :i]
+
+
+def fragment_order(scheme: Scheme | str, gemm: int) -> str:
+    """Fragment order of a matrix: int8 fragments where GEMM `gemm` (1 or 2) of the scheme multiplies in int8."""
+    kind = get_scheme(scheme) if isinstance(scheme, str) else scheme
+    return "w4a8" if kind.act_group(gemm) else "w4a16"

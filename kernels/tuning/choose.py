@@ -1,0 +1,149 @@
+"""Which configurations an expert layer runs with: from the checked-in tables, else by a heuristic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from executorch_moe.kernels.gpus import Gpu
+from executorch_moe.kernels.schemes import K_BLOCK, Scheme
+
+from .configs import GemmConfig, fit
+from .tables import TunedLayer, find_table
+
+MAX_PAIRS = 2**31 - 1
+MAX_VARIANTS = 3
+"""Each costs two launches that find nothing to do."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes that a choice depends on: E, top_k, padded H and I, group size (0 for bf16 weights)."""
+
+    experts: int
+    top_k: int
+    hidden: int
+    intermediate: int
+    group_size: int
+
+    def rows_and_k(self, gemm: int) -> tuple[int, int]:
+        """N and K of a GEMM."""
+        return (2 * self.intermediate, self.hidden) if gemm == 1 else (self.hidden, self.intermediate)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Configurations of both GEMMs for a range of P = T * top_k, ends included."""
+
+    pairs_from: int
+    pairs_to: int
+    gemm1: GemmConfig
+    gemm2: GemmConfig
+
+
+def few_token_configs(
+    gpu: Gpu, scheme: Scheme, layer: LayerShape, num_tokens: int, tables: bool = True
+) -> tuple[GemmConfig, GemmConfig] | None:
+    """Configurations of the few-token path, or None where the grouped path is faster.
+
+    tables: False leaves the choice to the heuristics.
+    """
+    table = find_table(gpu, scheme, layer) if tables else None
+    if table is not None:
+        for entry in table.few_tokens:
+            if num_tokens <= entry.up_to:
+                return _fitted(entry.gemm1, entry.gemm2, scheme, gpu)
+        return None
+    if num_tokens > heuristic_few_tokens_limit(layer):
+        return None
+    return heuristic_few_tokens(gpu, scheme, layer, num_tokens)
+
+
+def grouped_variants(
+    gpu: Gpu, scheme: Scheme, layer: LayerShape, num_pairs: int | None, tables: bool = True
+) -> tuple[Variant, ...]:
+    """Variants of the grouped path that cover `num_pairs`, or (None: known at run time only) any number of pairs."""
+    rows = _grouped_rows(gpu, scheme, layer, tables)
+    if num_pairs is not None:
+        _, gemm1, gemm2 = next(row for row in rows if num_pairs <= row[0])
+        return (Variant(0, MAX_PAIRS, gemm1, gemm2),)
+    # One variant for each tile height; of its rows that for the most pairs, where there is most to lose.
+    last = {gemm1.block_m: (up_to, gemm1, gemm2) for up_to, gemm1, gemm2 in rows}
+    if len(last) > MAX_VARIANTS and max(last) > 128:  # two tiles of half the height take little longer
+        del last[max(last)]
+    while len(last) > MAX_VARIANTS:  # heights are powers of two: the next one is never far from the best
+        del last[sorted(last)[1]]
+    kept = sorted(last.values(), key=lambda row: row[0])
+    variants = []
+    first = 0
+    for up_to, gemm1, gemm2 in kept:
+        end = MAX_PAIRS if gemm1 is kept[-1][1] else up_to
+        variants.append(Variant(first, end, gemm1, gemm2))
+        first = end + 1
+    return tuple(variants)
+
+
+def _fitted(
+    gemm1: GemmConfig, gemm2: GemmConfig, scheme: Scheme, gpu: Gpu, one_height: bool = False
+) -> tuple[GemmConfig, GemmConfig]:
+    gemm1, gemm2 = fit(gemm1, scheme, 1, gpu), fit(gemm2, scheme, 2, gpu)
+    if one_height and gemm1.block_m != gemm2.block_m:  # both walk the same row blocks
+        height = min(gemm1.block_m, gemm2.block_m)
+        gemm1, gemm2 = replace(gemm1, block_m=height), replace(gemm2, block_m=height)
+    return gemm1, gemm2
+
+
+def _grouped_rows(
+    gpu: Gpu, scheme: Scheme, layer: LayerShape, tables: bool
+) -> list[tuple[int, GemmConfig, GemmConfig]]:
+    """(most pairs, GEMM1, GEMM2), ascending, the last without an end; both GEMMs of a row have one tile height."""
+    table: TunedLayer | None = find_table(gpu, scheme, layer) if tables else None
+    if table is not None:
+        rows = [(entry.up_to * layer.experts, entry.gemm1, entry.gemm2) for entry in table.grouped]
+    else:
+        rows = []
+        for up_to, height in HEURISTIC_HEIGHTS:
+            gemm1, gemm2 = (heuristic_gemm(gpu, scheme, layer, gemm, height) for gemm in (1, 2))
+            rows.append((up_to * layer.experts, gemm1, gemm2))
+    rows[-1] = (MAX_PAIRS, rows[-1][1], rows[-1][2])
+    return [(int(up_to), *_fitted(gemm1, gemm2, scheme, gpu, one_height=True)) for up_to, gemm1, gemm2 in rows]
+
+
+# ------------------------------------------------------------- heuristics, from sweeps of the qwen35 shape on an H200
+
+HEURISTIC_HEIGHTS = ((20, 16), (96, 64), (1e6, 128))
+"""(most pairs an expert on average, tile height)."""
+
+
+def heuristic_gemm(gpu: Gpu, scheme: Scheme, layer: LayerShape, gemm: int, block_m: int) -> GemmConfig:
+    """Configuration of a GEMM of the grouped path for a tile height."""
+    n, _ = layer.rows_and_k(gemm)
+    warps = 4 if gpu.capability >= 90 else 8
+    if block_m == 16:
+        # Weights stream past a few tokens: tall tiles, so that each token row is read by few programs.
+        tall = gpu.capability >= 90 and scheme.packed and n % 256 == 0
+        return GemmConfig(16, 256 if tall else 128, num_warps=4, num_stages=3, ctas_per_sm=4, scale_after=True)
+    if block_m == 128 and not (gpu.capability == 90 and scheme.packed):
+        warps = 8  # four would spill
+    return GemmConfig(block_m, 128, num_warps=warps, num_stages=3, ctas_per_sm=2)
+
+
+def heuristic_few_tokens(gpu: Gpu, scheme: Scheme, layer: LayerShape, num_tokens: int) -> tuple[GemmConfig, GemmConfig]:
+    """Configurations of the few-token path: small tiles, enough programs to fill the GPU."""
+    block_m = 8 if num_tokens <= 8 else 16
+    found = []
+    for gemm in (1, 2):
+        n, k = layer.rows_and_k(gemm)
+        programs = num_tokens * layer.top_k * (n // 64)
+        split_k = 1
+        while gemm == 2 and programs * split_k < 2 * gpu.num_sms and k // K_BLOCK >= 16 * split_k:
+            split_k *= 2
+        # Two K blocks at a time shorten a program, but take registers and shared memory from others.
+        unroll = 2 if programs * split_k <= 4 * gpu.num_sms else 1
+        config = GemmConfig(block_m, 64, 1, 2, 3, unroll, split_k=split_k, scale_after=True)
+        found.append(fit(config, scheme, gemm, gpu))
+    return found[0], found[1]
+
+
+def heuristic_few_tokens_limit(layer: LayerShape) -> int:
+    """Largest T of the few-token path: each of its programs looks at all pairs, which grows with their square."""
+    return max(1, 64 // layer.top_k)
