@@ -16,7 +16,8 @@ import typer
 from executorch_moe.kernels.experts.plan import Launch, Options
 from executorch_moe.kernels.gpus import find_model
 from executorch_moe.kernels.measure.compile import compile_launch, record_launches
-from executorch_moe.kernels.measure.timing import SHAPES, random_routing
+from executorch_moe.kernels.measure.timing import random_routing
+from executorch_moe.kernels.shapes import SHAPES
 
 
 def tiles_with_work(launch: Launch, ids: torch.Tensor) -> int:

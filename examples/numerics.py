@@ -21,7 +21,7 @@ TOKENS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, GROUP = 33, 8, 8, 2048, 512, 128
 
 
 def rounded(x: Tensor, act_group: int) -> Tensor:
-    """fp32 values after int8 quantisation in groups of `act_group`, or after rounding to bf16 for 0."""
+    """fp32 values after int8 quantization in groups of `act_group`, or after rounding to bf16 for 0."""
     return quantize_activations(x, act_group) if act_group else x.bfloat16().float()
 
 

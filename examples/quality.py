@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from executorch_moe.backends.artifact.files import save
 from executorch_moe.backends.fusion.modules import find_experts
 from executorch_moe.backends.lower import lower
-from executorch_moe.backends.runtime.load import load
+from executorch_moe.backends.runtime.loader import load
 from executorch_moe.export.models.pretrained import load_model, resolve
 from executorch_moe.export.quantize.experts import quantize_experts_
 from executorch_moe.export.quiet import quiet
@@ -55,7 +55,7 @@ class Recipe:
     group_size: int = 0
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Quantise the experts in place, with groups no longer than a row."""
+        """Quantize the experts in place, with groups no longer than a row."""
         widths = [min(p.shape[-1] for p in module.parameters()) for _, module in find_experts(model)]
         if self.group_size <= min(widths):
             return quantize_experts_(model, self.scheme, self.group_size, self.algorithm)
@@ -125,8 +125,8 @@ def perplexity(logits: Callable[[Tensor], Tensor], data: Tensor) -> float:
     return math.exp(float(torch.stack(losses).mean()))
 
 
-def quantised(recipe: Recipe) -> nn.Module:
-    """The tiny model in fp32, as the CPU target has it, with quantised experts."""
+def quantized(recipe: Recipe) -> nn.Module:
+    """The tiny model in fp32, as the CPU target has it, with quantized experts."""
     return Logits(recipe.apply(load_model(resolve("tiny"), torch.float32)))
 
 
@@ -165,7 +165,7 @@ def main() -> None:
     table.add_row("eager, all in bf16", "", "", "", f"{baseline:.4f}", "", "", "")
     for recipe in RECIPES:
         with tempfile.TemporaryDirectory() as folder, console.status(str(recipe)):
-            model = quantised(recipe)
+            model = quantized(recipe)
             eager = perplexity(model, data)
             run = perplexity(exported(model, Path(folder), WINDOW), data)
         how = (recipe.algorithm, str(recipe.group_size)) if recipe.group_size else ("", "")

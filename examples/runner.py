@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from executorch_moe.backends.runtime.load import load
+from executorch_moe.backends.runtime.loader import load
 
 
 def main(pte: str, prompt: str, max_new_tokens: str = "100") -> None:

@@ -33,8 +33,8 @@ from executorch_moe.export.quantize import dense_torchao
 from executorch_moe.export.quantize.dense import check_widths, quantize_dense_
 from executorch_moe.kernels import FusedExperts
 from executorch_moe.kernels.experts.plan import Options
-from executorch_moe.kernels.measure.timing import Shape
 from executorch_moe.kernels.op import forced
+from executorch_moe.kernels.shapes import LayerShape
 
 from .options import DTYPES, ExportOptions
 
@@ -106,7 +106,7 @@ def trace_methods(
         ValueError, NotImplementedError: see `causal_lm.check_context`.
     """
     module = BY_OUTPUT[options.output](model, max_context)
-    return module, export_methods(module, one_row_linears=options.resolved_target() != "cpu")
+    return module, export_methods(module, one_token_linears=options.resolved_target() != "cpu")
 
 
 def needs_whole_model(options: ExportOptions) -> bool:
@@ -166,7 +166,7 @@ def streamline_(module: nn.Module) -> nn.Module:
 def build_synthetic(
     options: ExportOptions, target: str, dtype: str, device: synthetic.Device | None = None
 ) -> nn.Module:
-    """The synthetic model that the options name, packed, its dense layers quantised one by one.
+    """The synthetic model that the options name, packed, its dense layers quantized one by one.
 
     Args:
         options: of the export; `target` and `dtype` are those of them with "auto" decided.
@@ -177,7 +177,7 @@ def build_synthetic(
     """
     implementation = attention_of(target, dtype)
 
-    def upstream(shape: Shape, scheme: str, device: synthetic.Device, generator: torch.Generator) -> nn.Module:
+    def upstream(shape: LayerShape, scheme: str, device: synthetic.Device, generator: torch.Generator) -> nn.Module:
         return UpstreamMoE(random_weights(shape, str(device), generator), shape.top_k, scheme, shape.group_size)
 
     def prepare(part: nn.Module) -> None:
@@ -211,7 +211,7 @@ def check_dense(module: nn.Module, options: ExportOptions, target: str) -> None:
 
 
 def quantize_dense(module: nn.Module, options: ExportOptions, target: str) -> None:
-    """Quantises, in place, linear layers and embedding as the options say: torchao's tensors on the CPU, else `dense`.
+    """Quantizes, in place, linear layers and embedding as the options say: torchao's tensors on the CPU, else `dense`.
 
     Raises:
         ValueError: layers whose width does not fit.

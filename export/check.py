@@ -30,13 +30,14 @@ from executorch_moe.export.models.pretrained import check_loadable, check_suppor
 from executorch_moe.export.models.upstream_experts import UpstreamMoE, empty_weights
 from executorch_moe.export.report.summary import size, stored_bytes
 from executorch_moe.kernels import PackedExperts
-from executorch_moe.kernels.packing.experts import deinterleave_gate_up, unpack_experts
+from executorch_moe.kernels.packing.experts import unpack_experts
+from executorch_moe.kernels.packing.fragments import deinterleave_gate_up
 
 from .build import attention_of, check_folder, check_upstream, needs_whole_model, prepare_, stream, trace_methods
 from .options import ExportOptions
 
 BOUNDS = {"bf16": 1.5e-2, "w4a16": 1.5e-2, "w4a8": 4e-2}
-"""Largest relative L2 error of the logits that passes, by scheme. The reference is fp32 on the dequantised weights; our
+"""Largest relative L2 error of the logits that passes, by scheme. The reference is fp32 on the dequantized weights; our
 experts take bf16 activations (int8 in gate and up for w4a8)."""
 
 PROBE_TOKENS = 16
@@ -204,7 +205,7 @@ def check_operators(result: Preflight, programs: dict[str, ExportedProgram]) -> 
 
 
 def check_numerics(result: Preflight, options: ExportOptions, folder: Path) -> None:
-    """The first layers, exported, on the CPU against the unmodified model in fp32 on the dequantised weights."""
+    """The first layers, exported, on the CPU against the unmodified model in fp32 on the dequantized weights."""
     fused, reference, layers = probe_models(options, folder)
     with chosen_experts(reference) as chosen:
         error = logits_error(fused, reference)
@@ -213,7 +214,7 @@ def check_numerics(result: Preflight, options: ExportOptions, folder: Path) -> N
     found = (
         f"{error:.1e}, bound {bound:.1e} (relative L2 error of the logits of prefill and decode, first {layers} "
         f"layer{'s' if layers > 1 else ''}, {PROBE_TOKENS} tokens, which chose {covered} of {all_of_them} experts, "
-        "fp32 on the dequantised weights)"
+        "fp32 on the dequantized weights)"
     )
     result.add("numerics", error <= bound, found)
 
@@ -258,7 +259,7 @@ def probe_models(options: ExportOptions, folder: Path) -> tuple[nn.Module, nn.Mo
     for layer in streamed.layers:
         experts: Any = streamed.model.get_submodule(layer.name)
         if hasattr(experts, "packed"):
-            for name, value in dequantised(layer.layout, experts.packed()).items():
+            for name, value in dequantized(layer.layout, experts.packed()).items():
                 set_weight(reference, f"{layer.name}.{name}", value)
     for model in (streamed.model, reference):
         model.config.num_hidden_layers = layers  # type: ignore[union-attr]
@@ -266,7 +267,7 @@ def probe_models(options: ExportOptions, folder: Path) -> tuple[nn.Module, nn.Mo
     return streamed.model, reference, layers
 
 
-def dequantised(layout: ExpertLayout, packed: PackedExperts) -> dict[str, Tensor]:
+def dequantized(layout: ExpertLayout, packed: PackedExperts) -> dict[str, Tensor]:
     """Parameters of an experts module, by name and stored as it stores them, from packed weights."""
     whole: dict[str, Tensor] = {}
     count = packed.num_experts

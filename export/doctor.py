@@ -110,7 +110,7 @@ def cross_export() -> Iterator[Check]:
 def runtimes() -> Iterator[Check]:
     """Which runtime can run which kind of artifact, and why not."""
     from executorch_moe.backends.runtime.delegate_host import why_not_delegate_host
-    from executorch_moe.backends.runtime.load import why_not_executorch
+    from executorch_moe.backends.runtime.loader import why_not_executorch
     from executorch_moe.backends.runtime.pybindings import why_not_pybindings
 
     why = why_not_pybindings()

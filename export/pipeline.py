@@ -55,7 +55,7 @@ def _export(options: ExportOptions, steps: Steps, held: ExitStack) -> ExportSumm
             max_context = options.context(model.config)
     else:
         model, max_context, work = _pack_layers(options, folder, fuser.report, steps, held)
-    with nullcontext() if options.leaves_dense else steps.step("dense", "quantising linear layers"):
+    with nullcontext() if options.leaves_dense else steps.step("dense", "quantizing linear layers"):
         prepare_(model, options)
     with steps.step("trace", "tracing prefill and decode"):
         module, programs = trace_methods(model, options, max_context)
@@ -89,7 +89,7 @@ def _export(options: ExportOptions, steps: Steps, held: ExitStack) -> ExportSumm
         peaks=steps.peaks,
         compiled=compiled,
         accesses=accesses,
-        reads_written=any("attention_of_one" in str(node.target) for node in programs["decode"].graph.nodes),
+        reads_written=any("one_token_attention" in str(node.target) for node in programs["decode"].graph.nodes),
     )
     write_aside(record_path(options.out), summary.record())
     return summary

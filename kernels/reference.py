@@ -1,4 +1,4 @@
-"""The oracle: an expert layer in plain fp32 on dequantised weights. Shares no code with the kernels."""
+"""The oracle: an expert layer in plain fp32 on dequantized weights. Shares no code with the kernels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def reference_experts(
         hidden_states: float [T, H].
         topk_ids: int [T, top_k]; ids outside [0, E) contribute nothing.
         topk_weights: float [T, top_k].
-        gate_up: float [E, 2I, H], gate rows first. down: float [E, H, I]. Dequantised.
+        gate_up: float [E, 2I, H], gate rows first. down: float [E, H, I]. Dequantized.
         gate_up_bias: float [E, 2I] or None. down_bias: float [E, H] or None.
         activation: "silu", or "swiglu_oai": min(gate, 7) * sigmoid(1.702 * min(gate, 7)) * (clamp(up, -7, 7) + 1).
 

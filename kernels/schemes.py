@@ -1,4 +1,4 @@
-"""What a quantisation scheme and an activation are, stated once for packing, operator and kernels."""
+"""What a quantization scheme and an activation are, stated once for packing, operator and kernels."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Scheme:
         """True if the scales of GEMM `gemm`'s weights are small multiples of one scale a row.
 
         Codes times multiples are int8, so that nothing is scaled inside the sum over K (QServe calls it progressive
-        group quantisation).
+        group quantization).
         """
         return self.packed and self.act_group(gemm) > 0
 
@@ -138,7 +138,7 @@ def check_group_size(group_size: int, k: int, what: str) -> None:
     check_any_group_size(group_size)
     if k % group_size:
         fits = [g for g in GROUP_SIZES if k % g == 0]
-        remedy = f"requantise with group_size={fits[-1]}" if fits else f"pad {what} to a multiple of {GROUP_SIZES[0]}"
+        remedy = f"requantize with group_size={fits[-1]}" if fits else f"pad {what} to a multiple of {GROUP_SIZES[0]}"
         raise ValueError(f"{what}={k} must be a multiple of group_size={group_size}: {remedy}")
 
 

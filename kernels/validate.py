@@ -136,7 +136,7 @@ def check_fused_experts(arguments: ExpertArguments) -> None:
         raise ValueError("w13_zero and w2_zero must be given together: pass zeros for the symmetric one")
     if arguments.w13_zero is not None and not kind.takes_zeros:
         raise NotImplementedError(
-            f"scheme={scheme} multiplies in int8 and takes no zero points: use w4a16, or requantise symmetrically"
+            f"scheme={scheme} multiplies in int8 and takes no zero points: use w4a16, or requantize symmetrically"
         )
 
     for name, t in zip(arguments._fields[3:11], arguments[3:11], strict=True):

@@ -23,7 +23,7 @@ from gpu_sanitizers import _is_finding
         ("=========", False),
         ("24 passed in 16.16s", False),
         ("========= Invalid __global__ read of size 4 bytes", True),
-        ("========= Error: Race reported between Write access at moe_row_router", True),
+        ("========= Error: Race reported between Write access at moe_one_token_router", True),
         ("========= Uninitialized __global__ memory read of size 4 bytes", True),
         ("========= Program hit cudaErrorInvalidValue (error 1)", True),
         ("========= ERROR SUMMARY: 16 errors", True),

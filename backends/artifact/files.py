@@ -72,7 +72,7 @@ def save(
     """Write `path`.pte and `path`.ptd: both, or neither.
 
     All external data goes into the one .ptd, and a digest of it into both files, so that a .ptd from another export is
-    told apart even where keys and sizes agree. The program is serialised again for that, with ExecuTorch's defaults for
+    told apart even where keys and sizes agree. The program is serialized again for that, with ExecuTorch's defaults for
     alignment (segment alignment is kept). Behind the program follow digests of both files; see `digests`.
 
     Args:

@@ -1,4 +1,4 @@
-"""Reads a .pte with ExecuTorch's own Python deserialisers: no pybindings, so it works beside any torch."""
+"""Reads a .pte with ExecuTorch's own Python deserializers: no pybindings, so it works beside any torch."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _dtype_table() -> dict[int, torch.dtype]:
     for dtype in _DTYPES:
         try:
             table[int(scalar_type_enum(dtype))] = dtype
-        except (KeyError, ValueError, AssertionError, RuntimeError):  # a dtype that this ExecuTorch does not serialise
+        except (KeyError, ValueError, AssertionError, RuntimeError):  # a dtype that this ExecuTorch does not serialize
             continue
     return table
 
@@ -55,7 +55,7 @@ _DTYPE_OF = _dtype_table()
 
 
 def dtype_of(scalar_type: int) -> torch.dtype:
-    """torch dtype of a serialised scalar type.
+    """torch dtype of a serialized scalar type.
 
     Raises:
         ValueError: a number that no torch dtype has.

@@ -71,8 +71,8 @@ def _dequantize_int4(
     return ((codes - zero_point) * scale).reshape(packed.shape[0], -1).to(output_dtype)
 
 
-def _dequantisers() -> dict[Any, Any]:
-    """Decompositions of the dequantising operators that are registered: without their tensors, none is in a program."""
+def _dequantizers() -> dict[Any, Any]:
+    """Decompositions of the dequantizing operators that are registered: without their tensors, none is in a program."""
     known = {"dequantize_affine": _dequantize_affine, "dequantize_int4_tensor": _dequantize_int4}
     ops = torch.ops.torchao
     return {getattr(ops, name).default: function for name, function in known.items() if hasattr(ops, name)}
@@ -108,7 +108,7 @@ class MoECpuPartitioner(FusingPartitioner, Partitioner):
         self.set_fusion(fusion)
 
     def transform_for_pre_decomposition(self, exported_program: ExportedProgram) -> ExportedProgram:
-        """Fuse, then decompose the fused operator and the dequantising of linears and embeddings of 8 or 4 bits.
+        """Fuse, then decompose the fused operator and the dequantizing of linears and embeddings of 8 or 4 bits.
 
         Other operators are left to ExecuTorch's own decompositions.
 
@@ -120,12 +120,12 @@ class MoECpuPartitioner(FusingPartitioner, Partitioner):
         if self.report.unfused:
             _check_unfused(exported_program, self.report)
         op = torch.ops.executorch_moe.fused_experts.default
-        quantised = any(is_traceable_wrapper_subclass(tensor) for tensor in exported_program.state_dict.values())
-        if not quantised and not any(node.target is op for node in exported_program.graph.nodes):
+        quantized = any(is_traceable_wrapper_subclass(tensor) for tensor in exported_program.state_dict.values())
+        if not quantized and not any(node.target is op for node in exported_program.graph.nodes):
             return exported_program
         table = {
             op: lambda *args: fused_experts_aten(ExpertArguments(*args)),
-            **_dequantisers(),
+            **_dequantizers(),
             torch.ops.aten.empty.memory_format: _zeros,
             torch.ops.aten.new_empty.default: _zeros_for,
             torch.ops.aten.empty_like.default: _zeros_like,

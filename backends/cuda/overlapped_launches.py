@@ -22,9 +22,9 @@ WAITING_KERNELS = (
     "moe_quantize_rows",
     "moe_route_count",
     "moe_route_scatter",
-    "moe_row_attention",
-    "moe_row_matvec",
-    "moe_row_router",
+    "moe_one_token_attention",
+    "moe_one_token_matvec",
+    "moe_one_token_router",
     "moe_sum_pairs",
 )
 """Kernels that wait for the launches before them. One that does not would read what is not written yet."""

@@ -13,7 +13,7 @@ from executorch_moe.kernels.packing.rounding import check_algorithm
 from executorch_moe.kernels.schemes import check_any_group_size, get_scheme
 
 from .modules import pack_layer
-from .recognize import ExpertLayout, Roles, find_roles, fingerprint, recognise
+from .recognize import ExpertLayout, Roles, find_roles, fingerprint, recognize
 from .regions import NotFusable, NotPackable, Region, find_regions, parameter_targets, tensor_of
 from .report import FusedLayer, FusionReport, UnfusedRegion
 from .rewrite import ProgramEditor
@@ -125,11 +125,11 @@ class ExpertFuser:
         )
 
     def _layout(self, region: Region, roles: Roles) -> ExpertLayout:
-        """`recognise`, once for all regions that look the same."""
+        """`recognize`, once for all regions that look the same."""
         key = fingerprint(region, roles)
         if key not in self._layouts:
             try:
-                self._layouts[key] = recognise(region, roles)
+                self._layouts[key] = recognize(region, roles)
             except NotFusable as error:
                 self._layouts[key] = str(error)
         layout = self._layouts[key]

@@ -1,6 +1,6 @@
 """Experts modules of an eager model: which modules they are, what they compute, and their weights packed.
 
-The same rules as for exported programs (`regions`, `recognise`), on a module that is run instead of a graph.
+The same rules as for exported programs (`regions`, `recognize`), on a module that is run instead of a graph.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def find_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 @torch.no_grad()
-def recognise_module(module: nn.Module) -> ExpertLayout:
-    """What an experts module computes, measured by running it in fp32 on random weights; see `recognise`.
+def recognize_module(module: nn.Module) -> ExpertLayout:
+    """What an experts module computes, measured by running it in fp32 on random weights; see `recognize`.
 
     Args:
         module: called as module(hidden_states [T, H], topk_ids [T, top_k], topk_weights [T, top_k]) -> [T, H], as in
-            transformers. Its parameters are read for their shapes only, so that they may be quantised or on any device.
+            transformers. Its parameters are read for their shapes only, so that they may be quantized or on any device.
 
     Raises:
         NotFusable: it cannot be called so, or computes something else.
@@ -62,7 +62,7 @@ def recognise_module(module: nn.Module) -> ExpertLayout:
 
 
 def kind_of(module: nn.Module) -> tuple[object, ...]:
-    """Equal for experts modules that compute the same on equal parameters, so that equal layers are recognised once.
+    """Equal for experts modules that compute the same on equal parameters, so that equal layers are recognized once.
 
     That is class and shapes, and whatever else a module below has as an attribute: layers of one class may differ in a
     limit. Attributes that cannot be compared by value are the same only if they are one object.

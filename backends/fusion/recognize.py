@@ -192,7 +192,7 @@ def _of_three(shapes: Mapping[str, tuple[int, ...]], matrices: list[str], h: int
             yield ExpertLayout((gate, up), down, transposed, "gate, up", None, None, activation)
 
 
-def recognise(region: Region, roles: Roles) -> ExpertLayout:
+def recognize(region: Region, roles: Roles) -> ExpertLayout:
     """The layout and activation with which the fp32 oracle gives the region's own output.
 
     Raises:
@@ -321,7 +321,7 @@ def run_region(region: Region, env: dict[Node, Any]) -> Tensor:
 
 
 def fingerprint(region: Region, roles: Roles) -> str:
-    """Equal for regions that compute the same, so that forty equal layers are recognised once."""
+    """Equal for regions that compute the same, so that forty equal layers are recognized once."""
     names: dict[Node, str] = {roles.hidden: "hidden", roles.ids: "ids", roles.weights: "weights"}
     names |= {node: f"size {hint(node.meta['val'])}" for node in roles.sizes}
     names |= {node: f"{name} {_shape(node)}" for name, node in region.parameters.items()}

@@ -1,6 +1,6 @@
 """CUDA graphs for delegates: the hundreds of launches of a decode step become one.
 
-The same behaviour as ExecuTorch's own runtime under its backend option `enable_cuda_graph_for_method`: three ordinary
+The same behavior as ExecuTorch's own runtime under its backend option `enable_cuda_graph_for_method`: three ordinary
 calls, a capture on the fourth, replays from then on. All of them are the caller's own calls and each runs exactly once,
 so a mutated buffer (the KV cache) sees what it would see without graphs. Capturing runs nothing; the replay that
 follows it does.
@@ -35,7 +35,7 @@ def capture_cuda_graph(call: Callable[[], list[Tensor]]) -> tuple[Graph, list[Te
     """Capture `call` on a side stream of the current device; returns the graph and the tensors that it writes to."""
     graph = torch.cuda.CUDAGraph()
     # AOTInductor asks whether its last call is done (cudaEventQuery) before it starts the next. It is, for entering the
-    # context synchronises, but the strict modes forbid to ask. Its kernels were loaded by the calls before.
+    # context synchronizes, but the strict modes forbid to ask. Its kernels were loaded by the calls before.
     with torch.cuda.graph(graph, capture_error_mode="relaxed"):
         outputs = call()
     return graph, outputs

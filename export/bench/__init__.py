@@ -1,1 +1,1 @@
-"""TODO"""
+"""Measuring exported models and kernels: the commands `bench` and `tune`."""

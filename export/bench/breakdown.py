@@ -19,8 +19,8 @@ from executorch_moe.export.generate.generator import TextGenerator
 
 # The first rule that finds something in a kernel's name decides. Inductor names a kernel after what it computes.
 RULES: tuple[tuple[str, str], ...] = (
-    ("dense", r"moe_row_matvec"),
-    ("attention", r"moe_row_attention"),
+    ("dense", r"moe_one_token_matvec"),
+    ("attention", r"moe_one_token_attention"),
     ("experts GEMM1", r"moe_\w*gemm1|_fused_moe_(batched_)?(int8_)?kernel"),
     ("experts GEMM2", r"moe_\w*gemm2|_fused_moe_silu_(batched_)?(int8_)?kernel"),
     ("experts GEMM1", r"moe_\w*gemm"),  # told apart below: one kernel does both in turn

@@ -18,9 +18,7 @@ from executorch_moe.kernels.measure.compile import CompileJob, compile_ahead
 from executorch_moe.kernels.measure.timing import (
     H200_BYTES,
     H200_FLOPS,
-    SHAPES,
     LayerInputs,
-    Shape,
     floor_us,
     random_packed,
     time_graph,
@@ -28,6 +26,7 @@ from executorch_moe.kernels.measure.timing import (
     work,
 )
 from executorch_moe.kernels.schemes import get_scheme
+from executorch_moe.kernels.shapes import SHAPES, LayerShape
 from executorch_moe.kernels.tuning.configs import GROUP_SIZES_M
 
 from .rivals import Step, torch_grouped_mm, upstream
@@ -154,14 +153,14 @@ class KernelBenchmark:
                 )
                 flops, nbytes = work(shape, scheme, inputs)
                 yield Row(
-                    shape.name, self.routing, tokens, scheme, implementation, us,
+                    shape.label, self.routing, tokens, scheme, implementation, us,
                     flops / us / 1e6, nbytes / us / 1e3, us / floor_us(shape, scheme, inputs),
                 )  # fmt: skip
             del steps, packed
             torch.cuda.empty_cache()
 
 
-def step_of(implementation: str, shape: Shape, generator: torch.Generator) -> Step:
+def step_of(implementation: str, shape: LayerShape, generator: torch.Generator) -> Step:
     """One layer of an implementation, with weights of its own if it is not ours."""
     if implementation in OURS:
         options = OURS[implementation]
@@ -175,7 +174,7 @@ def step_of(implementation: str, shape: Shape, generator: torch.Generator) -> St
     return torch_grouped_mm(shape, generator)
 
 
-def parse_shape(text: str) -> Shape:
+def parse_shape(text: str) -> LayerShape:
     """A preset by name, or a shape by numbers.
 
     Raises:
@@ -192,7 +191,7 @@ def parse_shape(text: str) -> Shape:
             f"shape={text!r} is unknown: use one of {', '.join(SHAPES)}, or numbers as ExTOP_KxHxIxGROUP_SIZE "
             "(128x8x2048x768x128) with TOP_K <= E"
         ) from None
-    return Shape(text, *numbers)
+    return LayerShape(*numbers)
 
 
 def with_ratios(rows: Iterable[Row]) -> list[Row]:

@@ -187,7 +187,7 @@ def benchmark_model(
         prompt_lengths: tokens in the prompt, each at least 1; random ids, the same in each run.
         new_tokens: tokens generated after each prompt, at least 2; an end-of-text token does not stop it.
         repeats: runs of each length.
-        runtime: as for `executorch_moe.backends.runtime.load.load`.
+        runtime: as for `executorch_moe.backends.runtime.loader.load`.
         on_repeat: called after each run.
         cuda_graph, prefill_chunk: as for `TextGenerator.load`.
         generator: the loaded artifact, instead of loading it.

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from executorch_moe.export.models.upstream_experts import operator, random_weights
-from executorch_moe.kernels.measure.timing import LayerInputs, Shape
+from executorch_moe.kernels.measure.timing import LayerInputs
+from executorch_moe.kernels.shapes import LayerShape
 
 Step = Callable[[LayerInputs], Tensor]
 
 
-def upstream(name: str, shape: Shape, generator: torch.Generator) -> Step:
+def upstream(name: str, shape: LayerShape, generator: torch.Generator) -> Step:
     """One of ExecuTorch's `triton::fused_moe` family, from the installed wheel.
 
     Args:
@@ -39,7 +40,7 @@ def upstream(name: str, shape: Shape, generator: torch.Generator) -> Step:
     return step
 
 
-def torch_grouped_mm(shape: Shape, generator: torch.Generator) -> Step:
+def torch_grouped_mm(shape: LayerShape, generator: torch.Generator) -> Step:
     """`torch._grouped_mm` on bf16 weights, with the routing around it in torch operators."""
     e, h, i = shape.experts, shape.hidden, shape.intermediate
 

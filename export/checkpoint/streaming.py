@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from executorch_moe.backends.fusion import ExpertLayout, FusedLayer, FusionOptions, NotFusable
-from executorch_moe.backends.fusion.modules import find_experts, kind_of, recognise_module
+from executorch_moe.backends.fusion.modules import find_experts, kind_of, recognize_module
 from executorch_moe.export.report.sizes import check_sizes
 from executorch_moe.kernels import SCHEMES, FusedExperts, PackedExperts, pack_experts
 from executorch_moe.kernels.schemes import check_group_size
@@ -89,10 +89,10 @@ class StreamedModel:
     def _expert_layers(self) -> Iterator[ExpertLayer]:
         layouts: dict[tuple[object, ...], ExpertLayout] = {}
         for name, experts in find_experts(self.model):
-            kind = kind_of(experts)  # equal layers are recognised once
+            kind = kind_of(experts)  # equal layers are recognized once
             try:
                 if kind not in layouts:
-                    layouts[kind] = recognise_module(experts)
+                    layouts[kind] = recognize_module(experts)
                 yield self._layer(name, experts, layouts[kind])
             except (NotFusable, ValueError) as error:
                 message = f"experts model.{name} ({type(experts).__name__}) not fused: {error}"

@@ -208,7 +208,7 @@ def export(
         int | None, typer.Option("--own-process", hidden=True, help="Id of the process that started this one.")
     ] = None,
 ) -> None:
-    """Export a model: quantise and fuse its experts, lower it, write .pte + .ptd + tokenizer.
+    """Export a model: quantize and fuse its experts, lower it, write .pte + .ptd + tokenizer.
 
     Weights are read and packed layer by layer, so memory need not hold the model. Packed layers are kept in NAME.work
     beside the output until it is written: the same command goes on from there after an interruption.

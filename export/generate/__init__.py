@@ -1,1 +1,1 @@
-"""TODO"""
+"""Generating text with an exported model."""

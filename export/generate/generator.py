@@ -25,7 +25,7 @@ from .text_stream import TextStream as TextStream
 if TYPE_CHECKING:
     from executorch_moe.backends.artifact.pte import PteFile
     from executorch_moe.backends.cuda.placeholders import MakeWeights
-    from executorch_moe.backends.runtime.load import LoadedProgram
+    from executorch_moe.backends.runtime.loader import LoadedProgram
 
 METHODS = ("prefill", "decode")
 WARMUP_DECODE_STEPS = 4
@@ -101,10 +101,10 @@ class TextGenerator:
         """Opens NAME.pte with NAME.ptd and NAME.tokenizer.json beside it.
 
         Args:
-            runtime: as for `executorch_moe.backends.runtime.load.load`.
+            runtime: as for `executorch_moe.backends.runtime.loader.load`.
             cuda_graph: replay decode as a CUDA graph.
             prefill_chunk: see `__init__`.
-            verify: as for `executorch_moe.backends.runtime.load.load`.
+            verify: as for `executorch_moe.backends.runtime.loader.load`.
 
         Raises:
             FileNotFoundError: one of the three files is missing.
@@ -112,7 +112,7 @@ class TextGenerator:
         """
         from executorch_moe.backends.artifact.files import companion
         from executorch_moe.backends.artifact.pte import PteFile
-        from executorch_moe.backends.runtime.load import load
+        from executorch_moe.backends.runtime.loader import load
 
         pte = pte_path(pte)
         if not pte.is_file():

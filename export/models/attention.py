@@ -69,7 +69,7 @@ class MergedAttention(nn.Module):
     """Takes the place of Qwen3-MoE's attention: one projection for query, key and value.
 
     Written so that Inductor makes one kernel of norm, rotation and writing to the cache: both halves of a head are read
-    from the projection, none from a normalised copy. It rounds once, after the rotation, in place of twice.
+    from the projection, none from a normalized copy. It rounds once, after the rotation, in place of twice.
     """
 
     def __init__(self, attention: Any) -> None:

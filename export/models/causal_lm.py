@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from torch.export import Dim, ExportedProgram
 
-from executorch_moe.export.quantize.dense import OneRowLinears
+from executorch_moe.export.quantize.dense import OneTokenLinears
 
 from .keywords import cache_name, check
 from .pretrained import plain_outputs_
@@ -108,7 +108,7 @@ class CausalLM(nn.Module):
         self.model = model
         self.cache_name = cache_name(model)
         self.max_context = max_context
-        # Of a norm: matrices may be quantised.
+        # Of a norm: matrices may be quantized.
         dtype = next(parameter.dtype for parameter in model.parameters() if parameter.dim() == 1)
         heads, key_width, value_width = cache_sizes(model)
         self.kv_cache = StaticKVCache(config.num_hidden_layers, heads, max_context, (key_width, value_width), dtype)
@@ -270,13 +270,13 @@ def rope_types(config: Any) -> set[str]:
     return {part["rope_type"] for part in parts if "rope_type" in part}
 
 
-def export_methods(module: CausalLM, *, one_row_linears: bool = False) -> dict[str, ExportedProgram]:
+def export_methods(module: CausalLM, *, one_token_linears: bool = False) -> dict[str, ExportedProgram]:
     """Exports `module` as `prefill` (T from 2 to C, dynamic) and `decode` (T = 1).
 
     Both programs refer to weights and cache by the same qualified names, so that a runtime can share them.
 
     Args:
-        one_row_linears: trace linear layers of one row as matrix-vector products; see `dense.matvec`. For CUDA.
+        one_token_linears: trace linear layers of one row as matrix-vector products; see `dense.matvec`. For CUDA.
     """
     device = module.kv_cache.key_0.device
     module.eval()
@@ -289,7 +289,7 @@ def export_methods(module: CausalLM, *, one_row_linears: bool = False) -> dict[s
     dynamic: dict[str, Any] = {"input_ids": {1: length}, "cache_position": {0: length}}
     if isinstance(module, SamplingLM):
         dynamic |= {"temperature": None, "top_p": None, "seed": None}
-    with torch.no_grad(), OneRowLinears() if one_row_linears else contextlib.nullcontext():
+    with torch.no_grad(), OneTokenLinears() if one_token_linears else contextlib.nullcontext():
         # strict=False: transformers' decorators and kernel hooks are plain Python that the tracer need not understand.
         return {
             "prefill": torch.export.export(

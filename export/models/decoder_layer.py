@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from executorch_moe.export.quantize.dense import Int8Linear, is_one_row
+from executorch_moe.export.quantize.dense import Int8Linear, is_one_token
 from executorch_moe.kernels.decode.op import fits_one_token
 
 from .attention import MergedAttention
@@ -58,7 +58,7 @@ class StreamlinedLayer(nn.Module):
 
     def _does_one_token(self, hidden: Tensor, cache: Any) -> bool:
         return (
-            is_one_row(hidden)
+            is_one_token(hidden)
             and hidden.dtype == torch.bfloat16
             and isinstance(cache, CacheView)
             and not self.self_attn.sliding_window
@@ -73,12 +73,12 @@ class StreamlinedLayer(nn.Module):
         attention, norm, router = self.self_attn, self.post_attention_layernorm, self.mlp.gate
         key, value = cache.layer(attention.layer_idx)
         cos, sin = (part[..., : attention.head_dim // 2] for part in position_embeddings)  # both halves are equal
-        hidden, out, new = torch.ops.executorch_moe.attention_of_one(
+        hidden, out, new = torch.ops.executorch_moe.one_token_attention(
             hidden, update, self.input_layernorm.weight, *(_weights(attention.qkv_proj) or ()), attention.q_norm,
             attention.k_norm, cos, sin, cache.cache_position, key, value, attention.scaling, attention.eps,
         )  # fmt: skip
         cache.update(new[0], new[1], attention.layer_idx)
-        hidden, normed, weights, experts = torch.ops.executorch_moe.route_one(
+        hidden, normed, weights, experts = torch.ops.executorch_moe.one_token_router(
             out, *(_weights(attention.o_proj) or ()), hidden, norm.weight, router.weight, router.top_k,
             norm.variance_epsilon,
         )  # fmt: skip

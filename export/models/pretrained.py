@@ -62,7 +62,7 @@ def check_supported(folder: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: config.json is unreadable, or of a model without experts.
-        NotImplementedError: another architecture, or weights that are quantised already, but for fp8 in blocks.
+        NotImplementedError: another architecture, or weights that are quantized already, but for fp8 in blocks.
     """
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -85,7 +85,7 @@ def check_supported(folder: Path) -> dict[str, Any]:
         )
     if method and fp8_block(config) is None:
         raise NotImplementedError(
-            f"the weights in {folder} are quantised ({method}), which is not supported yet: use the model in bf16"
+            f"the weights in {folder} are quantized ({method}), which is not supported yet: use the model in bf16"
         )
     return config
 

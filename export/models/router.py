@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 class TopKFirstRouter(nn.Module):
-    """Takes the place of a `Qwen3MoeTopKRouter` that renormalises: the same experts and weights.
+    """Takes the place of a `Qwen3MoeTopKRouter` that renormalizes: the same experts and weights.
 
-    exp(a) / sum of all, renormalised over the chosen, is exp(a) / sum of the chosen: the softmax over all experts, a
+    exp(a) / sum of all, renormalized over the chosen, is exp(a) / sum of the chosen: the softmax over all experts, a
     kernel of its own, falls away.
     """
 
@@ -29,7 +29,7 @@ class TopKFirstRouter(nn.Module):
 
 
 def replace_routers_(module: nn.Module) -> nn.Module:
-    """Replaces every Qwen3-MoE router that renormalises, in place; others stay as they are."""
+    """Replaces every Qwen3-MoE router that renormalizes, in place; others stay as they are."""
     for name, child in list(module.named_modules()):
         if type(child).__name__ == "Qwen3MoeTopKRouter" and child.norm_topk_prob:
             owner, _, attribute = name.rpartition(".")

@@ -17,14 +17,15 @@ from torch import nn
 from executorch_moe.backends.cuda.placeholders import LEAST_BYTES
 from executorch_moe.export.report.sizes import check_synthetic
 from executorch_moe.kernels import FusedExperts
-from executorch_moe.kernels.measure.timing import Shape, random_packed
+from executorch_moe.kernels.measure.timing import random_packed
 from executorch_moe.kernels.schemes import K_BLOCK, check_group_size, get_scheme
+from executorch_moe.kernels.shapes import LayerShape
 
 from .pretrained import require_transformers
 
 PREFIX = "synthetic:"
 Device: TypeAlias = "torch.device | str"
-MakeExperts: TypeAlias = "Callable[[Shape, str, Device, torch.Generator], nn.Module]"
+MakeExperts: TypeAlias = "Callable[[LayerShape, str, Device, torch.Generator], nn.Module]"
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def build(
         device: where weights are made; "meta" makes none, and gives memory on the CPU: zeros where it is small,
             else what nothing was written to.
         make_experts: (shape, scheme, device, generator) -> experts module; by default `FusedExperts`.
-        prepare: called with each decoder layer, and last with the model, once it has its weights: the place to quantise
+        prepare: called with each decoder layer, and last with the model, once it has its weights: the place to quantize
             what is not experts before the next layer is made.
 
     Raises:
@@ -165,7 +166,7 @@ def build(
     config = model.config()
     with torch.device("meta"):
         net: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    shape = Shape(model.name, model.experts, model.top_k, model.hidden, model.intermediate, group_size)
+    shape = LayerShape(model.experts, model.top_k, model.hidden, model.intermediate, group_size)
     for index, layer in enumerate(net.model.layers):
         layer.mlp.experts = (make_experts or fused_experts)(
             shape, scheme, device, _generator(device, seed, f"experts {index}")
@@ -185,7 +186,7 @@ def build(
     return net.eval()
 
 
-def fused_experts(shape: Shape, scheme: str, device: Device, generator: torch.Generator) -> nn.Module:
+def fused_experts(shape: LayerShape, scheme: str, device: Device, generator: torch.Generator) -> nn.Module:
     """Our experts on random codes."""
     return FusedExperts(random_packed(shape, scheme, str(device), generator))
 

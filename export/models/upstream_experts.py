@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from executorch_moe.kernels.measure.timing import Shape
-from executorch_moe.kernels.packing.experts import quantize_int4
+from executorch_moe.kernels.packing.rounding import quantize_int4
+from executorch_moe.kernels.shapes import LayerShape
 
 PREFILL = {"w4a16": "fused_moe_batched_gemm", "w4a8": "fused_moe_batched_gemm_int8"}
 """Scheme -> operator for many tokens; for one token they have `fused_moe` only."""
@@ -112,7 +112,7 @@ def empty_weights(experts: int, hidden: int, intermediate: int, group_size: int)
     return UpstreamWeights(w13, s13, w2, s2)
 
 
-def random_weights(shape: Shape, device: str, generator: torch.Generator) -> UpstreamWeights:
+def random_weights(shape: LayerShape, device: str, generator: torch.Generator) -> UpstreamWeights:
     """Random codes, made on the device; a uniform nibble has a standard deviation of 4.6."""
     e, h, i, g = shape.experts, shape.hidden, shape.intermediate, shape.group_size
 

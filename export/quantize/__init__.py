@@ -1,1 +1,1 @@
-"""TODO"""
+"""Quantizing a model in place: experts, linear layers and embeddings."""

@@ -1,6 +1,6 @@
 """Weight-only INT8 and INT4 for what is not experts: linear layers, lm_head and the embedding, for CUDA targets.
 
-One token is a matrix-vector product in one kernel a layer, which reads each weight once, packed: `linear_of_one` for
+One token is a matrix-vector product in one kernel a layer, which reads each weight once, packed: `one_token_linear` for
 int8 and bf16 activations, else plain tensor operators that AOTInductor fuses. For more tokens the weights are converted
 to the activations' dtype first.
 ExecuTorch's `int4_plain_mm` family is not used: its kernels live in ExecuTorch's own runtime, the delegate host lacks
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from executorch_moe.kernels.decode.op import linear_of_one
-from executorch_moe.kernels.packing.experts import quantize_int4
+from executorch_moe.kernels.decode.op import one_token_linear
+from executorch_moe.kernels.packing.rounding import quantize_int4
 
 KINDS = ("none", "int8", "int4")
 CPU_GROUP_SIZE = 32
@@ -56,17 +56,17 @@ def matvec(weight: Tensor, x: Tensor) -> Tensor:
     return y.reshape(*x.shape[:-1], -1)
 
 
-def is_one_row(x: Tensor) -> bool:
+def is_one_token(x: Tensor) -> bool:
     """True for [1, ..., 1, K]; a length known only at run time is more than one."""
     return all(isinstance(size, int) and size == 1 for size in x.shape[:-1])
 
 
-class OneRowLinears(TorchFunctionMode):
+class OneTokenLinears(TorchFunctionMode):
     """Within it, `linear` of one row is traced as `matvec`."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
-        if func is nn.functional.linear and not kwargs and is_one_row(args[0]) and args[1].dim() == 2:
+        if func is nn.functional.linear and not kwargs and is_one_token(args[0]) and args[1].dim() == 2:
             y = matvec(args[1], args[0])
             if len(args) > 2 and args[2] is not None:
                 y = y + args[2]
@@ -86,9 +86,9 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """float [..., K] -> [..., N] in the dtype of `x`."""
-        if is_one_row(x) and x.dtype == torch.bfloat16 and self.bias is None:
-            return linear_of_one(x, self.qdata, self.scale)
-        if is_one_row(x):
+        if is_one_token(x) and x.dtype == torch.bfloat16 and self.bias is None:
+            return one_token_linear(x, self.qdata, self.scale)
+        if is_one_token(x):
             y = matvec(self.qdata, x)
         else:
             y = nn.functional.linear(x, self.qdata.to(x.dtype)).to(torch.float32)
@@ -100,7 +100,7 @@ class Int4Linear(nn.Module):
     """y = x @ w.T with 4-bit codes.
 
     qdata: uint8 [N, K/g, g/2]; byte j of a group holds value j in its low nibble and value j + g/2 in its high one, so
-    that neighbouring bytes meet neighbouring activations. value = nibble - 8. scale: bf16 [N, K/g].
+    that neighboring bytes meet neighboring activations. value = nibble - 8. scale: bf16 [N, K/g].
     """
 
     def __init__(self, weight: Tensor, group_size: int, bias: Tensor | None = None) -> None:
@@ -115,7 +115,7 @@ class Int4Linear(nn.Module):
         """float [..., K] -> [..., N] in the dtype of `x`."""
         low, high = (self.qdata & 0xF).to(torch.float32) - 8.0, (self.qdata >> 4).to(torch.float32) - 8.0
         scale = self.scale.to(torch.float32)[:, :, None]
-        if is_one_row(x):
+        if is_one_token(x):
             groups = x.reshape(1, self.qdata.shape[1], 2, self.qdata.shape[2]).to(torch.float32)
             y = ((low * groups[:, :, 0] + high * groups[:, :, 1]) * scale).sum((1, 2)).reshape(*x.shape[:-1], -1)
         else:
@@ -135,7 +135,7 @@ class Int8Embedding(nn.Module):
         self.dtype = weight.dtype
 
     def forward(self, ids: Tensor) -> Tensor:
-        """int64 [...] -> [..., K] in the dtype of the weight that was quantised."""
+        """int64 [...] -> [..., K] in the dtype of the weight that was quantized."""
         return (self.qdata[ids].to(torch.float32) * self.scale[ids][..., None]).to(self.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Quantises what is not experts: the weights of linear layers and embeddings, through torchao's tensors."""
+"""Quantizes what is not experts: the weights of linear layers and embeddings, through torchao's tensors."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .dense import KINDS
 def quantize_dense_(model: nn.Module, dense: str) -> nn.Module:
     """Replaces, in place, the weight of every `nn.Linear` and `nn.Embedding` by one of 8 or 4 bits.
 
-    Weights only, symmetric, nearest code, one scale for 32 neighbours along the input. Layers that share a weight share
-    the quantised one. Experts and routers of transformers' MoE models are neither linears nor embeddings and stay.
+    Weights only, symmetric, nearest code, one scale for 32 neighbors along the input. Layers that share a weight share
+    the quantized one. Experts and routers of transformers' MoE models are neither linears nor embeddings and stay.
 
     Args:
         model: on any device, weights of any float dtype.
@@ -34,11 +34,11 @@ def quantize_dense_(model: nn.Module, dense: str) -> nn.Module:
     if dense == "none":
         return model
     check_widths(model, dense)
-    quantised: dict[Tensor, nn.Parameter] = {}
+    quantized: dict[Tensor, nn.Parameter] = {}
     for _, layer in _layers(model):
-        if layer.weight not in quantised:
-            quantised[layer.weight] = nn.Parameter(_quantise(layer.weight.detach(), dense), requires_grad=False)
-        layer.weight = quantised[layer.weight]
+        if layer.weight not in quantized:
+            quantized[layer.weight] = nn.Parameter(_quantize(layer.weight.detach(), dense), requires_grad=False)
+        layer.weight = quantized[layer.weight]
     return model
 
 
@@ -57,18 +57,18 @@ def check_widths(model: nn.Module, dense: str) -> None:
 
 
 def _layers(model: nn.Module) -> list[tuple[str, nn.Linear | nn.Embedding]]:
-    """What is quantised, by name."""
+    """What is quantized, by name."""
     return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Embedding))]
 
 
 def stored_bytes(weight: Tensor) -> int:
-    """Bytes that a parameter takes; a quantised one says what its float values would take."""
+    """Bytes that a parameter takes; a quantized one says what its float values would take."""
     tensor: Any = weight
     parts = getattr(tensor, "tensor_data_names", None)
     return sum(getattr(tensor, part).nbytes for part in parts) if parts else weight.nbytes
 
 
-def _quantise(weight: Tensor, dense: str) -> Tensor:
+def _quantize(weight: Tensor, dense: str) -> Tensor:
     from executorch.extension.llm.export import ExportableInt4Tensor
     from torchao.quantization import IntxUnpackedToInt8Tensor
 

@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from executorch_moe.backends.fusion.modules import find_experts, pack_layer, recognise_module
+from executorch_moe.backends.fusion.modules import find_experts, pack_layer, recognize_module
 from executorch_moe.backends.fusion.regions import NotFusable
 from executorch_moe.backends.versions import check_versions
 from executorch_moe.kernels import FusedExperts, PackedExperts
 from executorch_moe.kernels.packing.rounding import check_algorithm
 from executorch_moe.kernels.schemes import get_scheme
 
-from .int4_tensors import is_quantised, pack_executorch_experts, pack_quantised
+from .int4_tensors import is_quantized, pack_executorch_experts, pack_quantized
 
 
 class ExecutorchExperts(FusedExperts):
@@ -69,7 +69,7 @@ def quantize_experts_(
         try:
             fused.append(_fuse(module, scheme, group_size, algorithm))
         except NotFusable as error:
-            raise NotImplementedError(f"experts {name} ({type(module).__name__}) not quantised: {error}") from error
+            raise NotImplementedError(f"experts {name} ({type(module).__name__}) not quantized: {error}") from error
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"{name}: {error}") from None
     for (name, _), experts in zip(found, fused, strict=True):
@@ -79,17 +79,17 @@ def quantize_experts_(
 
 
 def _why_none(model: nn.Module) -> str:
-    """Why a model has no experts to quantise."""
+    """Why a model has no experts to quantize."""
     kind = type(model).__name__
     for name, module in model.named_modules():
         if isinstance(module, FusedExperts):
-            return f"{kind} is quantised already ({name or 'all of it'}): load the model again to quantise it otherwise"
+            return f"{kind} is quantized already ({name or 'all of it'}): load the model again to quantize it otherwise"
     return f"{kind} has no experts modules: pass a Mixture-of-Experts model"
 
 
 def holds_codes(module: nn.Module) -> bool:
-    """True for experts whose weights were quantised elsewhere."""
-    return _is_executorch(module) or any(is_quantised(parameter) for parameter in module.parameters())
+    """True for experts whose weights were quantized elsewhere."""
+    return _is_executorch(module) or any(is_quantized(parameter) for parameter in module.parameters())
 
 
 def _is_executorch(module: nn.Module) -> bool:
@@ -101,11 +101,11 @@ def _fuse(module: nn.Module, scheme: str, group_size: int, algorithm: str) -> Fu
         stored: Any = module
         packed = pack_executorch_experts(stored.w1, stored.w1_scale, stored.w2, stored.w2_scale, scheme=scheme)
         return ExecutorchExperts(packed)
-    layout = recognise_module(module)
+    layout = recognize_module(module)
     parameters = dict(module.named_parameters())
     weights: PackedExperts
     if holds_codes(module):
-        weights = pack_quantised(layout, parameters, scheme)
+        weights = pack_quantized(layout, parameters, scheme)
     else:
         weights = pack_layer(layout, parameters, scheme, group_size, algorithm)
     return FusedExperts(weights, activation=layout.activation)

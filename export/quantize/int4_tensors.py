@@ -1,4 +1,4 @@
-"""4-bit weights that were quantised elsewhere -> codes of this package, without rounding them again.
+"""4-bit weights that were quantized elsewhere -> codes of this package, without rounding them again.
 
 | from | codes | value |
 |---|---|---|
@@ -29,17 +29,17 @@ from executorch_moe.kernels import Int4Codes, PackedExperts, pack_codes
 ACCEPTED = ("Int4Tensor", "ExportableInt4Tensor", "IntxUnpackedToInt8Tensor")
 
 
-def is_quantised(weight: Tensor) -> bool:
-    """True for a tensor subclass of torchao or ExecuTorch that holds quantised data."""
+def is_quantized(weight: Tensor) -> bool:
+    """True for a tensor subclass of torchao or ExecuTorch that holds quantized data."""
     return hasattr(weight, "tensor_data_names") and hasattr(weight, "qdata")
 
 
 def int4_codes(weight: Tensor | Sequence[Tensor]) -> Int4Codes:
-    """Codes of a quantised weight.
+    """Codes of a quantized weight.
 
     Args:
         weight: one of the tensors in the module's table, [N, K] or [E, N, K], or a sequence of E tensors [N, K], which
-            are stacked. Quantisation of activations that a tensor asks for is not part of its codes.
+            are stacked. Quantization of activations that a tensor asks for is not part of its codes.
 
     Returns:
         Int4Codes with q [N, K] or [E, N, K].
@@ -107,8 +107,8 @@ def pack_executorch_experts(
     return pack_codes(executorch_codes(w1, w1_scale), executorch_codes(w2, w2_scale), scheme=scheme)
 
 
-def pack_quantised(layout: ExpertLayout, parameters: Mapping[str, Tensor], scheme: str) -> PackedExperts:
-    """Experts of a module whose weights are quantised already, packed with the codes that they have.
+def pack_quantized(layout: ExpertLayout, parameters: Mapping[str, Tensor], scheme: str) -> PackedExperts:
+    """Experts of a module whose weights are quantized already, packed with the codes that they have.
 
     Args:
         layout: how the module stores its experts.
@@ -116,12 +116,12 @@ def pack_quantised(layout: ExpertLayout, parameters: Mapping[str, Tensor], schem
         scheme: "w4a16" or "w4a8".
 
     Raises:
-        ValueError: weights that are stored [E, in, out], some that are not quantised, or see `pack_codes`.
+        ValueError: weights that are stored [E, in, out], some that are not quantized, or see `pack_codes`.
         NotImplementedError: see `int4_codes`.
     """
     names = (*layout.gate_up, layout.down)
-    if plain := [name for name in names if not is_quantised(parameters[name])]:
-        raise ValueError(f"{plain[0]} is not quantised but other weights are: quantise all of them, or none")
+    if plain := [name for name in names if not is_quantized(parameters[name])]:
+        raise ValueError(f"{plain[0]} is not quantized but other weights are: quantize all of them, or none")
     if layout.transposed:
         raise ValueError(
             f"{layout.down} is stored [E, in, out], so its groups do not run along K: pass the float weights"
@@ -152,7 +152,7 @@ def _check_groups(kind: str, weight: Tensor, block_size: Sequence[int], qdata: T
     if any(size != 1 for size in block_size[:-1]) or wide != tuple(weight.shape) or weight.dim() not in (2, 3):
         raise ValueError(
             f"{kind} {list(weight.shape)} has block_size={list(block_size)} and data {list(qdata.shape)}: only groups "
-            "along the last dimension of [N, K] or [E, N, K] can be packed; quantise before any transposition"
+            "along the last dimension of [N, K] or [E, N, K] can be packed; quantize before any transposition"
         )
 
 

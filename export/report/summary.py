@@ -151,6 +151,6 @@ def bytes_beside_experts(model: nn.Module, report: FusionReport) -> tuple[int, i
 
 def _distinct_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of tensors, those that share their memory counted once."""
-    # A quantised tensor is several in one, and has no address of its own.
+    # A quantized tensor is several in one, and has no address of its own.
     plain = (torch.Tensor, nn.Parameter)
     return sum({t.data_ptr() if type(t) in plain else id(t): stored_bytes(t) for t in tensors}.values())

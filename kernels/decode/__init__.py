@@ -1,1 +1,1 @@
-"""TODO"""
+"""Operators for decoding one token: everything in a decoder layer except the experts."""

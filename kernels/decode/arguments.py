@@ -1,4 +1,4 @@
-"""Arguments of `attention_of_one`, `route_one` and `linear_of_one`, and the one check of each.
+"""Arguments of `one_token_attention`, `one_token_router` and `one_token_linear`, and the one check of each.
 
 The operators, their fakes and their CPU kernels share the checks, which read nothing but sizes, types and devices.
 """
@@ -27,7 +27,7 @@ def fits_one_token(head_dim: int, hidden: int, experts: int) -> bool:
 
 
 class AttentionArguments(NamedTuple):
-    """Arguments of `attention_of_one`, in its order."""
+    """Arguments of `one_token_attention`, in its order."""
 
     hidden: Tensor
     update: Tensor | None
@@ -46,7 +46,7 @@ class AttentionArguments(NamedTuple):
 
 
 class RouteArguments(NamedTuple):
-    """Arguments of `route_one`, in its order."""
+    """Arguments of `one_token_router`, in its order."""
 
     x: Tensor
     weight: Tensor
@@ -58,8 +58,8 @@ class RouteArguments(NamedTuple):
     eps: float
 
 
-def check_attention_of_one(arguments: AttentionArguments) -> None:
-    """Check every argument of `attention_of_one`; shapes and dtypes as in its docstring.
+def check_one_token_attention(arguments: AttentionArguments) -> None:
+    """Check every argument of `one_token_attention`; shapes and dtypes as in its docstring.
 
     Raises:
         ValueError: a dtype, shape, device, layout or value that the operator does not accept.
@@ -105,7 +105,7 @@ def check_attention_of_one(arguments: AttentionArguments) -> None:
 
 
 def check_position(position: Tensor, context: int) -> None:
-    """Check the value of `attention_of_one`'s position, where it can be read without waiting for a device.
+    """Check the value of `one_token_attention`'s position, where it can be read without waiting for a device.
 
     Raises:
         ValueError: it is negative, or behind the cache.
@@ -117,8 +117,8 @@ def check_position(position: Tensor, context: int) -> None:
         )
 
 
-def check_route_one(arguments: RouteArguments) -> None:
-    """Check every argument of `route_one`; shapes and dtypes as in its docstring.
+def check_one_token_router(arguments: RouteArguments) -> None:
+    """Check every argument of `one_token_router`; shapes and dtypes as in its docstring.
 
     Raises:
         ValueError: a dtype, shape, device, layout or value that the operator does not accept.
@@ -147,8 +147,8 @@ def check_route_one(arguments: RouteArguments) -> None:
     _check_layout("x", x, arguments._asdict(), ("weight", "scale", "norm", "router"))
 
 
-def check_linear_of_one(x: Tensor, weight: Tensor, scale: Tensor | None) -> None:
-    """Check every argument of `linear_of_one`; shapes and dtypes as in its docstring.
+def check_one_token_linear(x: Tensor, weight: Tensor, scale: Tensor | None) -> None:
+    """Check every argument of `one_token_linear`; shapes and dtypes as in its docstring.
 
     Raises:
         ValueError: a dtype, shape, device or layout that the operator does not accept.

@@ -1,4 +1,4 @@
-"""`attention_of_one`, `route_one` and `linear_of_one` in plain ATen: for the CPU, run and traced."""
+"""`one_token_attention`, `one_token_router` and `one_token_linear` in plain ATen: for the CPU, run and traced."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from .arguments import AttentionArguments, RouteArguments
 
 
-def attention_of_one_aten(arguments: AttentionArguments) -> tuple[Tensor, Tensor, Tensor]:
+def one_token_attention_aten(arguments: AttentionArguments) -> tuple[Tensor, Tensor, Tensor]:
     """The operator in plain ATen: fp32, rounded where the kernels round."""
     hidden, update, norm, weight, scale, q_norm, k_norm, cos, sin, position, key, value, scaling, eps = arguments
     summed = hidden.clone() if update is None else hidden + update
@@ -41,7 +41,7 @@ def _normed_and_turned(x: Tensor, norm: Tensor, cos: Tensor, sin: Tensor, eps: f
     return torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
 
 
-def route_one_aten(arguments: RouteArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def one_token_router_aten(arguments: RouteArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator in plain ATen: fp32, rounded where the kernel rounds."""
     x, weight, scale, residual, norm, router, top_k, eps = arguments
     y = x.float() @ weight.float().T
@@ -55,7 +55,7 @@ def route_one_aten(arguments: RouteArguments) -> tuple[Tensor, Tensor, Tensor, T
     return out, normed, logits.gather(-1, order).softmax(-1), order
 
 
-def linear_of_one_aten(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+def one_token_linear_aten(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
     """The operator in plain ATen: fp32, rounded at the end."""
     y = x.float() @ weight.float().T
     return (y if scale is None else y * scale).to(x.dtype)

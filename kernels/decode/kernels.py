@@ -1,8 +1,8 @@
 """What stands around the experts of a decoder layer, for one token: two operators of two launches each, and one of one.
 
-A decode step at batch 1 is a chain of short kernels, each of which costs its launch. `attention_of_one` is norm, the
-projection of query, key and value, their norm and rotation, and attention over the cache; `route_one` is the output
-projection with the residual, norm, the router's product, top-k and the softmax; `linear_of_one` is a matrix-vector
+A decode step at batch 1 is a chain of short kernels, each of which costs its launch. `one_token_attention` is norm, the
+projection of query, key and value, their norm and rotation, and attention over the cache; `one_token_router` is the output
+projection with the residual, norm, the router's product, top-k and the softmax; `one_token_linear` is a matrix-vector
 product alone. In the first two, the last program of the second launch to arrive puts together what all of them wrote,
 in fixed order: the same input gives the same bits. What counts the arrivals is set to zero by the first launch.
 
@@ -68,7 +68,7 @@ def load_pieces(
 
 
 @triton.jit
-def moe_row_matvec(
+def moe_one_token_matvec(
     x_ptr,  # bf16 [K]
     add_ptr,  # bf16 [K], HAS_ADD only: x + add is what is multiplied
     norm_ptr,  # bf16 [K], HAS_NORM only: weight of the RMS norm
@@ -210,7 +210,7 @@ def load_values(value_ptr, first, end, D: tl.constexpr, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def moe_row_attention(
+def moe_one_token_attention(
     qkv_ptr,  # bf16 [(KV_HEADS * G + 2 * KV_HEADS) * D]: query heads, key heads, value heads
     q_norm_ptr, k_norm_ptr,  # bf16 [D]
     cos_ptr, sin_ptr,  # float [D/2]: the angles of both halves are equal
@@ -232,14 +232,14 @@ def moe_row_attention(
     `position`, the keys and the values are read before the wait. That is allowed because they are complete before this
     kernel can start, wherever they come from (an earlier step's or prefill's write to the cache, a kernel that computes
     the position):
-    1. The operator's first launch, `moe_row_matvec`, takes the three tensors too and reads them behind its wait
+    1. The operator's first launch, `moe_one_token_matvec`, takes the three tensors too and reads them behind its wait
        (HAS_AHEAD). Whoever orders launches by their arguments, as Inductor does, puts each write to them before that
        launch, or, if it belongs to this token, behind this kernel, which reads them as well.
-    2. Launches between `moe_row_matvec` and this kernel, if Inductor puts any there, therefore write none of them.
+    2. Launches between `moe_one_token_matvec` and this kernel, if Inductor puts any there, therefore write none of them.
     3. This kernel starts when all programs of the launch before it have ended or have called `launch_dependents`. Our
        kernels call that behind their own wait, and others never call it. So by then every launch before the one before
-       it has ended, and its writes are visible: `moe_row_matvec` is that one, or has itself ended, and all launches
-       before `moe_row_matvec` have ended in both cases.
+       it has ended, and its writes are visible: `moe_one_token_matvec` is that one, or has itself ended, and all launches
+       before `moe_one_token_matvec` have ended in both cases.
     """
     head, part = tl.program_id(0), tl.program_id(1)
     D: tl.constexpr = 2 * HALF
@@ -337,7 +337,7 @@ def moe_row_attention(
 
 
 @triton.jit
-def moe_row_router(
+def moe_one_token_router(
     x_ptr,  # bf16 [H]
     norm_ptr,  # bf16 [H]
     w_ptr,  # bf16 [E, H]
@@ -357,7 +357,7 @@ def moe_row_router(
     """
     program = tl.program_id(0)
     PROGRAMS: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
-    offs_h = tl.arange(0, STEPS)[:, None] * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]  # as in moe_row_matvec
+    offs_h = tl.arange(0, STEPS)[:, None] * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]  # as in moe_one_token_matvec
     inside = offs_h < H
     offs_e = program * BLOCK_E + tl.arange(0, BLOCK_E)
     rows = offs_e < E

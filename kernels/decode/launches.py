@@ -1,4 +1,4 @@
-"""`attention_of_one`, `route_one` and `linear_of_one` as kernel launches; the kernels are in one_token.py."""
+"""`one_token_attention`, `one_token_router` and `one_token_linear` as kernel launches; the kernels are in one_token.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.tuning.configs import INTERPRETER_GPU, Gpu
 
 from .arguments import AttentionArguments, RouteArguments
-from .kernels import moe_row_attention, moe_row_matvec, moe_row_router
+from .kernels import moe_one_token_attention, moe_one_token_matvec, moe_one_token_router
 
 ROUTER_ROWS = 4
 """Experts of one program of the router."""
@@ -24,7 +24,7 @@ MAX_CELLS = 16384
 """Numbers that a program holds at once."""
 
 
-def run_linear_of_one(
+def run_one_token_linear(
     x: Tensor,
     weight: Tensor,
     scale: Tensor | None,
@@ -39,7 +39,7 @@ def run_linear_of_one(
     return out
 
 
-def run_attention_of_one(
+def run_one_token_attention(
     arguments: AttentionArguments,
     *,
     gpu: Gpu | None = None,
@@ -63,7 +63,7 @@ def run_attention_of_one(
     partial = torch.empty(splits + 1, heads, head_dim, dtype=torch.float32, device=hidden.device)
     maxima = torch.empty(splits + 1, heads, dtype=torch.float32, device=hidden.device)
     attention = Launch(
-        moe_row_attention,
+        moe_one_token_attention,
         (kv_heads, splits + 1),
         {
             "qkv_ptr": qkv,
@@ -100,7 +100,7 @@ def run_attention_of_one(
     return summed, out, new
 
 
-def run_route_one(
+def run_one_token_router(
     arguments: RouteArguments, *, gpu: Gpu | None = None, submit: Callable[[Launch], None] = Launch.run
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Two launches; `gpu` and `submit` as for `plan.run_fused_experts`."""
@@ -115,7 +115,7 @@ def run_route_one(
     ids = torch.empty(1, top_k, dtype=torch.int64, device=device)
     steps, block_h = row_pieces(hidden, router.dtype.itemsize)
     routing = Launch(
-        moe_row_router,
+        moe_one_token_router,
         (-(-experts // ROUTER_ROWS),),
         {
             "x_ptr": out,
@@ -192,7 +192,7 @@ def _matvec(
     steps, block_k = row_pieces(k, weight.dtype.itemsize)
     steps = min(steps, max(1, MAX_CELLS // (block_k * block_n)))
     return Launch(
-        moe_row_matvec,
+        moe_one_token_matvec,
         (-(-n // block_n),),
         {
             "x_ptr": x,

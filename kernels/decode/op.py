@@ -1,4 +1,4 @@
-"""`attention_of_one`, `route_one`, `linear_of_one`: schemas, fakes, CPU kernels. See one_token_launches.py for CUDA.
+"""`one_token_attention`, `one_token_router`, `one_token_linear`: schemas, fakes, CPU kernels. See one_token_launches.py for CUDA.
 
 None writes to its arguments: the new key and value come back, and the caller puts them into the cache.
 """
@@ -14,19 +14,19 @@ from executorch_moe.kernels.inference_only import inference_only
 from .arguments import (
     AttentionArguments,
     RouteArguments,
-    check_attention_of_one,
-    check_linear_of_one,
+    check_one_token_attention,
+    check_one_token_linear,
+    check_one_token_router,
     check_position,
-    check_route_one,
 )
 from .arguments import fits_one_token as fits_one_token
-from .aten import attention_of_one_aten, linear_of_one_aten, route_one_aten
-from .launches import run_attention_of_one, run_linear_of_one, run_route_one
+from .aten import one_token_attention_aten, one_token_linear_aten, one_token_router_aten
+from .launches import run_one_token_attention, run_one_token_linear, run_one_token_router
 from .launches import splits_of as splits_of
 
 
-@triton_op("executorch_moe::attention_of_one", mutates_args={})
-def attention_of_one(
+@triton_op("executorch_moe::one_token_attention", mutates_args={})
+def one_token_attention(
     hidden: Tensor,
     update: Tensor | None,
     norm: Tensor,
@@ -59,19 +59,19 @@ def attention_of_one(
         [2, 1, kv_heads, 1, D].
 
     Raises:
-        ValueError: see `check_attention_of_one`; on the CPU also a position outside [0, C].
+        ValueError: see `check_one_token_attention`; on the CPU also a position outside [0, C].
     """
     arguments = AttentionArguments(
         hidden, update, norm, weight, scale, q_norm, k_norm, cos, sin, position, key, value, scaling, eps
     )
-    check_attention_of_one(arguments)
+    check_one_token_attention(arguments)
     if hidden.device.type == "cpu":  # opened while tracing for the CPU
-        return attention_of_one_aten(arguments)
-    return run_attention_of_one(arguments)
+        return one_token_attention_aten(arguments)
+    return run_one_token_attention(arguments)
 
 
-@triton_op("executorch_moe::route_one", mutates_args={})
-def route_one(
+@triton_op("executorch_moe::one_token_router", mutates_args={})
+def one_token_router(
     x: Tensor,
     weight: Tensor,
     scale: Tensor | None,
@@ -93,15 +93,15 @@ def route_one(
         to 1; experts, int64 [1, top_k], which differ and are within [0, E) even where logits are NaN.
 
     Raises:
-        ValueError: see `check_route_one`.
+        ValueError: see `check_one_token_router`.
     """
     arguments = RouteArguments(x, weight, scale, residual, norm, router, top_k, eps)
-    check_route_one(arguments)
-    return route_one_aten(arguments) if x.device.type == "cpu" else run_route_one(arguments)
+    check_one_token_router(arguments)
+    return one_token_router_aten(arguments) if x.device.type == "cpu" else run_one_token_router(arguments)
 
 
-@triton_op("executorch_moe::linear_of_one", mutates_args={})
-def linear_of_one(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+@triton_op("executorch_moe::one_token_linear", mutates_args={})
+def one_token_linear(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
     """A linear layer of one token.
 
     Args:
@@ -111,47 +111,47 @@ def linear_of_one(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
         bf16 [..., N].
 
     Raises:
-        ValueError: see `check_linear_of_one`.
+        ValueError: see `check_one_token_linear`.
     """
-    check_linear_of_one(x, weight, scale)
-    return linear_of_one_aten(x, weight, scale) if x.device.type == "cpu" else run_linear_of_one(x, weight, scale)
+    check_one_token_linear(x, weight, scale)
+    return one_token_linear_aten(x, weight, scale) if x.device.type == "cpu" else run_one_token_linear(x, weight, scale)
 
 
-@attention_of_one.register_kernel("cpu")
+@one_token_attention.register_kernel("cpu")
 def _(*args):  # type: ignore[no-untyped-def]
     arguments = AttentionArguments(*args)
-    check_attention_of_one(arguments)
+    check_one_token_attention(arguments)
     check_position(arguments.position, arguments.key.shape[2])
-    return attention_of_one_aten(arguments)
+    return one_token_attention_aten(arguments)
 
 
-@route_one.register_kernel("cpu")
+@one_token_router.register_kernel("cpu")
 def _(*args):  # type: ignore[no-untyped-def]
     arguments = RouteArguments(*args)
-    check_route_one(arguments)
-    return route_one_aten(arguments)
+    check_one_token_router(arguments)
+    return one_token_router_aten(arguments)
 
 
-@linear_of_one.register_kernel("cpu")
+@one_token_linear.register_kernel("cpu")
 def _(x, weight, scale):  # type: ignore[no-untyped-def]
-    check_linear_of_one(x, weight, scale)
-    return linear_of_one_aten(x, weight, scale)
+    check_one_token_linear(x, weight, scale)
+    return one_token_linear_aten(x, weight, scale)
 
 
-@attention_of_one.register_fake
+@one_token_attention.register_fake
 def _(*args):  # type: ignore[no-untyped-def]
     arguments = AttentionArguments(*args)
-    check_attention_of_one(arguments)
+    check_one_token_attention(arguments)
     hidden, (_, kv_heads, _, head_dim) = arguments.hidden, arguments.key.shape
     heads = arguments.weight.shape[0] // head_dim - 2 * kv_heads
     summed = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     return summed, hidden.new_empty(1, 1, heads * head_dim), hidden.new_empty(2, 1, kv_heads, 1, head_dim)
 
 
-@route_one.register_fake
+@one_token_router.register_fake
 def _(*args):  # type: ignore[no-untyped-def]
     arguments = RouteArguments(*args)
-    check_route_one(arguments)
+    check_one_token_router(arguments)
     residual, top_k = arguments.residual, arguments.top_k
     return (
         torch.empty_like(residual, memory_format=torch.contiguous_format),
@@ -161,11 +161,11 @@ def _(*args):  # type: ignore[no-untyped-def]
     )
 
 
-@linear_of_one.register_fake
+@one_token_linear.register_fake
 def _(x, weight, scale):  # type: ignore[no-untyped-def]
-    check_linear_of_one(x, weight, scale)
+    check_one_token_linear(x, weight, scale)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-for operator in (attention_of_one, route_one, linear_of_one):
+for operator in (one_token_attention, one_token_router, one_token_linear):
     inference_only(operator)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad, silu
 
 from executorch_moe.kernels.arguments import ExpertArguments, ExpertMatrix
-from executorch_moe.kernels.packing.experts import dequantize, fragment_order
+from executorch_moe.kernels.packing.fragments import dequantize, fragment_order
 from executorch_moe.kernels.schemes import (
     GATE_UP_GRANULE,
     K_BLOCK,
@@ -71,7 +71,7 @@ def fused_experts_aten(arguments: ExpertArguments) -> Tensor:
 
     Two forms, by what is cheaper and known at trace time: a fixed number of pairs below E gathers the experts it needs
     (decode); else every expert runs on every token and the routing weights, zero for experts not chosen, select. Peak
-    memory is one dequantised layer in fp32 (or top_k of its experts).
+    memory is one dequantized layer in fp32 (or top_k of its experts).
     """
     hidden_states, topk_ids, topk_weights = arguments[:3]
     num_tokens, h = hidden_states.shape
@@ -101,7 +101,7 @@ def fused_experts_aten(arguments: ExpertArguments) -> Tensor:
 
 
 def fused_experts_cpu(arguments: ExpertArguments) -> Tensor:
-    """Eager CPU kernel: one dequantised expert at a time, only experts that have tokens."""
+    """Eager CPU kernel: one dequantized expert at a time, only experts that have tokens."""
     hidden_states, topk_ids, topk_weights = arguments[:3]
     h = hidden_states.shape[1]
     x = pad(hidden_states.float(), (0, round_up(h, K_BLOCK) - h))

@@ -1,4 +1,4 @@
-"""Passes over activations around the GEMMs: int8 quantisation before, the sum over top_k after."""
+"""Passes over activations around the GEMMs: int8 quantization before, the sum over top_k after."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def moe_quantize_rows(
     K: tl.constexpr, KP: tl.constexpr, ACT_GROUP: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS_POW2: tl.constexpr,
     MAX_RATIO: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Quantise one row: q = round-half-even(x / scale), scale of a group = max |x| / 127, but at least that of the
+    """Quantize one row: q = round-half-even(x / scale), scale of a group = max |x| / 127, but at least that of the
     row's largest group / MAX_RATIO.
 
-    Each token once, whatever its number of experts; the GEMM gathers the quantised rows. The middle two of every four
+    Each token once, whatever its number of experts; the GEMM gathers the quantized rows. The middle two of every four
     values are swapped, as in the packed weights (packing.py).
     """
     x_ptr += launches_before(False, PTX)

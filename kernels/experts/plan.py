@@ -25,7 +25,8 @@ from executorch_moe.kernels.tuning.choose import (
 from executorch_moe.kernels.tuning.configs import INTERPRETER_GPU, GemmConfig
 
 from .elementwise import moe_quantize_rows, moe_sum_pairs
-from .grouped_gemm import moe_few_tokens_gemm, moe_grouped_gemm
+from .few_tokens_gemm import moe_few_tokens_gemm
+from .grouped_gemm import moe_grouped_gemm
 from .problem import Options as Options
 from .problem import Problem as Problem
 from .problem import cdiv, needs_wide_offsets

@@ -13,9 +13,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from executorch_moe.kernels.arguments import ExpertArguments
 from executorch_moe.kernels.gpus import Gpu
 from executorch_moe.kernels.launch import Launch
-from executorch_moe.kernels.packing.experts import fragment_order
+from executorch_moe.kernels.packing.fragments import fragment_order
 from executorch_moe.kernels.schemes import get_activation, get_scheme, round_up
-from executorch_moe.kernels.tuning.choose import LayerShape, Variant
+from executorch_moe.kernels.shapes import LayerShape
+from executorch_moe.kernels.tuning.choose import Variant
 from executorch_moe.kernels.tuning.configs import GemmConfig
 
 OFFSETS_32_BITS = 2**32

@@ -22,8 +22,9 @@ from triton.compiler import ASTSource
 from executorch_moe.kernels.experts.plan import Launch, Options, run_fused_experts
 from executorch_moe.kernels.gpus import Gpu, GpuModel, gpu_of
 from executorch_moe.kernels.schemes import K_BLOCK, round_up
+from executorch_moe.kernels.shapes import LayerShape
 
-from .timing import Shape, random_packed
+from .timing import random_packed
 
 _POINTERS = {
     torch.bfloat16: "*bf16",
@@ -77,7 +78,7 @@ def record_launches(
     bias: bool = False,
 ) -> list[Launch]:
     """Launches of one expert layer for a GPU that need not be here, on tensors without storage."""
-    shape = Shape("recorded", experts, top_k, h, i, group_size)
+    shape = LayerShape(experts, top_k, h, i, group_size)
     packed = random_packed(shape, scheme, "meta", torch.Generator())
     with torch.device("meta"):
         if bias:
@@ -164,7 +165,7 @@ def compile_launch(launch: Launch, capability: int) -> KernelReport:
 class CompileJob:
     """One expert layer whose kernels are to be compiled: sizes, scheme, number of tokens and options."""
 
-    shape: Shape
+    shape: LayerShape
     scheme: str
     tokens: int
     options: Options

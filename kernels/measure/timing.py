@@ -16,9 +16,11 @@ from torch import Tensor
 
 from executorch_moe.kernels.arguments import ExpertArguments
 from executorch_moe.kernels.experts.plan import Launch, Options, run_fused_experts
-from executorch_moe.kernels.packing.experts import PackedExperts, fragment_order, interleave_gate_up
+from executorch_moe.kernels.packing.experts import PackedExperts
+from executorch_moe.kernels.packing.fragments import fragment_order, interleave_gate_up
 from executorch_moe.kernels.reference import reference_experts
 from executorch_moe.kernels.schemes import get_scheme, round_up
+from executorch_moe.kernels.shapes import LayerShape
 
 H200_FLOPS = 790e12
 """bf16 FLOP/s that an 8192^3 matrix product reached on random data on an H200."""
@@ -26,32 +28,7 @@ H200_BYTES = 4.3e12
 """Bytes/s of a large device-to-device copy on an H200, read plus written."""
 
 
-@dataclass(frozen=True)
-class Shape:
-    """An expert layer: E experts, top_k, hidden H, intermediate I, weight group size."""
-
-    name: str
-    experts: int
-    top_k: int
-    hidden: int
-    intermediate: int
-    group_size: int = 128
-
-
-SHAPES = {
-    s.name: s
-    for s in (
-        Shape("qwen35", 256, 8, 2048, 512),
-        Shape("qwen3", 128, 8, 2048, 768),
-        Shape("mixtral", 8, 2, 4096, 14336),
-        Shape("gpt-oss", 32, 4, 2880, 2880, 32),
-        Shape("olmoe", 64, 8, 2048, 1024),
-        Shape("deepseek-v3", 256, 8, 7168, 2048),
-    )
-}
-
-
-def random_packed(shape: Shape, scheme: str, device: str, generator: torch.Generator) -> PackedExperts:
+def random_packed(shape: LayerShape, scheme: str, device: str, generator: torch.Generator) -> PackedExperts:
     """A packed layer of random codes, made on the device without ever holding the weights in bf16.
 
     Padding is worth nothing, as in layers that `pack_experts` makes: the kernels rely on it.
@@ -84,7 +61,7 @@ def random_packed(shape: Shape, scheme: str, device: str, generator: torch.Gener
     )
 
 
-def padding_of(shape: Shape, gemm: int, device: str) -> tuple[Tensor, Tensor]:
+def padding_of(shape: LayerShape, gemm: int, device: str) -> tuple[Tensor, Tensor]:
     """Which rows, in packed order, and which columns of a GEMM's weights are padding: bool [N] and bool [K]."""
     h_pad, i_pad = round_up(shape.hidden, 128), round_up(shape.intermediate, 128)
     h = torch.arange(h_pad, device=device) >= shape.hidden
@@ -93,7 +70,7 @@ def padding_of(shape: Shape, gemm: int, device: str) -> tuple[Tensor, Tensor]:
 
 
 def random_routing(
-    tokens: int, shape: Shape, routing: str, device: str, generator: torch.Generator
+    tokens: int, shape: LayerShape, routing: str, device: str, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Distinct experts for each token, int64 [T, top_k], and softmax weights, fp32 [T, top_k].
 
@@ -140,7 +117,7 @@ class LayerInputs:
 
     def dequantized(self, expert: int) -> tuple[Tensor, Tensor]:
         """fp32 gate_up [2I, H] and down [H, I] of one expert."""
-        from executorch_moe.kernels.packing.experts import deinterleave_gate_up, dequantize
+        from executorch_moe.kernels.packing.fragments import deinterleave_gate_up, dequantize
 
         p, at = self.packed, slice(expert, expert + 1)
         assert p is not None
@@ -156,7 +133,7 @@ class Answer:
     """What two tokens of a layer should come out as: enough to see that what was timed is right.
 
     Attributes:
-        rows: which tokens. expected: fp32 [len(rows), H], in fp32 from the dequantised weights.
+        rows: which tokens. expected: fp32 [len(rows), H], in fp32 from the dequantized weights.
     """
 
     LARGEST_ERROR = 0.03
@@ -189,7 +166,13 @@ class Answer:
 
 
 def make_layers(
-    shape: Shape, scheme: str, tokens: int, count: int, routing: str = "uniform", device: str = "cuda", seed: int = 0
+    shape: LayerShape,
+    scheme: str,
+    tokens: int,
+    count: int,
+    routing: str = "uniform",
+    device: str = "cuda",
+    seed: int = 0,
 ) -> list[LayerInputs]:
     """`count` layers that differ in weights, tokens and routing."""
     g = torch.Generator(device).manual_seed(seed)
@@ -201,7 +184,7 @@ def make_layers(
 
 
 def with_tokens(
-    packed: PackedExperts | None, shape: Shape, tokens: int, routing: str, generator: torch.Generator
+    packed: PackedExperts | None, shape: LayerShape, tokens: int, routing: str, generator: torch.Generator
 ) -> LayerInputs:
     """Fresh tokens and routing on the generator's device, for weights that exist already (None: somebody else's)."""
     device = generator.device.type
@@ -209,7 +192,7 @@ def with_tokens(
     return LayerInputs(packed, x, *random_routing(tokens, shape, routing, device, generator))
 
 
-def work(shape: Shape, scheme: str, layers: list[LayerInputs]) -> tuple[float, float]:
+def work(shape: LayerShape, scheme: str, layers: list[LayerInputs]) -> tuple[float, float]:
     """FLOPs of a layer and bytes of the weights that its tokens touch, mean over the layers."""
     tokens = layers[0].hidden_states.shape[0]
     touched = statistics.mean(int(layer.topk_ids.unique().numel()) for layer in layers)
@@ -218,7 +201,7 @@ def work(shape: Shape, scheme: str, layers: list[LayerInputs]) -> tuple[float, f
     return flops, touched * 3 * shape.hidden * shape.intermediate * bits / 8
 
 
-def floor_us(shape: Shape, scheme: str, layers: list[LayerInputs]) -> float:
+def floor_us(shape: LayerShape, scheme: str, layers: list[LayerInputs]) -> float:
     """Fastest a layer could run: the larger of FLOPs and touched weight bytes over the measured H200 ceilings."""
     flops, nbytes = work(shape, scheme, layers)
     return 1e6 * max(flops / H200_FLOPS, nbytes / H200_BYTES)

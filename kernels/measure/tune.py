@@ -17,13 +17,13 @@ import torch
 
 from executorch_moe.kernels.experts.plan import Launch, Options
 from executorch_moe.kernels.gpus import Gpu, gpu_of
-from executorch_moe.kernels.schemes import Scheme, get_scheme, round_up
-from executorch_moe.kernels.tuning.choose import LayerShape
+from executorch_moe.kernels.schemes import Scheme, get_scheme
+from executorch_moe.kernels.shapes import LayerShape
 from executorch_moe.kernels.tuning.configs import GemmConfig, fit
 from executorch_moe.kernels.tuning.tables import TunedLayer, TunedRow, layer_key
 
 from .compile import CompileJob
-from .timing import LayerInputs, Shape, random_packed, time_graph, with_tokens
+from .timing import LayerInputs, random_packed, time_graph, with_tokens
 
 FEW_TOKENS = (1, 2, 4, 8, 16)
 PAIRS_PER_EXPERT = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -102,16 +102,10 @@ class Tuner:
         replays: that the median of a measurement is taken of.
     """
 
-    def __init__(self, shape: Shape, scheme: str, layers: int = 3, replays: int = 10) -> None:
+    def __init__(self, shape: LayerShape, scheme: str, layers: int = 3, replays: int = 10) -> None:
         self.shape, self.scheme = shape, get_scheme(scheme)
         self.gpu: Gpu = gpu_of(torch.cuda.current_device())
-        self.layer = LayerShape(
-            shape.experts,
-            shape.top_k,
-            round_up(shape.hidden, 128),
-            round_up(shape.intermediate, 128),
-            shape.group_size if self.scheme.packed else 0,
-        )
+        self.layer = replace(shape.padded(), group_size=shape.group_size if self.scheme.packed else 0)
         self.replays = replays
         self._seeded = torch.Generator("cuda").manual_seed(0)
         self._packed = [random_packed(shape, scheme, "cuda", self._seeded) for _ in range(layers)]

@@ -1,1 +1,16 @@
-"""TODO"""
+"""Expert weights in the layout that the kernels read: `rounding` to 4 bits, `fragments` (the layout), `experts`."""
+
+from .experts import TENSORS, PackedExperts, pack_codes, pack_experts, stack_experts, unpack_experts
+from .rounding import ALGORITHMS, Int4Codes, quantize_int4
+
+__all__ = [
+    "ALGORITHMS",
+    "TENSORS",
+    "Int4Codes",
+    "PackedExperts",
+    "pack_codes",
+    "pack_experts",
+    "quantize_int4",
+    "stack_experts",
+    "unpack_experts",
+]

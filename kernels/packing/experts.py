@@ -1,29 +1,4 @@
-"""Packing expert weights into the layout that the kernels read (layout version 3), and back.
-
-Two matrices an expert: `w13` = gate and up projections, N = 2I rows over K = H; `w2` = down projection, N = H rows over
-K = I. I and H are padded to multiples of 128 with zeros (which add nothing), written Ip and Hp below.
-
-Rows of `w13`: gate and up rows alternate in runs of 8: packed row 16b + j is gate row 8b + j for j < 8, else up row
-8b + j - 8. An MMA accumulator gives a thread rows r and r + 8, so gate and up of one element meet in one thread.
-
-4-bit schemes, uint8 [E, K/128, N, 64]: the 128 values of one row in one K block are 64 consecutive bytes, and the rows
-of a block follow each other. Values are signed nibbles q in [-8, 7], value = q * scale (+ zero). Inside the 64 bytes,
-thread t of the 4 that share an MMA row owns the 16 bytes from 16t on: exactly the values of its operand fragments.
-    w4a16 (bf16 fragments, m16k16):  k = 32s + 16c + 8h + 2t + l  ->  byte 16t + 8c + 4h + 2l + s // 2, nibble s % 2
-    w4a8  (int8 fragments, m16k32):  k = 64s + 32c + 16h + 4t + 2m + l ->  byte 16t + 8c + 4h + 2l + m, nibble s
-    (s, c, h, m, l in range; nibble 0 is the low one)
-The middle two of every four int8 values are swapped, in the weights here and in the activations when they are
-quantised: the product is the same, and the bf16 decoder finds neighbours where it looks for them, so that few tokens
-can be multiplied in bf16.
-Scales, and the optional zeros, bf16 [E, K/group_size, N]: n contiguous, as a tile reads a run of rows at one group, and
-within runs of 16 in the order 0, 8, 1, 9, ... 7, 15: rows r and r + 8, whose sums one thread has, share a 32-bit word.
-Of int8 fragments, a scale is an integer multiple, 0 (padding) to 16, of its row's scale, and the rows' scales follow
-those of the groups: bf16 [E, K/group_size + 1, N]. A code times its multiple is an int8 value.
-
-bf16 scheme, bf16 [E, N, K]: rows as above, K contiguous.
-
-Source: the fragment orders of mma.m16n8k16 (bf16) and mma.m16n8k32 (s8), PTX ISA, section "Matrix fragments".
-"""
+"""Packing the weights of an expert layer, and back. `fragments` documents the layout."""
 
 from __future__ import annotations
 
@@ -37,10 +12,10 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.nn.functional import pad
 
 from executorch_moe.kernels.arguments import ExpertArguments
-from executorch_moe.kernels.schemes import GATE_UP_GRANULE, K_BLOCK, Scheme, check_group_size, get_scheme, round_up
+from executorch_moe.kernels.schemes import K_BLOCK, check_group_size, get_scheme, round_up
 
+from .fragments import deinterleave_gate_up, dequantize, fragment_order, interleave_gate_up, pack_int4
 from .rounding import Int4Codes, check_algorithm, round_weights
-from .rounding import quantize_int4 as quantize_int4
 
 TENSORS = ("w13", "w2", "w13_scale", "w2_scale", "w13_zero", "w2_zero", "w13_bias", "w2_bias")
 """What a packed layer consists of, in the operator's argument order."""
@@ -104,92 +79,6 @@ class PackedExperts:
         return sum(t.nbytes for t in self.tensors().values() if t is not None)
 
 
-def interleave_gate_up(rows: Tensor) -> Tensor:
-    """Reorder [E, 2*Ip, ...] from gate rows then up rows to runs of 8 of each in turn."""
-    e, n = rows.shape[:2]
-    tail = rows.shape[2:]
-    return rows.reshape(e, 2, n // (2 * GATE_UP_GRANULE), GATE_UP_GRANULE, *tail).transpose(1, 2).reshape(e, n, *tail)
-
-
-def deinterleave_gate_up(rows: Tensor) -> Tensor:
-    """Inverse of `interleave_gate_up`."""
-    e, n = rows.shape[:2]
-    tail = rows.shape[2:]
-    return rows.reshape(e, n // (2 * GATE_UP_GRANULE), 2, GATE_UP_GRANULE, *tail).transpose(1, 2).reshape(e, n, *tail)
-
-
-def pack_int4(q: Tensor, scheme: str) -> Tensor:
-    """Pack 4-bit codes into layout version 3.
-
-    Args:
-        q: int8 [E, N, K] in [-8, 7], K a multiple of 128.
-        scheme: "w4a16" or "w4a8": decides the fragment order.
-
-    Returns:
-        uint8 [E, K/128, N, 64].
-    """
-    e, n, k = q.shape
-    nibbles = q.view(torch.uint8).bitwise_and(0xF).reshape(e, n, k // K_BLOCK, K_BLOCK).transpose(1, 2)
-    lead = nibbles.shape[:3]
-    if scheme == "w4a8":  # k = (s, c, h, t, m, l) -> byte (t, c, h, l, m), nibble s
-        frag = nibbles.reshape(*lead, 2, 2, 2, 4, 2, 2).permute(0, 1, 2, 6, 4, 5, 8, 7, 3)
-    else:  # k = (s1, s0, c, h, t, l) -> byte (t, c, h, l, s1), nibble s0
-        frag = nibbles.reshape(*lead, 2, 2, 2, 2, 4, 2).permute(0, 1, 2, 7, 5, 6, 8, 3, 4)
-    frag = frag.reshape(*lead, 64, 2)
-    return (frag[..., 0] | (frag[..., 1] << 4)).contiguous()
-
-
-def unpack_int4(packed: Tensor, scheme: str) -> Tensor:
-    """Codes of a packed matrix as fp32; plain ATen operators only, so that it can be traced into an exported program.
-
-    Args:
-        packed: uint8 [E, K/128, N, 64].
-        scheme: "w4a16" or "w4a8".
-
-    Returns:
-        fp32 [E, N, K] with integers in [-8, 7].
-    """
-    e, kb, n, _ = packed.shape
-    byte = packed.to(torch.int32)
-    # Two's complement nibble -> integer without a branch: (x ^ 8) - 8.
-    nibble = torch.stack(((byte & 0xF) ^ 8, ((byte >> 4) & 0xF) ^ 8), dim=-1)
-    if scheme == "w4a8":  # (t, c, h, l, m, s) -> (s, c, h, t, m, l)
-        natural = nibble.reshape(e, kb, n, 4, 2, 2, 2, 2, 2).permute(0, 2, 1, 8, 4, 5, 3, 7, 6)
-    else:  # (t, c, h, l, s1, s0) -> (s1, s0, c, h, t, l)
-        natural = nibble.reshape(e, kb, n, 4, 2, 2, 2, 2, 2).permute(0, 2, 1, 7, 8, 4, 5, 3, 6)
-    return natural.reshape(e, n, kb * K_BLOCK).to(torch.float32) - 8.0
-
-
-def dequantize(packed: Tensor, scale: Tensor | None, zero: Tensor | None, scheme: str) -> Tensor:
-    """Dequantise one packed matrix; traceable.
-
-    Args:
-        packed: w13 or w2 of `PackedExperts`.
-        scale, zero: bf16 [E, K/group_size, N] or None; with the rows' own scales behind them for "w4a8".
-        scheme: fragment order of the packed matrix, "w4a16" or "w4a8".
-
-    Returns:
-        fp32 [E, N, K] (padded sizes, rows in packed order).
-    """
-    if scale is None:
-        return packed.to(torch.float32)
-    codes = unpack_int4(packed, scheme)
-    e, n, k = codes.shape
-
-    def by_row(t: Tensor) -> Tensor:  # [E, groups, N] in pairs of rows -> fp32 [E, N, groups, 1]
-        natural = t.to(torch.float32).reshape(e, t.shape[1], n // 16, 8, 2).permute(0, 2, 4, 3, 1)
-        return natural.reshape(e, n, t.shape[1], 1)
-
-    scales = by_row(scale)
-    if scheme == "w4a8":
-        scales = scales[:, :, :-1] * scales[:, :, -1:]
-    groups = scales.shape[2]
-    weight = codes.reshape(e, n, groups, k // groups) * scales
-    if zero is not None:
-        weight = weight + by_row(zero)
-    return weight.reshape(e, n, k)
-
-
 def _pack_matrix(codes: Int4Codes, order: str, n_pad: int, k_pad: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Pad q [E, N, K] and its groups [E, N, K/g] to n_pad and k_pad, then pack; groups become [E, Kp/g, Np] in pairs
     of rows, those of the rows' own scales included if there are any."""
@@ -242,7 +131,7 @@ def _check_floats(**tensors: Tensor | None) -> None:
     for name, t in tensors.items():
         if t is not None and not t.is_floating_point():
             raise ValueError(
-                f"{name} has dtype {str(t.dtype).removeprefix('torch.')}, expected floats: dequantise the weights "
+                f"{name} has dtype {str(t.dtype).removeprefix('torch.')}, expected floats: dequantize the weights "
                 "first, or pass 4-bit codes to pack_codes"
             )
 
@@ -278,7 +167,7 @@ def pack_experts(
     down_bias: Tensor | None = None,
     first_expert: int = 0,
 ) -> PackedExperts:
-    """Quantise (4-bit schemes) and pack the experts of one layer, one expert at a time.
+    """Quantize (4-bit schemes) and pack the experts of one layer, one expert at a time.
 
     Args:
         gate_up: float [E, 2I, H], gate rows first, then up rows (the layout of transformers' Qwen3-MoE experts).
@@ -350,12 +239,12 @@ def pack_codes(
     """
     kind = get_scheme(scheme)
     if not kind.packed:
-        raise ValueError(f"scheme={scheme} holds no 4-bit codes: use w4a16 or w4a8, or dequantise the weights first")
+        raise ValueError(f"scheme={scheme} holds no 4-bit codes: use w4a16 or w4a8, or dequantize the weights first")
     _check_weights(gate_up.q, down.q, gate_up_bias, down_bias)
     if not kind.takes_zeros and not (gate_up.zero is None and down.zero is None):
         raise ValueError(
             f"scheme={scheme} multiplies in int8 and takes no zero points, and these weights have some: use w4a16, or "
-            "quantise the original weights anew"
+            "quantize the original weights anew"
         )
     group_size = math.gcd(gate_up.group_size, down.group_size)
     check_group_size(group_size, gate_up.q.shape[2], "hidden size H")
@@ -439,7 +328,7 @@ def _pack_biases(
 
 
 def unpack_experts(packed: PackedExperts) -> tuple[Tensor, Tensor]:
-    """Dequantised weights of a packed layer in the layout that `pack_experts` takes.
+    """Dequantized weights of a packed layer in the layout that `pack_experts` takes.
 
     Returns:
         gate_up fp32 [E, 2I, H] and down fp32 [E, H, I].
@@ -452,9 +341,3 @@ def unpack_experts(packed: PackedExperts) -> tuple[Tensor, Tensor]:
     e, n, _ = w13.shape
     gate_up = w13.reshape(e, 2, n // 2, -1)[:, :, :i, :h].reshape(e, 2 * i, h)
     return gate_up, w2[:, :h, :i]
-
-
-def fragment_order(scheme: Scheme | str, gemm: int) -> str:
-    """Fragment order of a matrix: int8 fragments where GEMM `gemm` (1 or 2) of the scheme multiplies in int8."""
-    kind = get_scheme(scheme) if isinstance(scheme, str) else scheme
-    return "w4a8" if kind.act_group(gemm) else "w4a16"

@@ -1,6 +1,6 @@
-"""Rounding weights to 4 bits: the nearest code under a min-max scale, and half-quadratic quantisation (HQQ).
+"""Rounding weights to 4 bits: the nearest code under a min-max scale, and half-quadratic quantization (HQQ).
 
-Both give codes q in [-8, 7] with one scale, and for some schemes one zero point, for `group_size` neighbours of a row:
+Both give codes q in [-8, 7] with one scale, and for some schemes one zero point, for `group_size` neighbors of a row:
 value = q * scale (+ zero). Scales and zero points are rounded to bf16 before codes are chosen, so that a code is the
 nearest one for what is stored.
 
@@ -60,7 +60,7 @@ class Int4Codes:
 
     @property
     def group_size(self) -> int:
-        """Neighbours along K that share a scale."""
+        """Neighbors along K that share a scale."""
         return self.q.shape[-1] // self.scale.shape[-1]
 
     def __getitem__(self, index: int | slice | None) -> Int4Codes:
@@ -184,7 +184,7 @@ def _round_scales(weight: Tensor, codes: Int4Codes) -> Int4Codes:
 
 
 def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Symmetric round-to-nearest 4-bit quantisation along the last dimension (`minmax`).
+    """Symmetric round-to-nearest 4-bit quantization along the last dimension (`minmax`).
 
     Args:
         weight: float [..., N, K].
@@ -200,7 +200,7 @@ def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 
 
 def quantize_hqq(weight: Tensor, group_size: int, zeros: bool) -> Int4Codes:
-    """Half-quadratic quantisation along the last dimension.
+    """Half-quadratic quantization along the last dimension.
 
     Minimises sum(|weight - q * scale - zero| ** p) of each group over codes, scale and, with `zeros`, zero point.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from executorch_moe.kernels.gpus import Gpu
 from executorch_moe.kernels.schemes import K_BLOCK, Scheme
+from executorch_moe.kernels.shapes import LayerShape
 
 from .configs import GemmConfig, fit
 from .tables import TunedLayer, find_table
@@ -13,21 +14,6 @@ from .tables import TunedLayer, find_table
 MAX_PAIRS = 2**31 - 1
 MAX_VARIANTS = 3
 """Each costs two launches that find nothing to do."""
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """Sizes that a choice depends on: E, top_k, padded H and I, group size (0 for bf16 weights)."""
-
-    experts: int
-    top_k: int
-    hidden: int
-    intermediate: int
-    group_size: int
-
-    def rows_and_k(self, gemm: int) -> tuple[int, int]:
-        """N and K of a GEMM."""
-        return (2 * self.intermediate, self.hidden) if gemm == 1 else (self.hidden, self.intermediate)
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,13 @@ import functools
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from executorch_moe.kernels.gpus import Gpu
 from executorch_moe.kernels.schemes import Scheme
+from executorch_moe.kernels.shapes import LayerShape
 
 from .configs import GemmConfig
-
-if TYPE_CHECKING:
-    from .choose import LayerShape
 
 FOLDER = Path(__file__).parent / "tuned"
 

@@ -16,7 +16,7 @@ from executorch_moe.backends import atomic_files as aside_module
 from executorch_moe.backends.artifact.files import Artifact, artifact_paths, check, open_artifact, save
 from executorch_moe.backends.artifact.ptd import PtdFile
 from executorch_moe.backends.artifact.pte import PteFile
-from executorch_moe.backends.runtime.load import load
+from executorch_moe.backends.runtime.loader import load
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from executorch_moe.backends.cpu import MoECpuPartitioner
 from executorch_moe.backends.cpu import uncopied_weights as uncopied_weights_module
 from executorch_moe.backends.cpu.uncopied_weights import StorageData
 from executorch_moe.backends.lower import lower
-from executorch_moe.backends.runtime.load import EXECUTORCH_CPU, LoadedProgram, load
+from executorch_moe.backends.runtime.loader import EXECUTORCH_CPU, LoadedProgram, load
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from executorch_moe.backends.artifact.inspect import check_cuda_artifact, inspec
 from executorch_moe.backends.cuda.cross import host_toolchain
 from executorch_moe.backends.cuda.patches import check_versions
 from executorch_moe.backends.lower import lower
-from executorch_moe.backends.runtime.load import load
+from executorch_moe.backends.runtime.loader import load
 from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED
 
 # The export must be made in the process that runs it, so it is not shared with others.

@@ -17,7 +17,7 @@ from executorch_moe.backends.artifact.inspect import check_cuda_artifact, inspec
 from executorch_moe.backends.artifact.pte import PteFile
 from executorch_moe.backends.lower import lower
 from executorch_moe.backends.runtime.delegate_host import DelegateHost, check_arch
-from executorch_moe.backends.runtime.load import DELEGATE_HOST, EXECUTORCH_CUDA, LoadedProgram, load
+from executorch_moe.backends.runtime.loader import DELEGATE_HOST, EXECUTORCH_CUDA, LoadedProgram, load
 from executorch_moe.backends.runtime.pybindings import why_not_pybindings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]

@@ -11,7 +11,7 @@ from tiny_artifacts import CONSTANTS
 from executorch_moe.backends.artifact.files import Artifact
 from executorch_moe.backends.runtime import load as runtime
 from executorch_moe.backends.runtime import pybindings
-from executorch_moe.backends.runtime.load import EXECUTORCH_CPU, load
+from executorch_moe.backends.runtime.loader import EXECUTORCH_CPU, load
 from executorch_moe.backends.runtime.pybindings import why_not_pybindings
 
 

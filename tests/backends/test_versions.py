@@ -11,7 +11,7 @@ from torch import nn
 
 from executorch_moe.backends import versions
 from executorch_moe.backends.lower import lower
-from executorch_moe.backends.runtime.load import load
+from executorch_moe.backends.runtime.loader import load
 from executorch_moe.export.models import attention, experts_interface
 from executorch_moe.export.quantize.experts import quantize_experts_
 

@@ -16,7 +16,7 @@ from executorch_moe.examples.quality import (
     exported,
     held_out,
     perplexity,
-    quantised,
+    quantized,
     weight_error,
     windows,
 )
@@ -41,8 +41,8 @@ def test_perplexity_of_a_model_that_knows_nothing() -> None:
 
 @pytest.mark.parametrize("scheme", ["w4a16", "w4a8"])
 def test_groups_longer_than_a_row_are_whole_rows(scheme: str) -> None:
-    model = quantised(Recipe(scheme, "hqq", 128))
-    original = quantised(Recipe("bf16")).model.model.layers[0].mlp.experts
+    model = quantized(Recipe(scheme, "hqq", 128))
+    original = quantized(Recipe("bf16")).model.model.layers[0].mlp.experts
     experts = model.model.model.layers[0].mlp.experts
     assert isinstance(experts, FusedExperts) and not list(find_experts(model))
     gate_up, down = unpack_experts(original.packed())  # bf16 is what the checkpoint holds
@@ -53,7 +53,7 @@ def test_groups_longer_than_a_row_are_whole_rows(scheme: str) -> None:
 
 
 def test_hqq_is_nearer_to_the_weights_in_every_row() -> None:
-    errors = {recipe: weight_error(quantised(recipe)) for recipe in RECIPES}
+    errors = {recipe: weight_error(quantized(recipe)) for recipe in RECIPES}
     assert errors[Recipe("bf16")] == 0
     for scheme, gain in (("w4a16", 0.97), ("w4a8", 0.99)):
         for group_size in (32, 64, 128):
@@ -66,7 +66,7 @@ def test_hqq_is_nearer_to_the_weights_in_every_row() -> None:
 def test_exported_equals_eager_within_a_thousandth(recipe: Recipe, tmp_path: Path) -> None:
     if why := why_not_pybindings():
         pytest.skip(why)
-    data, model = windows(8), quantised(recipe)
+    data, model = windows(8), quantized(recipe)
     run = exported(model, tmp_path, WINDOW)
     assert perplexity(run, data) == pytest.approx(perplexity(model, data), rel=1e-3)
 

@@ -40,7 +40,7 @@ def test_readme_names_commands_that_exist() -> None:
 def test_export_example_writes_a_program_that_runs(tmp_path: Path) -> None:
     import torch
 
-    from executorch_moe.backends.runtime.load import load
+    from executorch_moe.backends.runtime.loader import load
 
     result = run(ROOT / "examples" / "export_tiny.py", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

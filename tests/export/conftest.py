@@ -66,7 +66,7 @@ def artifact(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Callab
 
 
 def eager_model(scheme: str, target: str, dtype: str = "auto") -> CausalLM:
-    """The quantised tiny model in PyTorch, as the export of the same scheme, target and dtype has it."""
+    """The quantized tiny model in PyTorch, as the export of the same scheme, target and dtype has it."""
     options = ExportOptions("tiny", Path("unused.pte"), target, scheme, GROUP_SIZE, MAX_CONTEXT, dtype)
     model = quantize_experts_(load_whole(options, resolve("tiny")), scheme, GROUP_SIZE)
     return CausalLM(model.to(target), MAX_CONTEXT)

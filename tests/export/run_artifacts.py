@@ -10,7 +10,7 @@ import sys
 import torch
 
 from executorch_moe.backends.artifact.files import open_artifact
-from executorch_moe.backends.runtime.load import load
+from executorch_moe.backends.runtime.loader import load
 
 PROMPT = 20
 

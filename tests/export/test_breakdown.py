@@ -23,9 +23,9 @@ NAMES = (
     ("moe_few_tokens_gemm", 96, "experts GEMM1"),  # and GEMM2, in turn
     ("moe_grouped_gemm2", 132, "experts GEMM2"),
     ("moe_sum_pairs", 1, "experts, other"),
-    ("moe_row_matvec", 640, "dense"),
-    ("moe_row_attention", 64, "attention"),
-    ("moe_row_router", 32, "routing"),
+    ("moe_one_token_matvec", 640, "dense"),
+    ("moe_one_token_attention", 64, "attention"),
+    ("moe_one_token_router", 32, "routing"),
     ("triton_poi_fused_index_put_select_view_copy_2", 2, "norm, elementwise"),
     ("triton_poi_fused__to_copy_cat_cos_mul_sin_unsqueeze_copy_1", 1, "norm, elementwise"),
     ("triton_poi_fused__to_copy_index_mul_unsqueeze_copy_0", 8, "norm, elementwise"),

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from executorch_moe.backends.fusion import FusedLayer, FusionOptions
-from executorch_moe.export.check import dequantised
+from executorch_moe.export.check import dequantized
 from executorch_moe.export.checkpoint.shards import INDEX_FILE, Shards, read_config
 from executorch_moe.export.checkpoint.streaming import StreamedModel
 from executorch_moe.export.checkpoint.work_folder import MANIFEST, WorkFolder
@@ -75,7 +75,7 @@ def test_streamed_equals_loaded_whole(name: str, save: Callable[..., Any], tmp_p
             found = getattr(streamed_experts, key)
             assert (found is None) == (tensor is None)
             assert tensor is None or torch.equal(found, tensor), key
-        for key, value in dequantised(layer.layout, streamed_experts.packed()).items():
+        for key, value in dequantized(layer.layout, streamed_experts.packed()).items():
             assert torch.equal(value, parameters[key]), key
         assert record.bytes_after == whole.nbytes()
         assert record.bytes_before == sum(p.nbytes for p in parameters.values())
@@ -112,13 +112,13 @@ def save_fp8(name: str, folder: Path) -> Path:
     shutil.copytree(folder, plain)
     index = json.loads((folder / INDEX_FILE).read_text())
     for file in sorted(set(index["weight_map"].values())):
-        quantised, exact = {}, {}
+        quantized, exact = {}, {}
         for key, tensor in load_file(folder / file).items():
-            quantised[key] = exact[key] = tensor
+            quantized[key] = exact[key] = tensor
             if key.endswith("_proj.weight"):
-                quantised[key], quantised[f"{key}_scale_inv"], exact[key] = in_blocks(tensor)
+                quantized[key], quantized[f"{key}_scale_inv"], exact[key] = in_blocks(tensor)
                 index["weight_map"][f"{key}_scale_inv"] = file
-        save_file(quantised, folder / file, {"format": "pt"})
+        save_file(quantized, folder / file, {"format": "pt"})
         save_file(exact, plain / file, {"format": "pt"})
     (folder / INDEX_FILE).write_text(json.dumps(index))
     config = json.loads((folder / "config.json").read_text())
@@ -153,7 +153,7 @@ def test_fp8_that_is_not_whole_or_of_another_kind(tmp_path: Path) -> None:
     ):
         stream(folder)
     config.write_text(text.replace("[16, 24]", "null"))
-    with pytest.raises(NotImplementedError, match=r"are quantised \(fp8\), which is not supported yet"):
+    with pytest.raises(NotImplementedError, match=r"are quantized \(fp8\), which is not supported yet"):
         check_supported(folder)
     config.write_text(text)
     index = json.loads((folder / INDEX_FILE).read_text())

@@ -140,7 +140,7 @@ def test_merged_attention_equals_transformers_own(dtype: torch.dtype, bound: flo
         prompt = module(ids, torch.arange(20))
         results.append(torch.cat((prompt, module(ids[:, :1], torch.tensor([20])))))
     assert (results[0] - results[1]).norm() / results[0].norm() < bound
-    # Quantised after it was merged: one layer for query, key and value.
+    # Quantized after it was merged: one layer for query, key and value.
     quantize_dense_(merged, "int8")
     assert isinstance(merged.model.layers[0].self_attn.qkv_proj, Int8Linear)  # type: ignore[union-attr, index]
 
@@ -157,7 +157,7 @@ def test_the_router_with_top_k_first_chooses_and_weighs_the_same(dtype: torch.dt
     assert torch.equal(experts, chosen) and torch.equal(logits, same_logits)
     assert weights.dtype == expected.dtype == dtype
     torch.testing.assert_close(weights, expected, rtol=0.008 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
-    # One that does not renormalise is another function.
+    # One that does not renormalize is another function.
     before.norm_topk_prob = False
     layer.mlp.gate = before
     assert replace_routers_(layer).mlp.gate is before  # type: ignore[union-attr]

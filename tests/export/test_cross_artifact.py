@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from executorch_moe.backends.runtime.load import load
+from executorch_moe.backends.runtime.loader import load
 from executorch_moe.export.bench.model import benchmark_model
 
 from .test_tokens import NEW_TOKENS, PROMPTS, TextGenerator, compare

@@ -55,15 +55,15 @@ def test_one_by_one_is_as_at_once(dense: str) -> None:
 
 
 def operators(lm: CausalLM, method: str) -> list[str]:
-    program = export_methods(lm, one_row_linears=True)[method]
+    program = export_methods(lm, one_token_linears=True)[method]
     return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
 
 
 def test_decode_is_three_operators_a_layer_and_prefill_none_of_the_new() -> None:
     decode, prefill = (operators(model("int8"), method) for method in ("decode", "prefill"))
-    for name in ("attention_of_one", "route_one", "fused_experts"):
+    for name in ("one_token_attention", "one_token_router", "fused_experts"):
         assert decode.count(f"executorch_moe.{name}.default") == 3
-    assert not any("attention_of_one" in name or "route_one" in name for name in prefill)
+    assert not any("one_token_attention" in name or "one_token_router" in name for name in prefill)
     # Nothing of attention or the router is left beside them.
     assert not any(word in name for name in decode for word in ("dot_product", "topk", "softmax"))
 
@@ -74,7 +74,7 @@ def test_decode_is_three_operators_a_layer_and_prefill_none_of_the_new() -> None
 )
 def test_what_the_operators_do_not_take_is_done_as_before(dense: str, dtype: torch.dtype, head_dim: int) -> None:
     found = operators(model(dense, dtype, f"synthetic:tiny,layers=3,head_dim={head_dim}"), "decode")
-    assert not any("attention_of_one" in name for name in found)
+    assert not any("one_token_attention" in name for name in found)
     assert sum("scaled_dot_product_attention" in name for name in found) == 3
 
 
@@ -82,7 +82,7 @@ def test_a_sliding_window_is_done_as_before() -> None:
     lm = model("int8")
     for layer in lm.model.model.layers:
         layer.self_attn.sliding_window = 4
-    assert not any("attention_of_one" in name for name in operators(lm, "decode"))
+    assert not any("one_token_attention" in name for name in operators(lm, "decode"))
 
 
 def test_only_the_last_layer_adds_up() -> None:
@@ -132,7 +132,7 @@ def test_layers_without_experts_among_those_with(options: dict[str, Any]) -> Non
     ]
     check_one_by_one(lm)
     decode = operators(lm, "decode")
-    assert decode.count("executorch_moe.attention_of_one.default") == sum(kinds)
+    assert decode.count("executorch_moe.one_token_attention.default") == sum(kinds)
 
 
 def test_a_window_in_some_layers() -> None:
@@ -143,4 +143,4 @@ def test_a_window_in_some_layers() -> None:
     lm = prepared(model)
     assert [layer.last for layer in lm.model.model.layers] == [True, True, False, True]
     check_one_by_one(lm)
-    assert operators(lm, "decode").count("executorch_moe.attention_of_one.default") == 2
+    assert operators(lm, "decode").count("executorch_moe.one_token_attention.default") == 2

@@ -1,4 +1,4 @@
-"""Dense layers in INT8 and INT4 against the same numbers dequantised, and in a model."""
+"""Dense layers in INT8 and INT4 against the same numbers dequantized, and in a model."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from executorch_moe.export.quantize.dense import (
     Int8Embedding,
     Int8Linear,
     MergedLinear,
-    OneRowLinears,
+    OneTokenLinears,
     quantize_dense_,
 )
 from executorch_moe.export.report.summary import ExportSummary
-from executorch_moe.kernels.packing.experts import quantize_int4
+from executorch_moe.kernels.packing.rounding import quantize_int4
 
 N, K, GROUP = 24, 128, 32
 
@@ -49,7 +49,7 @@ def layer(weight: Tensor, kind: str, bias: Tensor | None = None) -> nn.Module:
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("tokens", [1, 2, 7])
 @pytest.mark.parametrize("biased", [False, True])
-def test_equals_the_dequantised_product(kind: str, tokens: int, biased: bool) -> None:
+def test_equals_the_dequantized_product(kind: str, tokens: int, biased: bool) -> None:
     weight, x = torch.randn(N, K), torch.randn(1, tokens, K)
     bias = torch.randn(N) if biased else None
     expected = nn.functional.linear(x, dequantized(weight, kind), bias)
@@ -102,11 +102,11 @@ def logits(model: nn.Module) -> Tensor:
 def test_a_model_stays_near_itself(kind: str, bound: float) -> None:
     shape = synthetic.parse("synthetic:tiny")
     plain = synthetic.build(shape, group_size=32, dtype=torch.float32)
-    quantised = quantize_dense_(copy.deepcopy(plain), kind, 32, embedding="int8")
-    attention = quantised.model.layers[1].self_attn  # type: ignore[union-attr, index]
+    quantized = quantize_dense_(copy.deepcopy(plain), kind, 32, embedding="int8")
+    attention = quantized.model.layers[1].self_attn  # type: ignore[union-attr, index]
     assert isinstance(attention.q_proj, MergedLinear) and type(attention.o_proj).__name__ == f"Int{kind[3:]}Linear"
-    assert type(quantised.lm_head).__name__ == f"Int{kind[3:]}Linear"
-    expected, got = logits(plain), logits(quantised)
+    assert type(quantized.lm_head).__name__ == f"Int{kind[3:]}Linear"
+    expected, got = logits(plain), logits(quantized)
     assert 0 < (got - expected).norm() / expected.norm() < bound
     # Layer by layer, as a synthetic model is made, gives the same.
     stepwise = synthetic.build(
@@ -126,7 +126,7 @@ def test_lm_head_by_choice() -> None:
     assert type(quantize_dense_(model, "int8", lm_head="none").lm_head) is nn.Linear
 
 
-def test_what_cannot_be_quantised() -> None:
+def test_what_cannot_be_quantized() -> None:
     model = nn.Sequential(nn.Linear(48, 8))
     with pytest.raises(ValueError, match="0 has 48 inputs, which group_size=32 does not divide"):
         quantize_dense_(model, "int4", 32)
@@ -136,10 +136,10 @@ def test_what_cannot_be_quantised() -> None:
         quantize_dense_(model, "int8", embedding="int4")
 
 
-def test_one_row_linears_are_traced_as_sums() -> None:
+def test_one_token_linears_are_traced_as_sums() -> None:
     """decode has no matrix products left that a GEMM template would take; prefill keeps its own."""
     model = CausalLM(synthetic.build(synthetic.parse("synthetic:tiny"), group_size=32, dtype=torch.float32), 32)
-    programs = export_methods(model, one_row_linears=True)
+    programs = export_methods(model, one_token_linears=True)
     counts = {
         name: sum(node.target is torch.ops.aten.linear.default for node in program.graph.nodes)
         for name, program in programs.items()
@@ -153,7 +153,7 @@ def test_one_row_linears_are_traced_as_sums() -> None:
 
 def test_one_row_linear_with_a_bias_keeps_its_dtype() -> None:
     linear, x = nn.Linear(K, N).bfloat16(), torch.randn(1, 1, K).bfloat16()
-    with OneRowLinears():
+    with OneTokenLinears():
         got = linear(x)
     assert got.dtype == torch.bfloat16 and got.shape == (1, 1, N)
     torch.testing.assert_close(got, linear(x), rtol=0.02, atol=0.02)

@@ -11,7 +11,7 @@ from torch import nn
 from executorch_moe.backends.artifact.files import save
 from executorch_moe.backends.fusion import ExpertFuser, FusionOptions
 from executorch_moe.backends.lower import lower
-from executorch_moe.backends.runtime.load import load
+from executorch_moe.backends.runtime.loader import load
 from executorch_moe.export.models.causal_lm import CausalLM
 from executorch_moe.export.models.pretrained import load_model, resolve
 from executorch_moe.export.options import ExportOptions
@@ -73,7 +73,7 @@ def test_a_refusal_changes_nothing(model: nn.Module, dense: str, message: str) -
 
 
 @pytest.mark.parametrize("dense", BITS)
-def test_experts_are_fused_beside_quantised_layers_while_lowering(
+def test_experts_are_fused_beside_quantized_layers_while_lowering(
     dense: str, tmp_path: Path, executorch_runtime: None
 ) -> None:
     model = quantize_dense_(by_name("qwen2_moe").model(), dense)  # its experts' weights are exact in 4 bits

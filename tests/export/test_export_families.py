@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from executorch_moe.backends.fusion.modules import find_experts
-from executorch_moe.backends.runtime.load import load
+from executorch_moe.backends.runtime.loader import load
 from executorch_moe.export.cli.main import app
 from executorch_moe.export.models.pretrained import SUPPORTED_MODEL_TYPES, resolve
 

@@ -13,7 +13,7 @@ from executorch_moe.backends.artifact.files import save
 from executorch_moe.backends.cuda.missing_operators import check_operators
 from executorch_moe.backends.fusion import ExpertFuser, FusionOptions
 from executorch_moe.backends.lower import lower
-from executorch_moe.backends.runtime.load import load
+from executorch_moe.backends.runtime.loader import load
 from executorch_moe.export.models import experts_interface
 
 from .families import FAMILIES, Family, Logits, by_name, export_logits, operations, tokens

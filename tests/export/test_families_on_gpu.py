@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from executorch_moe.backends.runtime.load import load
+from executorch_moe.backends.runtime.loader import load
 
 from .families import Logits, tokens
 from .family_artifacts import MODES, STATIC_LENGTH, Mode

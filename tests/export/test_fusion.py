@@ -1,4 +1,4 @@
-"""Recognising experts by structure, refusing what is something else, sharing packed weights between methods."""
+"""Recognizing experts by structure, refusing what is something else, sharing packed weights between methods."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from executorch_moe.backends.cuda import placeholders
-from executorch_moe.backends.runtime.load import load
+from executorch_moe.backends.runtime.loader import load
 from executorch_moe.export.bench.model import benchmark_model
 from executorch_moe.export.build import build_synthetic
 from executorch_moe.export.generate.generator import TextGenerator, synthetic_weights

@@ -1,4 +1,4 @@
-"""Weights that others quantised: the packed layer has exactly the values that their own dequantisation gives."""
+"""Weights that others quantized: the packed layer has exactly the values that their own dequantization gives."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from executorch_moe.export.quantize.experts import ExecutorchExperts, holds_code
 from executorch_moe.export.quantize.int4_tensors import (
     executorch_codes,
     int4_codes,
-    is_quantised,
+    is_quantized,
     pack_executorch_experts,
 )
 from executorch_moe.kernels import FusedExperts, pack_codes, unpack_experts
@@ -37,7 +37,7 @@ def nibbles(codes: Tensor) -> Tensor:
 
 
 def torchao_int4(weight: Tensor, group_size: int) -> tuple[Int4Tensor, Tensor]:
-    """torchao's asymmetric tensor and its values. Its quantiser is in a package for CUDA: mslk, once part of FBGEMM.
+    """torchao's asymmetric tensor and its values. Its quantizer is in a package for CUDA: mslk, once part of FBGEMM.
 
     There, codes run from 0 at the group's minimum, are stored less 8, and zero_point is minimum + 8 * scale.
     """
@@ -46,7 +46,7 @@ def torchao_int4(weight: Tensor, group_size: int) -> tuple[Int4Tensor, Tensor]:
     scale = ((high - low) / 15).bfloat16().float()
     zero = (low + 8 * scale).bfloat16().float()
     codes = ((grouped - low) / scale).round().clamp(0, 15)
-    values = codes * scale + (zero - 8 * scale)  # as torchao/prototype/gptq/api.py dequantises
+    values = codes * scale + (zero - 8 * scale)  # as torchao/prototype/gptq/api.py dequantizes
     tensor = Int4Tensor(
         nibbles((codes - 8).flatten(-2)).view(torch.int8),
         scale[..., 0].transpose(-1, -2).bfloat16().contiguous(),
@@ -158,10 +158,10 @@ def test_executorchs_experts_are_swapped_in_its_own_model() -> None:
     del module.w1_weight, module.w2_weight
     values = []
     for name, (n, k) in (("w1", (2 * WIDTH, H)), ("w2", (H, WIDTH))):
-        packed, scale, dequantised = executorch_matrix(n, k)
+        packed, scale, dequantized = executorch_matrix(n, k)
         module.register_buffer(name, packed)
         module.register_buffer(f"{name}_scale", scale)
-        values.append(dequantised)
+        values.append(dequantized)
     model = quantize_experts_(nn.ModuleDict({"experts": module}), "w4a16")
     assert isinstance(model["experts"], ExecutorchExperts)
     x, ids, weights = torch.randn(5, H).bfloat16(), torch.randint(0, E, (5, 2)), torch.rand(5, 2)
@@ -170,36 +170,36 @@ def test_executorchs_experts_are_swapped_in_its_own_model() -> None:
     assert (actual - expected).norm() / expected.norm() < 0.01
 
 
-def quantised_model(quantise: Any) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A Mixtral whose experts are quantised tensors, and their values by name."""
+def quantized_model(quantize: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A Mixtral whose experts are quantized tensors, and their values by name."""
     model, values = by_name("mixtral").model(), {}
     experts = model.model.layers[0].mlp.experts
     for name in ("gate_up_proj", "down_proj"):
-        tensor, values[name] = quantise(torch.randn(getattr(experts, name).shape) / 8)
+        tensor, values[name] = quantize(torch.randn(getattr(experts, name).shape) / 8)
         setattr(experts, name, nn.Parameter(tensor, requires_grad=False))
     assert holds_codes(experts)
     return model, values
 
 
-def test_a_model_with_quantised_experts_keeps_their_codes() -> None:
-    model, values = quantised_model(lambda weight: torchao_int4(weight, 32))
+def test_a_model_with_quantized_experts_keeps_their_codes() -> None:
+    model, values = quantized_model(lambda weight: torchao_int4(weight, 32))
     quantize_experts_(model, "w4a16", group_size=64)  # not used: the groups are given
     (experts,) = (module for module in model.modules() if isinstance(module, FusedExperts))
     assert experts.group_size == 32
     for stored, name in zip(unpack_experts(experts.packed()), values, strict=True):
         torch.testing.assert_close(stored, values[name], rtol=1e-6, atol=1e-6)
 
-    unquantised = by_name("mixtral").model()
+    unquantized = by_name("mixtral").model()
     for name in values:
-        getattr(unquantised.model.layers[0].mlp.experts, name).data = values[name]
+        getattr(unquantized.model.layers[0].mlp.experts, name).data = values[name]
     with torch.no_grad():
-        actual, expected = (m(input_ids=tokens(9), use_cache=False).logits for m in (model, unquantised))
+        actual, expected = (m(input_ids=tokens(9), use_cache=False).logits for m in (model, unquantized))
     assert (actual - expected).norm() / expected.norm() < 0.01
 
 
 def test_w4a8_takes_symmetric_tensors_only() -> None:
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts: scheme=w4a8 multiplies in int8 and takes no zero"):
-        quantize_experts_(quantised_model(lambda weight: torchao_int4(weight, 32))[0], "w4a8")
+        quantize_experts_(quantized_model(lambda weight: torchao_int4(weight, 32))[0], "w4a8")
 
     def symmetric(weight: Tensor) -> tuple[IntxUnpackedToInt8Tensor, Tensor]:
         group_size = weight.shape[-1] if weight.shape[-1] == H else 32  # of gate and up, one scale a row
@@ -210,18 +210,18 @@ def test_w4a8_takes_symmetric_tensors_only() -> None:
         tensor = IntxUnpackedToInt8Tensor(*parts, torch.int4, (1, 1, group_size), weight.dtype, None)
         return tensor, torch.stack([expert.dequantize() for expert in experts])
 
-    model, values = quantised_model(symmetric)
+    model, values = quantized_model(symmetric)
     quantize_experts_(model, "w4a8")
     (experts,) = (module for module in model.modules() if isinstance(module, FusedExperts))
     for stored, name in zip(unpack_experts(experts.packed()), values, strict=True):
         torch.testing.assert_close(stored, values[name], rtol=0.005, atol=0)
 
 
-def test_some_weights_quantised_and_some_not() -> None:
-    model, _ = quantised_model(lambda weight: torchao_int4(weight, 32))
+def test_some_weights_quantized_and_some_not() -> None:
+    model, _ = quantized_model(lambda weight: torchao_int4(weight, 32))
     experts = model.model.layers[0].mlp.experts
     experts.down_proj = nn.Parameter(torch.randn(experts.down_proj.shape))
-    with pytest.raises(ValueError, match="down_proj is not quantised but other weights are"):
+    with pytest.raises(ValueError, match="down_proj is not quantized but other weights are"):
         quantize_experts_(model)
 
 
@@ -264,4 +264,4 @@ def test_executorchs_packed_experts_of_the_wrong_shape() -> None:
     codes = executorch_codes(torch.zeros(1, 4, 8, dtype=torch.int8), torch.zeros(1, 4, 1))
     with pytest.raises(ValueError, match="do not belong together"):
         pack_codes(codes, codes)
-    assert not is_quantised(torch.zeros(1))
+    assert not is_quantized(torch.zeros(1))

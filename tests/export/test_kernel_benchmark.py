@@ -14,8 +14,6 @@ from executorch_moe.export.cli.main import app
 from executorch_moe.kernels.experts.aten import fused_experts_cpu
 from executorch_moe.kernels.measure.compile import CompileJob, compile_ahead
 from executorch_moe.kernels.measure.timing import (
-    SHAPES,
-    Shape,
     floor_us,
     make_layers,
     random_packed,
@@ -23,8 +21,9 @@ from executorch_moe.kernels.measure.timing import (
     with_tokens,
     work,
 )
-from executorch_moe.kernels.packing.experts import deinterleave_gate_up, dequantize, fragment_order
+from executorch_moe.kernels.packing.fragments import deinterleave_gate_up, dequantize, fragment_order
 from executorch_moe.kernels.schemes import SCHEMES
+from executorch_moe.kernels.shapes import SHAPES, LayerShape
 
 ROWS = [
     kb.Row("s", "uniform", 8, "w4a16", "ours", 50.0, 1.0, 2.0, 2.5),
@@ -36,7 +35,7 @@ ROWS = [
 
 def test_shapes_by_name_and_by_numbers() -> None:
     assert kb.parse_shape("qwen35") is SHAPES["qwen35"]
-    assert kb.parse_shape("16x2x256x128x32") == Shape("16x2x256x128x32", 16, 2, 256, 128, 32)
+    assert kb.parse_shape("16x2x256x128x32") == LayerShape(16, 2, 256, 128, 32)
     assert kb.parse_shape("16x2x256x128").group_size == 128
 
 
@@ -66,7 +65,7 @@ def test_ratio_is_to_the_fastest_upstream_of_the_same_tokens() -> None:
 def test_padding_of_random_weights_is_worth_nothing(scheme: str, sizes: tuple[int, int, int]) -> None:
     """As in layers that are packed: the kernels sum over it."""
     hidden, intermediate, group_size = sizes
-    (layer,) = make_layers(Shape("padded", 4, 2, hidden, intermediate, group_size), scheme, 5, 1, device="cpu")
+    (layer,) = make_layers(LayerShape(4, 2, hidden, intermediate, group_size), scheme, 5, 1, device="cpu")
     packed = layer.packed
     assert packed is not None
     w13 = dequantize(packed.w13, packed.w13_scale, None, fragment_order(scheme, 1))
@@ -149,7 +148,7 @@ def test_without_a_gpu_the_reason_is_given() -> None:
 @pytest.mark.parametrize("scheme", ["w4a16", "w4a8", "bf16"])
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_what_is_wrong_is_not_timed(scheme: str, tokens: int) -> None:
-    (layer,) = make_layers(Shape("s", 4, 2, 256, 128, 128), scheme, tokens, 1, device="cpu")
+    (layer,) = make_layers(LayerShape(4, 2, 256, 128, 128), scheme, tokens, 1, device="cpu")
     answer, right = layer.answer, fused_experts_cpu(layer.args())
     answer.check(right, "ours")
     wrong = layer.hidden_states.roll(1, dims=1)
@@ -161,7 +160,7 @@ def test_what_is_wrong_is_not_timed(scheme: str, tokens: int) -> None:
 
 @pytest.mark.parametrize("routing", kb.ROUTINGS)
 def test_random_routing_gives_distinct_experts(routing: str) -> None:
-    shape = Shape("s", 32, 4, 128, 128)
+    shape = LayerShape(32, 4, 128, 128)
     generator = torch.Generator().manual_seed(0)
     ids, weights = random_routing(200, shape, routing, "cpu", generator)
     assert ids.shape == weights.shape == (200, 4)
@@ -177,7 +176,7 @@ def test_random_routing_gives_distinct_experts(routing: str) -> None:
 
 
 def test_floor_is_the_larger_of_flops_and_touched_bytes() -> None:
-    shape = Shape("s", 4, 2, 128, 128, 128)
+    shape = LayerShape(4, 2, 128, 128, 128)
     layers = make_layers(shape, "w4a16", 3, 2, device="cpu")
     flops, nbytes = work(shape, "w4a16", layers)
     touched = sum(len(set(layer.topk_ids.reshape(-1).tolist())) for layer in layers) / 2

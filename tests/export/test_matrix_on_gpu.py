@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from executorch_moe.backends.runtime.load import LoadedProgram, load
+from executorch_moe.backends.runtime.loader import LoadedProgram, load
 
 from .matrix import CELLS, Cell
 from .test_families_on_gpu import MODES, files

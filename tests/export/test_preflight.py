@@ -104,7 +104,7 @@ def test_what_is_traced_is_what_an_export_traces(
     result = preflight.preflight(replace(options, check=True))
     assert result.passed, result.findings
     assert exported == checked
-    assert one_token == any("attention_of_one" in target for _, target, _ in checked[0]["decode"])
+    assert one_token == any("one_token_attention" in target for _, target, _ in checked[0]["decode"])
 
 
 def test_a_layer_of_ours_that_refuses_an_argument(monkeypatch: pytest.MonkeyPatch) -> None:

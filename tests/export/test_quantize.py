@@ -40,7 +40,7 @@ def routed(model: nn.Module, tokens: int = 33) -> tuple[torch.Tensor, torch.Tens
 
 @pytest.mark.parametrize(
     ("scheme", "bound"),
-    # Relative L2 against the unquantised experts in fp32: rounding to bf16, and 4-bit weights with 32 to a scale.
+    # Relative L2 against the unquantized experts in fp32: rounding to bf16, and 4-bit weights with 32 to a scale.
     [("bf16", 0.01), ("w4a16", 0.15), ("w4a8", 0.15)],
 )
 def test_fused_experts_take_the_place_of_the_originals(model: nn.Module, scheme: str, bound: float) -> None:
@@ -85,7 +85,7 @@ def test_a_model_without_experts() -> None:
 
 def test_a_second_time(model: nn.Module) -> None:
     first = quantize_experts_(model).model.layers[0].mlp.experts
-    with pytest.raises(ValueError, match=r"is quantised already \(model\.layers\.0\.mlp\.experts\): load the model"):
+    with pytest.raises(ValueError, match=r"is quantized already \(model\.layers\.0\.mlp\.experts\): load the model"):
         quantize_experts_(model, "w4a8")
     assert model.model.layers[0].mlp.experts is first
 
@@ -95,7 +95,7 @@ def test_modules_that_are_no_experts_of_ours() -> None:
         pass
 
     model = nn.ModuleDict({"mlp": MixtralExperts()})
-    with pytest.raises(NotImplementedError, match=r"experts mlp \(MixtralExperts\) not quantised: has parameters none"):
+    with pytest.raises(NotImplementedError, match=r"experts mlp \(MixtralExperts\) not quantized: has parameters none"):
         quantize_experts_(model)
     assert isinstance(model["mlp"], MixtralExperts)
 
@@ -144,8 +144,8 @@ def test_a_limit_of_one_layer(model: nn.Module) -> None:
         quantize_experts_(model)
 
 
-def test_layers_that_differ_in_an_attribute_are_recognised_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder's layers are recognised once if they are equal: the limit of one must not be taken for that of all."""
+def test_layers_that_differ_in_an_attribute_are_recognized_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder's layers are recognized once if they are equal: the limit of one must not be taken for that of all."""
     made = checkpoint.empty_model
 
     def with_limits(limits: tuple[float, float], *args: Any) -> nn.Module:
@@ -155,8 +155,8 @@ def test_layers_that_differ_in_an_attribute_are_recognised_apart(monkeypatch: py
         return model
 
     calls: list[str] = []
-    recognise = modules.recognise_module
-    monkeypatch.setattr(streaming, "recognise_module", lambda m: (calls.append(type(m).__name__), recognise(m))[1])
+    recognize = modules.recognize_module
+    monkeypatch.setattr(streaming, "recognize_module", lambda m: (calls.append(type(m).__name__), recognize(m))[1])
     arguments = resolve("tiny"), torch.float32, "sdpa", FusionOptions("bf16")
     endless = float("inf")
     monkeypatch.setattr(streaming, "empty_model", lambda *args: with_limits((endless, 20.0), *args))

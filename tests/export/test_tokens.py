@@ -1,4 +1,4 @@
-"""The exported model and the eager quantised model give the same greedy tokens."""
+"""The exported model and the eager quantized model give the same greedy tokens."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from executorch_moe.kernels import PackedExperts, pack_experts, unpack_experts
 from executorch_moe.kernels.arguments import ExpertArguments
-from executorch_moe.kernels.packing.experts import deinterleave_gate_up
+from executorch_moe.kernels.packing.fragments import deinterleave_gate_up
 from executorch_moe.kernels.reference import reference_experts
 
 
@@ -86,7 +86,7 @@ def routing_of(case: Case) -> Tensor:
 
 
 def make(case: Case, scheme: str) -> Problem:
-    """Random weights, tokens and routing of a case; the answer is for the dequantised weights."""
+    """Random weights, tokens and routing of a case; the answer is for the dequantized weights."""
     torch.manual_seed(1)
     e, h, i = case.experts, case.hidden, case.intermediate
     gate_up = torch.randn(e, 2 * i, h) / h**0.5

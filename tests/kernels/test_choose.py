@@ -12,17 +12,11 @@ import torch
 from executorch_moe.kernels.experts.plan import Options
 from executorch_moe.kernels.gpus import MODELS, Gpu, find_model
 from executorch_moe.kernels.measure.compile import record_launches
-from executorch_moe.kernels.measure.timing import SHAPES
 from executorch_moe.kernels.measure.tune import FEW_TOKENS, HEIGHTS, PAIRS_PER_EXPERT, Trial, Tuner, entry, with_entry
 from executorch_moe.kernels.schemes import SCHEMES, get_scheme
+from executorch_moe.kernels.shapes import SHAPES, LayerShape
 from executorch_moe.kernels.tuning import tables
-from executorch_moe.kernels.tuning.choose import (
-    MAX_PAIRS,
-    MAX_VARIANTS,
-    LayerShape,
-    few_token_configs,
-    grouped_variants,
-)
+from executorch_moe.kernels.tuning.choose import MAX_PAIRS, MAX_VARIANTS, few_token_configs, grouped_variants
 from executorch_moe.kernels.tuning.configs import GemmConfig, fit
 from executorch_moe.kernels.tuning.tables import TunedLayer, TunedRow, find_table
 

@@ -29,7 +29,7 @@ from executorch_moe.kernels.measure.compile import (
     record_launches,
 )
 from executorch_moe.kernels.measure.tune import PAIRS_PER_EXPERT
-from executorch_moe.kernels.tuning.choose import LayerShape
+from executorch_moe.kernels.shapes import LayerShape
 from executorch_moe.kernels.tuning.tables import table_path
 
 from .conftest import PROPERTY

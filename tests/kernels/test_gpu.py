@@ -7,9 +7,10 @@ import torch
 
 from executorch_moe.kernels import SCHEMES, fused_experts
 from executorch_moe.kernels.experts.plan import Options
-from executorch_moe.kernels.measure.timing import SHAPES, LayerInputs, make_layers
+from executorch_moe.kernels.measure.timing import LayerInputs, make_layers
 from executorch_moe.kernels.reference import reference_experts
 from executorch_moe.kernels.schemes import Scheme
+from executorch_moe.kernels.shapes import SHAPES
 from executorch_moe.kernels.tuning.configs import GemmConfig
 
 from .cases import BOUNDS, CASES, ZERO_CASE, Case, make, relative_error
@@ -100,7 +101,7 @@ def test_int8_activations_in_both_gemms(monkeypatch: pytest.MonkeyPatch, act_gro
 
 @pytest.mark.parametrize("zero", [False, True])
 def test_ptx_decoding_equals_its_portable_twin_bit_for_bit(zero: bool) -> None:
-    """All 65536 halfwords against every exponent of scale that quantisation can produce."""
+    """All 65536 halfwords against every exponent of scale that quantization can produce."""
     import triton
 
     from .decode_kernel import decode_both

@@ -87,9 +87,9 @@ def test_operators_run_on_a_device_that_is_not_current() -> None:
         assert out.device.index == 1 and relative_error(out, case.expected) < 4.5e-3
     assert relative_error(fused_experts(*arguments), case.expected) < 4.5e-3
     for operator, plain in (
-        (ops.attention_of_one, attention_arguments("int8", 2, 5, True)),
-        (ops.route_one, route_arguments("int8", 3)),
-        (ops.linear_of_one, linear_arguments("int8", 50, 96)),
+        (ops.one_token_attention, attention_arguments("int8", 2, 5, True)),
+        (ops.one_token_router, route_arguments("int8", 3)),
+        (ops.one_token_linear, linear_arguments("int8", 50, 96)),
     ):
         found = operator(*(part.to("cuda:1") if isinstance(part, Tensor) else part for part in plain))
         expected = operator(*plain)

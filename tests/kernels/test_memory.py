@@ -14,7 +14,7 @@ from torch import Tensor
 
 from executorch_moe.kernels._device import launches_before
 from executorch_moe.kernels.decode import op as ops
-from executorch_moe.kernels.decode.launches import run_attention_of_one, run_linear_of_one, run_route_one
+from executorch_moe.kernels.decode.launches import run_one_token_attention, run_one_token_linear, run_one_token_router
 from executorch_moe.kernels.experts.plan import Launch, Options, run_fused_experts
 from executorch_moe.kernels.tuning.choose import MAX_PAIRS, Variant
 from executorch_moe.kernels.tuning.configs import GemmConfig
@@ -77,20 +77,20 @@ def test_several_chunks_of_pairs_and_variants(persistent: bool) -> None:
 
 
 @pytest.mark.parametrize(("kind", "groups", "position", "update"), ATTENTION)
-def test_attention_of_one(kind: str, groups: int, position: int, update: bool) -> None:
+def test_one_token_attention(kind: str, groups: int, position: int, update: bool) -> None:
     arguments = ops.AttentionArguments(*attention_arguments(kind, groups, position, update))
-    same_bits_in_any_order(lambda: run_attention_of_one(arguments))
+    same_bits_in_any_order(lambda: run_one_token_attention(arguments))
 
 
 @pytest.mark.parametrize(("kind", "top_k"), [("int8", 4), ("bf16", 1)])
-def test_route_one(kind: str, top_k: int) -> None:
+def test_one_token_router(kind: str, top_k: int) -> None:
     arguments = ops.RouteArguments(*route_arguments(kind, top_k))
-    same_bits_in_any_order(lambda: run_route_one(arguments))
+    same_bits_in_any_order(lambda: run_one_token_router(arguments))
 
 
 @pytest.mark.parametrize(("kind", "rows", "columns"), LINEAR[1:])
-def test_linear_of_one(kind: str, rows: int, columns: int) -> None:
-    same_bits_in_any_order(lambda: run_linear_of_one(*linear_arguments(kind, rows, columns)))
+def test_one_token_linear(kind: str, rows: int, columns: int) -> None:
+    same_bits_in_any_order(lambda: run_one_token_linear(*linear_arguments(kind, rows, columns)))
 
 
 def test_a_token_through_decoder_layers() -> None:
@@ -113,14 +113,14 @@ def test_a_token_through_decoder_layers() -> None:
                 row, update, random(hidden), *codes(3 * heads * head_dim, hidden), *norms, wave, wave,
                 torch.tensor([17]), *cache, head_dim**-0.5, EPS,
             )  # fmt: skip
-            summed, out, _ = run_attention_of_one(attention)
+            summed, out, _ = run_one_token_attention(attention)
             weight = codes(hidden, heads * head_dim)
             router = random(experts, hidden, deviation=hidden**-0.5)
             route = ops.RouteArguments(out, *weight, summed, random(hidden), router, 2, EPS)
-            row, normed, weights, ids = run_route_one(route)
+            row, normed, weights, ids = run_one_token_router(route)
             update = run_fused_experts(packed.arguments(normed, ids, weights))[None]
         assert update is not None
-        return run_linear_of_one(row + update, *codes(64, hidden))
+        return run_one_token_linear(row + update, *codes(64, hidden))
 
     same_bits_in_any_order(layers)
 
@@ -146,7 +146,7 @@ def test_the_cache_is_written_before_the_first_launch_of_attention(between: bool
     names: list[str] = []
 
     def submit(launch: Launch) -> None:
-        if launch.kernel.__name__ == ("moe_row_attention" if between else "moe_row_matvec"):
+        if launch.kernel.__name__ == ("moe_one_token_attention" if between else "moe_one_token_matvec"):
             assert launch.args["position_ptr"] is position
             assert launch.args["key_ptr"] is key and launch.args["value_ptr"] is value
             write_cache[(1,)](position, key, value, 64, 1 << (key.numel() - 1).bit_length() - 1, 0)
@@ -154,13 +154,13 @@ def test_the_cache_is_written_before_the_first_launch_of_attention(between: bool
         launch.run_now()
 
     if between:
-        message = r"overlap: moe_row_attention, .* reads position_ptr before its wait"
+        message = r"overlap: moe_one_token_attention, .* reads position_ptr before its wait"
         with pytest.raises(MemoryRuleError, match=message), check_memory():
-            run_attention_of_one(arguments, submit=submit)
+            run_one_token_attention(arguments, submit=submit)
         return
     with check_memory():
-        run_attention_of_one(arguments, submit=submit)
-    assert names == ["moe_row_matvec", "moe_row_attention"]
+        run_one_token_attention(arguments, submit=submit)
+    assert names == ["moe_one_token_matvec", "moe_one_token_attention"]
 
 
 # ------------------------------------------------------------------ the rules themselves: each finds what it is for

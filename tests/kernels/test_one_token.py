@@ -1,4 +1,4 @@
-"""`attention_of_one` and `route_one`: the CPU kernels against plain modules, the Triton kernels against the CPU's."""
+"""`one_token_attention` and `one_token_router`: the CPU kernels against plain modules, the Triton kernels against the CPU's."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from executorch_moe.kernels.decode import op as ops
-from executorch_moe.kernels.decode.aten import attention_of_one_aten, linear_of_one_aten, route_one_aten
-from executorch_moe.kernels.decode.launches import run_attention_of_one, run_linear_of_one, run_route_one
+from executorch_moe.kernels.decode.aten import one_token_attention_aten, one_token_linear_aten, one_token_router_aten
+from executorch_moe.kernels.decode.launches import run_one_token_attention, run_one_token_linear, run_one_token_router
 from executorch_moe.kernels.experts.plan import Launch
 
 HIDDEN, KV_HEADS, HEAD_DIM, CONTEXT, EXPERTS = 192, 2, 32, 200, 12
@@ -64,7 +64,7 @@ ATTENTION = [
 def test_attention_is_that_of_plain_modules(kind: str, groups: int, position: int, update: bool) -> None:
     arguments = attention_arguments(kind, groups, position, update)
     hidden, add, norm, weight, scale, q_norm, k_norm, cos, sin, _, key, value, scaling, eps = arguments
-    summed, out, new = ops.attention_of_one(*arguments)
+    summed, out, new = ops.one_token_attention(*arguments)
     x = hidden if add is None else hidden + add
     assert torch.equal(summed, x)
     x = torch.nn.functional.rms_norm(x.float(), (HIDDEN,), norm.float(), eps)
@@ -90,7 +90,7 @@ def test_attention_is_that_of_plain_modules(kind: str, groups: int, position: in
 @pytest.mark.parametrize(("kind", "top_k"), [("int8", 4), ("bf16", 1), ("int8", EXPERTS)])
 def test_routing_is_that_of_plain_modules(kind: str, top_k: int) -> None:
     x, weight, scale, residual, norm, router, _, eps = route_arguments(kind, top_k)
-    out, normed, weights, ids = ops.route_one(x, weight, scale, residual, norm, router, top_k, eps)
+    out, normed, weights, ids = ops.one_token_router(x, weight, scale, residual, norm, router, top_k, eps)
     expected = x.float() @ (weight.float() * (1.0 if scale is None else scale[:, None])).T + residual.float()
     torch.testing.assert_close(out.float(), expected, rtol=0.01, atol=0.01)
     row = torch.nn.functional.rms_norm(out[0].float(), (HIDDEN,), norm.float(), eps)
@@ -101,7 +101,7 @@ def test_routing_is_that_of_plain_modules(kind: str, top_k: int) -> None:
 
 
 def test_of_equal_experts_the_first_are_taken() -> None:
-    *_, ids = ops.route_one(*route_arguments("bf16", 5, tied=True))
+    *_, ids = ops.one_token_router(*route_arguments("bf16", 5, tied=True))
     ties = [expert for expert in ids[0].tolist() if expert not in (1, 2)]
     assert ties == sorted(ties) and ties[0] == 0 and (len(ties) < 2 or ties[1] == 3)
 
@@ -112,8 +112,8 @@ def test_operators_as_torch_wants_them(update: bool) -> None:
     for index in (10, 11):  # opcheck compares results, and NaN is equal to nothing
         attention[index].nan_to_num_()  # type: ignore[attr-defined]
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(torch.ops.executorch_moe.attention_of_one, attention, test_utils=checks)
-    torch.library.opcheck(torch.ops.executorch_moe.route_one, route_arguments("int8", 3), test_utils=checks)
+    torch.library.opcheck(torch.ops.executorch_moe.one_token_attention, attention, test_utils=checks)
+    torch.library.opcheck(torch.ops.executorch_moe.one_token_router, route_arguments("int8", 3), test_utils=checks)
 
 
 def test_splits_leave_the_last_program_little_to_read() -> None:
@@ -137,9 +137,9 @@ def linear_arguments(kind: str, rows: int, columns: int) -> tuple[Tensor, Tensor
 def test_linear_is_that_of_a_plain_module(kind: str, rows: int, columns: int) -> None:
     x, weight, scale = linear_arguments(kind, rows, columns)
     expected = torch.nn.functional.linear(x.double(), weight.double() * (1.0 if scale is None else scale[:, None]))
-    torch.testing.assert_close(ops.linear_of_one(x, weight, scale).double(), expected, rtol=0.01, atol=0.01)
+    torch.testing.assert_close(ops.one_token_linear(x, weight, scale).double(), expected, rtol=0.01, atol=0.01)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(torch.ops.executorch_moe.linear_of_one, (x, weight, scale), test_utils=checks)
+    torch.library.opcheck(torch.ops.executorch_moe.one_token_linear, (x, weight, scale), test_utils=checks)
 
 
 def _assert_close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
@@ -156,7 +156,7 @@ def _assert_close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> No
 def test_interpreted_attention(kind: str, groups: int, position: int, update: bool) -> None:
     assert os.environ.get("TRITON_INTERPRET") == "1"
     arguments = ops.AttentionArguments(*attention_arguments(kind, groups, position, update))
-    _assert_close(run_attention_of_one(arguments), attention_of_one_aten(arguments))
+    _assert_close(run_one_token_attention(arguments), one_token_attention_aten(arguments))
 
 
 @pytest.mark.interpreter
@@ -164,14 +164,14 @@ def test_interpreted_attention(kind: str, groups: int, position: int, update: bo
 @pytest.mark.parametrize(("kind", "top_k"), [("int8", 4), ("bf16", 1), ("int8", EXPERTS)])
 def test_interpreted_routing(kind: str, top_k: int, tied: bool) -> None:
     arguments = ops.RouteArguments(*route_arguments(kind, top_k, tied))
-    _assert_close(run_route_one(arguments), route_one_aten(arguments))
+    _assert_close(run_one_token_router(arguments), one_token_router_aten(arguments))
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize(("kind", "rows", "columns"), LINEAR)
 def test_interpreted_linear(kind: str, rows: int, columns: int) -> None:
     arguments = linear_arguments(kind, rows, columns)
-    _assert_close((run_linear_of_one(*arguments),), (linear_of_one_aten(*arguments),))
+    _assert_close((run_one_token_linear(*arguments),), (one_token_linear_aten(*arguments),))
 
 
 @pytest.mark.compiler
@@ -193,12 +193,12 @@ def test_qwen3_30b_compiles_without_spills(capability: int) -> None:
             arguments = ops.AttentionArguments(
                 row, update, norm, weight, scale, half, half, wave, wave, position, cache, cache, 0.1, EPS
             )
-            run_attention_of_one(arguments, gpu=gpu, submit=launches.append)
+            run_one_token_attention(arguments, gpu=gpu, submit=launches.append)
         weight, scale = torch.empty(2048, 4096, dtype=torch.int8), torch.empty(2048)
         router, out = torch.empty(128, 2048, **bf16), torch.empty(1, 1, 4096, **bf16)
         route = ops.RouteArguments(out, weight, scale, row, norm, router, 8, EPS)
-        run_route_one(route, gpu=gpu, submit=launches.append)
-        run_linear_of_one(
+        run_one_token_router(route, gpu=gpu, submit=launches.append)
+        run_one_token_linear(
             row,
             torch.empty(151936, 2048, dtype=torch.int8),
             torch.empty(151936),
@@ -206,7 +206,7 @@ def test_qwen3_30b_compiles_without_spills(capability: int) -> None:
             submit=launches.append,
         )
     assert [launch.kernel.__name__ for launch in launches[2:]] == [
-        "moe_row_matvec", "moe_row_attention", "moe_row_matvec", "moe_row_router", "moe_row_matvec",
+        "moe_one_token_matvec", "moe_one_token_attention", "moe_one_token_matvec", "moe_one_token_router", "moe_one_token_matvec",
     ]  # fmt: skip
     for launch in launches[1:]:
         report = compile_launch(launch, capability)
@@ -219,9 +219,9 @@ def test_qwen3_30b_compiles_without_spills(capability: int) -> None:
 def test_attention_on_a_gpu(kind: str, groups: int, position: int, update: bool) -> None:
     arguments = attention_arguments(kind, groups, position, update)
     there = [part.cuda() if isinstance(part, Tensor) else part for part in arguments]
-    found = ops.attention_of_one(*there)
-    _assert_close(tuple(part.cpu() for part in found), ops.attention_of_one(*arguments))
-    assert all(torch.equal(one, other) for one, other in zip(ops.attention_of_one(*there), found, strict=True))
+    found = ops.one_token_attention(*there)
+    _assert_close(tuple(part.cpu() for part in found), ops.one_token_attention(*arguments))
+    assert all(torch.equal(one, other) for one, other in zip(ops.one_token_attention(*there), found, strict=True))
 
 
 @pytest.mark.gpu
@@ -230,9 +230,9 @@ def test_attention_on_a_gpu(kind: str, groups: int, position: int, update: bool)
 def test_routing_on_a_gpu(kind: str, top_k: int, tied: bool) -> None:
     arguments = route_arguments(kind, top_k, tied)
     there = [part.cuda() if isinstance(part, Tensor) else part for part in arguments]
-    found = ops.route_one(*there)
-    _assert_close(tuple(part.cpu() for part in found), ops.route_one(*arguments))
-    assert all(torch.equal(one, other) for one, other in zip(ops.route_one(*there), found, strict=True))
+    found = ops.one_token_router(*there)
+    _assert_close(tuple(part.cpu() for part in found), ops.one_token_router(*arguments))
+    assert all(torch.equal(one, other) for one, other in zip(ops.one_token_router(*there), found, strict=True))
 
 
 @pytest.mark.gpu
@@ -240,9 +240,9 @@ def test_routing_on_a_gpu(kind: str, top_k: int, tied: bool) -> None:
 def test_linear_on_a_gpu(kind: str, rows: int, columns: int) -> None:
     x, weight, scale = linear_arguments(kind, rows, columns)
     there = (x.cuda(), weight.cuda(), None if scale is None else scale.cuda())
-    found = ops.linear_of_one(*there)
-    _assert_close((found.cpu(),), (ops.linear_of_one(x, weight, scale),))
-    assert torch.equal(ops.linear_of_one(*there), found)
+    found = ops.one_token_linear(*there)
+    _assert_close((found.cpu(),), (ops.one_token_linear(x, weight, scale),))
+    assert torch.equal(ops.one_token_linear(*there), found)
 
 
 @pytest.mark.compiler
@@ -255,7 +255,7 @@ def test_no_product_is_summed_across_warps(kind: str, rows: int, columns: int) -
     launches: list[Launch] = []
     with torch.device("meta"):
         weight = torch.empty(rows, columns, dtype=torch.int8 if kind == "int8" else torch.bfloat16)
-        run_linear_of_one(
+        run_one_token_linear(
             torch.empty(1, columns, dtype=torch.bfloat16),
             weight,
             torch.empty(rows) if kind == "int8" else None,

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from executorch_moe.kernels.decode import op as ops
-from executorch_moe.kernels.decode.aten import route_one_aten
-from executorch_moe.kernels.decode.launches import run_route_one
+from executorch_moe.kernels.decode.aten import one_token_router_aten
+from executorch_moe.kernels.decode.launches import run_one_token_router
 
 from .test_one_token import CONTEXT, EXPERTS, attention_arguments, linear_arguments, random, route_arguments
 
@@ -77,9 +77,9 @@ LINEAR: list[tuple[str, Change, str]] = [
 
 
 def arguments_of(name: str) -> tuple[Any, dict[str, Any]]:
-    if name == "attention_of_one":
+    if name == "one_token_attention":
         fields, values = ops.AttentionArguments._fields, attention_arguments("int8", 4, 5, True)
-    elif name == "route_one":
+    elif name == "one_token_router":
         fields, values = ops.RouteArguments._fields, route_arguments("int8", 3)
     else:
         fields, values = ("x", "weight", "scale"), linear_arguments("int8", 50, 96)
@@ -88,7 +88,11 @@ def arguments_of(name: str) -> tuple[Any, dict[str, Any]]:
 
 CASES = [
     (operator, *case)
-    for operator, cases in (("attention_of_one", ATTENTION), ("route_one", ROUTE), ("linear_of_one", LINEAR))
+    for operator, cases in (
+        ("one_token_attention", ATTENTION),
+        ("one_token_router", ROUTE),
+        ("one_token_linear", LINEAR),
+    )
     for case in cases
 ]
 
@@ -114,7 +118,7 @@ def test_bad_arguments_get_a_reason(operator: str, argument: str, change: Change
 
 @pytest.mark.parametrize("heads", [0, 3])
 def test_rows_that_are_no_heads(heads: int) -> None:
-    run, arguments = arguments_of("attention_of_one")
+    run, arguments = arguments_of("one_token_attention")
     rows = (heads + 4) * 32  # two key/value heads take four of them
     arguments["weight"], arguments["scale"] = arguments["weight"][:rows], arguments["scale"][:rows]
     with pytest.raises(ValueError, match=f"weight has {rows} rows, expected .* kv_heads=2, D=32"):
@@ -123,7 +127,7 @@ def test_rows_that_are_no_heads(heads: int) -> None:
 
 @pytest.mark.parametrize("position", [-1, CONTEXT + 1, 2**40])
 def test_positions_outside_the_cache(position: int) -> None:
-    run, arguments = arguments_of("attention_of_one")
+    run, arguments = arguments_of("one_token_attention")
     arguments["position"].fill_(position)
     with pytest.raises(ValueError, match=f"position={position} must be from 0 to the C={CONTEXT} positions"):
         run(*arguments.values())
@@ -131,7 +135,7 @@ def test_positions_outside_the_cache(position: int) -> None:
 
 def test_tokens_that_are_not_contiguous_are_taken() -> None:
     """They are made anew for each token; only what is kept must lie in order."""
-    for name in ("attention_of_one", "route_one", "linear_of_one"):
+    for name in ("one_token_attention", "one_token_router", "one_token_linear"):
         run, arguments = arguments_of(name)
         first = next(iter(arguments))
         expected = run(*arguments.values())
@@ -141,7 +145,7 @@ def test_tokens_that_are_not_contiguous_are_taken() -> None:
         assert all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs)
 
 
-@pytest.mark.parametrize("name", ["attention_of_one", "route_one", "linear_of_one"])
+@pytest.mark.parametrize("name", ["one_token_attention", "one_token_router", "one_token_linear"])
 def test_all_checks_of_torch(name: str) -> None:
     run, arguments = arguments_of(name)
     for cache in ("key", "value"):  # opcheck compares results, and NaN is equal to nothing
@@ -150,7 +154,7 @@ def test_all_checks_of_torch(name: str) -> None:
     torch.library.opcheck(run.default, tuple(arguments.values()))
 
 
-@pytest.mark.parametrize("name", ["attention_of_one", "route_one", "linear_of_one"])
+@pytest.mark.parametrize("name", ["one_token_attention", "one_token_router", "one_token_linear"])
 def test_backward_says_that_there_is_none(name: str) -> None:
     run, arguments = arguments_of(name)
     first = next(iter(arguments))
@@ -161,7 +165,7 @@ def test_backward_says_that_there_is_none(name: str) -> None:
 
 
 def broken_route(logits: str) -> tuple[object, ...]:
-    """Arguments of `route_one` whose logits are all NaN, or NaN for three experts, or all infinite."""
+    """Arguments of `one_token_router` whose logits are all NaN, or NaN for three experts, or all infinite."""
     x, weight, scale, residual, norm, router, _, eps = route_arguments("bf16", 4)
     if logits == "all":
         residual = torch.full_like(residual, torch.nan)
@@ -184,7 +188,7 @@ def check_ids(ids: Tensor, logits: str) -> None:
 
 @pytest.mark.parametrize("logits", ["all", "some", "infinite"])
 def test_experts_are_chosen_whatever_the_logits_are(logits: str) -> None:
-    *_, weights, ids = ops.route_one(*broken_route(logits))
+    *_, weights, ids = ops.one_token_router(*broken_route(logits))
     check_ids(ids, logits)
     assert weights.isnan().all()  # nothing hides that the model is broken
 
@@ -193,9 +197,9 @@ def test_experts_are_chosen_whatever_the_logits_are(logits: str) -> None:
 @pytest.mark.parametrize("logits", ["all", "some", "infinite"])
 def test_interpreted_experts_are_chosen_whatever_the_logits_are(logits: str) -> None:
     arguments = ops.RouteArguments(*broken_route(logits))
-    *_, weights, ids = run_route_one(arguments)
+    *_, weights, ids = run_one_token_router(arguments)
     check_ids(ids, logits)
-    assert ids.tolist() == route_one_aten(arguments)[3].tolist() and weights.isnan().all()
+    assert ids.tolist() == one_token_router_aten(arguments)[3].tolist() and weights.isnan().all()
 
 
 @pytest.mark.gpu
@@ -204,13 +208,15 @@ def test_experts_are_chosen_whatever_the_logits_are_on_a_gpu(logits: str) -> Non
     arguments = broken_route(logits)
     # What is left in the allocator's memory must not look like a right answer.
     torch.full((4096,), -1, dtype=torch.int64, device="cuda")
-    *_, weights, ids = ops.route_one(*(t.cuda() if isinstance(t, Tensor) else t for t in arguments))
+    *_, weights, ids = ops.one_token_router(*(t.cuda() if isinstance(t, Tensor) else t for t in arguments))
     check_ids(ids.cpu(), logits)
-    assert ids.tolist() == ops.route_one(*arguments)[3].tolist() and weights.isnan().all()
+    assert ids.tolist() == ops.one_token_router(*arguments)[3].tolist() and weights.isnan().all()
 
 
 def test_the_hidden_size_of_a_row_is_bounded() -> None:
     hidden = 8320
     row = random(1, 1, hidden)
     with pytest.raises(ValueError, match="residual has H=8320, expected 8192 at most"):
-        ops.route_one(random(1, 1, 32), random(hidden, 32), None, row, random(hidden), random(4, hidden), 2, 1e-6)
+        ops.one_token_router(
+            random(1, 1, 32), random(hidden, 32), None, row, random(hidden), random(4, hidden), 2, 1e-6
+        )

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from executorch_moe.kernels._device import launches_before
 from executorch_moe.kernels.decode import op as ops
-from executorch_moe.kernels.decode.launches import run_attention_of_one, run_route_one
+from executorch_moe.kernels.decode.launches import run_one_token_attention, run_one_token_router
 from executorch_moe.kernels.experts.plan import Launch, Options, run_fused_experts
 from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED, find_model
 from executorch_moe.kernels.measure.compile import compile_kernel, record_launches
-from executorch_moe.kernels.measure.timing import SHAPES, LayerInputs, make_layers
+from executorch_moe.kernels.measure.timing import LayerInputs, make_layers
+from executorch_moe.kernels.shapes import SHAPES
 from executorch_moe.kernels.tuning.configs import Gpu
 
 from .wait_dependence import unordered_stores
@@ -31,8 +32,8 @@ def launches_of_a_layer(capability: int) -> list[Launch]:
     launches: list[Launch] = []
     with torch.device("meta"):
         attention, route = token_arguments(torch.empty(1, 1, H, dtype=torch.bfloat16), None)
-        run_attention_of_one(attention, gpu=gpu, submit=launches.append)
-        run_route_one(route, gpu=gpu, submit=launches.append)
+        run_one_token_attention(attention, gpu=gpu, submit=launches.append)
+        run_one_token_router(route, gpu=gpu, submit=launches.append)
     for tokens, scheme in ((1, "w4a16"), (600, "w4a8")):
         launches += record_launches(gpu, scheme, tokens, 16, 8, H, 512, 128, Options())
     return launches
@@ -121,8 +122,8 @@ def token_through(layers: list[LayerInputs], row: Tensor, submit: Callable[[Laun
     for seed, layer in enumerate(layers):
         attention, route = weights_of_layer(seed)  # made before a graph is recorded
         attention = attention._replace(hidden=row, update=update)
-        summed, out, _ = run_attention_of_one(attention, submit=submit)
-        row, normed, weights, ids = run_route_one(route._replace(x=out, residual=summed), submit=submit)
+        summed, out, _ = run_one_token_attention(attention, submit=submit)
+        row, normed, weights, ids = run_one_token_router(route._replace(x=out, residual=summed), submit=submit)
         assert layer.packed is not None
         arguments = layer.packed.arguments(normed, ids, weights, "silu")
         update = run_fused_experts(arguments, submit=submit)[None]
@@ -178,5 +179,5 @@ def test_a_gpu_that_cannot_overlap_is_not_asked_to() -> None:
     launches: list[Launch] = []
     with torch.device("meta"):
         attention, _ = token_arguments(torch.empty(1, 1, H, dtype=torch.bfloat16), None)
-        run_attention_of_one(attention, gpu=find_model("a100").gpu, submit=launches.append)
+        run_one_token_attention(attention, gpu=find_model("a100").gpu, submit=launches.append)
     assert all(launch.options == {"num_warps": launch.num_warps} for launch in launches)

@@ -1,4 +1,4 @@
-"""The packed layout holds the values that its formula says, and quantisation is the nearest code."""
+"""The packed layout holds the values that its formula says, and quantization is the nearest code."""
 
 from __future__ import annotations
 
@@ -9,13 +9,8 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from executorch_moe.kernels import ALGORITHMS, SCHEMES, pack_experts, unpack_experts
-from executorch_moe.kernels.packing.experts import (
-    deinterleave_gate_up,
-    interleave_gate_up,
-    pack_int4,
-    quantize_int4,
-    unpack_int4,
-)
+from executorch_moe.kernels.packing.fragments import deinterleave_gate_up, interleave_gate_up, pack_int4, unpack_int4
+from executorch_moe.kernels.packing.rounding import quantize_int4
 
 from . import cases
 
@@ -60,7 +55,7 @@ def test_gate_and_up_alternate_in_runs_of_8() -> None:
     assert torch.equal(deinterleave_gate_up(packed), rows)
 
 
-def test_quantised_code_is_the_nearest_one_for_the_stored_scale() -> None:
+def test_quantized_code_is_the_nearest_one_for_the_stored_scale() -> None:
     w = torch.randn(3, 7, 128)
     q, scale = quantize_int4(w, 32)
     assert scale.dtype == torch.bfloat16 and scale.shape == (3, 7, 4)
@@ -104,7 +99,7 @@ def test_biases_are_stored_in_packed_row_order() -> None:
     [
         ({"scheme": "w3a16"}, "scheme='w3a16' is unknown: use one of bf16, w4a16, w4a8"),
         ({"group_size": 48}, "group_size=48 is not supported"),
-        ({"group_size": 128}, "hidden size H=192 must be a multiple of group_size=128: requantise with group_size=64"),
+        ({"group_size": 128}, "hidden size H=192 must be a multiple of group_size=128: requantize with group_size=64"),
         ({"down": torch.zeros(2, 192, 32)}, "do not belong together"),
         ({"down": torch.zeros(192, 64)}, "must be 3-D"),
         ({"gate_up_bias": torch.zeros(2, 64)}, "gate_up_bias has shape"),

@@ -1,4 +1,4 @@
-"""Half-quadratic quantisation: what it promises about a group, and that the packed layer holds its codes."""
+"""Half-quadratic quantization: what it promises about a group, and that the packed layer holds its codes."""
 
 from __future__ import annotations
 

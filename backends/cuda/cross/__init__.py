@@ -1,1 +1,1 @@
-"""TODO"""
+"""Lowering for an NVIDIA GPU that is not in this machine."""

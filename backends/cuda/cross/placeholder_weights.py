@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class WeightStandIns:
+class PlaceholderWeights:
     """Replacements for the functions that move, read and record weights while one method is lowered.
 
     Args:

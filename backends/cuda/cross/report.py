@@ -21,7 +21,7 @@ class KernelChoice:
         method: of the program.
         kernel: its name in the artifact.
         candidates: configurations that it lists; config: the one that was taken (`kernel_configs`), and what the kernel
-            was specialised for.
+            was specialized for.
         shared: dynamic shared memory that it is launched with, bytes.
     """
 

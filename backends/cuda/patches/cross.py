@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 
 from executorch_moe.backends.cuda.cross import gpu_stand_ins, host_toolchain
-from executorch_moe.backends.cuda.cross.placeholder_weights import WeightStandIns
+from executorch_moe.backends.cuda.cross.placeholder_weights import PlaceholderWeights
 from executorch_moe.backends.cuda.cross.static_choices import StaticChoices
 from executorch_moe.backends.cuda.overlapped_launches import overlapped_launches, unknown_host_code
 from executorch_moe.kernels.gpus import GpuModel
@@ -289,7 +289,7 @@ def _replace_weights(replace: Replace, choices: StaticChoices) -> None:
     from torch._inductor import graph
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 
-    weights = WeightStandIns(graph.GraphLowering.get_original_value_of_constant, graph.is_same_tensor)
+    weights = PlaceholderWeights(graph.GraphLowering.get_original_value_of_constant, graph.is_same_tensor)
 
     def move(cls: Any, edge_program: Any, device: str, compile_specs: Any) -> Any:
         choices.method = cls.method_name_from_compile_specs(compile_specs)

@@ -1,0 +1,125 @@
+"""The layout of packed expert weights (layout version 3): the order of values in memory, and conversions both ways.
+
+Two matrices an expert: `w13` = gate and up projections, N = 2I rows over K = H; `w2` = down projection, N = H rows over
+K = I. I and H are padded to multiples of 128 with zeros (which add nothing), written Ip and Hp below.
+
+Rows of `w13`: gate and up rows alternate in runs of 8: packed row 16b + j is gate row 8b + j for j < 8, else up row
+8b + j - 8. An MMA accumulator gives a thread rows r and r + 8, so gate and up of one element meet in one thread.
+
+4-bit schemes, uint8 [E, K/128, N, 64]: the 128 values of one row in one K block are 64 consecutive bytes, and the rows
+of a block follow each other. Values are signed nibbles q in [-8, 7], value = q * scale (+ zero). Inside the 64 bytes,
+thread t of the 4 that share an MMA row owns the 16 bytes from 16t on: exactly the values of its operand fragments.
+    w4a16 (bf16 fragments, m16k16):  k = 32s + 16c + 8h + 2t + l  ->  byte 16t + 8c + 4h + 2l + s // 2, nibble s % 2
+    w4a8  (int8 fragments, m16k32):  k = 64s + 32c + 16h + 4t + 2m + l ->  byte 16t + 8c + 4h + 2l + m, nibble s
+    (s, c, h, m, l in range; nibble 0 is the low one)
+The middle two of every four int8 values are swapped, in the weights here and in the activations when they are
+quantized: the product is the same, and the bf16 decoder finds neighbors where it looks for them, so that few tokens
+can be multiplied in bf16.
+Scales, and the optional zeros, bf16 [E, K/group_size, N]: n contiguous, as a tile reads a run of rows at one group, and
+within runs of 16 in the order 0, 8, 1, 9, ... 7, 15: rows r and r + 8, whose sums one thread has, share a 32-bit word.
+Of int8 fragments, a scale is an integer multiple, 0 (padding) to 16, of its row's scale, and the rows' scales follow
+those of the groups: bf16 [E, K/group_size + 1, N]. A code times its multiple is an int8 value.
+
+bf16 scheme, bf16 [E, N, K]: rows as above, K contiguous.
+
+Source: the fragment orders of mma.m16n8k16 (bf16) and mma.m16n8k32 (s8), PTX ISA, section "Matrix fragments".
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from executorch_moe.kernels.schemes import GATE_UP_GRANULE, K_BLOCK, Scheme, get_scheme
+
+
+def interleave_gate_up(rows: Tensor) -> Tensor:
+    """Reorder [E, 2*Ip, ...] from gate rows then up rows to runs of 8 of each in turn."""
+    e, n = rows.shape[:2]
+    tail = rows.shape[2:]
+    return rows.reshape(e, 2, n // (2 * GATE_UP_GRANULE), GATE_UP_GRANULE, *tail).transpose(1, 2).reshape(e, n, *tail)
+
+
+def deinterleave_gate_up(rows: Tensor) -> Tensor:
+    """Inverse of `interleave_gate_up`."""
+    e, n = rows.shape[:2]
+    tail = rows.shape[2:]
+    return rows.reshape(e, n // (2 * GATE_UP_GRANULE), 2, GATE_UP_GRANULE, *tail).transpose(1, 2).reshape(e, n, *tail)
+
+
+def pack_int4(q: Tensor, scheme: str) -> Tensor:
+    """Pack 4-bit codes into layout version 3.
+
+    Args:
+        q: int8 [E, N, K] in [-8, 7], K a multiple of 128.
+        scheme: "w4a16" or "w4a8": decides the fragment order.
+
+    Returns:
+        uint8 [E, K/128, N, 64].
+    """
+    e, n, k = q.shape
+    nibbles = q.view(torch.uint8).bitwise_and(0xF).reshape(e, n, k // K_BLOCK, K_BLOCK).transpose(1, 2)
+    lead = nibbles.shape[:3]
+    if scheme == "w4a8":  # k = (s, c, h, t, m, l) -> byte (t, c, h, l, m), nibble s
+        frag = nibbles.reshape(*lead, 2, 2, 2, 4, 2, 2).permute(0, 1, 2, 6, 4, 5, 8, 7, 3)
+    else:  # k = (s1, s0, c, h, t, l) -> byte (t, c, h, l, s1), nibble s0
+        frag = nibbles.reshape(*lead, 2, 2, 2, 2, 4, 2).permute(0, 1, 2, 7, 5, 6, 8, 3, 4)
+    frag = frag.reshape(*lead, 64, 2)
+    return (frag[..., 0] | (frag[..., 1] << 4)).contiguous()
+
+
+def unpack_int4(packed: Tensor, scheme: str) -> Tensor:
+    """Codes of a packed matrix as fp32; plain ATen operators only, so that it can be traced into an exported program.
+
+    Args:
+        packed: uint8 [E, K/128, N, 64].
+        scheme: "w4a16" or "w4a8".
+
+    Returns:
+        fp32 [E, N, K] with integers in [-8, 7].
+    """
+    e, kb, n, _ = packed.shape
+    byte = packed.to(torch.int32)
+    # Two's complement nibble -> integer without a branch: (x ^ 8) - 8.
+    nibble = torch.stack(((byte & 0xF) ^ 8, ((byte >> 4) & 0xF) ^ 8), dim=-1)
+    if scheme == "w4a8":  # (t, c, h, l, m, s) -> (s, c, h, t, m, l)
+        natural = nibble.reshape(e, kb, n, 4, 2, 2, 2, 2, 2).permute(0, 2, 1, 8, 4, 5, 3, 7, 6)
+    else:  # (t, c, h, l, s1, s0) -> (s1, s0, c, h, t, l)
+        natural = nibble.reshape(e, kb, n, 4, 2, 2, 2, 2, 2).permute(0, 2, 1, 7, 8, 4, 5, 3, 6)
+    return natural.reshape(e, n, kb * K_BLOCK).to(torch.float32) - 8.0
+
+
+def dequantize(packed: Tensor, scale: Tensor | None, zero: Tensor | None, scheme: str) -> Tensor:
+    """Dequantize one packed matrix; traceable.
+
+    Args:
+        packed: w13 or w2 of `PackedExperts`.
+        scale, zero: bf16 [E, K/group_size, N] or None; with the rows' own scales behind them for "w4a8".
+        scheme: fragment order of the packed matrix, "w4a16" or "w4a8".
+
+    Returns:
+        fp32 [E, N, K] (padded sizes, rows in packed order).
+    """
+    if scale is None:
+        return packed.to(torch.float32)
+    codes = unpack_int4(packed, scheme)
+    e, n, k = codes.shape
+
+    def by_row(t: Tensor) -> Tensor:  # [E, groups, N] in pairs of rows -> fp32 [E, N, groups, 1]
+        natural = t.to(torch.float32).reshape(e, t.shape[1], n // 16, 8, 2).permute(0, 2, 4, 3, 1)
+        return natural.reshape(e, n, t.shape[1], 1)
+
+    scales = by_row(scale)
+    if scheme == "w4a8":
+        scales = scales[:, :, :-1] * scales[:, :, -1:]
+    groups = scales.shape[2]
+    weight = codes.reshape(e, n, groups, k // groups) * scales
+    if zero is not None:
+        weight = weight + by_row(zero)
+    return weight.reshape(e, n, k)
+
+
+def fragment_order(scheme: Scheme | str, gemm: int) -> str:
+    """Fragment order of a matrix: int8 fragments where GEMM `gemm` (1 or 2) of the scheme multiplies in int8."""
+    kind = get_scheme(scheme) if isinstance(scheme, str) else scheme
+    return "w4a8" if kind.act_group(gemm) else "w4a16"
