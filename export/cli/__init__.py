@@ -1,1 +1,5 @@
 """The command `executorch-moe`."""
+
+from .app import main
+
+__all__ = ["main"]

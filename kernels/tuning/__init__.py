@@ -1,1 +1,1 @@
-"""Tile configurations of an expert layer: checked-in tables by GPU and layer, and a heuristic where they have no entry."""
+"""Tile configurations of an expert layer: checked-in tables by GPU and layer, else a heuristic."""

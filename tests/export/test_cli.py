@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from executorch_moe.export.cli.main import app
+from executorch_moe.export.cli.app import app
 from executorch_moe.export.generate.generator import Generation
 from executorch_moe.export.models.pretrained import resolve
 from executorch_moe.export.options import ExportOptions
@@ -112,18 +112,18 @@ def test_export_for_another_gpu_runs_in_its_own_process(tmp_path: Path, monkeypa
         return 3
 
     monkeypatch.setattr("executorch_moe.backends.cuda.cross.target.check_target", lambda target: None)
-    monkeypatch.setattr("executorch_moe.export.cli.main.run_to_the_end", run)
+    monkeypatch.setattr("executorch_moe.export.cli.app.run_to_the_end", run)
     result = runner.invoke(
         app,
         ["export", "tiny", "-o", str(tmp_path / "x.pte"), "--target", "h200", "--dtype", "bf16", "--algorithm", "hqq"],
     )
     assert result.exit_code == 3 and result.output == ""
     (command,) = commands
-    assert command[1:5] == ["-m", "executorch_moe.export.cli.main", "export", "tiny"] and "--own-process" in command
+    assert command[1:5] == ["-m", "executorch_moe.export.cli.app", "export", "tiny"] and "--own-process" in command
     assert command[command.index("--target") + 1] == "h200" and command[command.index("--dtype") + 1] == "bf16"
     assert command[command.index("--algorithm") + 1] == "hqq"
     # The other process is asked for the same options, all of them.
-    from executorch_moe.export.cli.main import export_in_own_process
+    from executorch_moe.export.cli.app import export_in_own_process
 
     assert command[command.index("--own-process") + 1] == str(os.getpid())
     options = ExportOptions(
@@ -179,7 +179,7 @@ def test_a_killed_export_in_its_own_process_is_told_of(
     how: signal.Signals, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("executorch_moe.backends.cuda.cross.target.check_target", lambda target: None)
-    monkeypatch.setattr("executorch_moe.export.cli.main.run_to_the_end", lambda command: -how)
+    monkeypatch.setattr("executorch_moe.export.cli.app.run_to_the_end", lambda command: -how)
     command = ("export", "tiny", "-o", tmp_path / "x.pte", "--target", "sm_90")
     assert refused(*command).endswith(message)
     (tmp_path / "x.work").mkdir()
@@ -196,7 +196,7 @@ def test_an_export_in_its_own_process_ends_with_its_parent(tmp_path: Path) -> No
     )
     parent = (
         "import os, sys\n"
-        "from executorch_moe.export.cli.main import run_to_the_end\n"
+        "from executorch_moe.export.cli.app import run_to_the_end\n"
         "run_to_the_end([sys.executable, '-c', sys.argv[1], str(os.getpid()), sys.argv[2]])"
     )
     process = subprocess.Popen([sys.executable, "-c", parent, child, str(tmp_path)])
@@ -279,7 +279,7 @@ def test_notes_of_native_code_are_held_back_on_a_terminal() -> None:
 
     code = (
         "import sys\n"
-        "from executorch_moe.export.cli.main import progress_on\n"
+        "from executorch_moe.export.cli.app import progress_on\n"
         "from executorch_moe.export.progress import spinner\n"
         "from executorch_moe.export.quiet import hold_native_notes\n"
         "with hold_native_notes() as terminal:\n"
@@ -302,7 +302,7 @@ def test_notes_of_native_code_are_held_back_on_a_terminal() -> None:
 
 
 def test_tune_keeps_other_packages_quiet(tmp_path: Path) -> None:
-    code = "from executorch_moe.export.cli.main import main; main()"
+    code = "from executorch_moe.export.cli.app import main; main()"
     command = [sys.executable, "-c", code, "tune", "--shape", "qwen35", "--layers", "0", "--out", str(tmp_path / "t")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr == "error: layers=0 must be at least 1\n"
@@ -455,7 +455,7 @@ def version(name):
     return given
 metadata.version = version
 del sys.argv[1:3]
-from executorch_moe.export.cli.main import main
+from executorch_moe.export.cli.app import main
 main()
 """
 

@@ -90,7 +90,7 @@ def test_in_a_process_of_its_own(pte: Path, suffix: str) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 3] ^= 4
     path.write_bytes(data)
-    command = [sys.executable, "-m", "executorch_moe.export.cli.main", "generate", str(pte), "-p", "a"]
+    command = [sys.executable, "-m", "executorch_moe.export.cli.app", "generate", str(pte), "-p", "a"]
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"})
     assert result.returncode == 2 and result.stdout == "", result
     (line,) = [line for line in result.stderr.splitlines() if "cpuinfo" not in line]

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from executorch_moe.backends.fusion.modules import find_experts
 from executorch_moe.backends.runtime.loader import load
-from executorch_moe.export.cli.main import app
+from executorch_moe.export.cli.app import app
 from executorch_moe.export.models.pretrained import SUPPORTED_MODEL_TYPES, resolve
 
 from .families import FAMILIES, Logits, by_name, tokens

@@ -15,7 +15,7 @@ from executorch_moe.backends.artifact.cubin import GpuCode
 from executorch_moe.backends.artifact.inspect import ArtifactReport, DelegateReport, MethodReport
 from executorch_moe.backends.cuda.cross.report import CrossCompileReport, GemmChoice, KernelChoice
 from executorch_moe.backends.fusion import FusionReport
-from executorch_moe.export.cli.main import app
+from executorch_moe.export.cli.app import app
 from executorch_moe.export.report.inspection import check_archs, kernels_table, report_json
 from executorch_moe.kernels.gpus import find_model
 

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from executorch_moe.export.bench import kernel as kb
-from executorch_moe.export.cli.main import app
+from executorch_moe.export.cli.app import app
 from executorch_moe.kernels.experts.aten import fused_experts_cpu
 from executorch_moe.kernels.measure.compile import CompileJob, compile_ahead
 from executorch_moe.kernels.measure.timing import (

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from executorch_moe.backends.fusion.recognize import ExpertLayout
 from executorch_moe.export import build
 from executorch_moe.export import check as preflight
-from executorch_moe.export.cli.main import app
+from executorch_moe.export.cli.app import app
 from executorch_moe.export.models import keywords
 from executorch_moe.export.models.pretrained import resolve
 from executorch_moe.export.options import ExportOptions

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from executorch_moe.export.cli.main import app
+from executorch_moe.export.cli.app import app
 from executorch_moe.export.models import synthetic
 from executorch_moe.export.models.causal_lm import CausalLM
 from executorch_moe.export.options import ExportOptions

@@ -266,7 +266,7 @@ def export_in_own_process(options: Any, report: Path | None, verbose: bool) -> i
     """
     from executorch_moe.export.own_process import why_killed
 
-    command = [sys.executable, "-m", "executorch_moe.export.cli.main", *(["--debug"] if debug else [])]
+    command = [sys.executable, "-m", "executorch_moe.export.cli.app", *(["--debug"] if debug else [])]
     command += ["export", options.model, "--own-process", str(os.getpid())]
     for name, value in asdict(options).items():
         option = f"--{name.replace('_', '-')}"
@@ -596,7 +596,3 @@ def doctor() -> None:
 def main() -> None:
     """Entry point of the console command."""
     app()
-
-
-if __name__ == "__main__":
-    main()

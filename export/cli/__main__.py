@@ -1,0 +1,5 @@
+"""python -m executorch_moe.export.cli"""
+
+from .app import main
+
+main()
