@@ -182,11 +182,11 @@ def draw(graph: Graph) -> str:
         top += height + 34
     arrows = [arrow(places[a], places[b]) for a, b in sorted(set().union(*_arrows(graph)))]
     for upper, lower in itertools.pairwise(LAYERS):
-        start, height = bands[upper]
+        start, size = bands[upper]
         shapes.append(
-            f'<path class="between" d="M {WIDTH / 2:.0f} {start + height:.0f} L {WIDTH / 2:.0f} '
+            f'<path class="between" d="M {WIDTH / 2:.0f} {start + size:.0f} L {WIDTH / 2:.0f} '
             f'{bands[lower][0] - 3:.0f}" marker-end="url(#big)"/>'
-            f'<text class="note" x="{WIDTH / 2 + 14:.0f}" y="{start + height + 21:.0f}">imports</text>'
+            f'<text class="note" x="{WIDTH / 2 + 14:.0f}" y="{start + size + 21:.0f}">imports</text>'
         )
     boxes = [box(room, graph.rooms[room], places[room]) for room in sorted(places)]
     return "\n".join(
