@@ -33,6 +33,7 @@ def test_commands_are_known_to_the_parser(block: Block) -> None:
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if not block.reason], ids=str)
 @pytest.mark.slow
+@pytest.mark.xdist_group("docs")
 def test_cheap_commands_run(block: Block, workspace: Workspace) -> None:
     for line in shell_lines(block):
         workspace.run(line)

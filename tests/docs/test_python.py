@@ -16,6 +16,7 @@ BLOCKS = all_blocks("python")
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if not block.reason], ids=str)
 @pytest.mark.slow
+@pytest.mark.xdist_group("docs")
 def test_python_runs(block: Block, workspace: Workspace) -> None:
     code = compile(block.text, str(block), "exec")
     with workspace.entered(), contextlib.redirect_stdout(io.StringIO()):
