@@ -45,7 +45,7 @@ def main(tool: str, *arguments: str) -> int:
         print(f"error: no CUDA device for torch {torch.__version__}: run this on a GPU machine.")
         return 2
     if any(argument.startswith("-n") for argument in arguments):
-        print("error: compute-sanitizer cannot watch the worker processes of -n: leave it out, and choose tests with -k.")
+        print("error: compute-sanitizer cannot watch the workers of -n: leave it out, and choose tests with -k.")
         return 2
     if shutil.which("compute-sanitizer") is None:
         print("error: compute-sanitizer is not on PATH: add the bin folder of the CUDA toolkit.")

@@ -1,4 +1,4 @@
-"""constraints.txt and the Makefile against the requirements in pyproject.toml."""
+"""constraints.txt, the Makefile and .pre-commit-config.yaml agree with the requirements in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def test_every_requirement_has_one_version_in_its_range(python: str) -> None:
     for pin in versions.pins():
         wanted = Requirement(pin.wanted)
         assert wanted.specifier.contains(found[canonicalize_name(wanted.name)]), (wanted, python)
-    for name in ("pytest", "ruff", "mypy", "hypothesis", "matplotlib", "setuptools"):
+    for name in ("pytest", "ruff", "mypy", "codespell", "hypothesis", "matplotlib", "setuptools"):
         assert name in found
 
 
 def test_both_ends_of_the_range_of_transformers_are_run() -> None:
-    """The newest is pinned, the Makefile names the oldest."""
+    """constraints.txt pins the newest version, the Makefile names the oldest."""
     (pin,) = (pin for pin in versions.pins() if pin.name == "transformers")
     bounds = {str(bound.operator): bound.version for bound in Requirement(pin.wanted).specifier}
     makefile = (ROOT / "Makefile").read_text()
@@ -54,3 +54,16 @@ def test_both_ends_of_the_range_of_transformers_are_run() -> None:
     assert pinned("3.11")["transformers"].startswith(f"{major}.{minor - 1}.")
     torch = re.search(r"^PINNED_TORCH := torch==(\S+)$", makefile, re.M)
     assert torch is not None and torch[1] == pinned("3.11")["torch"]
+
+
+def test_pre_commit_runs_what_make_lint_runs() -> None:
+    """Both call the tools in .venv, so that their versions are those of constraints.txt."""
+    makefile = (ROOT / "Makefile").read_text()
+    recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", makefile, re.M)
+    assert recipe is not None and re.search(r"^lint:.* mypy ", makefile, re.M)
+    lines = (line.strip().replace("$(BIN)", ".venv/bin") for line in recipe[1].splitlines())
+    linted = {line.removesuffix(" .").removesuffix(" --check") for line in lines}
+    config = (ROOT / ".pre-commit-config.yaml").read_text()
+    hooks = re.findall(r"^ *entry: (.*)$", config, re.M)
+    assert {hook.removesuffix(" --force-exclude") for hook in hooks} - {"make --no-print-directory mypy"} == linted
+    assert "make --no-print-directory mypy" in hooks and config.count("language: system") == len(hooks)
