@@ -1,9 +1,9 @@
-"""The structure of the package, from its source: direction of imports, no circles, and the size of modules and folders.
+"""The structure of the package, from its source: direction of imports, no circles, sizes of modules and folders.
 
-Layers import only to their left: kernels, backends, export, executorch_moe (the public names), examples. Inside a layer,
-each folder is a room with one purpose, and `ROOMS` lists the rooms of its layer that it may import. The modules beside
-the rooms are not listed: they hold what several rooms share, or join them. Circles through these modules are found
-module by module.
+Layers import only to their left: kernels, backends, export, executorch_moe (the public names), examples. Inside a
+layer, each folder is a room with one purpose, and `ROOMS` lists the rooms of its layer that it may import. The modules
+beside the rooms are not listed: they hold what several rooms share, or join them. Circles through these modules are
+found module by module.
 """
 
 from __future__ import annotations
