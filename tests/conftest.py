@@ -22,8 +22,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # No test downloads anything.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-SLOW_FILES: dict[str, int] = {}
-"""The slowest files of `make test` -> seconds of one core. They run first, so that no process idles at the end."""
+SLOW_FILES = (
+    "test_cross_export.py",  # exports in processes of their own, for one to three architectures
+    "test_families.py",  # seven families in eight modes: about 55 s of one core for each family
+    "test_compile.py",  # every tile for six architectures: about 10 s for each of them and scheme
+    "test_preflight.py",  # traces both methods twice for each set of options
+    "test_export_families.py",  # six exports by the command line
+    "test_tokens.py",  # exports in each scheme, and eager models beside them
+    "test_generated_kernels.py",
+    "test_overlapped_launches.py",
+    "test_cpu_target.py",  # about 10 s for each scheme and type
+    "test_quality.py",
+    "test_scripts.py",
+)
+"""The slow parts of `make test`, slowest first: it runs them in this order, so that no process idles at the end."""
+_ORDER = {name: position for position, name in enumerate(SLOW_FILES)}
 
 
 @functools.cache
@@ -55,7 +68,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xdist_group(f"{item.path.name}-{scheme}"))
         if item.get_closest_marker("gpu") and why_no_gpu():
             item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {why_no_gpu()}"))
-    items.sort(key=lambda item: -SLOW_FILES.get(item.path.name, 0))  # a stable sort: the order inside a file stays
+    items.sort(key=lambda item: _ORDER.get(item.path.name, len(_ORDER)))  # stable: keeps the order inside a file
 
 
 @pytest.fixture(autouse=True)

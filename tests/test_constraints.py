@@ -11,6 +11,8 @@ from packaging.utils import canonicalize_name
 
 from executorch_moe.backends import versions
 
+from .conftest import SLOW_FILES
+
 ROOT = Path(__file__).resolve().parents[1]
 LINES = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
@@ -80,3 +82,7 @@ def test_markers_are_in_the_folder_that_make_test_names(marker: str, folder: str
     tests = ROOT / "tests"
     marked = [path.relative_to(tests) for path in tests.rglob("test_*.py") if f"mark.{marker}" in path.read_text()]
     assert marked and {path.parts[0] for path in marked} == {folder}
+
+
+def test_slow_files_exist() -> None:
+    assert set(SLOW_FILES) <= {path.name for path in (ROOT / "tests").rglob("test_*.py")}
