@@ -29,7 +29,8 @@ from executorch_moe.backends.artifact.files import save
 from executorch_moe.backends.fusion.modules import find_experts
 from executorch_moe.backends.lower import lower
 from executorch_moe.backends.runtime.loader import load
-from executorch_moe.export.models.pretrained import load_model, resolve
+from executorch_moe.export.checkpoint.whole import load_model
+from executorch_moe.export.models.pretrained import resolve
 from executorch_moe.export.quantize.experts import quantize_experts_
 from executorch_moe.export.quiet import quiet
 from executorch_moe.kernels import ALGORITHMS, FusedExperts, Int4Codes, pack_codes, unpack_experts

@@ -16,8 +16,8 @@ import torch
 
 from executorch_moe.backends.artifact.files import companion
 from executorch_moe.export.generate.generator import TextGenerator
+from executorch_moe.export.host_memory import size
 from executorch_moe.export.report.metadata import RECORD_SUFFIX
-from executorch_moe.export.report.summary import size
 
 from .breakdown import Breakdown, profile_decode
 

@@ -37,7 +37,7 @@ COMPARED_ROWS = 4096
 """Rows of two stored matrices that are compared at a time."""
 
 
-def empty_model(folder: Path, dtype: torch.dtype, attention: str) -> nn.Module:
+def meta_model(folder: Path, dtype: torch.dtype, attention: str) -> nn.Module:
     """The model of config.json in eval mode, its parameters on the meta device, its buffers as made.
 
     Raises:

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from executorch_moe.export.models.pretrained import fp8_block, read_config
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # A file of this name belongs to a set of shards. Others (Mistral's "consolidated.safetensors") are not ours to read.
@@ -184,28 +186,6 @@ def all_finite(tensor: Tensor) -> bool:
         tensor = tensor.float()
     # Both ends are NaN where any value is. `isfinite` takes about 20 times as long.
     return bool(torch.stack(tensor.aminmax()).isfinite().all())
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder, which was read before; an unreadable one is empty."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
-def fp8_block(config: dict[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns that share a scale in a model whose weights are stored in fp8, None for another model."""
-    quantization = config.get("quantization_config")
-    if not isinstance(quantization, dict):
-        return None
-    block = quantization.get("weight_block_size")
-    if quantization.get("quant_method") != "fp8" or not isinstance(block, list) or len(block) != 2:
-        return None
-    if not all(isinstance(size, int) and size > 0 for size in block):
-        return None
-    return block[0], block[1]
 
 
 def listed(names: Iterable[str], shown: int = 3) -> str:

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from executorch_moe.backends.fusion import ExpertLayout, FusedLayer, FusionOptions, NotFusable
 from executorch_moe.backends.fusion.modules import find_experts, kind_of, recognize_module
-from executorch_moe.export.report.sizes import check_sizes
+from executorch_moe.export.models.pretrained import read_config
 from executorch_moe.kernels import SCHEMES, FusedExperts, PackedExperts, pack_experts
 from executorch_moe.kernels.schemes import check_group_size
 
-from .plan import CheckpointPlan, below, empty_model
-from .shards import ShardReader, Shards, read_config
+from .plan import CheckpointPlan, below, meta_model
+from .shards import ShardReader, Shards
+from .sizes import check_sizes
 from .work_folder import WorkFolder, manifest_of
 
 RUN_BYTES = 32 << 20
@@ -30,7 +31,7 @@ times as much for a moment."""
 
 
 @dataclass(frozen=True)
-class ExpertLayer:
+class LayerPlan:
     """One layer of the plan.
 
     Attributes:
@@ -78,7 +79,7 @@ class StreamedModel:
         self.fusion = fusion
         self.shards = Shards(folder)
         check_sizes(read_config(folder), self.shards)
-        self.model = empty_model(folder, dtype, attention)
+        self.model = meta_model(folder, dtype, attention)
         self.plan = CheckpointPlan(self.model, self.shards)
         self.layers = list(self._expert_layers())
         if not self.layers:
@@ -86,7 +87,7 @@ class StreamedModel:
                 f"{type(self.model).__name__} has no experts modules: give a Mixture-of-Experts model's folder"
             )
 
-    def _expert_layers(self) -> Iterator[ExpertLayer]:
+    def _expert_layers(self) -> Iterator[LayerPlan]:
         layouts: dict[tuple[object, ...], ExpertLayout] = {}
         for name, experts in find_experts(self.model):
             kind = kind_of(experts)  # equal layers are recognized once
@@ -103,7 +104,7 @@ class StreamedModel:
                     "with FusionOptions(require_fused=False)"
                 ) from error
 
-    def _layer(self, name: str, experts: nn.Module, layout: ExpertLayout) -> ExpertLayer:
+    def _layer(self, name: str, experts: nn.Module, layout: ExpertLayout) -> LayerPlan:
         config: Any = self.model.config
         _, down, *_ = layout.canonical(dict(experts.named_parameters()))
         num_experts, hidden, intermediate = down.shape
@@ -114,7 +115,7 @@ class StreamedModel:
             )
         _check_group_size(self.fusion, hidden, intermediate)
         stored = [self.shards.tensors[source] for source in self.plan.names_below(name)]
-        return ExpertLayer(
+        return LayerPlan(
             name=name,
             family=type(experts).__name__,
             layout=layout,
@@ -160,7 +161,7 @@ class StreamedModel:
         self.plan.load(except_below=(*skip, *(layer.name for layer in self.layers)))
         return records
 
-    def load_empty(self, prepare: Callable[[nn.Module], None] | None = None) -> None:
+    def load_placeholders(self, prepare: Callable[[nn.Module], None] | None = None) -> None:
         """Puts weights of the right shapes and types into `model`, but no values: enough to trace it.
 
         Nothing is read, and memory that nothing writes to is never taken, so this works for a model of any size.
@@ -180,7 +181,7 @@ class StreamedModel:
             prepare(self.model)
         _fill_with_zeros(self.model)
 
-    def _zeros(self, layer: ExpertLayer) -> dict[str, Tensor]:
+    def _zeros(self, layer: LayerPlan) -> dict[str, Tensor]:
         """Parameters of the first expert of a layer, all zero."""
         experts = self.model.get_submodule(layer.name)
         return {name: torch.zeros(1, *p.shape[1:], dtype=p.dtype) for name, p in experts.named_parameters()}
@@ -189,7 +190,7 @@ class StreamedModel:
         """What the packed layers depend on, for `WorkFolder`."""
         return manifest_of(self.shards, asdict(self.fusion))
 
-    def _pack(self, layer: ExpertLayer) -> tuple[FusedLayer, PackedExperts]:
+    def _pack(self, layer: LayerPlan) -> tuple[FusedLayer, PackedExperts]:
         """Packs one layer, a run of experts at a time."""
         count = layer.num_experts
         whole: PackedExperts | None = None
@@ -221,7 +222,7 @@ class StreamedModel:
         )
         return record, whole
 
-    def _run_length(self, layer: ExpertLayer) -> int:
+    def _run_length(self, layer: LayerPlan) -> int:
         """Experts that are packed at once: all of them if the checkpoint's tensors cannot be read in parts."""
         if not all(self.plan.can_read_runs(target) for target in self.plan.targets_below(layer.name)):
             return layer.num_experts

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from torch.export import Dim, ExportedProgram
 
-from executorch_moe.export.quantize.dense import OneTokenLinears
+from executorch_moe.export.host_memory import size, total_memory
 
 from .keywords import cache_name, check
+from .linears import OneTokenLinears
 from .pretrained import plain_outputs_
 from .sampling import Sampler, greedy, sample
 
@@ -188,6 +189,29 @@ def check_context(config: Any, max_context: int) -> None:
         raise NotImplementedError(
             f"RoPE of type {', '.join(changing)} is not supported, its frequencies change with the length of the text: "
             "use a model with another rope_type (default, linear, llama3, yarn)"
+        )
+
+
+def check_cache(config: Any, max_context: int, item_bytes: int) -> None:
+    """Check that a KV cache fits into this machine's memory, where the export makes it.
+
+    Args:
+        config: transformers' configuration. item_bytes: of one of its numbers.
+
+    Raises:
+        ValueError: it does not; says what it needs and what is there.
+    """
+    layers = config.num_hidden_layers  # one with a sliding window has a cache of all positions too
+    if rank := getattr(config, "kv_lora_rank", None):
+        width = rank + config.qk_rope_head_dim
+    else:
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        width = 2 * config.num_key_value_heads * head
+    needed, there = layers * width * max_context * item_bytes, total_memory()
+    if there and needed > there:
+        raise ValueError(
+            f"max_context={max_context} needs a KV cache of {size(needed)}, but this machine has {size(there)} of "
+            f"memory: use at most {there * max_context // needed}, or export where there is more"
         )
 
 

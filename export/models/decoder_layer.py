@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from executorch_moe.export.quantize.dense import Int8Linear, is_one_token
 from executorch_moe.kernels.decode.op import fits_one_token
 
 from .attention import MergedAttention
 from .causal_lm import CacheView
 from .keywords import take_cache
+from .linears import Int8Linear, is_one_token
 from .router import TopKFirstRouter
 
 
-class StreamlinedLayer(nn.Module):
+class OneTokenDecoderLayer(nn.Module):
     """Takes the place of a Qwen3-MoE decoder layer whose attention and router were replaced; the names stay.
 
     For one token the layers hand on two tensors: the experts' output is added by the next layer's first kernel. Only
@@ -94,24 +94,24 @@ def _weights(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     return None
 
 
-def streamline_layers_(module: nn.Module) -> nn.Module:
+def replace_decoder_layers_(module: nn.Module) -> nn.Module:
     """Replaces every layer whose attention and router were replaced, in place; marks those that add up themselves."""
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             for index, layer in enumerate(child):
                 if _fits(layer):
-                    child[index] = StreamlinedLayer(layer)
+                    child[index] = OneTokenDecoderLayer(layer)
             for layer, following in zip(child, [*child[1:], None], strict=True):
-                if isinstance(layer, StreamlinedLayer):
+                if isinstance(layer, OneTokenDecoderLayer):
                     layer.last = not _takes_two(following)
         else:
-            streamline_layers_(child)
+            replace_decoder_layers_(child)
     return module
 
 
 def _takes_two(layer: nn.Module | None) -> bool:
     """True for a layer that accepts (hidden states, update) from the layer before it when decoding one token."""
-    return isinstance(layer, StreamlinedLayer) and not layer.self_attn.sliding_window
+    return isinstance(layer, OneTokenDecoderLayer) and not layer.self_attn.sliding_window
 
 
 def _fits(layer: nn.Module) -> bool:

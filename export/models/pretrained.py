@@ -7,12 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from executorch_moe.backends.versions import check_versions
-from executorch_moe.export.checkpoint.shards import COMPLETE, Shards, all_finite, fp8_block, listed, read_config
-from executorch_moe.export.report.sizes import check_sizes
 
 # model_type of config.json. Any model's experts are fused by our partitioners; these fit `CausalLM` as well.
 SUPPORTED_MODEL_TYPES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "glm4_moe", "gpt_oss", "deepseek_v3")
@@ -90,6 +85,28 @@ def check_supported(folder: Path) -> dict[str, Any]:
     return config
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder, which was read before; an unreadable one is empty."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def fp8_block(config: dict[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns that share a scale in a model whose weights are stored in fp8, None for another model."""
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict):
+        return None
+    block = quantization.get("weight_block_size")
+    if quantization.get("quant_method") != "fp8" or not isinstance(block, list) or len(block) != 2:
+        return None
+    if not all(isinstance(size, int) and size > 0 for size in block):
+        return None
+    return block[0], block[1]
+
+
 def plain_outputs_(config: Any) -> None:
     """Changes a configuration of transformers so that the model returns logits in an output object, and nothing else.
 
@@ -161,53 +178,6 @@ def _all_keys(config: dict[str, Any]) -> set[str]:
     """Keys of a configuration and of the configurations in it."""
     inner = [_all_keys(value) for value in config.values() if isinstance(value, dict)]
     return {*config, *(key for keys in inner for key in keys)}
-
-
-def check_loadable(folder: Path) -> None:
-    """Check that `load_model` reads weights of this format.
-
-    Raises:
-        NotImplementedError: weights in fp8, which only `StreamedModel` reads.
-    """
-    if fp8_block(read_config(folder)) is not None:
-        raise NotImplementedError(
-            f"the weights in {folder} are in fp8, which only --experts ours reads: leave --experts out"
-        )
-
-
-def load_model(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
-    """The model on the CPU in `dtype`, in eval mode; `attention` is transformers' `attn_implementation`.
-
-    Raises:
-        ValueError: the weights are unreadable or do not fit the configuration.
-        NotImplementedError: weights in fp8, which only `StreamedModel` reads.
-    """
-    transformers = require_transformers()
-    check_loadable(folder)
-    check_sizes(read_config(folder), Shards(folder))
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        plain_outputs_(config)
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, local_files_only=True, attn_implementation=attention,
-            output_loading_info=True,
-        )  # fmt: skip
-    except Exception as error:  # safetensors, transformers and torch each raise their own kinds here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"the weights in {folder} cannot be loaded ({reason}): check that config.json and weights are of the same "
-            "model and whole"
-        ) from error
-    special_tokens(folder, config)
-    if missing := sorted(found["missing_keys"]):  # which transformers fills with random numbers
-        raise ValueError(f"{folder} lacks {listed(missing)}: {COMPLETE}")
-    for name, tensor in model.state_dict().items():
-        if not all_finite(tensor):
-            raise ValueError(
-                f"{name} in {folder} holds NaN or Inf: compare the files' checksums with the publisher's; if they are "
-                "theirs, use another checkpoint"
-            )
-    return model.eval()
 
 
 def tokenizer_json(folder: Path) -> str:

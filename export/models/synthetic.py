@@ -5,6 +5,7 @@ Weights are made on the spot, layer by layer; experts are made packed, so that t
 
 from __future__ import annotations
 
+import shutil
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from executorch_moe.backends.cuda.placeholders import LEAST_BYTES
-from executorch_moe.export.report.sizes import check_synthetic
+from executorch_moe.export.host_memory import size, total_memory
 from executorch_moe.kernels import FusedExperts
 from executorch_moe.kernels.measure.timing import random_packed
 from executorch_moe.kernels.schemes import K_BLOCK, check_group_size, get_scheme
@@ -78,6 +79,10 @@ class SyntheticModel:
         )  # fmt: skip
 
 
+MAX_LAYERS = 1000
+"""Of a synthetic model. Tracing takes seconds a layer; the largest published models have about 130."""
+LARGEST_GPU = 1 << 40
+"""Bytes; more than any GPU has. For artifacts without weights, which are made on the GPU that loads them."""
 MIN_VOCABULARY = 264
 """The tokenizer of the tiny model, which synthetic ones borrow: bytes and a few marks."""
 
@@ -126,6 +131,34 @@ def check_room(
     """
     bits = 4 + 16 / max(group_size, 1) if get_scheme(scheme).packed else 16
     check_synthetic(model, PRESETS.get(model.name, model), bits, out, thin)
+
+
+def check_synthetic(model: SyntheticModel, preset: SyntheticModel, bits: float, out: Path | None, thin: bool) -> None:
+    """Check that a synthetic model can be made and written here.
+
+    Args:
+        preset: what it was made of. bits: of an expert's weight.
+        out: where it is written, None if it is not. thin: its weights are made on the GPU that loads them.
+
+    Raises:
+        ValueError: it cannot; names the field that is farthest from the preset, what the model needs and what is there.
+    """
+    if model.layers > MAX_LAYERS:
+        raise ValueError(f"layers={model.layers} of {model.name} is more than can be traced: use at most {MAX_LAYERS}")
+    needed = model.weight_bytes(bits)
+    rooms = {"any GPU has": LARGEST_GPU} if thin else {"of this machine's memory": total_memory()}
+    if not thin and out is not None:
+        folder = next(parent for parent in out.absolute().parents if parent.exists())
+        rooms[f"free in {folder}"] = shutil.disk_usage(folder).free
+    names = ("layers", "hidden", "experts", "intermediate", "heads", "kv_heads", "head_dim", "vocabulary")
+    name = max(names, key=lambda field: getattr(model, field) / getattr(preset, field))
+    for what, there in rooms.items():
+        if there and needed > there:
+            more = f"more than {what}" if thin else f"more than the {size(there)} {what}"
+            raise ValueError(
+                f"{name}={getattr(model, name)} of {model.name} makes a model of about {size(needed)}, {more}: "
+                "use a smaller one"
+            )
 
 
 def build(

@@ -101,7 +101,7 @@ def pack(gate_up: Tensor, down: Tensor, group_size: int) -> UpstreamWeights:
     return UpstreamWeights(w13, s13, w2, s2)
 
 
-def empty_weights(experts: int, hidden: int, intermediate: int, group_size: int) -> UpstreamWeights:
+def placeholder_weights(experts: int, hidden: int, intermediate: int, group_size: int) -> UpstreamWeights:
     """Weights without values, on the CPU: enough to trace a model."""
 
     def matrix(n: int, k: int) -> tuple[Tensor, Tensor]:

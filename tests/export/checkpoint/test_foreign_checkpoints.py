@@ -14,14 +14,15 @@ from torch import nn
 
 from executorch_moe.backends.fusion import FusionOptions
 from executorch_moe.export.check import preflight
-from executorch_moe.export.checkpoint.plan import empty_model
+from executorch_moe.export.checkpoint.plan import meta_model
 from executorch_moe.export.checkpoint.streaming import StreamedModel
+from executorch_moe.export.checkpoint.whole import load_model
 from executorch_moe.export.models.causal_lm import CausalLM, export_methods
-from executorch_moe.export.models.pretrained import load_model, resolve, special_tokens
+from executorch_moe.export.models.pretrained import resolve, special_tokens
 from executorch_moe.export.options import ExportOptions
 from executorch_moe.export.report.metadata import constant_methods
 
-from .families import FAMILIES, Logits, by_name, tokens
+from ..families import FAMILIES, Logits, by_name, tokens
 
 pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file
@@ -67,7 +68,7 @@ def test_two_matrices_stay_two_whatever_the_configuration_says(tmp_path: Path) -
     streamed = tied_pair(tmp_path, lambda weights: None)
     stored = load_file(tmp_path / "model.safetensors")
     empty = stream(tmp_path)
-    empty.load_empty()
+    empty.load_placeholders()
     for model in (streamed.model, empty.model):
         model.tie_weights()  # whoever calls it: they stay apart
         assert model.lm_head.weight is not model.model.embed_tokens.weight
@@ -101,7 +102,7 @@ def test_one_matrix_under_either_name(tmp_path: Path, absent: str) -> None:
     streamed = tied_pair(tmp_path, lambda weights: weights.pop(absent))
     stored = load_file(tmp_path / "model.safetensors")[HEAD if absent == EMBEDDING else EMBEDDING]
     empty = stream(tmp_path)
-    empty.load_empty()
+    empty.load_placeholders()
     for model in (streamed.model, empty.model):
         assert model.lm_head.weight is model.model.embed_tokens.weight
         assert not any(tensor.is_meta for tensor in model.state_dict().values())
@@ -241,7 +242,7 @@ def test_a_damaged_generation_config_is_named(text: str, tmp_path: Path) -> None
     store(tmp_path)
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(ValueError, match=r"generation_config.json is no generation configuration .*remove it"):
-        empty_model(tmp_path, torch.float32, "eager")
+        meta_model(tmp_path, torch.float32, "eager")
 
 
 def test_an_artifact_says_them(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from executorch_moe.export.generate.generator import TextGenerator
 from executorch_moe.export.models.sampling import Sampler
 
-from .conftest import eager_greedy, eager_model
+from ..conftest import eager_greedy, eager_model
 
 PROMPTS = (
     "The import statement",

@@ -1,9 +1,8 @@
-"""One artifact of each family with a length that changes, and one with a fixed length, for a GPU that may be elsewhere.
+"""Exports artifacts of each family for a GPU that may be elsewhere: one of dynamic and one of fixed length.
 
-python -m tests.export.family_artifacts FOLDER [TARGET [FAMILY ...]]     from the root of the repository
+python -m tests.export.gpu.family_artifacts FOLDER [TARGET [FAMILY ...]]     from the root of the repository
 
-FOLDER is what EXECUTORCH_MOE_CROSS names for tests/export/test_families_on_gpu.py; TARGET is sm_90 if not given. What
-is there already is left as it is.
+Set EXECUTORCH_MOE_CROSS to FOLDER for test_families_on_gpu.py. TARGET is sm_90 by default. Existing files are kept.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from executorch_moe.backends.artifact.files import save
 from executorch_moe.backends.fusion import ExpertFuser, FusionOptions
 from executorch_moe.backends.lower import lower
 
-from .families import FAMILIES, Family, export_logits
+from ..families import FAMILIES, Family, export_logits
 
 STATIC_LENGTH = 7
 

@@ -1,6 +1,6 @@
 """Runs each method of artifacts once or a few times in the delegate host; what a checker of memory accesses watches.
 
-python -m tests.export.run_artifacts PTE...     from the root of the repository
+python -m tests.export.gpu.run_artifacts PTE...     from the root of the repository
 """
 
 from __future__ import annotations

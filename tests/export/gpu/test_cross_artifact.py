@@ -20,7 +20,7 @@ import pytest
 from executorch_moe.backends.runtime.loader import load
 from executorch_moe.export.bench.model import benchmark_model
 
-from .test_tokens import NEW_TOKENS, PROMPTS, TextGenerator, compare
+from ..generate.test_tokens import NEW_TOKENS, PROMPTS, TextGenerator, compare
 
 pytestmark = pytest.mark.gpu
 FOLDER = os.environ.get("EXECUTORCH_MOE_CROSS", "")

@@ -17,9 +17,9 @@ import torch
 
 from executorch_moe.backends.runtime.loader import load
 
-from .families import Logits, tokens
+from ..families import Logits, tokens
+from ..models.test_families import BOUND, relative_error
 from .family_artifacts import MODES, STATIC_LENGTH, Mode
-from .test_families import BOUND, relative_error
 
 pytestmark = pytest.mark.gpu
 FOLDER = os.environ.get("EXECUTORCH_MOE_CROSS", "")

@@ -19,7 +19,7 @@ from executorch_moe.export.models.sampling import Sampler
 from executorch_moe.export.options import ExportOptions
 from executorch_moe.export.pipeline import export_model
 
-from .matrix import Cell
+from ..matrix import Cell
 
 pytestmark = pytest.mark.gpu
 HOST = "delegate-host"

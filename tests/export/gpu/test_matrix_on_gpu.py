@@ -19,11 +19,11 @@ from torch import Tensor
 
 from executorch_moe.backends.runtime.loader import LoadedProgram, load
 
-from .matrix import CELLS, Cell
+from ..matrix import CELLS, Cell
 from .test_families_on_gpu import MODES, files
 
 pytestmark = pytest.mark.gpu
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 HOST = "delegate-host"
 TEXT = list(b"The import statement combines two operations")
 STEPS = 16
@@ -103,7 +103,7 @@ def sanitized(tool: str, pte_files: list[Path], report: Path) -> None:
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     assert Path(program).is_file(), "compute-sanitizer is not on PATH: it comes with the CUDA toolkit"
     command = [program, "--tool", tool, "--log-file", str(report), "--error-exitcode", "9"]
-    command += [sys.executable, "-m", "tests.export.run_artifacts", *map(str, pte_files)]
+    command += [sys.executable, "-m", "tests.export.gpu.run_artifacts", *map(str, pte_files)]
     # Behind each allocation there is memory of nobody, not of another tensor.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)

@@ -9,13 +9,14 @@ import torch
 
 from executorch_moe.backends.runtime import load as runtime
 from executorch_moe.export.build import attention_of
+from executorch_moe.export.checkpoint.whole import load_model
 from executorch_moe.export.models.causal_lm import CausalLM, GreedyLM, SamplingLM, check_positions, export_methods
-from executorch_moe.export.models.pretrained import load_model, resolve
+from executorch_moe.export.models.pretrained import resolve
 from executorch_moe.export.models.sampling import Sampler
 from executorch_moe.export.quantize.experts import quantize_experts_
 
-from .conftest import MAX_CONTEXT, eager_greedy, eager_model
-from .families import by_name, tokens
+from ..conftest import MAX_CONTEXT, eager_greedy, eager_model
+from ..families import by_name, tokens
 
 TEXT = list(b"The import statement combines two operations")
 

@@ -11,11 +11,11 @@ import torch
 from executorch_moe.export.build import streamline_
 from executorch_moe.export.models import attention, synthetic
 from executorch_moe.export.models.causal_lm import CausalLM, export_methods
-from executorch_moe.export.models.decoder_layer import StreamlinedLayer
+from executorch_moe.export.models.decoder_layer import OneTokenDecoderLayer
 from executorch_moe.export.quantize.dense import quantize_dense_
 from executorch_moe.export.quantize.experts import quantize_experts_
 
-from .families import by_name
+from ..families import by_name
 
 TEXT = [5, 17, 200, 33, 33, 8, 91]
 CONTEXT = 16
@@ -42,7 +42,7 @@ def run(lm: CausalLM, ids: list[int], position: int) -> torch.Tensor:
 @pytest.mark.parametrize("dense", ["none", "int8", "int4"])
 def test_one_by_one_is_as_at_once(dense: str) -> None:
     lm = model(dense)
-    assert all(type(layer) is StreamlinedLayer for layer in lm.model.model.layers)
+    assert all(type(layer) is OneTokenDecoderLayer for layer in lm.model.model.layers)
     at_once = run(lm, TEXT, 0)
     caches = [buffer.clone() for buffer in lm.kv_cache.buffers()]
     lm.reset()
@@ -125,9 +125,9 @@ def test_layers_without_experts_among_those_with(options: dict[str, Any]) -> Non
     """A layer without experts takes one tensor, so the layer before it adds up."""
     lm = prepared(qwen3(**options))
     layers = list(lm.model.model.layers)
-    kinds = [isinstance(layer, StreamlinedLayer) for layer in layers]
+    kinds = [isinstance(layer, OneTokenDecoderLayer) for layer in layers]
     assert True in kinds and False in kinds
-    assert [layer.last for layer in layers if isinstance(layer, StreamlinedLayer)] == [
+    assert [layer.last for layer in layers if isinstance(layer, OneTokenDecoderLayer)] == [
         not following for own, following in zip(kinds, [*kinds[1:], False], strict=True) if own
     ]
     check_one_by_one(lm)

@@ -17,7 +17,7 @@ from executorch_moe.backends.runtime.loader import load
 from executorch_moe.export.cli.app import app
 from executorch_moe.export.models.pretrained import SUPPORTED_MODEL_TYPES, resolve
 
-from .families import FAMILIES, Logits, by_name, tokens
+from ..families import FAMILIES, Logits, by_name, tokens
 
 OTHERS = [family for family in FAMILIES if family.name in SUPPORTED_MODEL_TYPES and family.name != "qwen3_moe"]
 # A window that is shorter than the prompt; for GPT-OSS in every other layer.

@@ -16,8 +16,8 @@ from executorch_moe.backends.lower import lower
 from executorch_moe.backends.runtime.loader import load
 from executorch_moe.export.models import experts_interface
 
-from .families import FAMILIES, Family, Logits, by_name, export_logits, operations, tokens
-from .family_artifacts import MODES, Mode
+from ..families import FAMILIES, Family, Logits, by_name, export_logits, operations, tokens
+from ..gpu.family_artifacts import MODES, Mode
 
 # Relative L2 of the logits of an fp32 model: its experts take bf16 hidden states and return bf16.
 BOUND = 1.5e-2

@@ -14,10 +14,11 @@ from executorch_moe.backends.cpu import MoECpuPartitioner
 from executorch_moe.backends.cuda import MoECudaPartitioner
 from executorch_moe.backends.cuda.missing_operators import missing_operators
 from executorch_moe.backends.fusion import ExpertFuser, FusionOptions
+from executorch_moe.export.checkpoint.whole import load_model
 from executorch_moe.export.models.causal_lm import CausalLM, export_methods
-from executorch_moe.export.models.pretrained import load_model, resolve
+from executorch_moe.export.models.pretrained import resolve
 
-from .families import by_name, export_logits
+from ..families import by_name, export_logits
 
 E, H, WIDTH, K = 5, 64, 32, 2
 FUSED = torch.ops.executorch_moe.fused_experts.default

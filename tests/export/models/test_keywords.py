@@ -15,11 +15,11 @@ from executorch_moe.export.build import streamline_
 from executorch_moe.export.models import attention
 from executorch_moe.export.models.attention import grouped_attention
 from executorch_moe.export.models.causal_lm import CausalLM, StaticKVCache
-from executorch_moe.export.models.decoder_layer import StreamlinedLayer
+from executorch_moe.export.models.decoder_layer import OneTokenDecoderLayer
 from executorch_moe.export.models.keywords import CACHE_NAMES, cache_name
 from executorch_moe.export.quantize.experts import ExecutorchExperts
 
-from .families import FAMILIES, Family, by_name, tokens
+from ..families import FAMILIES, Family, by_name, tokens
 
 pytestmark = pytest.mark.transformers
 
@@ -52,7 +52,7 @@ def inputs(model: Any, positions: int = CONTEXT) -> dict[str, Any]:
 def parts(model: Any) -> tuple[nn.Module, nn.Module]:
     """A streamlined layer and its attention."""
     layer = streamline_(model).model.layers[0]  # type: ignore[union-attr, index]
-    assert isinstance(layer, StreamlinedLayer)
+    assert isinstance(layer, OneTokenDecoderLayer)
     return layer, layer.self_attn
 
 
@@ -77,7 +77,7 @@ def test_the_cache_by_either_name(which: int) -> None:
 
 
 CALLS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "StreamlinedLayer": lambda keywords: parts(model := tiny())[0](**inputs(model, TOKENS), **keywords),
+    "OneTokenDecoderLayer": lambda keywords: parts(model := tiny())[0](**inputs(model, TOKENS), **keywords),
     "MergedAttention": lambda keywords: parts(model := tiny())[1](**inputs(model, TOKENS), **keywords),
     "grouped_attention": lambda keywords: grouped_attention(
         nn.Module(), *(torch.zeros(1, 2, 3, 8) for _ in range(3)), None, **keywords

@@ -13,9 +13,8 @@ from typer.testing import CliRunner
 
 from executorch_moe.export.cli.app import app
 from executorch_moe.export.models import synthetic
-from executorch_moe.export.models.causal_lm import CausalLM
+from executorch_moe.export.models.causal_lm import CausalLM, check_cache
 from executorch_moe.export.options import ExportOptions
-from executorch_moe.export.report.sizes import check_cache
 from executorch_moe.kernels import FusedExperts
 from executorch_moe.kernels.measure import timing as kernels_benchmark
 
@@ -92,7 +91,7 @@ def test_models_that_fit_nowhere_are_refused_at_once(name: str, thin: bool, mess
 
 
 def test_models_must_fit_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("executorch_moe.export.report.sizes.total_memory", lambda: 10**12)
+    monkeypatch.setattr("executorch_moe.export.models.synthetic.total_memory", lambda: 10**12)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10**9))
     model = synthetic.parse("synthetic:qwen3-30b-a3b")
     with pytest.raises(ValueError, match=rf"about 1\d\.\d+ GB, more than the 1\.00 GB free in {tmp_path}"):
@@ -107,7 +106,7 @@ def test_the_estimate_is_near_the_truth() -> None:
 
 
 def test_a_cache_that_does_not_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("executorch_moe.export.report.sizes.total_memory", lambda: 10**9)
+    monkeypatch.setattr("executorch_moe.export.models.causal_lm.total_memory", lambda: 10**9)
     config = synthetic.parse("synthetic:qwen3-30b-a3b").config()
     check_cache(config, 10_000, 2)
     with pytest.raises(

@@ -16,17 +16,10 @@ from torch import Tensor, nn
 
 from executorch_moe.export.models import synthetic
 from executorch_moe.export.models.causal_lm import CausalLM, export_methods
+from executorch_moe.export.models.linears import Int4Linear, Int8Embedding, Int8Linear, MergedLinear, OneTokenLinears
 from executorch_moe.export.options import ExportOptions
 from executorch_moe.export.quantize import dense_torchao
-from executorch_moe.export.quantize.dense import (
-    CPU_GROUP_SIZE,
-    Int4Linear,
-    Int8Embedding,
-    Int8Linear,
-    MergedLinear,
-    OneTokenLinears,
-    quantize_dense_,
-)
+from executorch_moe.export.quantize.dense import CPU_GROUP_SIZE, quantize_dense_
 from executorch_moe.export.report.summary import ExportSummary
 from executorch_moe.kernels.packing.rounding import quantize_int4
 

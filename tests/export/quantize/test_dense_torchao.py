@@ -12,14 +12,15 @@ from executorch_moe.backends.artifact.files import save
 from executorch_moe.backends.fusion import ExpertFuser, FusionOptions
 from executorch_moe.backends.lower import lower
 from executorch_moe.backends.runtime.loader import load
+from executorch_moe.export.checkpoint.whole import load_model
 from executorch_moe.export.models.causal_lm import CausalLM
-from executorch_moe.export.models.pretrained import load_model, resolve
+from executorch_moe.export.models.pretrained import resolve
 from executorch_moe.export.options import ExportOptions
 from executorch_moe.export.pipeline import export_model
 from executorch_moe.export.quantize.dense_torchao import quantize_dense_, stored_bytes
 from executorch_moe.export.quantize.experts import quantize_experts_
 
-from .families import by_name, export_logits, tokens
+from ..families import by_name, export_logits, tokens
 
 BITS = {"int8": 8, "int4": 4}
 

@@ -23,7 +23,7 @@ from executorch_moe.export.quantize.int4_tensors import (
 from executorch_moe.kernels import FusedExperts, pack_codes, unpack_experts
 from executorch_moe.kernels.reference import reference_experts
 
-from .families import by_name, tokens
+from ..families import by_name, tokens
 
 E, H, WIDTH = 4, 64, 32
 

@@ -14,12 +14,13 @@ from executorch_moe.backends.fusion.modules import find_experts
 from executorch_moe.export.checkpoint import plan as checkpoint
 from executorch_moe.export.checkpoint import streaming
 from executorch_moe.export.checkpoint.streaming import StreamedModel
+from executorch_moe.export.checkpoint.whole import load_model
 from executorch_moe.export.models.experts_interface import register
-from executorch_moe.export.models.pretrained import load_model, resolve
+from executorch_moe.export.models.pretrained import resolve
 from executorch_moe.export.quantize.experts import quantize_experts_
 from executorch_moe.kernels import FusedExperts, unpack_experts
 
-from .families import FAMILIES, Family, by_name, export_logits, tokens
+from ..families import FAMILIES, Family, by_name, export_logits, tokens
 
 
 @pytest.fixture
@@ -146,7 +147,7 @@ def test_a_limit_of_one_layer(model: nn.Module) -> None:
 
 def test_layers_that_differ_in_an_attribute_are_recognized_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder's layers are recognized once if they are equal: the limit of one must not be taken for that of all."""
-    made = checkpoint.empty_model
+    made = checkpoint.meta_model
 
     def with_limits(limits: tuple[float, float], *args: Any) -> nn.Module:
         model: Any = made(*args)
@@ -159,11 +160,11 @@ def test_layers_that_differ_in_an_attribute_are_recognized_apart(monkeypatch: py
     monkeypatch.setattr(streaming, "recognize_module", lambda m: (calls.append(type(m).__name__), recognize(m))[1])
     arguments = resolve("tiny"), torch.float32, "sdpa", FusionOptions("bf16")
     endless = float("inf")
-    monkeypatch.setattr(streaming, "empty_model", lambda *args: with_limits((endless, 20.0), *args))
+    monkeypatch.setattr(streaming, "meta_model", lambda *args: with_limits((endless, 20.0), *args))
     with pytest.raises(NotImplementedError, match=r"model\.layers\.1\.mlp\.experts .*it limits \(clamps\)"):
         StreamedModel(*arguments)
     assert len(calls) == 2
-    monkeypatch.setattr(streaming, "empty_model", lambda *args: with_limits((endless, endless), *args))
+    monkeypatch.setattr(streaming, "meta_model", lambda *args: with_limits((endless, endless), *args))
     assert len(StreamedModel(*arguments).layers) == 2 and len(calls) == 3
 
 

@@ -1,27 +1,17 @@
-"""Refuses absurd sizes before any module is built: compares a configuration with the stored weights, and synthetic
-models and caches with this machine's memory and disk."""
+"""Refuses absurd sizes in config.json before any module is built, by comparing them with the stored weights."""
 
 from __future__ import annotations
 
 import math
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from executorch_moe.export.host_memory import total_memory
-
-if TYPE_CHECKING:
-    from executorch_moe.export.checkpoint.shards import Shards
-    from executorch_moe.export.models.synthetic import SyntheticModel
+from .shards import Shards
 
 FACTOR = 4
 """A configuration that asks for more than this many times what the weights hold is not compared weight by weight."""
-MAX_LAYERS = 1000
-"""Of a synthetic model. Tracing takes seconds a layer; the largest published models have about 130."""
-LARGEST_GPU = 1 << 40
-"""Bytes; more than any GPU has. For artifacts without weights, which are made on the GPU that loads them."""
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _AT_LEAST_ONE = (
@@ -107,69 +97,9 @@ def _estimates(config: Mapping[str, Any], has_dense: bool) -> Iterator[tuple[tup
             yield fields, factor * math.prod(config[field] for field in fields)
 
 
-def check_cache(config: Any, max_context: int, item_bytes: int) -> None:
-    """Check that a KV cache fits into this machine's memory, where the export makes it.
-
-    Args:
-        config: transformers' configuration. item_bytes: of one of its numbers.
-
-    Raises:
-        ValueError: it does not; says what it needs and what is there.
-    """
-    layers = config.num_hidden_layers  # one with a sliding window has a cache of all positions too
-    if rank := getattr(config, "kv_lora_rank", None):
-        width = rank + config.qk_rope_head_dim
-    else:
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        width = 2 * config.num_key_value_heads * head
-    needed, there = layers * width * max_context * item_bytes, total_memory()
-    if there and needed > there:
-        raise ValueError(
-            f"max_context={max_context} needs a KV cache of {size(needed)}, but this machine has {size(there)} of "
-            f"memory: use at most {there * max_context // needed}, or export where there is more"
-        )
-
-
-def check_synthetic(model: SyntheticModel, preset: SyntheticModel, bits: float, out: Path | None, thin: bool) -> None:
-    """Check that a synthetic model can be made and written here.
-
-    Args:
-        preset: what it was made of. bits: of an expert's weight.
-        out: where it is written, None if it is not. thin: its weights are made on the GPU that loads them.
-
-    Raises:
-        ValueError: it cannot; names the field that is farthest from the preset, what the model needs and what is there.
-    """
-    if model.layers > MAX_LAYERS:
-        raise ValueError(f"layers={model.layers} of {model.name} is more than can be traced: use at most {MAX_LAYERS}")
-    needed = model.weight_bytes(bits)
-    rooms = {"any GPU has": LARGEST_GPU} if thin else {"of this machine's memory": total_memory()}
-    if not thin and out is not None:
-        folder = next(parent for parent in out.absolute().parents if parent.exists())
-        rooms[f"free in {folder}"] = shutil.disk_usage(folder).free
-    names = ("layers", "hidden", "experts", "intermediate", "heads", "kv_heads", "head_dim", "vocabulary")
-    name = max(names, key=lambda field: getattr(model, field) / getattr(preset, field))
-    for what, there in rooms.items():
-        if there and needed > there:
-            more = f"more than {what}" if thin else f"more than the {size(there)} {what}"
-            raise ValueError(
-                f"{name}={getattr(model, name)} of {model.name} makes a model of about {size(needed)}, {more}: "
-                "use a smaller one"
-            )
-
-
 def count(number: int) -> str:
     """A number for people: 1.2 billion."""
     for unit, name in ((10**15, ""), (10**12, " trillion"), (10**9, " billion"), (10**6, " million")):
         if number >= unit:
             return f"{number / unit:.1f}{name}" if name else f"{float(number):.1e}"
     return f"{number:,}"
-
-
-def size(num_bytes: float) -> str:
-    """A size for people: 1.9 MB."""
-    for unit in ("B", "kB", "MB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.2f} GB" if num_bytes < 1000 else f"{num_bytes / 1000:,.1f} TB"
