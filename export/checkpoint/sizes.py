@@ -11,7 +11,7 @@ from typing import Any
 from .shards import Shards
 
 FACTOR = 4
-"""A configuration that asks for more than this many times what the weights hold is not compared weight by weight."""
+"""A configuration is absurd if it needs more than this many times the stored weights."""
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _AT_LEAST_ONE = (
@@ -27,10 +27,10 @@ _DENSE = re.compile(r"\.mlp\.(gate|up|down|gate_up)_proj\.")
 
 
 def check_numbers(config: Mapping[str, Any], where: Path) -> None:
-    """Check that the sizes of a configuration are whole numbers.
+    """Checks that the sizes in a configuration are whole numbers.
 
     Raises:
-        ValueError: one is not.
+        ValueError: a size is not, or is negative or zero.
     """
     for least, names in ((1, _AT_LEAST_ONE), (0, _AT_LEAST_ZERO)):
         for name in names:
@@ -38,42 +38,44 @@ def check_numbers(config: Mapping[str, Any], where: Path) -> None:
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ValueError(
                     f"{name}={value!r} in {where} must be a whole number of at least {least}: "
-                    "put the number there that the model was trained with"
+                    "use the number that the model was trained with"
                 )
 
 
 def check_sizes(config: Mapping[str, Any], shards: Shards) -> None:
-    """Check that a model's configuration does not ask for far more than its weights hold; reads no weights.
+    """Checks that a configuration does not need far more weights than are stored. Reads no weights.
 
-    What comes close is compared weight by weight later (`CheckpointPlan`).
+    `CheckpointPlan` later compares each weight exactly.
 
     Raises:
-        ValueError: a size that is no whole number, or absurd; names the field, what it asks for and what is there.
+        ValueError: a size that is not a whole number, or that is absurd; names the field, the weights that it needs and
+            the weights that are stored.
     """
     where = shards.folder / "config.json"
     check_numbers(config, where)
-    held = sum(math.prod(stored.shape) for stored in shards.tensors.values())
+    stored = sum(math.prod(tensor.shape) for tensor in shards.tensors.values())
     remedy = "check that config.json and weights are of the same model, and correct the number"
-    layers = {int(match[1]) for name in shards.tensors if (match := _LAYER.search(name))}
+    numbers = {int(match[1]) for name in shards.tensors if (match := _LAYER.search(name))}
+    layers = max(numbers, default=-1) + 1
     asked = config.get("num_hidden_layers") or 0
-    if layers and asked > FACTOR * (max(layers) + 1):
+    if layers and asked > FACTOR * layers:
         raise ValueError(
-            f"num_hidden_layers={asked} in {where} asks for about {count(held // (max(layers) + 1) * asked)} weights, "
-            f"but the checkpoint has {max(layers) + 1} layers and {count(held)} weights: {remedy}"
+            f"num_hidden_layers={asked} in {where} asks for about {count(stored // layers * asked)} weights, "
+            f"but the checkpoint has {layers} layers and {count(stored)} weights: {remedy}"
         )
     for fields, needed in _estimates(config, any(map(_DENSE.search, shards.tensors))):
-        if needed > FACTOR * held:
-            # The largest of the factors is the one that is wrong.
+        if needed > FACTOR * stored:
+            # The largest factor is most likely the wrong one.
             name = max(fields, key=lambda field: int(config[field]))
             others = ", ".join(f"{field}={config[field]}" for field in fields if field != name)
             raise ValueError(
                 f"{name}={config[name]} in {where}, with {others}, asks for {count(needed)} weights or more, but the "
-                f"checkpoint has {count(held)}: {remedy}"
+                f"checkpoint has {count(stored)}: {remedy}"
             )
 
 
 def _estimates(config: Mapping[str, Any], has_dense: bool) -> Iterator[tuple[tuple[str, ...], int]]:
-    """Fields, and how many weights they ask for together at least."""
+    """Groups of fields, and the least number of weights that each group needs."""
     inner = "moe_intermediate_size" if config.get("moe_intermediate_size") else "intermediate_size"
     heads = "num_attention_heads"
     groups: list[tuple[int, tuple[str, ...]]] = [
@@ -98,7 +100,7 @@ def _estimates(config: Mapping[str, Any], has_dense: bool) -> Iterator[tuple[tup
 
 
 def count(number: int) -> str:
-    """A number for people: 1.2 billion."""
+    """Formats a number for people: 1.2 billion."""
     for unit, name in ((10**15, ""), (10**12, " trillion"), (10**9, " billion"), (10**6, " million")):
         if number >= unit:
             return f"{number / unit:.1f}{name}" if name else f"{float(number):.1e}"

@@ -20,7 +20,7 @@ from .sizes import check_sizes
 
 
 def check_loadable(folder: Path) -> None:
-    """Check that `load_model` reads weights of this format.
+    """Checks that `load_model` supports the format of a folder's weights.
 
     Raises:
         NotImplementedError: weights in fp8, which only `StreamedModel` reads.
@@ -32,10 +32,15 @@ def check_loadable(folder: Path) -> None:
 
 
 def load_model(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
-    """The model on the CPU in `dtype`, in eval mode; `attention` is transformers' `attn_implementation`.
+    """Loads a model on the CPU, in `dtype` and in eval mode.
+
+    Args:
+        folder: model folder.
+        dtype: dtype of all weights.
+        attention: transformers' `attn_implementation`.
 
     Raises:
-        ValueError: the weights are unreadable or do not fit the configuration.
+        ValueError: weights that are unreadable, missing, NaN or Inf, or that do not fit the configuration.
         NotImplementedError: weights in fp8, which only `StreamedModel` reads.
     """
     transformers = require_transformers()
@@ -48,19 +53,19 @@ def load_model(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> nn.
             folder, config=config, dtype=dtype, local_files_only=True, attn_implementation=attention,
             output_loading_info=True,
         )  # fmt: skip
-    except Exception as error:  # safetensors, transformers and torch each raise their own kinds here
+    except Exception as error:  # safetensors, transformers and torch each raise their own classes
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"the weights in {folder} cannot be loaded ({reason}): check that config.json and weights are of the same "
-            "model and whole"
+            "model and complete"
         ) from error
     special_tokens(folder, config)
-    if missing := sorted(found["missing_keys"]):  # which transformers fills with random numbers
+    if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers
         raise ValueError(f"{folder} lacks {listed(missing)}: {COMPLETE}")
     for name, tensor in model.state_dict().items():
         if not all_finite(tensor):
             raise ValueError(
                 f"{name} in {folder} holds NaN or Inf: compare the files' checksums with the publisher's; if they are "
-                "theirs, use another checkpoint"
+                "equal, use another checkpoint"
             )
     return model.eval()

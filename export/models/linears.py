@@ -1,4 +1,10 @@
-"""Linear layers and embeddings of an exported model: one token as a matrix-vector product, and 8- and 4-bit weights.
+"""Linear layers and embeddings with 8- and 4-bit weights, and matrix-vector products for one token. For CUDA targets.
+
+One token takes one kernel a layer, which reads each packed weight once: `one_token_linear` for int8 weights and bf16
+activations, else plain tensor operators, which Inductor fuses. For more tokens the weights are converted to the
+activations' dtype first.
+ExecuTorch's `int4_plain_mm` family is not used: its kernels are part of ExecuTorch's own runtime, so that the delegate
+host could not run them.
 
 Letters: T tokens, N out, K in, g group size, V vocabulary.
 """
@@ -16,22 +22,22 @@ from executorch_moe.kernels.packing.rounding import quantize_int4
 
 
 def matvec(weight: Tensor, x: Tensor) -> Tensor:
-    """weight [N, K] times x [..., K] of one row, summed in fp32 -> fp32 [..., N].
+    """weight [N, K] times one row x [1, ..., 1, K], summed in fp32 -> fp32 [1, ..., 1, N].
 
-    Inductor makes a reduction of it, which fills the GPU. Its GEMM templates, which it takes for `linear`, have tiles
-    of 16 rows and so leave most of a GPU idle.
+    Inductor compiles it to a reduction, which fills the GPU. For `linear` it uses GEMM templates with tiles of 16 rows,
+    which leave most of a GPU idle.
     """
     y = (weight.to(torch.float32) * x.reshape(1, -1).to(torch.float32)).sum(-1)
     return y.reshape(*x.shape[:-1], -1)
 
 
 def is_one_token(x: Tensor) -> bool:
-    """True for [1, ..., 1, K]; a length known only at run time is more than one."""
+    """True for shape [1, ..., 1, K]; false if a size is symbolic."""
     return all(isinstance(size, int) and size == 1 for size in x.shape[:-1])
 
 
 class OneTokenLinears(TorchFunctionMode):
-    """Within it, `linear` of one row is traced as `matvec`."""
+    """A context in which `nn.functional.linear` of one row computes `matvec`."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
@@ -44,7 +50,7 @@ class OneTokenLinears(TorchFunctionMode):
 
 
 class Int8Linear(nn.Module):
-    """y = x @ (qdata * scale).T with qdata int8 [N, K] and one scale a row, fp32 [N]."""
+    """y = x @ (qdata * scale).T + bias, with qdata int8 [N, K] and one scale for each row, fp32 [N]."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -66,10 +72,11 @@ class Int8Linear(nn.Module):
 
 
 class Int4Linear(nn.Module):
-    """y = x @ w.T with 4-bit codes.
+    """y = x @ w.T + bias, with 4-bit codes: w = (nibble - 8) * scale.
 
-    qdata: uint8 [N, K/g, g/2]; byte j of a group holds value j in its low nibble and value j + g/2 in its high one, so
-    that neighboring bytes meet neighboring activations. value = nibble - 8. scale: bf16 [N, K/g].
+    qdata: uint8 [N, K/g, g/2]. Byte j of a group holds value j in the low nibble and value j + g/2 in the high one, so
+    that neighboring bytes are multiplied with neighboring activations.
+    scale: bf16 [N, K/g].
     """
 
     def __init__(self, weight: Tensor, group_size: int, bias: Tensor | None = None) -> None:
@@ -94,7 +101,7 @@ class Int4Linear(nn.Module):
 
 
 class Int8Embedding(nn.Module):
-    """Rows of qdata int8 [V, K] times their scale, fp32 [V]."""
+    """An embedding whose row v is qdata[v] * scale[v]: qdata int8 [V, K], scale fp32 [V]."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -104,12 +111,12 @@ class Int8Embedding(nn.Module):
         self.dtype = weight.dtype
 
     def forward(self, ids: Tensor) -> Tensor:
-        """int64 [...] -> [..., K] in the dtype of the weight that was quantized."""
+        """ids int64 [...] -> [..., K] in the dtype of the original weight."""
         return (self.qdata[ids].to(torch.float32) * self.scale[ids][..., None]).to(self.dtype)
 
 
 class _Follower(nn.Module):
-    """Stands for a projection whose result the first of its group has computed already."""
+    """Replaces a projection whose result `MergedLinear` has computed already."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,14 +124,14 @@ class _Follower(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         asked, result = self.waiting.pop()
-        assert asked is x, "projections that were merged must be called with one input, in order"
+        assert asked is x, "merged projections must be called in order, with the same input"
         return result
 
 
 class MergedLinear(nn.Module):
-    """Several projections of one input as one: three kernels with little to do each become one.
+    """Computes several projections of one input in one kernel.
 
-    It takes the place of the first; the others' places are taken by `followers`, which must be called after it.
+    It replaces the first projection. `followers` replace the others, and must be called after it, in order.
     """
 
     def __init__(self, merged: nn.Module, sizes: Iterable[int]) -> None:
@@ -134,7 +141,7 @@ class MergedLinear(nn.Module):
         self.followers = [_Follower() for _ in self.sizes[1:]]
 
     def forward(self, x: Tensor) -> Tensor:
-        """The first projection's result; those of the others wait in `followers`."""
+        """x [..., K] -> the first projection's result; keeps those of the others for `followers`."""
         first, *rest = self.merged(x).split(self.sizes, -1)
         for follower, part in zip(self.followers, rest, strict=True):
             follower.waiting[:] = [(x, part)]
@@ -142,7 +149,10 @@ class MergedLinear(nn.Module):
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [N, K] and fp32 scale [N] with weight ~ qdata * scale, in slices, so that little is held in fp32."""
+    """weight [N, K] -> qdata int8 [N, K] and scale fp32 [N], with weight ~ qdata * scale.
+
+    It converts 8192 rows at a time, to bound the memory for fp32 values.
+    """
     qdata = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
     for start in range(0, weight.shape[0], 8192):

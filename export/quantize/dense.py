@@ -1,12 +1,6 @@
-"""Weight-only INT8 and INT4 for what is not experts: linear layers, lm_head and the embedding, for CUDA targets.
+"""Weight-only INT8 and INT4 for linear layers, lm_head and the embedding, for CUDA targets; see `models.linears`.
 
-One token is a matrix-vector product in one kernel a layer, which reads each weight once, packed: `one_token_linear` for
-int8 and bf16 activations, else plain tensor operators that AOTInductor fuses. For more tokens the weights are converted
-to the activations' dtype first.
-ExecuTorch's `int4_plain_mm` family is not used: its kernels live in ExecuTorch's own runtime, the delegate host lacks
-them.
-
-Letters: T tokens, N out, K in, g group size.
+`dense_torchao` does the same for the CPU target.
 """
 
 from __future__ import annotations
@@ -18,23 +12,24 @@ from executorch_moe.export.models.linears import Int4Linear, Int8Embedding, Int8
 
 KINDS = ("none", "int8", "int4")
 CPU_GROUP_SIZE = 32
-"""Inputs that share a scale on the CPU target, in both kinds."""
+"""Inputs that share a scale on the CPU target, for both int8 and int4."""
 
 
 def stored_formats(
     target: str, kind: str, group_size: int, *, lm_head: str | None = None, embedding: str = "none"
 ) -> dict[str, str]:
-    """What kinds mean on a target, under names that tell the formats apart.
+    """Names the storage formats that the kinds mean on a target.
 
-    "int8-per-output" has one scale for each output of a layer, "int8-per-32-inputs" one for every 32 inputs of it.
+    "int8-per-output" has one scale for each output of a layer, "int8-per-32-inputs" one for each 32 inputs.
 
     Args:
-        target: "cpu" or a CUDA target. The others are those of `quantize_dense_`.
+        target: "cpu" or a CUDA target.
+        kind, group_size, lm_head, embedding: as for `quantize_dense_`.
 
     Returns:
-        "linear", "lm_head" and "embedding" -> the format: "none", "int8-per-output", "int4-per-32-inputs" and so on.
+        {"linear", "lm_head", "embedding"} -> "none", "int8-per-output", "int4-per-32-inputs" and so on.
     """
-    if target == "cpu":  # torchao's tensors, of one kind for all
+    if target == "cpu":  # torchao's tensors, one kind for all layers
         name = kind if kind == "none" else f"{kind}-per-{CPU_GROUP_SIZE}-inputs"
         return dict.fromkeys(("linear", "lm_head", "embedding"), name)
     names = {"none": "none", "int8": "int8-per-output", "int4": f"int4-per-{group_size}-inputs"}
@@ -49,12 +44,12 @@ def _quantized(weight: Tensor, bias: Tensor | None, kind: str, group_size: int) 
 
 
 def _wanted(name: str, kind: str, lm_head: str | None) -> str:
-    """The kind of a linear layer, by its name."""
+    """The kind in which to store the linear layer `name`."""
     return (lm_head or kind) if name.rpartition(".")[2] == "lm_head" else kind
 
 
 def check_widths(module: nn.Module, kind: str, group_size: int, *, lm_head: str | None = None) -> None:
-    """Check the layers that `quantize_dense_` replaces; shapes are enough, so the weights may be on the meta device.
+    """Checks the layers that `quantize_dense_` would replace. Weights may be on the meta device.
 
     Raises:
         ValueError: a group size that does not divide a layer's inputs.
@@ -76,22 +71,23 @@ QKV = ("q_proj", "k_proj", "v_proj")
 def quantize_dense_(
     module: nn.Module, kind: str, group_size: int = 32, *, lm_head: str | None = None, embedding: str = "none"
 ) -> nn.Module:
-    """Replaces the linear layers of a model, or of a part of it, in place; experts and routers stay as they are.
+    """Replaces the linear layers of a model, or of a part of it, in place; leaves experts and routers alone.
 
-    The query, key and value projections of a layer become one. What was replaced before is left alone, so the function
-    may be called for each layer as it is loaded, and for the model at the end.
+    It merges the query, key and value projections of a layer. Replaced layers are left alone, so that it may be called
+    for each layer as it is loaded, and for the model at the end.
 
     Args:
         module: a transformers model or decoder layer.
-        kind: "none", "int8" (one scale an output) or "int4" (one scale for group_size inputs).
-        lm_head: the kind of the last layer; None: as `kind`.
+        kind: "none", "int8" (one scale for each output) or "int4" (one scale for each group_size inputs of an output).
+        group_size: inputs that share a scale, for "int4".
+        lm_head: the kind of the last layer; None: `kind`.
         embedding: "none" or "int8".
 
     Returns:
         The same module.
 
     Raises:
-        ValueError: unknown kind, or a group size that does not divide a layer's inputs; the module is as it was then.
+        ValueError: an unknown kind, or a group size that does not divide a layer's inputs. The module is unchanged.
     """
     for what, value, known in (
         ("dense", kind, KINDS),

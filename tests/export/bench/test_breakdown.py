@@ -1,4 +1,4 @@
-"""The breakdown of a decode token's time, from a trace as torch.profiler writes it."""
+"""The breakdown of a decode token's time, from a trace in torch.profiler's format."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from executorch_moe.export.bench.breakdown import (
     token_bytes,
 )
 
-# Names as they stand in artifacts of this package and of upstream's operators.
+# Names of kernels in artifacts with our operators and with ExecuTorch's.
 NAMES = (
-    ("moe_few_tokens_gemm", 96, "experts GEMM1"),  # and GEMM2, in turn
+    ("moe_few_tokens_gemm", 96, "experts GEMM1"),  # and GEMM2 in turn
     ("moe_grouped_gemm2", 132, "experts GEMM2"),
     ("moe_sum_pairs", 1, "experts, other"),
     ("moe_one_token_matvec", 640, "dense"),
@@ -46,7 +46,7 @@ NAMES = (
     ("triton_tem_fused_mm_t_view_1", 64, "dense"),
     ("triton_per_fused___rshift____to_copy_add_bitwise_and_mul_select_sub_sum_unsqueeze_copy_1", 640, "dense"),
     ("triton_per_fused__to_copy_mul_sum_view_copy_8", 128, "dense"),
-    # The same words in its name: a product with a norm on the way, and a norm with routing weights on the way.
+    # Names with the same words: a product that includes a norm, and a norm that includes routing weights.
     ("triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_sum_view_copy_14", 640, "dense"),
     ("triton_per_fused__to_copy_add_div_mean_mul_pow_rsqrt_sum_view_copy_7", 1, "norm, elementwise"),
     ("triton_per_fused__to_copy_add_cos_flip_index_put_mean_mul_pow_rsqrt_sin_sum_3", 32, "norm, elementwise"),

@@ -1,4 +1,4 @@
-"""`bench kernel`: what can be asked for, how results are shown; on a GPU, every implementation runs and is right."""
+"""`bench kernel`: options and formats; on a GPU, every implementation runs and is correct."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_ratio_is_to_the_fastest_upstream_of_the_same_tokens() -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("sizes", [(160, 96, 32), (128, 64, 64), (96, 128, 32)], ids=str)
 def test_padding_of_random_weights_is_worth_nothing(scheme: str, sizes: tuple[int, int, int]) -> None:
-    """As in layers that are packed: the kernels sum over it."""
+    """Padding adds nothing, as in packed layers: the kernels sum over it."""
     hidden, intermediate, group_size = sizes
     (layer,) = make_layers(LayerShape(4, 2, hidden, intermediate, group_size), scheme, 5, 1, device="cpu")
     packed = layer.packed
@@ -78,12 +78,12 @@ def test_padding_of_random_weights_is_worth_nothing(scheme: str, sizes: tuple[in
 
 
 PATHS = (("ours", 4), ("ours-grouped", 4), ("ours", 100), ("ours-grouped", 100), ("ours-tile", 100))
-"""Few tokens; the grouped kernel with a persistent and with a tile schedule, for few tokens and for many."""
+"""The path for few tokens, and the grouped kernel with both schedules, for few and for many tokens."""
 
 
 @pytest.fixture(scope="module")
 def compiled() -> None:
-    """All kernels of the test below, compiled on all cores."""
+    """Compiles all kernels of the test below, on all cores."""
     compile_ahead(
         [
             CompileJob(shape, scheme, tokens, kb.OURS[implementation])
@@ -142,7 +142,7 @@ def test_without_a_gpu_the_reason_is_given() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     result = CliRunner().invoke(app, ["bench", "kernel"])
-    assert result.exit_code == 2 and "sees no GPU" in result.output
+    assert result.exit_code == 2 and "finds no GPU" in result.output
 
 
 @pytest.mark.parametrize("scheme", ["w4a16", "w4a8", "bf16"])
@@ -189,7 +189,7 @@ def test_tune_says_what_is_missing() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     result = CliRunner().invoke(app, ["tune", "--shape", "qwen35"])
-    assert result.exit_code == 2 and "sees no GPU: run this where kernels can be timed" in result.output
+    assert result.exit_code == 2 and "finds no GPU: run this on a machine with one" in result.output
     result = CliRunner().invoke(app, ["tune", "--shape", "nothing"])
     assert result.exit_code == 2 and "shape='nothing' is unknown" in result.output
 

@@ -23,14 +23,14 @@ from safetensors.torch import load_file, save_file
 
 
 def save_hub(name: str, folder: Path) -> torch.nn.Module:
-    """As checkpoints on the Hub: one matrix an expert, in several files."""
+    """Saves a model as on the Hub: one matrix for each expert, in several files."""
     model: Any = by_name(name).model()
     model.save_pretrained(folder, max_shard_size="40KB")
     return model
 
 
 def save_stacked(name: str, folder: Path) -> torch.nn.Module:
-    """As transformers holds it: stacked experts, in one file."""
+    """Saves a model in the layout of transformers: stacked experts, in one file."""
     model: Any = by_name(name).model()
     model.config.save_pretrained(folder)
     weights = {key: value.contiguous() for key, value in model.state_dict().items()}
@@ -39,15 +39,15 @@ def save_stacked(name: str, folder: Path) -> torch.nn.Module:
 
 
 def stream(folder: Path, scheme: str = "w4a16", group_size: int = 32) -> StreamedModel:
-    # GPT-OSS has no other attention.
+    # GPT-OSS supports no other attention.
     return StreamedModel(folder, torch.float32, "eager", FusionOptions(scheme, group_size))
 
 
-BLOCK = (16, 24)  # neither divides the sizes of the weights
+BLOCK = (16, 24)  # neither number divides the sizes of the weights
 
 
 def in_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """fp8 codes, the scales of blocks, and the bf16 weight that they stand for, element by element."""
+    """fp8 codes, the scales of blocks, and the dequantized bf16 weight, computed block by block."""
     rows, columns = (-(-size // of) for size, of in zip(weight.shape, BLOCK, strict=True))
     codes, scales = torch.empty_like(weight, dtype=torch.float8_e4m3fn), torch.empty(rows, columns)
     exact = torch.empty_like(weight, dtype=torch.bfloat16)
@@ -60,7 +60,7 @@ def in_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 
 def save_fp8(name: str, folder: Path) -> Path:
-    """A model in fp8 as it would be published, and beside it the same in bf16; returns the folder of the latter."""
+    """Saves a model in fp8 as published ones are, and the same model in bf16; returns the folder of the latter."""
     save_hub(name, folder)
     plain = folder.parent / "plain"
     shutil.copytree(folder, plain)

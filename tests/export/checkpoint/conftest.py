@@ -19,5 +19,5 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def spoiled(sharded: Path, tmp_path: Path) -> Path:
-    """A copy of a sharded checkpoint, to be spoiled."""
+    """A copy of a sharded checkpoint, for a test to damage."""
     return Path(shutil.copytree(sharded, tmp_path / "model"))

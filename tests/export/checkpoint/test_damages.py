@@ -53,7 +53,7 @@ DAMAGES: tuple[tuple[str, Callable[[Path], object], str], ...] = (
         "has model-00099",
     ),
     ("no index", lambda f: (f / INDEX_FILE).unlink(), f"neither {INDEX_FILE} nor model.safetensors"),
-    ("bad index", lambda f: (f / INDEX_FILE).write_text("{}"), r"is no index of weights \(KeyError"),
+    ("bad index", lambda f: (f / INDEX_FILE).write_text("{}"), r"is not an index of weights \(KeyError"),
     ("cut shard", lambda f: cut(shard_of(f, GATE)), "is cut short or damaged"),
     (
         "index names another file",
@@ -64,7 +64,7 @@ DAMAGES: tuple[tuple[str, Callable[[Path], object], str], ...] = (
     ("missing expert", remove_expert, rf"lacks 1 tensor \({GATE}\)"),
     ("extra expert", add_expert, r"experts.4.gate_proj.weight\) beyond the 4 experts"),
     ("missing tensor", remove_norm, r"lacks 1 tensor \(model.norm.weight\)"),
-    ("extra tensor", add_tensor, r"1 tensor \(model.extra.weight\) that Qwen3MoeForCausalLM has no use for"),
+    ("extra tensor", add_tensor, r"1 tensor \(model.extra.weight\) that Qwen3MoeForCausalLM does not use"),
     (
         "shape of an expert",
         lambda f: edit_shard(f, GATE, lambda w: w.update({GATE: w[GATE][:16].clone()})),

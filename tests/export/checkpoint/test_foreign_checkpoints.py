@@ -1,4 +1,4 @@
-"""Checkpoints as others publish them: files that disagree, layers beside the model, flags of training."""
+"""Published checkpoints: files that disagree, layers that the model does not run, and flags of training."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 def store(
     folder: Path, name: str = "qwen3_moe", change: Callable[[Weights], object] | None = None, **config: Any
 ) -> Any:
-    """Writes a family's model, its weights changed, and entries of config.json over its own; returns the model."""
+    """Saves a family's model with changed weights and changed entries of config.json; returns the original model."""
     model: Any = by_name(name).model()
     model.save_pretrained(folder)
     weights = load_file(folder / "model.safetensors")
@@ -70,7 +70,7 @@ def test_two_matrices_stay_two_whatever_the_configuration_says(tmp_path: Path) -
     empty = stream(tmp_path)
     empty.load_placeholders()
     for model in (streamed.model, empty.model):
-        model.tie_weights()  # whoever calls it: they stay apart
+        model.tie_weights()  # they remain two, whoever calls it
         assert model.lm_head.weight is not model.model.embed_tokens.weight
         assert not any(tensor.is_meta for tensor in model.state_dict().values())
     assert torch.equal(streamed.model.lm_head.weight, stored[HEAD])
@@ -115,7 +115,7 @@ def test_a_head_that_is_missing_is_not_made_up(tmp_path: Path) -> None:
     remedy = rf"lacks 1 tensor \({HEAD}\): set tie_word_embeddings to true in config.json if {HEAD} is {EMBEDDING}"
     with pytest.raises(ValueError, match=remedy):
         stream(tmp_path)
-    # transformers fills it with random numbers
+    # transformers would fill it with random numbers
     with pytest.raises(ValueError, match=f"lacks {HEAD}"):
         load_model(tmp_path, torch.float32)
 
@@ -134,7 +134,7 @@ def test_the_check_takes_two_matrices(tmp_path: Path) -> None:
 
 
 def add_prediction_layer(weights: Weights, at: int, source: int, *, whole: bool = True) -> None:
-    """A copy of a decoder layer behind the last, and what only a layer for multi-token prediction has."""
+    """Adds a copy of a decoder layer after the last one, with the extra weights of multi-token prediction."""
     copied = {key: value.clone() for key, value in weights.items() if f".layers.{source}." in key}
     weights |= {key.replace(f".layers.{source}.", f".layers.{at}."): value for key, value in copied.items()}
     if whole:
@@ -167,9 +167,9 @@ def test_prediction_layers_under_a_name_of_their_own_are_left_out(prefix: str, t
 
 
 def test_a_decoder_layer_too_many_is_refused(tmp_path: Path) -> None:
-    """It is no prediction layer, and without it the model would be another one."""
+    """A stored decoder layer must not be ignored: the model would be another one."""
     store(tmp_path, change=lambda weights: add_prediction_layer(weights, 2, 1, whole=False))
-    with pytest.raises(ValueError, match=r"model.layers.2.*that Qwen3MoeForCausalLM has no use for"):
+    with pytest.raises(ValueError, match=r"model.layers.2.*that Qwen3MoeForCausalLM does not use"):
         stream(tmp_path)
 
     def both(weights: Weights) -> None:
@@ -196,7 +196,7 @@ def test_outputs_that_config_asks_for_are_left_out(name: str, flags: dict[str, A
     actual = CausalLM(streamed.model, 16)(ids, torch.arange(9))
     expected = Logits(model)(ids)[:, -1]
     assert (actual - expected).norm() / expected.norm() < BOUND
-    # a model that was loaded by somebody else
+    # a model that the user loaded
     other: Any = by_name(name).model(attention="eager")
     for key, value in flags.items():
         setattr(other.config, key, value)
@@ -215,7 +215,7 @@ def generation(folder: Path, **entries: Any) -> Path:
     [
         (3, None, [3]),
         (3, {"eos_token_id": [3, 9]}, [3, 9]),
-        (3, {"eos_token_id": 9}, [9]),  # as transformers: generation_config.json decides
+        (3, {"eos_token_id": 9}, [9]),  # as in transformers, generation_config.json takes precedence
         ([3, 4], {"temperature": 0.7}, [3, 4]),
         (None, {"eos_token_id": [9, 9]}, [9]),
         (None, {}, []),
@@ -233,7 +233,7 @@ def test_the_tokens_that_end_a_text(of_model: Any, of_generation: Any, ends: lis
 def test_what_is_no_token_is_refused_before_anything_is_read(eos: Any, tmp_path: Path) -> None:
     store(tmp_path)
     generation(tmp_path, eos_token_id=eos)
-    with pytest.raises(ValueError, match=r"eos_token_id=.* of generation_config.json must be a token's number"):
+    with pytest.raises(ValueError, match=r"eos_token_id=.* of generation_config.json must be a token id"):
         stream(tmp_path)
 
 
@@ -241,7 +241,7 @@ def test_what_is_no_token_is_refused_before_anything_is_read(eos: Any, tmp_path:
 def test_a_damaged_generation_config_is_named(text: str, tmp_path: Path) -> None:
     store(tmp_path)
     (tmp_path / "generation_config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"generation_config.json is no generation configuration .*remove it"):
+    with pytest.raises(ValueError, match=r"generation_config.json is not a generation configuration .*remove it"):
         meta_model(tmp_path, torch.float32, "eager")
 
 

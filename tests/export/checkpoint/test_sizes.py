@@ -26,7 +26,7 @@ ABSURD: tuple[tuple[dict[str, object], str], ...] = (
     ({"num_attention_heads": 10**9}, r"num_attention_heads=1000000000 in .*, with head_dim=32, hidden_size=64, asks"),
     ({"num_key_value_heads": 10**9}, "num_key_value_heads=1000000000 in .* asks for 2.0 trillion weights or more, but"),
     ({"head_dim": 10**30}, r"head_dim=1000000000000000000000000000000 in .* asks for 1\.3e\+32 weights"),
-    ({"hidden_size": "64"}, "hidden_size='64' in .*config.json must be a whole number of at least 1: put the number"),
+    ({"hidden_size": "64"}, "hidden_size='64' in .*config.json must be a whole number of at least 1: use the number"),
     ({"num_hidden_layers": -1}, "num_hidden_layers=-1 in .* must be a whole number of at least 1"),
     ({"num_experts": 4.0}, "num_experts=4.0 in .* must be a whole number"),
     ({"vocab_size": float("nan")}, "vocab_size=nan in .* must be a whole number"),
@@ -59,7 +59,7 @@ def test_absurd_sizes_are_refused_before_anything_is_built(
 )
 def test_a_config_that_is_none(spoiled: Path, text: str) -> None:
     (spoiled / "config.json").write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"config\.json is no model configuration .*: take the one that the model was"):
+    with pytest.raises(ValueError, match=r"config\.json is not a model configuration .*: use the one that"):
         check_supported(spoiled)
 
 

@@ -1,4 +1,4 @@
-"""Streaming of checkpoints: the same model as loaded whole, in every layout in which weights are stored."""
+"""Streaming checkpoints gives the same model as loading them whole, for every stored layout."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_streamed_equals_loaded_whole(name: str, save: Callable[..., Any], tmp_p
     assert not dense
     with torch.no_grad():
         expected, actual = Logits(model)(tokens(9)), Logits(streamed.model)(tokens(9))
-    # The experts' weights are such that 4 bits hold them.
+    # The experts' weights are exact in 4 bits.
     assert (actual - expected).norm() / expected.norm() < 1.5e-2
 
 

@@ -29,7 +29,7 @@ def interrupt(record: FusedLayer) -> None:
 
 
 def packed_layers(streamed: StreamedModel, work: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Loads, and says which layers were packed rather than found in the work folder."""
+    """Loads a model; returns the names of the layers that were packed, not found in the work folder."""
     packed = []
     real = StreamedModel._pack
 
@@ -59,7 +59,7 @@ def test_an_interrupted_run_goes_on(sharded: Path, tmp_path: Path, monkeypatch: 
     for key, value in whole.model.state_dict().items():
         assert torch.equal(second.model.state_dict()[key], value), key
 
-    # A layer that was cut short, other options, another source: packed again.
+    # A truncated file, other options or another source: the layer is packed again.
     cut(work / f"model.{names[1]}.safetensors")
     assert packed_layers(stream(sharded), work, monkeypatch) == names[1:]
     assert packed_layers(stream(sharded, scheme="w4a8"), work, monkeypatch) == names
@@ -89,7 +89,7 @@ def test_only_our_own_files_leave_a_work_folder(sharded: Path, tmp_path: Path) -
         (work / "notes.txt").write_text("mine")
         folder.remove()
     assert [path.name for path in work.iterdir()] == ["notes.txt"]
-    # Put there between two runs, it would be in the way of the second, whatever that has to remove.
+    # A foreign file that appears between two runs stops the second one, whatever it has to remove.
     (work / "notes.txt").unlink()
     with WorkFolder(work, stream(sharded).manifest()):
         (work / "notes.txt").write_text("mine")
@@ -102,7 +102,7 @@ def test_only_our_own_files_leave_a_work_folder(sharded: Path, tmp_path: Path) -
 def test_a_work_folder_without_a_manifest_is_never_left(
     sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that is killed while it removes the folder leaves one that the next export still knows."""
+    """If a process is killed while it removes the folder, the next export still recognizes the folder."""
     work, streamed = tmp_path / "x.work", stream(sharded)
     real, removed = Path.unlink, []
 
@@ -140,6 +140,6 @@ def test_one_export_at_a_time_has_a_work_folder(sharded: Path, tmp_path: Path) -
                 WorkFolder(work, asked)
         assert sorted(path.name for path in work.iterdir()) == before
         other.kill()
-    with WorkFolder(work, manifest) as folder:  # the system has freed it
+    with WorkFolder(work, manifest) as folder:  # the system released the lock
         folder.remove()
     assert not work.exists()

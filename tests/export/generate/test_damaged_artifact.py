@@ -1,4 +1,4 @@
-"""The tiny model's artifact, damaged: the command line says so in one line, before any native code reads it."""
+"""Damaged artifacts of the tiny model: the command line refuses them in one line, before native code reads them."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ SUFFIXES = (".pte", ".ptd", TOKENIZER_SUFFIX)
 
 
 class Reached(BaseException):
-    """Native code would have been called."""
+    """Raised in place of a call of native code."""
 
 
 @pytest.fixture
 def pte(exported: Callable[[str, str], Path], tmp_path: Path) -> Path:
-    """A copy of the artifact, to be damaged."""
+    """A copy of the artifact, for a test to damage."""
     whole = exported("w4a16", "cpu")
     for suffix in SUFFIXES:
         shutil.copy(whole.with_suffix(suffix), tmp_path / f"x{suffix}")
@@ -54,7 +54,7 @@ def damaged(data: bytes, count: int, seed: int) -> Iterator[bytes]:
 
 
 def flip_a_weight(ptd: Path) -> None:
-    """The last bit of a weight's first number: no text changes by it."""
+    """Flips the last bit of a weight's first number, which changes no text."""
     data = bytearray(ptd.read_bytes())
     weights = PtdFile(ptd)
     name = max(weights.sizes(), key=lambda name: weights.sizes()[name])
@@ -73,7 +73,7 @@ def test_no_damaged_file_reaches_native_code(pte: Path, suffix: str, monkeypatch
     whole = path.read_bytes()
     with pytest.raises(Reached):
         TextGenerator.load(pte)
-    # Of the others, the program is read to say what is wrong; tests/backends/test_digests.py tries more of them.
+    # Few for other files, because each message needs the program; tests/backends/test_digests.py has more.
     for content in damaged(whole, 120 if suffix == ".pte" else 6, 1):
         if content == whole:
             continue
@@ -103,7 +103,7 @@ def test_inspect_verify(pte: Path) -> None:
     assert result.stdout.count("\n") == 1
     ptd = pte.with_suffix(".ptd")
     flip_a_weight(ptd)
-    assert runner.invoke(cli.app, ["inspect", str(pte)]).exit_code == 0  # does not read the weights
+    assert runner.invoke(cli.app, ["inspect", str(pte)]).exit_code == 0  # inspect does not read the weights
     result = runner.invoke(cli.app, ["inspect", "--verify", str(pte)])
     assert result.exit_code == 2 and "x.ptd is damaged: its bytes differ" in result.stderr and not result.stdout
     result = runner.invoke(cli.app, ["inspect", "--verify", str(pte), "--target", "sm_90"])

@@ -1,4 +1,4 @@
-"""Prompt checks, sampling, the decode loop and text streaming, on a stand-in for the runtime."""
+"""Prompt checks, sampling, the decode loop and text streaming, with a fake runtime."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EOS = 257
 
 
 class CountingProgram:
-    """Answers with the token that follows the last one given; keeps every call."""
+    """A fake program that returns the token after the last input; records its calls."""
 
     runtime = "stand-in"
     device = torch.device("cpu")
@@ -47,7 +47,7 @@ class CountingProgram:
 
 
 class PickingProgram(CountingProgram):
-    """The same of an artifact whose methods pick the token; keeps what they were told."""
+    """The same for an artifact whose methods sample the token; records their settings."""
 
     def __init__(self, max_context: int = 16, **constants: Any) -> None:
         super().__init__(max_context, get_method_output="token", **constants)
@@ -114,7 +114,7 @@ def test_greedy_methods_take_no_settings(tokenizer: Tokenizer) -> None:
     program = Greedy(get_method_output="greedy")
     generator = TextGenerator(program, tokenizer)  # type: ignore[arg-type]
     assert generator.generate([10, 20], 3, ignore_eos=True).tokens == [21, 22, 23]
-    with pytest.raises(ValueError, match=r"temperature=0\.5 is not for this artifact"):
+    with pytest.raises(ValueError, match=r"temperature=0\.5 does not apply to this artifact"):
         generator.generate([10, 20], 3, Sampler(0.5))
 
 
@@ -168,7 +168,7 @@ def test_one_end_of_text_id_may_be_a_number(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("prompt", "new", "message"),
     [
-        # How far the cache may grow, the artifact does not know.
+        # The artifact does not record the model's own limit.
         (
             17,
             None,
@@ -195,7 +195,7 @@ def test_no_call_writes_beyond_the_cache(tokenizer: Tokenizer, prompt: int, new:
     generator, program = make(tokenizer)
     assert len(generator.generate([40] * prompt, new).tokens) == new
     assert max(position for _, _, positions in program.calls for position in positions) == 15
-    assert len(generator.generate([40] * prompt).tokens) == new  # the default is what fits
+    assert len(generator.generate([40] * prompt).tokens) == new  # by default, as many as fit
 
 
 def test_speed_counts_prompt_and_further_tokens(tokenizer: Tokenizer) -> None:
@@ -222,7 +222,7 @@ def test_empty_prompt_and_foreign_tokenizer(tokenizer: Tokenizer) -> None:
 
 
 def test_a_prompt_that_is_no_text(tokenizer: Tokenizer) -> None:
-    """As Python has `$'a\\xff'` of a command line."""
+    """Python's string for the argument `$'a\\xff'` of a command line."""
     generator, _ = make(tokenizer)
     with pytest.raises(
         ValueError, match=r"prompt='a\\udcff' is not valid UTF-8 at character 1: give the text in UTF-8"
@@ -266,7 +266,7 @@ def test_missing_and_broken_tokenizer(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("executorch_runtime")
 def test_a_second_text_takes_the_loaded_program(exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """From an empty cache: the same tokens, and other ones after another text in between."""
+    """Each text starts from an empty cache: another text in between changes nothing."""
     from executorch.runtime import Runtime
 
     stock, loaded = Runtime.load_program, []

@@ -1,4 +1,4 @@
-"""Streaming of tokens that end within characters: the text that decoding at once gives, in pieces as they come."""
+"""Streaming tokens that end within characters: the pieces add up to the text of all tokens decoded together."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ LONG = "日本語テキスト処理の例です。" * 12 + "Ünïcödé 🙂🙃
 
 
 def byte_level(pieces: list[bytes]) -> tuple[Tokenizer, list[int]]:
-    """A tokenizer whose tokens are these pieces of bytes, and the ids of the pieces."""
+    """A tokenizer with these byte strings as tokens, and their ids."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    # GPT-2's table: printable bytes are themselves, the others are the letters from 256 on, in order.
+    # GPT-2's table: printable bytes map to themselves, others to the letters from 256 on, in order.
     others = iter(letter for letter in letters if ord(letter) >= 256)
     table = {byte: chr(byte) if byte in printable else next(others) for byte in range(256)}
     vocabulary = {"".join(table[byte] for byte in piece): index for index, piece in enumerate(dict.fromkeys(pieces))}
@@ -26,7 +26,7 @@ def byte_level(pieces: list[bytes]) -> tuple[Tokenizer, list[int]]:
 
 
 def byte_fallback(words: list[str]) -> Tokenizer:
-    """A tokenizer as Llama's and Mixtral's: words with their space, and a token for each byte."""
+    """A tokenizer like Llama's and Mixtral's: words with their space, and a token for each byte."""
     vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)}
     vocabulary |= {f"\u2581{word}": 256 + index for index, word in enumerate(words)}
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
@@ -37,7 +37,7 @@ def byte_fallback(words: list[str]) -> Tokenizer:
 
 
 def streamed(tokenizer: Tokenizer, ids: list[int], prompt: int = 0) -> list[str]:
-    """Pieces of text for the tokens after the prompt's, and what was held back."""
+    """Pieces of text for the tokens after the prompt, and the text held back to the end."""
     stream = TextStream(tokenizer, ids[:prompt])
     return [*(stream.push(token) for token in ids[prompt:]), stream.end()]
 
@@ -50,12 +50,12 @@ def test_streaming_tokens_that_end_within_characters(width: int, first: int) -> 
     tokenizer, ids = byte_level([data[a:b] for a, b in itertools.pairwise(cuts)])
     pieces = streamed(tokenizer, ids)
     assert "".join(pieces) == tokenizer.decode(ids) == LONG
-    # Text comes with its tokens: each completes few characters, and nothing is left for the end.
+    # Each token completes a few characters, and no text is left for the end.
     assert max(map(len, pieces)) <= width + 1 and pieces[-1] == ""
 
 
 def test_streaming_decodes_few_tokens_at_a_time() -> None:
-    """Where no token ends with a character, the window must not grow with the text."""
+    """If no token ends with a character, the window must not grow with the text."""
     data = ("語" * 400).encode()
     tokenizer, ids = byte_level([data[:1], *(data[at : at + 3] for at in range(1, len(data), 3))])
     stream, longest = TextStream(tokenizer), 0
@@ -69,7 +69,7 @@ def test_streaming_bytes_that_fall_back() -> None:
     tokenizer = byte_fallback(["the", "word"])
     ids = [256, *"日本🙂".encode(), 257, *"é".encode(), 256]
     assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids) == "the日本🙂 wordé the"
-    # Bytes that no character ends with: the decoder would take shown ones back.
+    # Bytes that never complete a character: the decoder would change text that was shown.
     cut = [256, *"日".encode(), *"日".encode()[:2], 257]
     assert "".join(streamed(tokenizer, cut)).replace("\ufffd", "") == "the日 word"
     garbage = [256, *[0xFF] * 200, 257]

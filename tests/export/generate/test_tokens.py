@@ -16,13 +16,13 @@ from ..conftest import eager_greedy, eager_model
 PROMPTS = (
     "The import statement",
     "class Point:\n    def __init__(self",
-    "x",  # one token: the first call is decode
+    "x",  # one token, so that the first call is decode
 )
 NEW_TOKENS = 64
 
 
 def compare(pte: Path, scheme: str, target: str, runtime: str, dtype: str = "auto") -> str:
-    """Asserts equal tokens for every prompt; returns what ran the program."""
+    """Asserts equal tokens for every prompt; returns the name of the runtime."""
     generator = TextGenerator.load(pte, runtime=runtime)
     model = eager_model(scheme, target, dtype)
     for prompt in PROMPTS:
@@ -42,7 +42,7 @@ def test_tokens_of_the_cpu_runtime_equal_eager(scheme: str, exported: Callable[[
 @pytest.mark.gpu
 @pytest.mark.parametrize("scheme", ["w4a16", "w4a8", "bf16"])
 def test_tokens_of_the_delegate_host_equal_eager(scheme: str, exported: Callable[..., Path]) -> None:
-    """Dense layers in fp32, so that cuBLAS and Inductor's kernels round alike; the experts are as in any export."""
+    """Dense layers are fp32, so that cuBLAS and Inductor's kernels agree; experts are as in any export."""
     ran = compare(exported(scheme, "cuda", "fp32"), scheme, "cuda", "delegate-host", "fp32")
     assert ran == "delegate host (PyTorch AOTInductor)"
 
@@ -50,7 +50,7 @@ def test_tokens_of_the_delegate_host_equal_eager(scheme: str, exported: Callable
 @pytest.mark.gpu
 @torch.no_grad()
 def test_bf16_tokens_are_eagers_choice_within_rounding(exported: Callable[..., Path]) -> None:
-    """In bf16 the two round differently and near-ties may fall either way: eager must rate each token as its own.
+    """In bf16 rounding differs, and near-ties may fall either way: each token must have nearly eager's best logit.
 
     Logits between 8 and 16 are 1/16 apart in bf16; the bound is four such steps.
     """
@@ -112,6 +112,6 @@ def test_the_whole_cache_can_be_used(exported: Callable[[str, str], Path]) -> No
     generator = TextGenerator.load(exported("w4a16", "cpu"))
     context = generator.max_context
     ids = torch.randint(97, 122, (context,)).tolist()
-    # The last position and one token more: the longest prompt, and the longest text after a short one.
+    # Up to the last position and one token more: after the longest prompt, and after a short one.
     assert len(generator.generate(ids, 1).tokens) == 1
     assert len(generator.generate(ids[:2], context - 1, ignore_eos=True).tokens) == context - 1

@@ -28,7 +28,7 @@ STATIC_LENGTH = 7
 class Mode:
     """How one artifact of a family is exported.
 
-    `experts` and `strict` alternate: within a family each value is there once, over all families each combination.
+    `experts` and `strict` alternate: each family has each value once, and all families together each combination.
     """
 
     family: Family
@@ -46,16 +46,16 @@ class Mode:
 
     @property
     def dtype(self) -> torch.dtype:
-        """fp32, in which nothing but the experts rounds, or bf16, as models are run."""
+        """fp32, where only the experts round, or bf16, the usual dtype of models."""
         return torch.float32 if self.dynamic else torch.bfloat16
 
     def model(self) -> nn.Module:
-        """What is exported."""
-        # ExecuTorch's Triton attention for CUDA writes bf16 whatever it is given.
+        """The model to export."""
+        # ExecuTorch's Triton attention for CUDA writes bf16 for any input dtype.
         return self.family.model(self.experts, self.dtype, "eager" if self.dynamic else None)
 
     def eager(self, weights: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """transformers' own model, its experts in plain PyTorch, with the weights that were exported, in `dtype`."""
+        """transformers' model with the exported weights and experts in plain PyTorch, in `dtype`."""
         model = self.family.model("eager")
         model.load_state_dict(torch.load(weights))
         return model.to(dtype)
@@ -64,11 +64,11 @@ class Mode:
         return export_logits(self.model(), self.strict, self.dynamic, STATIC_LENGTH)
 
     def files(self, folder: Path) -> tuple[Path, Path]:
-        """The .pte, and the weights before they were packed: torch may draw others elsewhere from the same seed."""
+        """The .pte, and the weights before packing: another torch may draw other weights from the same seed."""
         return folder / f"family-{self}.pte", folder / f"family-{self}.weights.pt"
 
     def write(self, target: str, folder: Path) -> None:
-        """Export it to `folder`."""
+        """Exports the model to `folder`."""
         pte, weights = self.files(folder)
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(self.model().state_dict(), weights)
@@ -97,6 +97,6 @@ def main(folder: str, target: str = "sm_90", *families: str) -> None:
 
 
 if __name__ == "__main__":
-    # The Hub's package of that name, for which transformers looks, is not our folder.
+    # transformers looks for the Hub's package of that name, which is not our folder.
     sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
     main(*sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Runs each method of artifacts once or a few times in the delegate host; what a checker of memory accesses watches.
+"""Runs each method of artifacts once or twice in the delegate host, for a checker of memory accesses.
 
 python -m tests.export.gpu.run_artifacts PTE...     from the root of the repository
 """
@@ -22,7 +22,7 @@ def main(paths: list[str]) -> None:
             program.run("prefill", torch.arange(1, PROMPT + 1)[None], torch.arange(PROMPT))
             for position in (PROMPT, PROMPT + 1):
                 program.run("decode", torch.tensor([[65]]), torch.tensor([position]))
-        else:  # of tests/export/families.py: logits of a text
+        else:  # artifacts of tests/export/families.py return the logits of a text
             (text,) = open_artifact(path)[0].inputs("forward")
             for length in (2, 11) if text.dynamic else (text.sizes[1],):
                 program.run("forward", torch.arange(1, length + 1)[None])

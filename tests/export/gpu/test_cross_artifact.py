@@ -1,4 +1,4 @@
-"""On a GPU: artifacts that were exported on a machine without one, named by the folder in EXECUTORCH_MOE_CROSS.
+"""On a GPU: artifacts from a machine without one, in the folder that EXECUTORCH_MOE_CROSS names.
 
 executorch-moe export tiny -o FOLDER/tiny-fp32.pte --target sm_90 --max-context 128 --dtype fp32
 executorch-moe export tiny -o FOLDER/tiny-bf16.pte --target sm_90 --max-context 128
@@ -55,7 +55,7 @@ def test_tokens_equal_those_of_the_export_made_here(exported: Callable[..., Path
 
 
 def test_speed_is_within_a_tenth_of_the_export_made_here(exported: Callable[..., Path]) -> None:
-    """Measured in turns, and compared turn by turn: other tests may use the GPU meanwhile."""
+    """Both are measured in turns and compared turn by turn, because other tests may use the GPU at the same time."""
     ptes = {"there": cross("bf16"), "here": exported("w4a16", "cuda")}
     generators = {name: TextGenerator.load(pte, "delegate-host") for name, pte in ptes.items()}
     ratios: dict[str, list[float]] = {"prefill": [], "decode": []}

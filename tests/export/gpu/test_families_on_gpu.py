@@ -1,9 +1,8 @@
 """On a GPU: artifacts of every family in the delegate host, against transformers' own model in PyTorch on the CPU.
 
-They are exported here, or, if the folder that EXECUTORCH_MOE_CROSS names has them, by family_artifacts.py on a machine
-without a GPU.
-For each family there is one with a length that changes and one of fixed length; test_families.py shows that the other
-ways to export make the same programs.
+Artifacts are taken from the folder that EXECUTORCH_MOE_CROSS names, if family_artifacts.py wrote them there on a
+machine without a GPU; otherwise they are exported here. Each family has one of dynamic and one of fixed length.
+models/test_families.py shows that other ways to export give the same programs.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def files(mode: Mode, made_once: Callable[[str, Callable[[Path], None]], Path]) 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode.dynamic], ids=str)
 @torch.no_grad()
 def test_any_length_in_fp32_with_4_bit_weights(mode: Mode, made_once, record_property) -> None:
-    """4 bits hold the experts' weights, and nothing but the experts rounds to bf16: the bound of the CPU target."""
+    """The experts' weights are exact in 4 bits, and only experts round to bf16: the bound of the CPU target holds."""
     pte, weights = files(mode, made_once)
     program, eager = load(pte, runtime="delegate-host"), Logits(mode.eager(weights))
     errors = [relative_error(program.run("forward", tokens(n))[0].cpu(), eager(tokens(n))) for n in LENGTHS]
@@ -46,11 +45,11 @@ def test_any_length_in_fp32_with_4_bit_weights(mode: Mode, made_once, record_pro
 @pytest.mark.parametrize("mode", [mode for mode in MODES if not mode.dynamic], ids=str)
 @torch.no_grad()
 def test_a_fixed_length_in_bf16(mode: Mode, made_once, record_property) -> None:
-    """At most twice as far from the model in fp32 as transformers' own model in bf16 is."""
+    """The error against the model in fp32 is at most twice that of transformers' own model in bf16."""
     pte, weights = files(mode, made_once)
     program, exact = load(pte, runtime="delegate-host"), Logits(mode.eager(weights))
     rounded = Logits(mode.eager(weights, torch.bfloat16))
-    # Rounding may tip a router whose choice is a near-tie, which is no error: of several texts, that with the least.
+    # Rounding may change a router's choice in a near-tie, which is correct: take the text with the least error.
     texts = torch.randint(0, 96, (8, 1, STATIC_LENGTH), generator=torch.Generator().manual_seed(0))
     allowed, ids = min(((relative_error(rounded(text), exact(text)), text) for text in texts), key=lambda pair: pair[0])
     error = relative_error(program.run("forward", ids)[0].cpu(), exact(ids))

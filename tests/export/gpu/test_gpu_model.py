@@ -1,4 +1,4 @@
-"""On a GPU: CUDA graphs, picking, other experts and the profile, each in a whole exported model."""
+"""On a GPU: CUDA graphs, sampling, other experts and the profile, each in a whole exported model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TEXT = list(b"The import statement combines two operations")
 def logits_of(
     made_once: Callable[[str, Callable[[Path], None]], Path], artifact: Callable[[str, Cell], Path]
 ) -> Callable[[str], torch.Tensor]:
-    """logits_of(experts) -> logits of the tiny model after TEXT and after one token more, fp32 [2, V]."""
+    """logits_of(experts) -> logits of the tiny model after TEXT and after one more token, fp32 [2, V]."""
     cell = Cell("w4a16", "none")
 
     def get(experts: str) -> torch.Tensor:
@@ -79,7 +79,7 @@ def test_a_graph_gives_the_same_text(sampler: Sampler, exported: Callable[..., P
         ids = plain.encode(prompt)
         expected = plain.generate(ids, 48, sampler, ignore_eos=True).tokens
         assert graphed.generate(ids, 48, sampler, ignore_eos=True).tokens == expected, prompt
-        # Looked at one by one, and with the cache written by chunks.
+        # Tokens read one by one, and the cache written in chunks.
         seen: list[int] = []
         graphed.prefill_chunk = 3
         graphed.generate(ids, 48, sampler, ignore_eos=True, on_token=seen.append)

@@ -1,7 +1,7 @@
-"""On a GPU: every way to export the tiny model x scheme x storage of dense layers, against eager, after each token.
+"""On a GPU: each way to export the tiny model x scheme x storage of dense layers, against eager after each token.
 
-`here` is exported for the GPU by a CUDA build that sees it (target "cuda"); `elsewhere` for its architecture as a
-machine without a GPU does it, or, if EXECUTORCH_MOE_CROSS names a folder, by matrix.py on such a machine.
+`here` is an export for the GPU of this machine (target "cuda"). `elsewhere` is an export for its architecture that does
+not use the GPU, or, if EXECUTORCH_MOE_CROSS names a folder, one that matrix.py made on a machine without a GPU.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ HOST = "delegate-host"
 TEXT = list(b"The import statement combines two operations")
 STEPS = 16
 WAYS = ("here", "elsewhere")
-# Both round to bf16, at other places; a router's near-tie may go to another expert now and then.
+# Both round to bf16, at different places; in a near-tie a router may choose another expert.
 MEDIAN_ERROR, LARGEST_ERROR = 0.01, 0.05
 # Logits between 8 and 16 are 1/16 apart in bf16: four such steps.
 LARGEST_GAP = 0.25
 ROUNDS = 2000
 
 Artifact = Callable[[str, Cell], Path]
-"""The fixture `artifact` of conftest.py."""
+"""Type of the fixture `artifact` of conftest.py."""
 
 
 def follow(program: LoadedProgram, ids: list[int]) -> Tensor:
@@ -49,7 +49,7 @@ def follow(program: LoadedProgram, ids: list[int]) -> Tensor:
 
 @torch.no_grad()
 def eagers_text(model: torch.nn.Module) -> tuple[list[int], Tensor]:
-    """STEPS greedy tokens of eager, and its logits before each and after the last."""
+    """STEPS greedy tokens of the eager model, and its logits before each and after the last."""
     logits = [model(torch.tensor([TEXT]).cuda(), torch.arange(len(TEXT)).cuda())]
     ids: list[int] = []
     for position in range(len(TEXT), len(TEXT) + STEPS):
@@ -68,10 +68,10 @@ def test_every_export_is_eager(way: str, cell: Cell, artifact: Artifact, record_
     errors = ((got - expected).norm(dim=-1) / expected.norm(dim=-1)).tolist()
     record_property("matrix", f"{way} {cell}: relative errors up to {max(errors):.4f}")
     assert sorted(errors)[len(errors) // 2] < MEDIAN_ERROR and max(errors) < LARGEST_ERROR, errors
-    # The same choices, but for near-ties: eager must rate each of the program's own as high as its best.
+    # The same tokens except for near-ties: each of the program's tokens must have nearly eager's best logit.
     gaps = expected.max(-1).values - expected.gather(-1, got.argmax(-1, keepdim=True))[:, 0]
     assert float(gaps.max()) <= LARGEST_GAP, gaps
-    # Another load beside the first, and one whose decode becomes a CUDA graph: the same bits.
+    # A second load, and one that replays decode as a CUDA graph, give the same bits.
     for other in (load(pte, runtime=HOST), load(pte, runtime=HOST, cuda_graph=("decode",))):
         assert torch.equal(follow(other, ids), got)
     assert torch.equal(follow(first, ids), got)
@@ -79,7 +79,7 @@ def test_every_export_is_eager(way: str, cell: Cell, artifact: Artifact, record_
 
 @pytest.mark.parametrize("way", WAYS)
 def test_bits_stay_the_same_beside_other_kernels(way: str, artifact: Artifact) -> None:
-    """Kernels of others fill caches, registers and freed memory between the calls, on the same stream."""
+    """Between calls, other kernels on the same stream fill caches, registers and freed memory."""
     program = load(artifact(way, Cell("w4a16", "int8")), runtime=HOST)
     ids, positions = torch.tensor([TEXT]).cuda(), torch.arange(len(TEXT)).cuda()
     token, position = torch.tensor([[32]]).cuda(), torch.tensor([len(TEXT)]).cuda()
@@ -99,12 +99,12 @@ def test_bits_stay_the_same_beside_other_kernels(way: str, artifact: Artifact) -
 
 
 def sanitized(tool: str, pte_files: list[Path], report: Path) -> None:
-    """Runs artifacts under compute-sanitizer, each allocation by itself, and asserts that it found nothing."""
+    """Runs artifacts under compute-sanitizer, without a caching allocator, and asserts that it finds no errors."""
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     assert Path(program).is_file(), "compute-sanitizer is not on PATH: it comes with the CUDA toolkit"
     command = [program, "--tool", tool, "--log-file", str(report), "--error-exitcode", "9"]
     command += [sys.executable, "-m", "tests.export.gpu.run_artifacts", *map(str, pte_files)]
-    # Behind each allocation there is memory of nobody, not of another tensor.
+    # No other tensor's memory directly follows an allocation.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     found = report.read_text() if report.is_file() else ""

@@ -1,4 +1,4 @@
-"""The static cache and its mask against transformers' own generation, and what the exported programs look like."""
+"""Compares the static cache and its mask with transformers' generation, and checks the exported programs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_prefill_equals_token_by_token(model: CausalLM) -> None:
     model.reset()
     for position, token in enumerate(TEXT):
         one_by_one = run(model, [token], position)
-    # fp32 sums in another order, and bf16 rounding of the experts' input that may fall the other way.
+    # fp32 sums in another order may change how the experts' input is rounded to bf16.
     torch.testing.assert_close(at_once, one_by_one, rtol=0, atol=0.05)
 
 
@@ -93,7 +93,7 @@ def test_positions_beyond_the_text_are_never_seen(model: CausalLM) -> None:
     run(model, TEXT, 0)
     clean = run(model, TEXT[:1], len(TEXT))
     for buffer in model.kv_cache.buffers():
-        buffer[:, :, len(TEXT) + 1 :] = 1e4  # what a longer, earlier text might have left
+        buffer[:, :, len(TEXT) + 1 :] = 1e4  # as after an earlier, longer text
     assert torch.equal(run(model, TEXT[:1], len(TEXT)), clean)
     model.reset()
     for buffer in model.kv_cache.buffers():
@@ -121,7 +121,7 @@ def test_exported_programs(model: CausalLM) -> None:
         states.append(set(program.state_dict))
     assert states[0] == states[1]
     assert {"kv_cache.key_0", "kv_cache.value_1"} <= states[0]
-    # The length is a symbol with the promised range, not the example's.
+    # The length is a symbol with the documented range, not that of the example.
     (bounds,) = programs["prefill"].range_constraints.values()
     assert (bounds.lower, bounds.upper) == (2, MAX_CONTEXT)
     prefill = programs["prefill"].module()
@@ -141,9 +141,9 @@ def test_context_out_of_range(max_context: int) -> None:
 WINDOWS = {
     "mixtral": {"sliding_window": 5},
     "qwen3_moe": {"sliding_window": 5, "use_sliding_window": True},
-    # in some layers only; a prompt is longer than the window, a chunk of it shorter
+    # sliding windows in some layers; the prompt is longer than a window, and a chunk of it is shorter
     "qwen2_moe": {"sliding_window": 5, "use_sliding_window": True, "num_hidden_layers": 2, "max_window_layers": 9},
-    "gpt_oss": {"sliding_window": 5, "num_hidden_layers": 2},  # and sinks
+    "gpt_oss": {"sliding_window": 5, "num_hidden_layers": 2},  # with attention sinks
 }
 
 
@@ -151,7 +151,7 @@ CHUNKS = [(12, 1, 1, 1), (3, 9, 1, 2)]
 
 
 def check_chunks(inner: torch.nn.Module, ids: torch.Tensor, chunks: tuple[int, ...]) -> torch.Tensor:
-    """Logits after each chunk are those of the unmodified model; returns the last."""
+    """Asserts that logits after each chunk equal those of the unmodified model; returns the last."""
     expected = inner(input_ids=ids, use_cache=False).logits[0]
     model, start = CausalLM(inner, 24), 0
     for size in chunks:
@@ -183,7 +183,7 @@ def test_a_sliding_window_is_that_of_transformers(name: str, chunks: tuple[int, 
     inner = family.model("eager", attention=attention_of("cpu", "fp32", name))
     ids = tokens(sum(chunks))
     expected = check_chunks(inner, ids, chunks)
-    # The window is what makes the difference: with a wider one other logits come out.
+    # The window matters: a wider one gives other logits.
     inner.config.sliding_window = 24
     wider = CausalLM(inner, 24)(ids, torch.arange(len(ids[0])))
     assert not torch.allclose(wider[0], expected, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Layers that do one token in two operators: against the same layers with many tokens, and as they are exported."""
+"""Compares decoder layers' path for one token with their path for several, and checks the exported programs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_one_by_one_is_as_at_once(dense: str) -> None:
     lm.reset()
     for position, token in enumerate(TEXT):
         one_by_one = run(lm, [token], position)
-    # bf16 rounds at other places, and a near tie may send a token to another expert: close, not equal.
+    # bf16 is rounded at other places, and a near tie may select another expert: close, but not equal.
     assert (one_by_one - at_once).norm() / at_once.norm() < 0.05
     for one, other in zip(lm.kv_cache.buffers(), caches, strict=True):
         assert (one - other).float().norm() / other.float().norm() < 0.05
@@ -64,7 +64,7 @@ def test_decode_is_three_operators_a_layer_and_prefill_none_of_the_new() -> None
     for name in ("one_token_attention", "one_token_router", "fused_experts"):
         assert decode.count(f"executorch_moe.{name}.default") == 3
     assert not any("one_token_attention" in name or "one_token_router" in name for name in prefill)
-    # Nothing of attention or the router is left beside them.
+    # No other operators of attention or router remain.
     assert not any(word in name for name in decode for word in ("dot_product", "topk", "softmax"))
 
 
@@ -100,14 +100,14 @@ SPARSE = {
 
 
 def qwen3(**options: Any) -> Any:
-    """A Qwen3-MoE model whose router ours takes the place of, with attention as for CUDA."""
+    """A Qwen3-MoE model whose router we replace, with the attention of CUDA targets."""
     family = by_name("qwen3_moe")
     made = replace(family, options={**family.options, "norm_topk_prob": True, **options})
     return made.model(dtype=torch.bfloat16, attention=attention.register())
 
 
 def prepared(model: torch.nn.Module) -> CausalLM:
-    """As an export for CUDA prepares it."""
+    """Prepares a model as an export for CUDA does."""
     return CausalLM(streamline_(quantize_experts_(model, "bf16")), CONTEXT)
 
 
@@ -122,7 +122,7 @@ def check_one_by_one(lm: CausalLM) -> None:
 
 @pytest.mark.parametrize("options", SPARSE.values(), ids=SPARSE.keys())
 def test_layers_without_experts_among_those_with(options: dict[str, Any]) -> None:
-    """A layer without experts takes one tensor, so the layer before it adds up."""
+    """A layer without experts takes one tensor, so that the layer before it returns the sum."""
     lm = prepared(qwen3(**options))
     layers = list(lm.model.model.layers)
     kinds = [isinstance(layer, OneTokenDecoderLayer) for layer in layers]
@@ -136,7 +136,7 @@ def test_layers_without_experts_among_those_with(options: dict[str, Any]) -> Non
 
 
 def test_a_window_in_some_layers() -> None:
-    """Such layers do one token as they do many, and take one tensor."""
+    """Layers with a sliding window have no path for one token, and take one tensor."""
     model = qwen3(num_hidden_layers=4)
     for index in (1, 2):
         model.model.layers[index].self_attn.sliding_window = 64

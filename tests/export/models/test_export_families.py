@@ -1,4 +1,4 @@
-"""`executorch-moe export` for families beside Qwen3-MoE."""
+"""`executorch-moe export` for families other than Qwen3-MoE."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from executorch_moe.export.models.pretrained import SUPPORTED_MODEL_TYPES, resol
 from ..families import FAMILIES, Logits, by_name, tokens
 
 OTHERS = [family for family in FAMILIES if family.name in SUPPORTED_MODEL_TYPES and family.name != "qwen3_moe"]
-# A window that is shorter than the prompt; for GPT-OSS in every other layer.
+# A window shorter than the prompt; GPT-OSS has it in every other layer.
 WINDOWS = {"mixtral": {"sliding_window": 4}, "gpt_oss": {"sliding_window": 4, "num_hidden_layers": 2}}
 
 
 def save_model(name: str, folder: Path) -> torch.nn.Module:
-    """A random model of a family as a model folder, with the tiny model's tokenizer."""
+    """Writes a random model of a family as a model folder, with the tiny model's tokenizer."""
     family = by_name(name)
     model = dataclasses.replace(family, options=family.options | WINDOWS.get(name, {})).model()
     model.save_pretrained(folder)
@@ -47,7 +47,7 @@ def test_prefill_and_decode_equal_the_unmodified_model(name: str, tmp_path: Path
     result = CliRunner().invoke(app, [str(argument) for argument in [*arguments, "--verbose"]])
     assert result.exit_code == 0, result.output
     assert "fused layers" in result.stderr
-    # The work folder is gone, and nothing else was left.
+    # The work folder was removed, and no other files remain.
     assert {path.suffix for path in pte.parent.iterdir()} == {".pte", ".ptd", ".json"}
 
     layers = json.loads(report.read_text())["layers"]
@@ -58,7 +58,7 @@ def test_prefill_and_decode_equal_the_unmodified_model(name: str, tmp_path: Path
     (decode,) = loaded.run("decode", ids[:, 9:], torch.tensor([9]))
     with torch.no_grad():
         expected = Logits(model)(ids)[0, 8:]
-    # The experts' weights are such that 4 bits hold them.
+    # The experts' weights are exact in 4 bits.
     assert (torch.cat([prefill, decode]) - expected).norm() / expected.norm() < 1.5e-2
 
 

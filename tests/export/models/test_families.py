@@ -1,4 +1,4 @@
-"""Unmodified transformers models: exported in each mode, fused, run, and compared with the eager model."""
+"""Unmodified transformers models, exported in each mode, fused and run, against the eager model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from executorch_moe.export.models import experts_interface
 from ..families import FAMILIES, Family, Logits, by_name, export_logits, operations, tokens
 from ..gpu.family_artifacts import MODES, Mode
 
-# Relative L2 of the logits of an fp32 model: its experts take bf16 hidden states and return bf16.
+# Relative L2 error of the logits of an fp32 model, whose fused experts take and return bf16.
 BOUND = 1.5e-2
 FUSED = torch.ops.executorch_moe.fused_experts.default
 
@@ -30,7 +30,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 @functools.cache
 def operations_of_the_artifact(name: str, dynamic: bool) -> list[tuple[str, ...]]:
-    """Of a family's fused program, exported in the one mode that also runs on the GPU (test_families_on_gpu.py)."""
+    """Operations of a family's fused program, in the mode that runs on the GPU too (test_families_on_gpu.py)."""
     (mode,) = (mode for mode in MODES if mode.family.name == name and mode.dynamic == dynamic)
     program = export_logits(mode.family.model(mode.experts), mode.strict, dynamic)
     return operations(ExpertFuser(FusionOptions("bf16")).fuse(program))
@@ -50,8 +50,8 @@ def test_every_mode_is_fused_and_keeps_its_values(family: Family, experts: str, 
     assert len(fuser.report.layers) == family.moe_layers and not fuser.report.unfused
     assert sum(node.target is FUSED for node in fused.graph.nodes) == family.moe_layers
     assert not any(".experts." in name and ".packed_" not in name for name in fused.state_dict)
-    assert set(program.state_dict) == before  # the program that was passed is untouched
-    # Whatever the mode, what is compiled is what the artifact of this family holds.
+    assert set(program.state_dict) == before  # the program that was passed is unchanged
+    # Every mode gives the same fused program as the artifact of this family.
     assert operations(fused) == operations_of_the_artifact(family.name, dynamic)
     for length in (2, 11, 40) if dynamic else (7,):
         ids = tokens(length)
@@ -59,7 +59,7 @@ def test_every_mode_is_fused_and_keeps_its_values(family: Family, experts: str, 
             assert relative_error(fused.module()(ids), Logits(model)(ids)) < BOUND
 
 
-# The experts' weights are such that 4 bits hold them, so w4a16 must be as near as bf16.
+# The experts' weights are exact in 4 bits, so that w4a16 must be as close as bf16.
 @pytest.mark.parametrize(
     ("family", "scheme"),
     [*((family, "w4a16") for family in FAMILIES), *((by_name(name), "bf16") for name in ("qwen3_moe", "gpt_oss"))],
@@ -81,7 +81,7 @@ def test_runs_in_executorch(family: Family, scheme: str, tmp_path: Path, executo
 @pytest.mark.transformers
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_our_own_experts_implementation(family: Family) -> None:
-    """One node a layer, equal to the model's own implementation, and fused like any other."""
+    """Each layer has one node, which equals the model's own implementation and is fused like others."""
     experts_interface.register()
     model = family.model("executorch_moe")
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_our_own_experts_implementation(family: Family) -> None:
 
 
 def test_our_own_implementation_refuses_a_gating_that_it_does_not_compute(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Experts with a limit have silu as their activation, and a gating of their own."""
+    """Experts with a limit use SiLU, but their own gate function."""
     experts_interface.register()
     model: Any = by_name("qwen3_moe").model("executorch_moe")
     kind = type(model.model.layers[0].mlp.experts)
@@ -108,13 +108,13 @@ def test_our_own_implementation_refuses_a_gating_that_it_does_not_compute(monkey
         return self.act_fn(gate.clamp(max=16.0)) * up.clamp(-16.0, 16.0)
 
     monkeypatch.setattr(kind, "_apply_gate", limited)
-    with pytest.raises(NotImplementedError, match=r"Qwen3MoeExperts gates in a way of its own .*use experts_impl"):
+    with pytest.raises(NotImplementedError, match=r"Qwen3MoeExperts has its own gate function .*use experts_impl"):
         Logits(model)(tokens(4))
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_the_cuda_runtime_has_every_operator(mode: Mode) -> None:
-    """Of the programs that test_families_on_gpu.py runs."""
+    """Modes of the programs that test_families_on_gpu.py runs."""
     check_operators(ExpertFuser(FusionOptions(mode.scheme, 32)).fuse(mode.program()))
 
 

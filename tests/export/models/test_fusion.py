@@ -1,4 +1,4 @@
-"""Recognizing experts by structure, refusing what is something else, sharing packed weights between methods."""
+"""Recognizing experts by structure, refusing other modules, and sharing packed weights between methods."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FUSED = torch.ops.executorch_moe.fused_experts.default
 
 
 class Zorg(nn.Module):
-    """Experts under a name that nobody knows: gate, up and down apart, every expert on every token."""
+    """Experts of an unknown class: separate gate, up and down; every expert computes every token."""
 
     def __init__(self, transposed: bool = False) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class NearlyOurs(Zorg):
 
 
 class Limited(Zorg):
-    """Gated experts with a limit, in one of the places where models have one."""
+    """Gated experts with a limit at one of the places where models have one."""
 
     def __init__(self, limit: float, place: str) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Limited(Zorg):
 
 
 class Decay(nn.Module):
-    """No experts: a mixer with two tables of one first size, as linear attention has, without parameters."""
+    """Not experts: a mixer with two tables of the same first size, as in linear attention, without parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Decay(nn.Module):
 
 
 class Grouped(nn.Module):
-    """No experts: matrices of several heads, stacked; every token goes through all of them."""
+    """Not experts: stacked matrices of several heads, all of which compute every token."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Grouped(nn.Module):
 
 
 class SharedExperts(Zorg):
-    """Experts that every token goes through, with a weight for each."""
+    """Experts that all compute every token, with a weight for each."""
 
     def forward(self, x: Tensor, gammas: Tensor) -> Tensor:  # type: ignore[override]
         every = x.expand(E, *x.shape)
@@ -109,11 +109,11 @@ class SharedExperts(Zorg):
 
 
 class AllExperts(SharedExperts):
-    """The same by another name."""
+    """The same module under another name."""
 
 
 class WithOthers(nn.Module):
-    """A block with experts, and modules beside it that look like experts to shapes or by name."""
+    """A block with experts, and other modules that resemble experts by shape or name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class ThreeDimensional(Zorg):
 
 
 class LinearExperts(nn.Module):
-    """Named like experts, but its weights are something else."""
+    """A module named like experts, with other weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class LinearExperts(nn.Module):
 
 
 class Block(nn.Module):
-    """A router and, below it, experts."""
+    """A router that owns experts."""
 
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()
@@ -347,7 +347,7 @@ def test_methods_share_weights_that_are_packed_once() -> None:
     for name in packed:
         assert fused["prefill"].state_dict[name] is fused["decode"].state_dict[name]
     again = fuser.fuse(fused["decode"])
-    assert again is fused["decode"]  # nothing is left to fuse
+    assert again is fused["decode"]  # no experts are left to fuse
 
 
 def test_operators_that_the_cuda_runtime_lacks_are_gone_once_fused() -> None:

@@ -1,4 +1,4 @@
-"""Arguments that transformers calls our replacements with: both names of the cache, and nothing that is ignored."""
+"""Keyword arguments that transformers passes to our replacements: both names of the cache; none is ignored."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOKENS, CONTEXT = 6, 32
 
 
 def streamable(family: Family) -> Any:
-    """Its model, with a router that we replace if it is Qwen3-MoE's."""
+    """The model of a family; a Qwen3-MoE model has a router that we replace."""
     return replace(family, options=family.options | {"norm_topk_prob": True}).model()
 
 
@@ -42,7 +42,7 @@ def view(model: Any) -> Any:
 
 
 def inputs(model: Any, positions: int = CONTEXT) -> dict[str, Any]:
-    """Arguments of a decoder layer and of its attention, for a cache of so many positions."""
+    """Arguments of a decoder layer and its attention, for a cache of that many positions."""
     hidden = torch.randn(1, TOKENS, model.config.hidden_size, generator=torch.Generator().manual_seed(3))
     mask = (torch.arange(positions) <= torch.arange(TOKENS)[:, None])[None, None]
     rotation = model.model.rotary_emb(hidden, torch.arange(TOKENS)[None])
@@ -50,7 +50,7 @@ def inputs(model: Any, positions: int = CONTEXT) -> dict[str, Any]:
 
 
 def parts(model: Any) -> tuple[nn.Module, nn.Module]:
-    """A streamlined layer and its attention."""
+    """A decoder layer of ours and its attention."""
     layer = streamline_(model).model.layers[0]  # type: ignore[union-attr, index]
     assert isinstance(layer, OneTokenDecoderLayer)
     return layer, layer.self_attn
@@ -112,8 +112,8 @@ def test_arguments_that_change_nothing(name: str) -> None:
     ("keywords", "message"),
     [
         ({"layer_cache": 1}, "was called with the unknown argument 'layer_cache', it accepts position_ids, "),
-        ({"output_attentions": True}, "was called with output_attentions=True, which it does not compute"),
-        ({"cu_seq_lens_q": torch.zeros(2)}, r"was called with cu_seq_lens_q=tensor \[2\], which it does not compute"),
+        ({"output_attentions": True}, "was called with output_attentions=True, which it does not support"),
+        ({"cu_seq_lens_q": torch.zeros(2)}, r"was called with cu_seq_lens_q=tensor \[2\], which it does not support"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -123,12 +123,12 @@ def test_nothing_is_ignored(name: str, keywords: dict[str, Any], message: str) -
 
 
 def test_attention_without_a_mask_is_causal() -> None:
-    """transformers leaves a causal mask out where `is_causal` says the same."""
+    """transformers omits a causal mask where `is_causal` implies it."""
     q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
     causal = torch.ones(5, 5, dtype=torch.bool).tril()[None, None]
     got, expected = (grouped_attention(nn.Module(), q, k, k, mask)[0] for mask in (None, causal))
     torch.testing.assert_close(got, expected)
-    # One token sees all; so does every token where the module or the caller says so.
+    # One token attends to all positions; so does every token if the module or the caller disables `is_causal`.
     everything = torch.ones(1, 1, 5, 5, dtype=torch.bool)
     one, expected = (grouped_attention(nn.Module(), q[:, :, :1], k, k, m)[0] for m in (None, everything[:, :, :1]))
     torch.testing.assert_close(one, expected)
@@ -154,11 +154,11 @@ def test_a_model_with_our_attention_and_no_mask(streamlined: bool) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_every_family_calls_us_with_arguments_that_we_know(family: Family) -> None:
-    """Its layers, changed to ours where a CUDA target does that, with our cache: the logits of the unmodified model."""
+    """With our cache, and our layers where a CUDA target has them, logits equal those of the unmodified model."""
     model = streamable(family)
     ids = tokens(TOKENS)
     expected = model(input_ids=ids, use_cache=False).logits[0].float()
-    if family.name not in ("gpt_oss", "deepseek_v3"):  # sinks, and keys and values of two widths
+    if family.name not in ("gpt_oss", "deepseek_v3"):  # attention sinks, and keys and values of different widths
         model.set_attn_implementation(attention.register())
         streamline_(model)
     elif family.name == "gpt_oss":

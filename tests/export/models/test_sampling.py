@@ -1,4 +1,4 @@
-"""Picking on the device: greedy, the distribution of draws against softmax, the nucleus against a sort, seeds."""
+"""Sampling: greedy, draws against softmax, the nucleus against a sort, and seeds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ VOCABULARY = 50
 
 
 def draws(logits: Tensor, count: int, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0) -> Tensor:
-    """How often each token came at positions 0 to count - 1."""
+    """How often each token is drawn at positions 0 to count - 1."""
     inputs = Sampler(temperature, seed, top_p).inputs(torch.device("cpu"))
     counts = torch.zeros(logits.shape[-1])
     for position in range(count):
@@ -22,7 +22,7 @@ def draws(logits: Tensor, count: int, temperature: float = 1.0, top_p: float = 1
 
 
 def by_sort(logits: Tensor, temperature: float, top_p: float) -> set[int]:
-    """The nucleus in its textbook form: sorted, up to the token that reaches top_p, with its equals."""
+    """The nucleus in its textbook form: tokens sorted, up to the one that reaches top_p, with ties."""
     values, order = logits[0].double().sort(descending=True)
     probabilities = (values / temperature).softmax(-1)
     if top_p == 1.0:
@@ -49,19 +49,19 @@ def test_the_first_of_equals_is_greedys_choice() -> None:
 
 
 def chi_square(counts: Tensor, expected: Tensor) -> tuple[float, float]:
-    """The statistic, and the bound below which 99.9% of fair samplers stay (Wilson and Hilferty's approximation)."""
+    """The chi-square statistic, and its 99.9% quantile for a fair sampler (Wilson and Hilferty's approximation)."""
     freedom = len(counts) - 1
     bound = freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
     return float(((counts - expected) ** 2 / expected.clamp(min=1e-9))[expected > 0].sum()), bound
 
 
 def winners(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
-    """The token with the largest noise of each pair of a seed and a position: the draw of equally likely tokens."""
+    """The token with the largest noise for each seed and position: the draw among equally likely tokens."""
     return gumbel_noise(seeds[:, None], positions[:, None], vocabulary).argmax(-1)
 
 
 FEW = 8
-# 0 and small ones, and those at which a hash of the seed may be 0
+# 0 and small seeds, and those whose hash may be 0
 SEEDS = (0, 1, 2, 7, *sampling._STARTS, 2**32, (1 << 32) + 1, 2**63 - 1)
 
 
@@ -71,7 +71,7 @@ def test_draws_of_consecutive_positions_are_uniform_and_independent(seed: int) -
     positions = torch.arange(count)
     drawn = winners(torch.full((count,), seed), positions, FEW)
     pairs = drawn[:-1] * FEW + drawn[1:]
-    # The distance between token and position shows a token that its own position prefers.
+    # The difference of token and position shows whether a position prefers the token of its own number.
     for values, classes in ((drawn, FEW), (pairs, FEW**2), ((drawn - positions) % FEW, FEW)):
         counts = torch.bincount(values, minlength=classes).double()
         statistic, bound = chi_square(counts, torch.full((classes,), len(values) / classes))
@@ -95,13 +95,13 @@ def test_no_token_is_preferred_by_the_position_of_its_number(seed: int) -> None:
     vocabulary, positions = 5000, torch.arange(0, 5000, 50)
     drawn = winners(torch.full_like(positions, seed), positions, vocabulary)
     assert (drawn == positions).sum() <= 2  # 0.02 are expected
-    # Of 5000 Gumbel variables the largest is 9.1 on average; the largest that there is, 22.9, is a word of 0.
+    # The largest of 5000 Gumbel variables is 9.1 on average; the largest possible one, 22.9, is a word of 0.
     largest = gumbel_noise(torch.tensor([seed]), positions[:, None], vocabulary).max(-1).values
     assert float(largest.mean()) == pytest.approx(9.09, abs=0.65)
 
 
 def test_noise_of_two_seeds_is_not_the_same_at_shifted_positions() -> None:
-    """With one 32-bit key a pair of seeds shares all of its noise as soon as hashes of two seeds are near."""
+    """With one 32-bit key, two seeds would share all of their noise if their hashes are close."""
     seeds = torch.arange(1 << 15)
     hashed = hash32(hash32(seeds))
     near = (hashed[:, None] ^ hashed[None, :256]) < 1 << 14
@@ -115,7 +115,7 @@ def test_noise_of_two_seeds_is_not_the_same_at_shifted_positions() -> None:
 
 
 def test_noise_is_finite_for_every_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fp32 rounds the largest words to 2**32: a nucleus of one token must not lose it then."""
+    """fp32 rounds the largest words to 2**32; a nucleus of one token must keep that token."""
     words = torch.tensor([0, 1, (1 << 32) - 129, (1 << 32) - 128, (1 << 32) - 1])
     monkeypatch.setattr(sampling, "_token_words", lambda *_: words)
     noise = gumbel_noise(torch.tensor([0]), torch.tensor([0]), len(words))
@@ -131,12 +131,12 @@ def test_draws_follow_softmax(temperature: float) -> None:
     expected = (logits[0] / temperature).softmax(-1) * count
     counts = draws(logits, count, temperature, seed=3)
     often = expected >= 5
-    # What is rare goes into one class of its own.
+    # Rare tokens form one class.
     got = torch.cat((counts[often], counts[~often].sum()[None]))
     wanted = torch.cat((expected[often], expected[~often].sum()[None]))
     statistic, bound = chi_square(got, wanted)
     assert statistic < bound
-    # The test can fail: the same draws against a slightly other temperature.
+    # The test can fail: it refuses the same draws for a slightly different temperature.
     other = (logits[0] / (temperature * 1.5)).softmax(-1) * count
     assert ((counts - other) ** 2 / other).sum() > bound
 
@@ -144,7 +144,7 @@ def test_draws_follow_softmax(temperature: float) -> None:
 @pytest.mark.parametrize("top_p", [0.05, 0.3, 0.9, 0.99, 1.0])
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 3.0])
 def test_nucleus_equals_that_of_a_sort(top_p: float, temperature: float) -> None:
-    # Values that bf16 has, as a model's are.
+    # bf16 values, as of a model.
     logits = (torch.randn(1, 1000) * 3).bfloat16().float()
     logits = torch.where(logits.abs() < 0.5, 0.5, logits)
     below = logits[0].max() - logits[0]
@@ -156,7 +156,7 @@ def test_the_nucleus_is_never_empty() -> None:
     below = torch.full((7,), 93.0)
     below[4] = 0.0
     assert nucleus(below, torch.exp(-below), torch.tensor([1e-7])).nonzero().flatten().tolist() == [4]
-    assert nucleus(torch.zeros(5), torch.ones(5), torch.tensor([0.1])).all()  # all are equally likely
+    assert nucleus(torch.zeros(5), torch.ones(5), torch.tensor([0.1])).all()  # all tokens are equally likely
 
 
 @pytest.mark.parametrize("top_p", [0.2, 0.6, 0.95])

@@ -1,4 +1,4 @@
-"""Synthetic models: shapes, seeds, and that nothing but packed experts is ever made."""
+"""Synthetic models: shapes, seeds, and experts that are only generated packed."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_cache_that_does_not_fit_into_memory(monkeypatch: pytest.MonkeyPatch) 
         ValueError, match=r"max_context=40000 needs a KV cache of 3\.93 GB, but .* 1\.00 GB .* at most 101"
     ):
         check_cache(config, 40_000, 2)
-    # A layer with a sliding window has a cache of all positions too.
+    # A layer with a sliding window caches all positions too.
     config.layer_types = ["sliding_attention"] * config.num_hidden_layers
     with pytest.raises(ValueError, match="at most 101"):
         check_cache(config, 40_000, 2)
@@ -130,7 +130,7 @@ def test_the_seed_decides_and_layers_do_not_depend_on_their_number() -> None:
 
 
 def test_the_experts_never_exist_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One layer's experts are made at a time, and no tensor is as large as theirs would be in bf16."""
+    """Experts are generated layer by layer, and no tensor is as large as they would be in bf16."""
     model = synthetic.parse("synthetic:tiny,experts=32", 3)
     as_bf16 = 2 * model.experts * 3 * model.hidden * model.intermediate
     largest = 0

@@ -1,4 +1,4 @@
-"""Dense layers in INT8 and INT4 against the same numbers dequantized, and in a model."""
+"""Linear layers in INT8 and INT4 against their dequantized weights, and in a model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ N, K, GROUP = 24, 128, 32
 
 
 def dequantized(weight: Tensor, kind: str) -> Tensor:
-    """The weights that a layer stands for, by another way."""
+    """The dequantized weight of a layer, computed in another way."""
     if kind == "int8":
         step = (weight.abs().amax(-1, keepdim=True) / 127).float()
         return (weight / step).round() * step
@@ -86,7 +86,7 @@ def test_merged_projections_are_those_of_each() -> None:
 
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
-    """Of a prompt and of one token after it."""
+    """Logits after a prompt and after one more token."""
     module, ids = CausalLM(model, 32), torch.arange(10)[None]
     return torch.cat((module(ids, torch.arange(10)), module(ids[:, :1], torch.tensor([10]))))
 
@@ -101,7 +101,7 @@ def test_a_model_stays_near_itself(kind: str, bound: float) -> None:
     assert type(quantized.lm_head).__name__ == f"Int{kind[3:]}Linear"
     expected, got = logits(plain), logits(quantized)
     assert 0 < (got - expected).norm() / expected.norm() < bound
-    # Layer by layer, as a synthetic model is made, gives the same.
+    # Layer by layer, as for a synthetic model, the result is the same.
     stepwise = synthetic.build(
         shape,
         group_size=32,
@@ -130,14 +130,14 @@ def test_what_cannot_be_quantized() -> None:
 
 
 def test_one_token_linears_are_traced_as_sums() -> None:
-    """decode has no matrix products left that a GEMM template would take; prefill keeps its own."""
+    """decode has no matrix products for GEMM templates; prefill keeps them."""
     model = CausalLM(synthetic.build(synthetic.parse("synthetic:tiny"), group_size=32, dtype=torch.float32), 32)
     programs = export_methods(model, one_token_linears=True)
     counts = {
         name: sum(node.target is torch.ops.aten.linear.default for node in program.graph.nodes)
         for name, program in programs.items()
     }
-    # Per layer q, k, v, o and the router; lm_head sees one row in both.
+    # For each layer q, k, v, o and the router; lm_head gets one row in both methods.
     assert counts == {"prefill": 2 * 5, "decode": 0}
     ids, position = torch.tensor([[5]]), torch.tensor([0])
     with torch.no_grad():
@@ -170,8 +170,8 @@ def test_one_row_linear_with_a_bias_keeps_its_dtype() -> None:
 def test_formats_have_names_of_their_own(
     target: str, choices: dict[str, Any], formats: list[str], shown: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ "int8" is one format on the CPU and another on a GPU: summary and record say which it was."""
-    monkeypatch.setattr(ExportOptions, "__post_init__", lambda self: None)  # no compiler is needed here
+    """Summary and record tell the "int8" of the CPU from that of a GPU."""
+    monkeypatch.setattr(ExportOptions, "__post_init__", lambda self: None)  # so that no compiler is needed
     options = ExportOptions("tiny", Path("model.pte"), target, **choices)
     layer = SimpleNamespace(num_experts=8, top_k=2, hidden_size=128, intermediate_size=64)
     report: Any = SimpleNamespace(layers=[layer], bytes_after=1000)

@@ -1,4 +1,4 @@
-"""Linear layers and embeddings of 8 and 4 bits: their values, and that the exported program has the same."""
+"""Linear layers and embeddings in 8 and 4 bits for the CPU: values, eager and exported."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_values_are_within_half_a_code(dense: str, dtype: torch.dtype) -> None:
         parameter = model.get_parameter(name)
         grouped = before[name].float().unflatten(-1, (-1, 32))
         code = grouped.abs().amax(-1, keepdim=True) / (2 ** (BITS[dense] - 1) - 0.5)
-        slack = 0.5 + (0.5 if dtype == torch.bfloat16 else 0.01)  # bf16: scale and value are rounded as well
+        slack = 0.5 + (0.5 if dtype == torch.bfloat16 else 0.01)  # bf16 rounds scale and value as well
         error = (parameter.dequantize().float().unflatten(-1, (-1, 32)) - grouped).abs()
         assert parameter.dtype == dtype and (error <= slack * code).all()
         per_group = dtype.itemsize + (1 if dense == "int8" else dtype.itemsize)  # scale and zero point
@@ -91,7 +91,7 @@ def test_experts_are_fused_beside_quantized_layers_while_lowering(
 def test_the_exported_model_equals_eager(tmp_path: Path, executorch_runtime: None) -> None:
     pte = tmp_path / "tiny.pte"
     summary = export_model(ExportOptions("tiny", pte, "cpu", max_context=32, dense="int4", output="logits"))
-    # Tied embeddings are written once.
+    # Tied embeddings are stored once.
     assert pte.with_suffix(".ptd").stat().st_size < summary.dense_bytes + summary.report.bytes_after + 50_000
 
     eager = CausalLM(quantize_dense_(quantize_experts_(load_model(resolve("tiny"), torch.float32)), "int4"), 32)

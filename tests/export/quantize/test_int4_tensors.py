@@ -1,4 +1,4 @@
-"""Weights that others quantized: the packed layer has exactly the values that their own dequantization gives."""
+"""4-bit weights of torchao and ExecuTorch: packed layers have exactly the values of their own dequantization."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ E, H, WIDTH = 4, 64, 32
 
 
 def nibbles(codes: Tensor) -> Tensor:
-    """[..., K] integers -> [..., K/2] bytes, even K in the low nibble, written out one by one."""
+    """[..., K] integers -> [..., K/2] bytes, even k in the low nibble, one by one."""
     out = torch.zeros(*codes.shape[:-1], codes.shape[-1] // 2, dtype=torch.int32)
     for k in range(codes.shape[-1]):
         out[..., k // 2] += (codes[..., k].int() & 0xF) << (4 * (k % 2))
@@ -37,16 +37,16 @@ def nibbles(codes: Tensor) -> Tensor:
 
 
 def torchao_int4(weight: Tensor, group_size: int) -> tuple[Int4Tensor, Tensor]:
-    """torchao's asymmetric tensor and its values. Its quantizer is in a package for CUDA: mslk, once part of FBGEMM.
+    """torchao's asymmetric tensor and its values. The quantizer is in mslk, a package for CUDA.
 
-    There, codes run from 0 at the group's minimum, are stored less 8, and zero_point is minimum + 8 * scale.
+    Its codes are 0 at the group's minimum, 8 is subtracted for storage, and zero_point is minimum + 8 * scale.
     """
     grouped = weight.float().unflatten(-1, (-1, group_size))
     low, high = grouped.amin(-1, True), grouped.amax(-1, True)
     scale = ((high - low) / 15).bfloat16().float()
     zero = (low + 8 * scale).bfloat16().float()
     codes = ((grouped - low) / scale).round().clamp(0, 15)
-    values = codes * scale + (zero - 8 * scale)  # as torchao/prototype/gptq/api.py dequantizes
+    values = codes * scale + (zero - 8 * scale)  # the dequantization of torchao/prototype/gptq/api.py
     tensor = Int4Tensor(
         nibbles((codes - 8).flatten(-2)).view(torch.int8),
         scale[..., 0].transpose(-1, -2).bfloat16().contiguous(),
@@ -62,7 +62,7 @@ def intx(weight: Tensor, group_size: int, bits: torch.dtype = torch.int4, **opti
 
 
 def executorch_int4(weight: Tensor, group_size: int, symmetric: bool) -> Int4Tensor:
-    """As ExecuTorch makes torchao's class: unsigned codes, zero points in units of a code."""
+    """torchao's class as ExecuTorch makes it: unsigned codes, zero points in units of a code."""
     grouped = weight.float().unflatten(-1, (-1, group_size))
     config = QuantConfig(bits=4, group_size=group_size, symmetric=symmetric, method="min_max")
     if symmetric:
@@ -102,7 +102,7 @@ def test_executorch_int4_tensors(symmetric: bool) -> None:
     for given in (tensor, exportable):
         codes = int4_codes(given)
         assert (codes.zero is None) == symmetric
-        # A zero point in units of a code becomes a product, which bf16 rounds by at most 2^-9 of itself.
+        # A zero point in units of a code becomes a product, whose relative rounding error in bf16 is at most 2^-9.
         bound = 0.0 if symmetric else float((8 * tensor.scale.float()).max() * 2**-8)
         assert float((codes.dequantize() - expected).abs().max()) <= bound
 
@@ -183,7 +183,7 @@ def quantized_model(quantize: Any) -> tuple[nn.Module, dict[str, Tensor]]:
 
 def test_a_model_with_quantized_experts_keeps_their_codes() -> None:
     model, values = quantized_model(lambda weight: torchao_int4(weight, 32))
-    quantize_experts_(model, "w4a16", group_size=64)  # not used: the groups are given
+    quantize_experts_(model, "w4a16", group_size=64)  # ignored: the tensors have groups
     (experts,) = (module for module in model.modules() if isinstance(module, FusedExperts))
     assert experts.group_size == 32
     for stored, name in zip(unpack_experts(experts.packed()), values, strict=True):
@@ -202,7 +202,7 @@ def test_w4a8_takes_symmetric_tensors_only() -> None:
         quantize_experts_(quantized_model(lambda weight: torchao_int4(weight, 32))[0], "w4a8")
 
     def symmetric(weight: Tensor) -> tuple[IntxUnpackedToInt8Tensor, Tensor]:
-        group_size = weight.shape[-1] if weight.shape[-1] == H else 32  # of gate and up, one scale a row
+        group_size = weight.shape[-1] if weight.shape[-1] == H else 32  # one scale for each row of gate and up
         experts = [intx(expert, group_size) for expert in weight]
         parts = [
             torch.stack([getattr(expert, part) for expert in experts]) for part in ("qdata", "scale", "zero_point")
@@ -245,12 +245,12 @@ def changed(**fields: Any) -> Int4Tensor:
 @pytest.mark.parametrize(
     ("weight", "error", "message"),
     [
-        (torch.randn(4, 4), NotImplementedError, "Tensor is no 4-bit tensor that can be packed: use Int4Tensor"),
+        (torch.randn(4, 4), NotImplementedError, "Tensor cannot be packed as a 4-bit tensor: use Int4Tensor"),
         (intx(torch.randn(4, H), 32, torch.int8), NotImplementedError, "target_dtype=torch.int8: use torch.int4"),
         (changed(act_pre_scale=torch.ones(H)), NotImplementedError, "act_pre_scale, a scale of its input"),
         (changed(block_size=[2, 32]), ValueError, r"block_size=\[2, 32\].*only groups along the last dimension"),
         ([changed(), torchao_int4(torch.randn(7, H), 32)[0]], ValueError, r"shapes \[6, 64\], \[7, 64\]: pass one"),
-        ([], ValueError, "shapes none: pass one 2-D tensor an expert"),
+        ([], ValueError, "shapes none: pass one 2-D tensor for each expert"),
     ],
 )
 def test_what_cannot_be_packed(weight: Any, error: type[Exception], message: str) -> None:

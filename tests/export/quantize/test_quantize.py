@@ -1,4 +1,4 @@
-"""Swapping experts modules: which, how exactly, and that a refusal leaves the model as it was."""
+"""Replacing experts modules: which ones, with which values, and that an error leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def model() -> nn.Module:
 
 
 def routed(model: nn.Module, tokens: int = 33) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states as they come to the first layer's experts, and that layer's own routing of them."""
+    """Hidden states at the first layer's experts, and their routing."""
     seen: list[tuple[torch.Tensor, ...]] = []
     handle = model.model.layers[0].mlp.experts.register_forward_pre_hook(lambda _, args: seen.append(args))
     with torch.no_grad():
@@ -41,7 +41,7 @@ def routed(model: nn.Module, tokens: int = 33) -> tuple[torch.Tensor, torch.Tens
 
 @pytest.mark.parametrize(
     ("scheme", "bound"),
-    # Relative L2 against the unquantized experts in fp32: rounding to bf16, and 4-bit weights with 32 to a scale.
+    # Relative L2 error against unquantized experts in fp32: rounding to bf16, and 4-bit weights in groups of 32.
     [("bf16", 0.01), ("w4a16", 0.15), ("w4a8", 0.15)],
 )
 def test_fused_experts_take_the_place_of_the_originals(model: nn.Module, scheme: str, bound: float) -> None:
@@ -128,7 +128,7 @@ def test_another_activation(model: nn.Module) -> None:
 
 
 class Limit(nn.Module):
-    """An activation with a limit, which its repr does not say."""
+    """An activation with a limit that its repr does not show."""
 
     def __init__(self, limit: float) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ def test_a_limit_of_one_layer(model: nn.Module) -> None:
 
 
 def test_layers_that_differ_in_an_attribute_are_recognized_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder's layers are recognized once if they are equal: the limit of one must not be taken for that of all."""
+    """Equal layers of a folder are recognized once, but layers that differ in a limit are not equal."""
     made = checkpoint.meta_model
 
     def with_limits(limits: tuple[float, float], *args: Any) -> nn.Module:
@@ -178,7 +178,7 @@ def test_shared_experts_are_no_experts_to_choose_from() -> None:
 
 
 class Turned(nn.Module):
-    """Experts that nobody knows: gate, up and down apart; called with ids and weights in either order."""
+    """Experts of an unknown class: separate gate, up and down; ids and weights in either order."""
 
     def __init__(self, ids_first: bool) -> None:
         super().__init__()
@@ -231,7 +231,7 @@ def test_hqq_is_nearer_to_the_float_weights(model: nn.Module, scheme: str, gain:
         packed = other.model.layers[0].mlp.experts.packed()
         assert (packed.w13_zero is not None) == (algorithm == "hqq" and scheme == "w4a16")
         errors[algorithm] = (unpack_experts(packed)[0] - float_weights).norm()
-    # For w4a8 the choice among multiples of a row's scale has already taken most of it.
+    # For w4a8, most of the gain is in the choice among multiples of a row's scale already.
     assert errors["hqq"] < gain * errors["minmax"]
 
 
