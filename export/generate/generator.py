@@ -127,7 +127,7 @@ class TextGenerator:
         pte = pte_path(pte)
         if not pte.is_file():
             raise FileNotFoundError(
-                f"artifact={str(pte)!r} is not a file: pass a .pte that `executorch-moe export` made"
+                f"artifact={str(pte)!r} is not a file: give the .pte that `executorch-moe export` made"
             )
         beside = companion(pte, TOKENIZER_SUFFIX)
         _check_exists(beside)

@@ -235,7 +235,7 @@ def test_an_artifact_is_named_with_or_without_its_ending(tmp_path: Path) -> None
     for name in ("x.pte", "model.v1.pte"):
         (tmp_path / name).touch()
         assert pte_path(tmp_path / name) == pte_path(tmp_path / name.removesuffix(".pte")) == tmp_path / name
-    with pytest.raises(FileNotFoundError, match=r"y\.pte' is not a file: pass a \.pte"):
+    with pytest.raises(FileNotFoundError, match=r"y\.pte' is not a file: give the \.pte"):
         TextGenerator.load(tmp_path / "y")
 
 
