@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from executorch_moe.backends.runtime.loader import load
+import executorch_moe as moe
 
 
 def main(pte: str, prompt: str, max_new_tokens: str = "100") -> None:
-    program = load(pte)  # and the .ptd of the same name
+    program = moe.load(pte)  # and the .ptd of the same name
     tokenizer = Tokenizer.from_file(str(Path(pte).with_suffix(".tokenizer.json")))
     max_context = program.constant("get_max_context_len")
     eos_ids = program.constant("get_eos_ids")
@@ -28,13 +28,14 @@ def main(pte: str, prompt: str, max_new_tokens: str = "100") -> None:
     if not 0 < len(ids) <= max_context:
         sys.exit(f"the prompt has {len(ids)} tokens: give 1 to {max_context}")
     end = min(len(ids) + int(max_new_tokens), max_context + 1)  # the last new token needs no position in the cache
-    fed = 0  # tokens in the cache
+    cached = 0
     while len(ids) < end:
         # The whole prompt first, then token by token. `prefill` takes two or more tokens, `decode` one.
-        tokens = torch.tensor([ids[fed:]], device=program.device)
-        positions = torch.arange(fed, len(ids), device=program.device)
-        (token,) = program.run("prefill" if len(ids) - fed > 1 else "decode", tokens, positions, *sampling)
-        fed = len(ids)
+        method = "prefill" if len(ids) - cached > 1 else "decode"
+        tokens = torch.tensor([ids[cached:]], device=program.device)  # int64 [1, T]
+        positions = torch.arange(cached, len(ids), device=program.device)  # int64 [T]
+        (token,) = program.run(method, tokens, positions, *sampling)  # int64 [1, 1]
+        cached = len(ids)
         ids.append(int(token))
         if ids[-1] in eos_ids:
             break

@@ -60,7 +60,11 @@ DAMAGES: tuple[tuple[str, Callable[[Path], object], str], ...] = (
         lambda f: edit_index(f, lambda index: index.update({GATE: index[NORM]})),
         f"holds {GATE}, but it does not",
     ),
-    ("index lacks a tensor", lambda f: edit_index(f, lambda index: index.pop(GATE)), f"holds {GATE}, which .* does not list"),
+    (
+        "index lacks a tensor",
+        lambda f: edit_index(f, lambda index: index.pop(GATE)),
+        f"holds {GATE}, which .* does not list",
+    ),
     ("missing expert", remove_expert, rf"lacks 1 tensor \({GATE}\)"),
     ("extra expert", add_expert, r"experts.4.gate_proj.weight\) beyond the 4 experts"),
     ("missing tensor", remove_norm, r"lacks 1 tensor \(model.norm.weight\)"),
