@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from executorch_moe.backends.artifact.ptd import PtdFile
-from executorch_moe.backends.runtime import load as runtime_module
+from executorch_moe.backends.runtime import loader as runtime_module
 from executorch_moe.export.cli import main as cli
 from executorch_moe.export.generate.generator import TextGenerator
 from executorch_moe.export.report.metadata import TOKENIZER_SUFFIX

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from executorch_moe.backends.runtime import load as runtime
+from executorch_moe.backends.runtime import loader as runtime
 from executorch_moe.export.build import attention_of
 from executorch_moe.export.checkpoint.whole import load_model
 from executorch_moe.export.models.causal_lm import CausalLM, GreedyLM, SamplingLM, check_positions, export_methods

@@ -80,7 +80,7 @@ def test_merged_projections_are_those_of_each() -> None:
     for part, weight in zip(got, weights, strict=True):
         torch.testing.assert_close(part, Int8Linear(weight)(x), rtol=1e-5, atol=1e-5)
     merged(x)
-    with pytest.raises(AssertionError, match="one input"):
+    with pytest.raises(AssertionError, match="the same input"):
         merged.followers[0](x.clone())
 
 
