@@ -1,4 +1,7 @@
-"""Exports a Mixture-of-Experts model with ExecuTorch's own API: only the experts and the partitioner are new."""
+"""Exports a Mixture-of-Experts model with ExecuTorch's own API; only the experts and the partitioner are new.
+
+python examples/export_tiny.py      writes demo/tiny_logits.pte and .ptd
+"""
 
 import torch
 from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower

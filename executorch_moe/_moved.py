@@ -64,7 +64,7 @@ MOVED = {
     "export.router": "export.models.router",
     "export.sampling": "export.models.sampling",
     "export.shards": "export.checkpoint.shards",
-    "export.sizes": "export.report.sizes",
+    "export.sizes": "export.checkpoint.sizes",
     "export.streaming": "export.checkpoint.streaming",
     "export.summary": "export.report.summary",
     "export.synthetic": "export.models.synthetic",

@@ -15,15 +15,15 @@ from executorch_moe.backends.cuda.placeholders import MakeWeights
 from executorch_moe.backends.fusion import FusedLayer, FusionReport
 from executorch_moe.backends.fusion.modules import find_experts
 from executorch_moe.export.checkpoint.streaming import StreamedModel
+from executorch_moe.export.checkpoint.whole import load_model
 from executorch_moe.export.models import attention, synthetic
 from executorch_moe.export.models.causal_lm import BY_OUTPUT, CausalLM, export_methods
-from executorch_moe.export.models.decoder_layer import streamline_layers_
+from executorch_moe.export.models.decoder_layer import replace_decoder_layers_
 from executorch_moe.export.models.pretrained import (
     TINY,
     WITH_LATENTS,
     WITH_SINKS,
     check_supported,
-    load_model,
     require_transformers,
     resolve,
 )
@@ -160,7 +160,7 @@ def attention_of(target: str, dtype: str, model_type: str = "") -> str:
 
 def streamline_(module: nn.Module) -> nn.Module:
     """Replaces, in place, parts of a Qwen3-MoE model or layer by ones that need fewer kernels on CUDA; others stay."""
-    return streamline_layers_(replace_routers_(attention.merge_attention_(module)))
+    return replace_decoder_layers_(replace_routers_(attention.merge_attention_(module)))
 
 
 def build_synthetic(

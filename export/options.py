@@ -11,10 +11,9 @@ import torch
 from executorch_moe.backends.cuda.cross.kernel_configs import Config, read_configs
 from executorch_moe.backends.fusion import FusionOptions
 from executorch_moe.export.models import synthetic
-from executorch_moe.export.models.causal_lm import BY_OUTPUT, check_context
+from executorch_moe.export.models.causal_lm import BY_OUTPUT, check_cache, check_context
 from executorch_moe.export.models.upstream_experts import PREFILL
 from executorch_moe.export.quantize.dense import KINDS
-from executorch_moe.export.report.sizes import check_cache
 from executorch_moe.kernels.gpus import find_models, target_names
 
 from .files import check_writable
@@ -184,7 +183,7 @@ class ExportOptions:
         """Positions in the cache, checked against the model's configuration.
 
         Raises:
-            ValueError, NotImplementedError: see `causal_lm.check_context` and `sizes.check_cache`.
+            ValueError, NotImplementedError: see `causal_lm.check_context` and `causal_lm.check_cache`.
         """
         size = self.max_context
         if size is None:

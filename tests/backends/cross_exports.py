@@ -14,8 +14,9 @@ import torch
 from executorch_moe.backends.artifact.files import save
 from executorch_moe.backends.cuda.cross.report import CrossCompileReport
 from executorch_moe.backends.lower import lower
+from executorch_moe.export.checkpoint.whole import load_model
 from executorch_moe.export.models.causal_lm import CausalLM, export_methods
-from executorch_moe.export.models.pretrained import load_model, resolve
+from executorch_moe.export.models.pretrained import resolve
 from executorch_moe.export.quantize.experts import quantize_experts_
 
 MAX_CONTEXT = 64

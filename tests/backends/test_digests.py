@@ -30,7 +30,7 @@ from executorch_moe.backends.artifact.files import (
 from executorch_moe.backends.artifact.inspect import inspect_artifact
 from executorch_moe.backends.artifact.ptd import PtdFile
 from executorch_moe.backends.artifact.pte import PteFile
-from executorch_moe.backends.runtime import load as runtime_module
+from executorch_moe.backends.runtime import loader as runtime_module
 from executorch_moe.backends.runtime.loader import load
 
 

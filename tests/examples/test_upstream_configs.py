@@ -42,6 +42,6 @@ def test_the_landed_file_is_one_that_an_export_takes() -> None:
 
 
 def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
-    with mock.patch.object(torch.cuda, "is_available", lambda: False), pytest.raises(SystemExit, match="sees no GPU"):
+    with mock.patch.object(torch.cuda, "is_available", lambda: False), pytest.raises(SystemExit, match="finds no GPU"):
         upstream_configs.main(tmp_path / "configs.json")
     assert list(tmp_path.iterdir()) == []
