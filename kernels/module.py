@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from executorch_moe.kernels.packing.experts import TENSORS, PackedExperts
+from executorch_moe.kernels.packing.experts import PackedExperts
 
+from .arguments import TENSORS
 from .op import fused_experts
 from .schemes import get_activation
 

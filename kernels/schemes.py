@@ -135,11 +135,27 @@ def check_group_size(group_size: int, k: int, what: str) -> None:
     Raises:
         ValueError: it is not one of GROUP_SIZES nor a multiple of K_BLOCK, or it does not divide `k`.
     """
+    _check_divides(group_size, {what: k})
+
+
+def check_layer_group_size(group_size: int, hidden_size: int, intermediate_size: int) -> None:
+    """`check_group_size` for both GEMMs of a layer; the remedy it names fits both.
+
+    Raises:
+        ValueError: it is not one of GROUP_SIZES nor a multiple of K_BLOCK, or it does not divide both sizes.
+    """
+    _check_divides(group_size, {"hidden size H": hidden_size, "intermediate size I": intermediate_size})
+
+
+def _check_divides(group_size: int, sizes: dict[str, int]) -> None:
     check_any_group_size(group_size)
-    if k % group_size:
-        fits = [g for g in GROUP_SIZES if k % g == 0]
-        remedy = f"requantize with group_size={fits[-1]}" if fits else f"pad {what} to a multiple of {GROUP_SIZES[0]}"
-        raise ValueError(f"{what}={k} must be a multiple of group_size={group_size}: {remedy}")
+    for what, k in sizes.items():
+        if k % group_size:
+            least = GROUP_SIZES[0]
+            fits = [g for g in GROUP_SIZES if not any(size % g for size in sizes.values())]
+            odd = " and ".join(name for name, size in sizes.items() if size % least)
+            remedy = f"group_size={fits[-1]}" if fits else f"group_size={least}, and pad {odd} to a multiple of it"
+            raise ValueError(f"{what}={k} must be a multiple of group_size={group_size}: requantize with {remedy}")
 
 
 def round_up(value: int, multiple: int) -> int:

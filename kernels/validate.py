@@ -7,7 +7,7 @@ from torch import Tensor
 
 from executorch_moe.kernels.tuning.choose import MAX_PAIRS
 
-from .arguments import ExpertArguments
+from .arguments import TENSORS, ExpertArguments
 from .schemes import K_BLOCK, check_group_size, get_activation, get_scheme, round_up
 
 ID_DTYPES = (torch.int32, torch.int64)
@@ -139,7 +139,8 @@ def check_fused_experts(arguments: ExpertArguments) -> None:
             f"scheme={scheme} multiplies in int8 and takes no zero points: use w4a16, or requantize symmetrically"
         )
 
-    for name, t in zip(arguments._fields[3:11], arguments[3:11], strict=True):
+    for name in TENSORS:
+        t = getattr(arguments, name)
         if t is not None and not t.is_contiguous():
             raise ValueError(
                 f"{name} must be contiguous, strides are {list(t.stride())}: call .contiguous() once after loading"

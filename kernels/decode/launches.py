@@ -9,9 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
-from executorch_moe.kernels.gpus import gpu_of
+from executorch_moe.kernels.gpus import Gpu, gpu_of
 from executorch_moe.kernels.launch import Launch
-from executorch_moe.kernels.tuning.configs import INTERPRETER_GPU, Gpu
+from executorch_moe.kernels.tuning.configs import INTERPRETER_GPU
 
 from .arguments import AttentionArguments, RouteArguments
 from .kernels import moe_one_token_attention, moe_one_token_matvec, moe_one_token_router

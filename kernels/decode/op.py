@@ -5,11 +5,12 @@ None writes to its arguments: the new key and value come back, and the caller pu
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.library import triton_op
 
-from executorch_moe.kernels.inference_only import inference_only
+from executorch_moe.kernels.inference_only import inference_operator
 
 from .arguments import (
     AttentionArguments,
@@ -22,26 +23,10 @@ from .arguments import (
 from .arguments import fits_one_token as fits_one_token
 from .aten import one_token_attention_aten, one_token_linear_aten, one_token_router_aten
 from .launches import run_one_token_attention, run_one_token_linear, run_one_token_router
-from .launches import splits_of as splits_of
 
 
-@triton_op("executorch_moe::one_token_attention", mutates_args={})
-def one_token_attention(
-    hidden: Tensor,
-    update: Tensor | None,
-    norm: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    q_norm: Tensor,
-    k_norm: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+@inference_operator("one_token_attention", AttentionArguments)
+def one_token_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Norm, one projection of query, key and value, their norm and rotation, attention over the cache, for one token.
 
     Args:
@@ -61,26 +46,15 @@ def one_token_attention(
     Raises:
         ValueError: see `check_one_token_attention`; on the CPU also a position outside [0, C].
     """
-    arguments = AttentionArguments(
-        hidden, update, norm, weight, scale, q_norm, k_norm, cos, sin, position, key, value, scaling, eps
-    )
+    arguments = AttentionArguments(*args, **kwargs)
     check_one_token_attention(arguments)
-    if hidden.device.type == "cpu":  # opened while tracing for the CPU
+    if arguments.hidden.device.type == "cpu":  # only while tracing for the CPU
         return one_token_attention_aten(arguments)
     return run_one_token_attention(arguments)
 
 
-@triton_op("executorch_moe::one_token_router", mutates_args={})
-def one_token_router(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    residual: Tensor,
-    norm: Tensor,
-    router: Tensor,
-    top_k: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@inference_operator("one_token_router", RouteArguments)
+def one_token_router(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A projection with the residual, norm, and the routing of the result, for one token.
 
     Args:
@@ -95,12 +69,13 @@ def one_token_router(
     Raises:
         ValueError: see `check_one_token_router`.
     """
-    arguments = RouteArguments(x, weight, scale, residual, norm, router, top_k, eps)
+    arguments = RouteArguments(*args, **kwargs)
     check_one_token_router(arguments)
-    return one_token_router_aten(arguments) if x.device.type == "cpu" else run_one_token_router(arguments)
+    on_cpu = arguments.x.device.type == "cpu"
+    return one_token_router_aten(arguments) if on_cpu else run_one_token_router(arguments)
 
 
-@triton_op("executorch_moe::one_token_linear", mutates_args={})
+@inference_operator("one_token_linear")
 def one_token_linear(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
     """A linear layer of one token.
 
@@ -165,7 +140,3 @@ def _(*args):  # type: ignore[no-untyped-def]
 def _(x, weight, scale):  # type: ignore[no-untyped-def]
     check_one_token_linear(x, weight, scale)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-for operator in (one_token_attention, one_token_router, one_token_linear):
-    inference_only(operator)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from executorch_moe.kernels.arguments import ExpertArguments
 from executorch_moe.kernels.gpus import Gpu, gpu_of
-from executorch_moe.kernels.launch import Launch as Launch
+from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.schemes import max_scale_ratio, round_up
 from executorch_moe.kernels.tuning.choose import (
     MAX_PAIRS,

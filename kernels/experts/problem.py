@@ -14,7 +14,7 @@ from executorch_moe.kernels.arguments import ExpertArguments
 from executorch_moe.kernels.gpus import Gpu
 from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.packing.fragments import fragment_order
-from executorch_moe.kernels.schemes import get_activation, get_scheme, round_up
+from executorch_moe.kernels.schemes import K_BLOCK, get_activation, get_scheme
 from executorch_moe.kernels.shapes import LayerShape
 from executorch_moe.kernels.tuning.choose import Variant
 from executorch_moe.kernels.tuning.configs import GemmConfig
@@ -61,10 +61,10 @@ class Problem:
         self.h, self.top_k = int(self.hidden_states.shape[1]), int(self.topk_ids.shape[1])
         self.num_pairs = self.num_tokens * self.top_k
         self.num_experts, w2 = int(self.arguments.w13.shape[0]), self.arguments.w2
-        self.h_pad = round_up(self.h, 128)
-        self.i_pad = int(w2.shape[1] * 128 if self.scheme.packed else w2.shape[2])
+        self.i_pad = int(w2.shape[1] * K_BLOCK if self.scheme.packed else w2.shape[2])
         self.group_size = self.arguments.group_size if self.scheme.packed else 0
-        self.layer = LayerShape(self.num_experts, self.top_k, self.h_pad, self.i_pad, self.group_size)
+        self.layer = LayerShape(self.num_experts, self.top_k, self.h, self.i_pad, self.group_size).padded()
+        self.h_pad = self.layer.hidden
 
     def empty(self, shape: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.hidden_states.device)
@@ -82,10 +82,11 @@ class Problem:
     def constants(self, gemm: int) -> dict[str, Any]:
         """Constexprs that both mainloops share."""
         matrix = self.arguments.matrix(gemm)
+        n, k_pad = self.layer.rows_and_k(gemm)
         return {
-            "N": 2 * self.i_pad if gemm == 1 else self.h_pad,
+            "N": n,
             "K": self.h if gemm == 1 else self.i_pad,
-            "KP": self.h_pad if gemm == 1 else self.i_pad,
+            "KP": k_pad,
             "OUT_COLS": self.i_pad if gemm == 1 else self.h,
             "TOP_K": self.top_k,
             "GROUP": self.group_size or 128,

@@ -19,9 +19,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from executorch_moe.kernels.experts.plan import Launch, Options, run_fused_experts
+from executorch_moe.kernels.experts.plan import Options, run_fused_experts
 from executorch_moe.kernels.gpus import Gpu, GpuModel, gpu_of
-from executorch_moe.kernels.schemes import K_BLOCK, round_up
+from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.shapes import LayerShape
 
 from .timing import random_packed
@@ -68,27 +68,21 @@ def record_launches(
     gpu: Gpu,
     scheme: str,
     tokens: int,
-    experts: int,
-    top_k: int,
-    h: int,
-    i: int,
-    group_size: int,
+    shape: LayerShape,
     options: Options,
     activation: str = "silu",
     bias: bool = False,
 ) -> list[Launch]:
-    """Launches of one expert layer for a GPU that need not be here, on tensors without storage."""
-    shape = LayerShape(experts, top_k, h, i, group_size)
+    """Launches of one expert layer, on meta tensors, for a GPU that need not be present."""
     packed = random_packed(shape, scheme, "meta", torch.Generator())
     with torch.device("meta"):
         if bias:
-            rows, columns = 2 * round_up(i, K_BLOCK), round_up(h, K_BLOCK)
-            packed = packed.with_tensors(
-                {"w13_bias": torch.empty(experts, rows), "w2_bias": torch.empty(experts, columns)}
-            )
-        x = torch.empty(tokens, h, dtype=torch.bfloat16)
-        ids = torch.empty(tokens, top_k, dtype=torch.int64)
-        weights = torch.empty(tokens, top_k)
+            rows = (shape.padded().rows_and_k(gemm)[0] for gemm in (1, 2))
+            biases = (torch.empty(shape.experts, n) for n in rows)
+            packed = packed.with_tensors(dict(zip(("w13_bias", "w2_bias"), biases, strict=True)))
+        x = torch.empty(tokens, shape.hidden, dtype=torch.bfloat16)
+        ids = torch.empty(tokens, shape.top_k, dtype=torch.int64)
+        weights = torch.empty(tokens, shape.top_k)
         launches: list[Launch] = []
         arguments = packed.arguments(x, ids, weights, activation)
         run_fused_experts(arguments, options=options, gpu=gpu, submit=launches.append)
@@ -182,7 +176,5 @@ def compile_ahead(jobs: Sequence[CompileJob], on_done: Callable[[], None] = lamb
 
 def _fill_cache(work: tuple[Gpu, CompileJob]) -> None:
     gpu, job = work
-    s = job.shape
-    sizes = (job.tokens, s.experts, s.top_k, s.hidden, s.intermediate, s.group_size)
-    for launch in record_launches(gpu, job.scheme, *sizes, job.options):
+    for launch in record_launches(gpu, job.scheme, job.tokens, job.shape, job.options):
         launch.kernel.warmup(**launch.args, **launch.constexprs, **launch.options, grid=launch.grid)

@@ -15,11 +15,17 @@ import torch
 from torch import Tensor
 
 from executorch_moe.kernels.arguments import ExpertArguments
-from executorch_moe.kernels.experts.plan import Launch, Options, run_fused_experts
+from executorch_moe.kernels.experts.plan import Options, run_fused_experts
+from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.packing.experts import PackedExperts
-from executorch_moe.kernels.packing.fragments import fragment_order, interleave_gate_up
+from executorch_moe.kernels.packing.fragments import (
+    deinterleave_gate_up,
+    dequantize,
+    fragment_order,
+    interleave_gate_up,
+)
 from executorch_moe.kernels.reference import reference_experts
-from executorch_moe.kernels.schemes import get_scheme, round_up
+from executorch_moe.kernels.schemes import get_scheme
 from executorch_moe.kernels.shapes import LayerShape
 
 H200_FLOPS = 790e12
@@ -33,11 +39,11 @@ def random_packed(shape: LayerShape, scheme: str, device: str, generator: torch.
 
     Padding is worth nothing, as in layers that `pack_experts` makes: the kernels rely on it.
     """
-    e, h, i, g = shape.experts, round_up(shape.hidden, 128), round_up(shape.intermediate, 128), shape.group_size
+    padded, kind, g = shape.padded(), get_scheme(scheme), shape.group_size
+    e = shape.experts
 
-    kind = get_scheme(scheme)
-
-    def matrix(gemm: int, n: int, k: int) -> tuple[Tensor, Tensor | None]:
+    def matrix(gemm: int) -> tuple[Tensor, Tensor | None]:
+        n, k = padded.rows_and_k(gemm)
         rows, columns = padding_of(shape, gemm, device)
         if not kind.packed:
             w = torch.empty(e, n, k, dtype=torch.bfloat16, device=device)
@@ -55,7 +61,7 @@ def random_packed(shape: LayerShape, scheme: str, device: str, generator: torch.
             return w, torch.cat(((12 * scale).round(), torch.full_like(scale[:, :1], unit / 12)), dim=1).bfloat16()
         return w, (scale * unit).bfloat16()
 
-    (w13, s13), (w2, s2) = matrix(1, 2 * i, h), matrix(2, h, i)
+    (w13, s13), (w2, s2) = matrix(1), matrix(2)
     return PackedExperts(
         w13, w2, s13, s2, None, None, None, None, scheme, g if s13 is not None else 0, shape.hidden, shape.intermediate
     )
@@ -63,9 +69,9 @@ def random_packed(shape: LayerShape, scheme: str, device: str, generator: torch.
 
 def padding_of(shape: LayerShape, gemm: int, device: str) -> tuple[Tensor, Tensor]:
     """Which rows, in packed order, and which columns of a GEMM's weights are padding: bool [N] and bool [K]."""
-    h_pad, i_pad = round_up(shape.hidden, 128), round_up(shape.intermediate, 128)
-    h = torch.arange(h_pad, device=device) >= shape.hidden
-    i = torch.arange(i_pad, device=device) >= shape.intermediate
+    padded = shape.padded()
+    h = torch.arange(padded.hidden, device=device) >= shape.hidden
+    i = torch.arange(padded.intermediate, device=device) >= shape.intermediate
     return (interleave_gate_up(i.repeat(2)[None])[0], h) if gemm == 1 else (h, i)
 
 
@@ -117,8 +123,6 @@ class LayerInputs:
 
     def dequantized(self, expert: int) -> tuple[Tensor, Tensor]:
         """fp32 gate_up [2I, H] and down [H, I] of one expert."""
-        from executorch_moe.kernels.packing.fragments import deinterleave_gate_up, dequantize
-
         p, at = self.packed, slice(expert, expert + 1)
         assert p is not None
         s13 = None if p.w13_scale is None else p.w13_scale[at]

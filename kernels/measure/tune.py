@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from executorch_moe.kernels.experts.plan import Launch, Options
+from executorch_moe.kernels.experts.plan import Options
 from executorch_moe.kernels.gpus import Gpu, gpu_of
+from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.schemes import Scheme, get_scheme
 from executorch_moe.kernels.shapes import LayerShape
 from executorch_moe.kernels.tuning.configs import GemmConfig, fit

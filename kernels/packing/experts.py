@@ -11,14 +11,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.nn.functional import pad
 
-from executorch_moe.kernels.arguments import ExpertArguments
-from executorch_moe.kernels.schemes import K_BLOCK, check_group_size, get_scheme, round_up
+from executorch_moe.kernels.arguments import TENSORS, ExpertArguments
+from executorch_moe.kernels.schemes import K_BLOCK, check_layer_group_size, get_scheme, round_up
 
 from .fragments import deinterleave_gate_up, dequantize, fragment_order, interleave_gate_up, pack_int4
 from .rounding import Int4Codes, check_algorithm, round_weights
-
-TENSORS = ("w13", "w2", "w13_scale", "w2_scale", "w13_zero", "w2_zero", "w13_bias", "w2_bias")
-"""What a packed layer consists of, in the operator's argument order."""
 
 
 @dataclass
@@ -61,10 +58,16 @@ class PackedExperts:
         self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, activation: str = "silu"
     ) -> ExpertArguments:
         """The operator's arguments with these weights."""
+        tensors = self.tensors().values()
         return ExpertArguments(
-            hidden_states, topk_ids, topk_weights, self.w13, self.w2, self.w13_scale, self.w2_scale,
-            self.w13_zero, self.w2_zero, self.w13_bias, self.w2_bias, self.scheme, activation, self.group_size,
-        )  # fmt: skip
+            hidden_states,
+            topk_ids,
+            topk_weights,
+            *tensors,
+            self.scheme,
+            activation,
+            self.group_size,  # type: ignore[arg-type]
+        )
 
     def with_tensors(self, tensors: Mapping[str, Tensor | None]) -> PackedExperts:
         """A copy with other tensors, by field name; it shares those that are not named."""
@@ -191,8 +194,7 @@ def pack_experts(
     _check_weights(gate_up, down, gate_up_bias, down_bias)
     _check_floats(gate_up=gate_up, down=down, gate_up_bias=gate_up_bias, down_bias=down_bias)
     if kind.packed:
-        check_group_size(group_size, gate_up.shape[2], "hidden size H")
-        check_group_size(group_size, down.shape[2], "intermediate size I")
+        check_layer_group_size(group_size, gate_up.shape[2], down.shape[2])
 
     def one(e: int) -> PackedExperts:
         w13, w2 = gate_up[e], down[e]
@@ -247,8 +249,7 @@ def pack_codes(
             "quantize the original weights anew"
         )
     group_size = math.gcd(gate_up.group_size, down.group_size)
-    check_group_size(group_size, gate_up.q.shape[2], "hidden size H")
-    check_group_size(group_size, down.q.shape[2], "intermediate size I")
+    check_layer_group_size(group_size, gate_up.q.shape[2], down.q.shape[2])
     if (gate_up.zero is None) != (down.zero is None):
         gate_up, down = _with_zero(gate_up), _with_zero(down)
     if kind.row_scaled(1):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import astuple
 
 import pytest
 
@@ -29,7 +28,7 @@ from executorch_moe.kernels.measure.compile import (
     record_launches,
 )
 from executorch_moe.kernels.measure.tune import PAIRS_PER_EXPERT
-from executorch_moe.kernels.shapes import LayerShape
+from executorch_moe.kernels.shapes import SHAPES, LayerShape
 from executorch_moe.kernels.tuning.tables import table_path
 
 from .conftest import PROPERTY
@@ -45,7 +44,7 @@ def reports(scheme: str, capability: int) -> list[KernelReport]:
     for tokens in TOKENS:
         for persistent in (True, False):
             options = Options(persistent=persistent)
-            for launch in record_launches(gpu, scheme, tokens, 256, 8, 2048, 512, 128, options):
+            for launch in record_launches(gpu, scheme, tokens, SHAPES["qwen35"], options):
                 key = f"{launch.kernel.__name__} {launch.num_warps} {sorted(launch.constexprs.items())}"
                 if key not in compiled:
                     compiled[key] = compile_launch(launch, capability)
@@ -80,7 +79,7 @@ def test_kernels_fit_the_target(scheme: str, capability: int, record_property: C
 def test_clamped_swiglu_with_biases(tokens: int) -> None:
     """GPT-OSS's layer on an H100: its hidden size is no power of two."""
     gpu = find_model("sm_90").gpu
-    launches = record_launches(gpu, "w4a16", tokens, 32, 4, 2880, 2880, 32, Options(), "swiglu_oai", bias=True)
+    launches = record_launches(gpu, "w4a16", tokens, SHAPES["gpt-oss"], Options(), "swiglu_oai", bias=True)
     gemms = [launch for launch in launches if launch.constexprs.get("GEMM")]
     assert [launch.constexprs["ACTIVATION"] for launch in gemms] == [1, 1]
     for launch in gemms:
@@ -127,7 +126,7 @@ def test_decoded_weights_are_not_written_over_while_they_are_read(scheme: str, l
     gpu, seen = find_model("h200").gpu, set()
     for tokens in (64, *(ratio * layer.experts // layer.top_k for ratio in PAIRS_PER_EXPERT)):
         options = Options(path="grouped")
-        for launch in record_launches(gpu, scheme, tokens, *astuple(layer), options):
+        for launch in record_launches(gpu, scheme, tokens, layer, options):
             if "gemm" not in launch.kernel.__name__ or (key := str((launch.constexprs, launch.num_warps))) in seen:
                 continue
             seen.add(key)

@@ -19,13 +19,13 @@ from executorch_moe.kernels.arguments import ExpertArguments
 from executorch_moe.kernels.experts.aten import fused_experts_cpu
 from executorch_moe.kernels.experts.plan import (
     Heights,
-    Launch,
     Options,
     Problem,
     Routing,
     run_fused_experts,
     run_routing,
 )
+from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.reference import reference_experts
 from executorch_moe.kernels.schemes import Scheme
 from executorch_moe.kernels.tuning.choose import MAX_PAIRS, Variant

@@ -17,16 +17,14 @@ from executorch_moe.kernels.decode import op as ops
 from executorch_moe.kernels.experts import problem
 from executorch_moe.kernels.experts.plan import Options, run_fused_experts
 from executorch_moe.kernels.experts.problem import needs_wide_offsets
-from executorch_moe.kernels.gpus import compile_for, find_model, gpu_of
+from executorch_moe.kernels.gpus import Gpu, compile_for, find_model, gpu_of
 from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.measure.compile import compile_kernel, compile_launch, record_launches
-from executorch_moe.kernels.tuning.configs import Gpu
+from executorch_moe.kernels.shapes import SHAPES, LayerShape
 
 from .cases import Case, make, relative_error
 from .test_one_token import attention_arguments, linear_arguments, route_arguments
 
-MIXTRAL = (8, 2, 4096, 14336, 128)
-DEEPSEEK_V3 = (256, 8, 7168, 2048, 128)
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
@@ -102,17 +100,18 @@ def test_operators_run_on_a_device_that_is_not_current() -> None:
 # --------------------------------------------------------------------------------------------- offsets in large tensors
 
 
-def wide(layer: tuple[int, ...], tokens: int, scheme: str = "w4a16") -> list[bool]:
+def wide(layer: LayerShape, tokens: int, scheme: str = "w4a16") -> list[bool]:
     """Of the GEMMs of a layer: whether they take 64-bit offsets."""
-    launches = record_launches(find_model("h200").gpu, scheme, tokens, *layer, Options(path="grouped"))
+    launches = record_launches(find_model("h200").gpu, scheme, tokens, layer, Options(path="grouped"))
     return [launch.constexprs["WIDE_X"] for launch in launches if launch.kernel.__name__ == "moe_grouped_gemm"]
 
 
-@pytest.mark.parametrize(("layer", "tokens"), [(MIXTRAL, 149_796), (DEEPSEEK_V3, 262_144)], ids=["mixtral", "deepseek"])
-def test_offsets_are_as_wide_as_the_tokens_need(layer: tuple[int, ...], tokens: int) -> None:
+@pytest.mark.parametrize(("name", "tokens"), [("mixtral", 149_796), ("deepseek-v3", 262_144)])
+def test_offsets_are_as_wide_as_the_tokens_need(name: str, tokens: int) -> None:
+    layer = SHAPES[name]
     assert wide(layer, tokens) == [False, False]
     assert wide(layer, tokens + 1) == [False, True]
-    assert wide(layer, 2**32 // layer[2] + 1) == [True, True]
+    assert wide(layer, 2**32 // layer.hidden + 1) == [True, True]
 
 
 def test_a_bounded_number_of_tokens_keeps_narrow_offsets() -> None:
@@ -140,7 +139,8 @@ def test_both_widths_give_the_same_bits(scheme: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.compiler
 @pytest.mark.parametrize("scheme", ["w4a16", "w4a8", "bf16"])
 def test_wide_offsets_are_of_64_bits(scheme: str) -> None:
-    launches = record_launches(find_model("h200").gpu, scheme, 2**20, 8, 2, 4096, 2048, 128, Options(path="grouped"))
+    layer, options = LayerShape(8, 2, 4096, 2048), Options(path="grouped")
+    launches = record_launches(find_model("h200").gpu, scheme, 2**20, layer, options)
     (gemm1, gemm2) = (launch for launch in launches if launch.kernel.__name__ == "moe_grouped_gemm")
     assert gemm1.constexprs["WIDE_X"] == (scheme != "w4a8") or gemm1.constexprs["STRIDE_X"] * 2**20 <= 2**32
     for launch in (gemm1, gemm2):

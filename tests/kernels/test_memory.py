@@ -15,7 +15,8 @@ from torch import Tensor
 from executorch_moe.kernels._device import launches_before
 from executorch_moe.kernels.decode import op as ops
 from executorch_moe.kernels.decode.launches import run_one_token_attention, run_one_token_linear, run_one_token_router
-from executorch_moe.kernels.experts.plan import Launch, Options, run_fused_experts
+from executorch_moe.kernels.experts.plan import Options, run_fused_experts
+from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.tuning.choose import MAX_PAIRS, Variant
 from executorch_moe.kernels.tuning.configs import GemmConfig
 

@@ -10,8 +10,15 @@ from torch import Tensor
 
 from executorch_moe.kernels.decode import op as ops
 from executorch_moe.kernels.decode.aten import one_token_attention_aten, one_token_linear_aten, one_token_router_aten
-from executorch_moe.kernels.decode.launches import run_one_token_attention, run_one_token_linear, run_one_token_router
-from executorch_moe.kernels.experts.plan import Launch
+from executorch_moe.kernels.decode.launches import (
+    run_one_token_attention,
+    run_one_token_linear,
+    run_one_token_router,
+    splits_of,
+)
+from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED, Gpu, find_model
+from executorch_moe.kernels.launch import Launch
+from executorch_moe.kernels.measure.compile import compile_kernel, compile_launch
 
 HIDDEN, KV_HEADS, HEAD_DIM, CONTEXT, EXPERTS = 192, 2, 32, 200, 12
 EPS = 1e-6
@@ -117,13 +124,11 @@ def test_operators_as_torch_wants_them(update: bool) -> None:
 
 
 def test_splits_leave_the_last_program_little_to_read() -> None:
-    from executorch_moe.kernels.tuning.configs import Gpu
-
-    assert ops.splits_of(Gpu(90, 132, 232448), 4, 8 * 128) == 16
-    assert ops.splits_of(Gpu(90, 132, 232448), 1, 128) == 64
-    assert ops.splits_of(Gpu(90, 132, 232448), 1, 16 * 256) == 4
-    assert ops.splits_of(Gpu(90, 4, 232448), 8, 128) == 1
-    assert ops.splits_of(Gpu(90, 132, 232448), 1, 128 * 256) == 1
+    assert splits_of(Gpu(90, 132, 232448), 4, 8 * 128) == 16
+    assert splits_of(Gpu(90, 132, 232448), 1, 128) == 64
+    assert splits_of(Gpu(90, 132, 232448), 1, 16 * 256) == 4
+    assert splits_of(Gpu(90, 4, 232448), 8, 128) == 1
+    assert splits_of(Gpu(90, 132, 232448), 1, 128 * 256) == 1
 
 
 LINEAR = [("int8", 5000, 96), ("bf16", 96, 2048), ("int8", 33, 4500)]  # rows and columns that are no powers of two
@@ -177,10 +182,6 @@ def test_interpreted_linear(kind: str, rows: int, columns: int) -> None:
 @pytest.mark.compiler
 @pytest.mark.parametrize("capability", [80, 90, 120])
 def test_qwen3_30b_compiles_without_spills(capability: int) -> None:
-    from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED
-    from executorch_moe.kernels.measure.compile import compile_launch
-    from executorch_moe.kernels.tuning.configs import Gpu
-
     launches: list[Launch] = []
     gpu = Gpu(capability, 132, MAX_DYNAMIC_SHARED[capability])
     with torch.device("meta"):
@@ -249,9 +250,6 @@ def test_linear_on_a_gpu(kind: str, rows: int, columns: int) -> None:
 @pytest.mark.parametrize(("kind", "rows", "columns"), [("int8", 5120, 2048), ("int8", 2048, 4096), ("bf16", 512, 1024)])
 def test_no_product_is_summed_across_warps(kind: str, rows: int, columns: int) -> None:
     """Pieces of a row that were several warps' took ten times as long, and no result shows it."""
-    from executorch_moe.kernels.gpus import find_model
-    from executorch_moe.kernels.measure.compile import compile_kernel
-
     launches: list[Launch] = []
     with torch.device("meta"):
         weight = torch.empty(rows, columns, dtype=torch.int8 if kind == "int8" else torch.bfloat16)

@@ -14,12 +14,12 @@ from torch import Tensor
 from executorch_moe.kernels._device import launches_before
 from executorch_moe.kernels.decode import op as ops
 from executorch_moe.kernels.decode.launches import run_one_token_attention, run_one_token_router
-from executorch_moe.kernels.experts.plan import Launch, Options, run_fused_experts
-from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED, find_model
+from executorch_moe.kernels.experts.plan import Options, run_fused_experts
+from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED, Gpu, find_model
+from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.measure.compile import compile_kernel, record_launches
 from executorch_moe.kernels.measure.timing import LayerInputs, make_layers
-from executorch_moe.kernels.shapes import SHAPES
-from executorch_moe.kernels.tuning.configs import Gpu
+from executorch_moe.kernels.shapes import SHAPES, LayerShape
 
 from .wait_dependence import unordered_stores
 
@@ -35,7 +35,7 @@ def launches_of_a_layer(capability: int) -> list[Launch]:
         run_one_token_attention(attention, gpu=gpu, submit=launches.append)
         run_one_token_router(route, gpu=gpu, submit=launches.append)
     for tokens, scheme in ((1, "w4a16"), (600, "w4a8")):
-        launches += record_launches(gpu, scheme, tokens, 16, 8, H, 512, 128, Options())
+        launches += record_launches(gpu, scheme, tokens, LayerShape(16, 8, H, 512), Options())
     return launches
 
 

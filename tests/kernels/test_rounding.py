@@ -156,7 +156,7 @@ def test_the_operator_runs_on_it(scheme: str) -> None:
     packed = pack_experts(gate_up, down, scheme=scheme, group_size=32, algorithm="hqq")
     x, ids = torch.randn(9, 128).bfloat16(), torch.stack([torch.randperm(4)[:2] for _ in range(9)])
     weights = torch.rand(9, 2)
-    actual = fused_experts(x, ids, weights, *packed.tensors().values(), scheme, "silu", 32)
+    actual = fused_experts(*packed.arguments(x, ids, weights))
     expected = reference_experts(x, ids, weights, *unpack_experts(packed))
     assert cases.relative_error(actual, expected) < (0.02 if scheme == "w4a8" else 0.006)
 
