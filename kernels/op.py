@@ -23,7 +23,7 @@ _OPTIONS: ContextVar[Options] = ContextVar("executorch_moe_options", default=_DE
 
 @contextlib.contextmanager
 def forced(options: Options) -> Iterator[None]:
-    """Within it, the operator is run and compiled with these choices: for measuring one against the other."""
+    """Context in which the operator runs and compiles with these options, to compare them in measurements."""
     token = _OPTIONS.set(options)
     try:
         yield

@@ -1,4 +1,4 @@
-"""The one check of `fused_experts` arguments, shared by the operator, its fake and its CPU kernel."""
+"""The check of the arguments of `fused_experts`, shared by the operator, its fake and its CPU kernel."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _same_tokens(hidden_states: Tensor, topk_ids: Tensor) -> None:
 
 
 def check_fused_experts(arguments: ExpertArguments) -> None:
-    """Check every argument of the operator; shapes and dtypes as in `op.fused_experts`.
+    """Check every argument of the operator against the docstring of `op.fused_experts`.
 
     Raises:
         ValueError: a dtype, rank, shape, device or value that the operator does not accept.

@@ -1,4 +1,9 @@
-"""Expert weights in the layout that the kernels read: `rounding` to 4 bits, `fragments` (the layout), `experts`."""
+"""Expert weights in the layout that the kernels read.
+
+rounding   weights -> 4-bit codes with scales and zero points (min-max, HQQ)
+fragments  the layout: the order of packed values in memory, and conversions both ways
+experts    `PackedExperts`: packing, unpacking and stacking the experts of a layer
+"""
 
 from executorch_moe.kernels.arguments import TENSORS
 

@@ -160,7 +160,7 @@ def test_an_entry_replaces_its_own_and_keeps_the_others(tmp_path: Path) -> None:
     path.write_text(text)
     read = tables._read(path)
     assert sorted(layer.grouped[0].gemm1.block_m for layer in read.values()) == [32, 64]
-    with pytest.raises(ValueError, match="this is no configuration table"):
+    with pytest.raises(ValueError, match="this is not a configuration table"):
         with_entry("[]", made, entry(QWEN35, W4A16, tuned(16)))
 
 
