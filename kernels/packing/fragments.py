@@ -12,12 +12,12 @@ row; thread t of them reads the 16 bytes from 16t on, which are exactly the valu
     w4a16 (bf16 fragments, m16k16):  k = 32s + 16c + 8h + 2t + l  ->  byte 16t + 8c + 4h + 2l + s // 2, nibble s % 2
     w4a8  (int8 fragments, m16k32):  k = 64s + 32c + 16h + 4t + 2m + l ->  byte 16t + 8c + 4h + 2l + m, nibble s
     (s, c, h, t, m, l are the digits of k; nibble 0 is the low one)
-In int8 order, the middle two of every four values are swapped, in weights and in quantized activations. The product is
-the same, and the bf16 decoder finds neighboring values where it expects them, so that few tokens can be multiplied in
-bf16 with the same weights.
+In int8 order, the middle two of every four values are swapped, in weights and in quantized activations. The product
+is the same, and the bf16 decoder finds neighboring values where it expects them, so that few tokens can be
+multiplied in bf16 with the same weights.
 Scales and optional zeros are bf16 [E, K/group_size, N], n contiguous, because a tile reads a run of rows of one group.
-Within runs of 16 rows the order is 0, 8, 1, 9, ... 7, 15: rows r and r + 8, whose sums are in one thread, share a 32-bit
-word.
+Within runs of 16 rows the order is 0, 8, 1, 9, ... 7, 15: rows r and r + 8, whose sums are in one thread, share a
+32-bit word.
 For int8 fragments, a group's scale is an integer multiple, 1 to 16 (0 in padding), of its row's scale. The rows' scales
 follow those of the groups: bf16 [E, K/group_size + 1, N]. A code times its multiple fits int8.
 

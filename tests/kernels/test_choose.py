@@ -1,4 +1,4 @@
-"""Which configurations a layer gets: the tables that are checked in, the heuristics, and what an export takes along."""
+"""Configurations of a layer: checked-in tables, heuristics, variants of an export, and the tuner."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_an_export_for_any_number_of_tokens_launches_each_variant_once() -> None
 
 
 class Dry(Tuner):
-    """A tuner that times nothing: a configuration's time is a number made of its fields."""
+    """A tuner without a GPU: it computes the time of a configuration from its fields."""
 
     def __init__(self, shape: str, scheme: str, few_win_up_to: int) -> None:
         self.shape, self.scheme, self.gpu = SHAPES[shape], get_scheme(scheme), H200

@@ -1,4 +1,4 @@
-"""The operator: CPU kernel and ATen form against the oracle, opcheck, symbolic T, and every check of its arguments."""
+"""The operator: CPU kernel and ATen form against the reference, opcheck, symbolic T, and all argument checks."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_repeated_expert_of_a_token_counts_twice() -> None:
 
 
 def test_the_arguments_are_those_of_expert_arguments() -> None:
-    """The schema is part of every exported program: it may not change."""
+    """The schema is part of every exported program, so it must not change."""
     assert str(torch.ops.executorch_moe.fused_experts.default._schema) == (
         "executorch_moe::fused_experts(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor w13, "
         "Tensor w2, Tensor? w13_scale, Tensor? w2_scale, Tensor? w13_zero, Tensor? w2_zero, Tensor? w13_bias, "
@@ -92,7 +92,7 @@ def test_opcheck(scheme: str, contiguous: bool) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_kernels_are_planned_with_numbers_where_every_size_is_a_symbol(scheme: str) -> None:
-    """As AOT dispatch with dynamic shapes traces the operator; only the number of tokens may stay unknown."""
+    """AOT dispatch with dynamic shapes traces the operator so. Only the number of tokens may stay a symbol."""
     problem = make(Case("symbols", tokens=40), scheme)
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 

@@ -1,4 +1,4 @@
-"""The packed layout holds the values that its formula says, and quantization is the nearest code."""
+"""The packed layout follows its formula, quantization chooses the nearest codes, and bad weights are refused."""
 
 from __future__ import annotations
 
