@@ -114,7 +114,7 @@ def test_scales_of_int8_products_are_multiples_of_their_rows(algorithm: str) -> 
 
 @pytest.mark.parametrize("k_pad", [128, 384, 2048, 2944, 4096, 7168, 8192, 8320, 16384, 131072])
 def test_no_sum_overflows_in_any_units(k_pad: int) -> None:
-    """The largest sum (activations 127, products 128), in units of the smallest scale, fits int32; twice that does not."""
+    """The largest sum (activations 127, products 128) fits int32 in units of the smallest scale; twice it does not."""
     largest = k_pad * 127 * 128 * max_scale_ratio(k_pad)
     assert largest < 2**31 <= 2 * largest
 
