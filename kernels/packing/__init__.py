@@ -8,6 +8,14 @@ experts    `PackedExperts`: packing, unpacking and stacking the experts of a lay
 from executorch_moe.kernels.arguments import TENSORS
 
 from .experts import PackedExperts, pack_codes, pack_experts, stack_experts, unpack_experts
+from .fragments import (
+    deinterleave_gate_up,
+    dequantize,
+    fragment_order,
+    interleave_gate_up,
+    pack_int4,
+    unpack_int4,
+)
 from .rounding import ALGORITHMS, Int4Codes, quantize_int4
 
 __all__ = [
@@ -15,9 +23,15 @@ __all__ = [
     "TENSORS",
     "Int4Codes",
     "PackedExperts",
+    "deinterleave_gate_up",
+    "dequantize",
+    "fragment_order",
+    "interleave_gate_up",
     "pack_codes",
     "pack_experts",
+    "pack_int4",
     "quantize_int4",
     "stack_experts",
     "unpack_experts",
+    "unpack_int4",
 ]
