@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from executorch_moe.kernels import pack_experts
 from executorch_moe.kernels.experts.plan import Options, run_fused_experts
 from executorch_moe.kernels.gpus import MODELS, Gpu, find_model
 from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.measure.compile import record_launches
+from executorch_moe.kernels.measure.timing import random_packed
 from executorch_moe.kernels.measure.tune import FEW_TOKENS, HEIGHTS, PAIRS_PER_EXPERT, Trial, Tuner, entry, with_entry
 from executorch_moe.kernels.schemes import SCHEMES, get_scheme
 from executorch_moe.kernels.shapes import SHAPES, LayerShape
@@ -88,9 +88,8 @@ def test_every_number_of_tokens_has_a_configuration(layer: LayerShape, scheme: s
 
 
 def test_an_export_for_any_number_of_tokens_launches_each_variant_once() -> None:
-
     with torch._subclasses.FakeTensorMode(shape_env=ShapeEnv()) as mode:
-        packed = pack_experts(torch.empty(256, 1024, 2048), torch.empty(256, 2048, 512), group_size=128)
+        packed = random_packed(QWEN35, "w4a16", "cpu", torch.Generator())
     sym = mode.shape_env.create_unbacked_symint()  # type: ignore[union-attr]
     torch._check(sym >= 2)
     launches: list[Launch] = []
