@@ -13,8 +13,9 @@ from typing import Annotated
 import torch
 import typer
 
-from executorch_moe.kernels.experts.plan import Launch, Options
+from executorch_moe.kernels.experts.plan import Options
 from executorch_moe.kernels.gpus import find_model
+from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.measure.compile import compile_launch, record_launches
 from executorch_moe.kernels.measure.timing import random_routing
 from executorch_moe.kernels.shapes import SHAPES
@@ -56,8 +57,7 @@ def main(
         model = find_model(name)
         for tokens in (1, 2, 4, 8, 16, 32):
             ids, _ = random_routing(tokens, layer, "uniform", "cpu", torch.Generator().manual_seed(0))
-            sizes = (tokens, layer.experts, layer.top_k, layer.hidden, layer.intermediate, layer.group_size)
-            for launch in record_launches(model.gpu, "w4a16", *sizes, Options()):
+            for launch in record_launches(model.gpu, "w4a16", tokens, layer, Options()):
                 if "GEMM" not in launch.constexprs:
                     continue
                 report = compile_launch(launch, model.capability)
