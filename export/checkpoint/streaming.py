@@ -18,7 +18,7 @@ from executorch_moe.backends.fusion import ExpertLayout, FusedLayer, FusionOptio
 from executorch_moe.backends.fusion.modules import find_experts, kind_of, recognize_module
 from executorch_moe.export.models.pretrained import read_config
 from executorch_moe.kernels import SCHEMES, FusedExperts, PackedExperts, pack_experts
-from executorch_moe.kernels.schemes import check_group_size
+from executorch_moe.kernels.schemes import check_layer_group_size
 
 from .plan import CheckpointPlan, below, meta_model
 from .shards import ShardReader, Shards
@@ -264,8 +264,7 @@ def _zeros(like: Tensor) -> Tensor:
 
 def _check_group_size(fusion: FusionOptions, hidden_size: int, intermediate_size: int) -> None:
     if SCHEMES[fusion.scheme].packed:
-        check_group_size(fusion.group_size, hidden_size, "hidden size H")
-        check_group_size(fusion.group_size, intermediate_size, "intermediate size I")
+        check_layer_group_size(fusion.group_size, hidden_size, intermediate_size)
 
 
 def _pack_run(

@@ -19,7 +19,7 @@ from executorch_moe.backends.cuda.placeholders import LEAST_BYTES
 from executorch_moe.export.host_memory import size, total_memory
 from executorch_moe.kernels import FusedExperts
 from executorch_moe.kernels.measure.timing import random_packed
-from executorch_moe.kernels.schemes import K_BLOCK, check_group_size, get_scheme
+from executorch_moe.kernels.schemes import K_BLOCK, check_layer_group_size, get_scheme
 from executorch_moe.kernels.shapes import LayerShape
 
 from .pretrained import require_transformers
@@ -203,8 +203,7 @@ def build(
     if torch.device(device).type != "cuda":
         check_room(model, scheme, group_size, thin=device == "meta")
     if get_scheme(scheme).packed:
-        check_group_size(group_size, model.hidden, "hidden")
-        check_group_size(group_size, model.intermediate, "intermediate")
+        check_layer_group_size(group_size, model.hidden, model.intermediate)
     transformers = require_transformers()
     config = model.config()
     with torch.device("meta"):

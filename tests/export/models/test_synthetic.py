@@ -164,7 +164,7 @@ def test_layers_are_prepared_one_by_one_then_the_model() -> None:
 
 
 def test_group_size_that_does_not_fit() -> None:
-    with pytest.raises(ValueError, match="hidden=128 must be a multiple of group_size=256"):
+    with pytest.raises(ValueError, match="hidden size H=128 must be a multiple of group_size=256"):
         synthetic.build(TINY, group_size=256)
 
 
