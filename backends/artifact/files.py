@@ -15,7 +15,7 @@ from executorch.exir._serialize._named_data_store import NamedDataStore, NamedDa
 from executorch.exir._serialize._serialize import serialize_for_executorch
 from executorch.exir.capture._config import ExecutorchBackendConfig
 
-from executorch_moe.backends.atomic_files import written_together
+from executorch_moe.backends.atomic_files import atomic_files
 from executorch_moe.backends.errors import said_in_one_line
 
 from .digests import COPY_AGAIN, SEALED_KEY, file_digest, trailer_of
@@ -86,7 +86,7 @@ def save(
     artifact = artifact_paths(path)
     pte, ptd = _serialize(program_manager)
     others = beside or {}
-    with written_together(*others, artifact.ptd, artifact.pte) as aside:
+    with atomic_files(*others, artifact.ptd, artifact.pte) as aside:
         for other, content in others.items():
             aside[other].write_bytes(content)
         for name, cord in ((artifact.ptd, ptd), (artifact.pte, pte)):

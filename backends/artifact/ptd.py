@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from executorch.extension.flat_tensor.serialize.serialize import FlatTensorHeader, _deserialize_to_flat_tensor
 
-from executorch_moe.backends.cuda.placeholders import PLACEHOLDER
 from executorch_moe.backends.errors import said_in_one_line
 
 from .digests import COPY_AGAIN
 from .pte import map_file
+
+PLACEHOLDER = b"executorch_moe: made when it is loaded"
+"""The bytes of a placeholder: a weight that the .ptd names without its values (see `backends.cuda.placeholders`)."""
+
+MakeWeights = Callable[[str, int], "torch.Tensor | None"]
+"""(qualified name, size in bytes) -> uint8 [bytes], or None to read the weight from the .ptd.
+
+Asked for every weight of an artifact with placeholders; a returned tensor is used even if the .ptd has the weight.
+"""
 
 _GIVE_THE_PTD = "give the .ptd of the same export as the .pte"
 _HEADER_END = 8 + FlatTensorHeader.EXPECTED_LENGTH

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
 
+from executorch_moe.backends.artifact.ptd import PLACEHOLDER
 from executorch_moe.backends.cuda.patches.registry import PLACEHOLDERS, replacing
 
-PLACEHOLDER = b"executorch_moe: made when it is loaded"
 LEAST_BYTES = 1 << 20
 """Storages below this size are written as they are: among them tables and constants that no seed makes."""
-
-MakeWeights = Callable[[str, int], "Tensor | None"]
-"""(qualified name, bytes) -> uint8 [bytes], or None for what the .ptd holds. What is made goes before what is there."""
 
 
 @contextlib.contextmanager

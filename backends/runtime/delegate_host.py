@@ -19,7 +19,7 @@ from executorch.exir.schema import DelegateCall, ExecutionPlan, FreeCall, Kernel
 from torch import Tensor
 
 from executorch_moe.backends.artifact.method_targets import check_arch, split_method
-from executorch_moe.backends.artifact.ptd import PtdFile
+from executorch_moe.backends.artifact.ptd import MakeWeights, PtdFile
 from executorch_moe.backends.artifact.pte import PteFile, dtype_of
 from executorch_moe.backends.artifact.weight_metadata import (
     CUDA_BACKEND,
@@ -28,7 +28,6 @@ from executorch_moe.backends.artifact.weight_metadata import (
     CudaWeight,
     parse_delegate,
 )
-from executorch_moe.backends.cuda.placeholders import MakeWeights
 
 from .gpu_memory import check_memory, say_out_of_memory
 

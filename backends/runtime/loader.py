@@ -17,9 +17,9 @@ from executorch_moe.backends.artifact.cubin import find_gpu_code
 from executorch_moe.backends.artifact.digests import COPY_AGAIN
 from executorch_moe.backends.artifact.files import no_digests, open_artifact
 from executorch_moe.backends.artifact.method_targets import check_arch, gpu_capability, pick_methods
+from executorch_moe.backends.artifact.ptd import MakeWeights
 from executorch_moe.backends.artifact.pte import PteFile
 from executorch_moe.backends.artifact.weight_metadata import CUDA_BACKEND, parse_delegate
-from executorch_moe.backends.cuda.placeholders import MakeWeights
 from executorch_moe.backends.errors import said_in_one_line
 from executorch_moe.backends.versions import check_versions
 

@@ -14,13 +14,24 @@ from unittest import mock
 
 import torch
 
-from executorch_moe.backends.cuda.cross import gpu_stand_ins, host_toolchain
-from executorch_moe.backends.cuda.cross.placeholder_weights import PlaceholderWeights
-from executorch_moe.backends.cuda.cross.static_choices import StaticChoices
 from executorch_moe.backends.cuda.overlapped_launches import overlapped_launches, unknown_host_code
+from executorch_moe.backends.cuda.patches.registry import (
+    CROSS,
+    LOCK,
+    OUTPUTS,
+    VERSIONS,
+    WEIGHTS,
+    Replace,
+    problem,
+    problems,
+    refusal,
+    replacing,
+)
 from executorch_moe.kernels.gpus import GpuModel
 
-from .registry import CROSS, LOCK, OUTPUTS, VERSIONS, WEIGHTS, Replace, problem, problems, refusal, replacing
+from . import gpu_stand_ins, host_toolchain
+from .placeholder_weights import PlaceholderWeights
+from .static_choices import StaticChoices
 
 SMALL = 4096
 """Elements of a computation that may be done with others far away in the program: one launch instead of many."""

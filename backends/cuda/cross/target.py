@@ -9,10 +9,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from executorch_moe.backends.cuda.patches.cross import check_versions, replaced
 from executorch_moe.kernels.gpus import GpuModel, compile_for, find_model
 
 from . import host_toolchain
+from .replacements import check_versions, replaced
 from .report import CrossCompileReport
 from .static_choices import StaticChoices
 
@@ -22,7 +22,7 @@ def check_target(target: str) -> GpuModel:
 
     Raises:
         ValueError: unknown target.
-        RuntimeError: no compiler, or see `patches.cross.check_versions`.
+        RuntimeError: no compiler, or see `check_versions`.
     """
     model = find_model(target)
     if why := host_toolchain.why_no_toolchain():

@@ -30,7 +30,7 @@ from executorch_moe.backends.artifact.files import (
 from executorch_moe.backends.artifact.inspect import inspect_artifact
 from executorch_moe.backends.artifact.ptd import PtdFile
 from executorch_moe.backends.artifact.pte import PteFile
-from executorch_moe.backends.runtime import load as runtime_module
+from executorch_moe.backends.runtime import loader as runtime_module
 from executorch_moe.backends.runtime.loader import load
 
 
@@ -254,8 +254,8 @@ def test_the_weights_are_read_only_where_they_are_asked_for(linear: Artifact, mo
         read.append(path.suffix)
         return real(path, size)
 
-    for module in ("artifact", "pte"):
-        monkeypatch.setattr(f"executorch_moe.backends.{module}.file_digest", noted)
+    for module in ("files", "pte"):
+        monkeypatch.setattr(f"executorch_moe.backends.artifact.{module}.file_digest", noted)
     open_artifact(linear.pte)
     assert read == [".pte", ".ptd"]
     inspect_artifact(linear.pte)

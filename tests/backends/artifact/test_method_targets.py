@@ -10,7 +10,7 @@ import torch
 from executorch_moe.backends.artifact import method_targets
 from executorch_moe.backends.artifact.files import Artifact
 from executorch_moe.backends.artifact.method_targets import method_for, pick_methods, split_method
-from executorch_moe.backends.runtime import load as runtime
+from executorch_moe.backends.runtime import loader as runtime
 from executorch_moe.kernels.gpus import find_model
 
 BOTH = ["decode@sm_80", "decode@sm_86", "decode@sm_90", "prefill@sm_80", "prefill@sm_90"]

@@ -14,7 +14,7 @@ from cached_experts import CachedExperts, inputs, methods
 from executorch_moe.backends.artifact.files import Artifact, save
 from executorch_moe.backends.artifact.inspect import check_cuda_artifact, inspect_artifact
 from executorch_moe.backends.cuda.cross import host_toolchain
-from executorch_moe.backends.cuda.patches import check_versions
+from executorch_moe.backends.cuda.cross.replacements import check_versions
 from executorch_moe.backends.lower import lower
 from executorch_moe.backends.runtime.loader import load
 from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED

@@ -12,7 +12,7 @@ import torch._inductor.config as inductor_config
 from executorch.backends.cuda.cuda_backend import CudaBackend
 from executorch.backends.cuda.cuda_partitioner import CudaPartitioner
 from executorch.exir import to_edge_transform_and_lower
-from test_cross_export import why_no_cross_export
+from requirements import needs_cross_export
 from torch import nn
 from torch._inductor.virtualized import V
 from torch.utils._sympy.functions import Mod
@@ -177,9 +177,6 @@ class Repeated(nn.Module):
         return torch.cat((x, x), -1).cos()
 
 
-needs_compiler = pytest.mark.skipif(bool(why_no_cross_export()), reason=why_no_cross_export() or "-")
-
-
 def compile_repeated(partitioner: type) -> AccessReport:
     program = torch.export.export(Repeated(), (torch.randn(16),))
     specs = [CudaBackend.generate_method_name_compile_spec("forward")]
@@ -188,7 +185,7 @@ def compile_repeated(partitioner: type) -> AccessReport:
     return report
 
 
-@needs_compiler
+@needs_cross_export
 @inductor_config.patch(loop_index_inversion_in_fusion=True)  # torch's default
 def test_inductors_defect_is_found_and_avoided() -> None:
     with pytest.raises(OutOfBoundsError, match=r"touches element 16 of in_ptr0, which has 16"):
@@ -210,7 +207,7 @@ def test_sizes_that_a_program_rules_out_refuse_nothing() -> None:
         assert not can_occur({backed: 16, make_symbol(SymT.UNBACKED_INT, 0, integer=True): 3})
 
 
-@needs_compiler
+@needs_cross_export
 def test_an_export_that_would_go_outside_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SETTINGS, "loop_index_inversion_in_fusion", True)
     program = torch.export.export(Repeated(), (torch.randn(16),))

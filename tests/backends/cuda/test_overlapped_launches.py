@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from cached_experts import CachedExperts, methods
-from test_cross_export import needs_cross_export
+from requirements import needs_cross_export
 from torch._inductor.codecache import AotCodeCompiler
 from torch._inductor.codegen.cuda.device_op_overrides import CUDADeviceOpOverrides
 
@@ -44,7 +44,7 @@ def other_host_code(monkeypatch: pytest.MonkeyPatch, change: Callable[[str], str
 
 def test_the_listed_kernels_are_ours_and_all_of_them_wait() -> None:
     found = {}
-    for path in sorted(Path(executorch_moe.kernels.__file__).parent.glob("*.py")):
+    for path in sorted(Path(executorch_moe.kernels.__file__).parent.rglob("*.py")):
         for function in ast.walk(ast.parse(path.read_text())):
             if isinstance(function, ast.FunctionDef) and "triton.jit" in map(ast.unparse, function.decorator_list):
                 calls = {ast.unparse(node.func) for node in ast.walk(function) if isinstance(node, ast.Call)}

@@ -9,7 +9,7 @@ import torch
 from tiny_artifacts import CONSTANTS
 
 from executorch_moe.backends.artifact.files import Artifact
-from executorch_moe.backends.runtime import load as runtime
+from executorch_moe.backends.runtime import loader as runtime
 from executorch_moe.backends.runtime import pybindings
 from executorch_moe.backends.runtime.loader import EXECUTORCH_CPU, load
 from executorch_moe.backends.runtime.pybindings import why_not_pybindings
