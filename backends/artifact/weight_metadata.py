@@ -1,4 +1,4 @@
-"""What a CudaBackend delegate carries in the .pte: the key of its shared library and one entry a weight.
+"""The payload of a CudaBackend delegate in the .pte: the key of its shared library, and one entry for each weight.
 
 Source: executorch/backends/cuda/cuda_weight_collector.py (1.5.1), format ETCUDAFQN3.
 """
@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 MAGIC = b"ETCUDAFQN3"
 CUDA_BACKEND = "CudaBackend"
-# Compile spec that MoECudaPartitioner adds: names of the buffers that the delegate writes to, one a line.
+# Compile spec that MoECudaPartitioner adds: names of the buffers that the delegate writes to, one in each line.
 MUTATED_BUFFERS_KEY = "executorch_moe.mutated_buffers"
 _DEVICES = {0: "cpu", 1: "cuda"}
 
 
 @dataclass(frozen=True)
 class CudaWeight:
-    """One constant of a delegate: a strided view of a named storage in the .ptd."""
+    """One constant of a delegate: a strided view of a named storage in the .ptd (offset and strides in elements)."""
 
     fqn: str
     storage_key: str
@@ -42,11 +42,11 @@ def parse_delegate(payload: bytes, where: str) -> CudaDelegate:
 
     Args:
         payload: processed bytes of a CudaBackend delegate.
-        where: names the delegate in messages.
+        where: a name for the delegate, for messages.
 
     Raises:
-        NotImplementedError: a payload of another format version.
-        ValueError: a damaged payload.
+        NotImplementedError: the payload has another format version.
+        ValueError: the payload is damaged.
     """
     if not payload.startswith(MAGIC):
         raise NotImplementedError(

@@ -67,8 +67,11 @@ class WorkFolder:
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
         self._lock: BaseFileLock | None = None
-        if not (path / _LOCK).exists():
-            self._check_ours()  # before anything is created in it
+        ours = False
+        with contextlib.suppress(OSError):
+            ours = (path / _LOCK).stat().st_size == 0
+        if not ours:  # check before anything is created; some versions of filelock empty the file that they lock
+            self._check_ours()
         self._lock = _locked(path / _LOCK)
         try:
             self._check_ours()

@@ -20,6 +20,7 @@ from executorch_moe.backends.artifact import files as artifact_module
 from executorch_moe.backends.artifact.digests import SEALED_KEY, TRAILER_BYTES, file_digest
 from executorch_moe.backends.artifact.files import (
     PTD_IDENTITY_KEY,
+    PTE_IDENTITY_KEY,
     Artifact,
     artifact_paths,
     check,
@@ -206,8 +207,34 @@ def test_older_artifacts_load_with_a_note(unsealed: Artifact, tmp_path: Path, ex
         check(bad.pte, verify_bytes=True)
     bad = copy(unsealed, tmp_path / "bad.pte")
     flip(bad.ptd, PTD_IDENTITY_KEY)
-    with pytest.raises(ValueError, match=r"bad\.ptd or .*bad\.pte is damaged: both hold a digest"):
+    with pytest.raises(ValueError, match=r"bad\.ptd (or .*bad\.pte )?is damaged: .* digests? of the weights"):
         open_artifact(bad.pte)
+
+
+@pytest.mark.parametrize("kind", ["pte", "ptd"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: bytes(len(data)), r"^.*copy\.{kind} is damaged: its digest of the weights is not a SHA-256"),
+        (lambda data: b"\xff\n" + data[2:], r"^.*copy\.{kind} is damaged: its digest of the weights is not a SHA-256"),
+        (lambda data: b"0123" + data[4:], r"^.*copy\.ptd or .*copy\.pte is damaged: their digests of the weights differ"),
+        (lambda data: b"0123" * 16, r"copy\.ptd does not belong to .*copy\.pte: .*\(digest [0-9a-f]{{12}}, expected [0-9a-f]"),
+    ],
+    ids=["zeros", "two bytes", "four digits", "all digits"],
+)
+def test_a_damaged_identity_blames_the_right_file(
+    copied: Artifact, no_native_code: None, kind: str, damage: Callable[[bytes], bytes], message: str
+) -> None:
+    program, data = open_artifact(copied.pte)
+    assert data is not None
+    identity = bytes(program.named_data()[PTE_IDENTITY_KEY])
+    path: Path = getattr(copied, kind)
+    raw = path.read_bytes()
+    assert raw.count(identity) == 1
+    path.write_bytes(raw.replace(identity, damage(identity)))
+    with pytest.raises(ValueError, match=message.format(kind=kind)) as refused:
+        load(copied.pte, verify=False)
+    assert str(refused.value).isprintable()
 
 
 def test_a_whole_artifact_has_no_note(linear: Artifact, executorch_runtime: None) -> None:

@@ -138,7 +138,7 @@ def test_unknown_versions_and_signatures_are_refused(monkeypatch: pytest.MonkeyP
 
 def test_unknown_settings_of_inductor_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(replacements.INDUCTOR_CONFIG, "cpp.no_such_setting", 1)
-    with pytest.raises(RuntimeError, match=r"torch\._inductor\.config\.cpp\.no_such_setting: is not there: install"):
+    with pytest.raises(RuntimeError, match=r"torch\._inductor\.config\.cpp\.no_such_setting: does not exist: install"):
         check_versions()
 
 
