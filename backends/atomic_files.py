@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 # The lock is flock on the temporary file itself, not the package `filelock`. `filelock` locks a file of its own: one
-# more file beside every output, which a killed process leaves behind; and some of its versions empty the file that
+# more file beside every output, which a killed process leaves behind; and some of its versions truncate the file that
 # they try to lock, which here is somebody's output.
 try:
     import fcntl

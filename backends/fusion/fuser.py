@@ -69,7 +69,7 @@ class ExpertFuser:
     def __init__(self, options: FusionOptions | None = None) -> None:
         if not isinstance(options, FusionOptions | None):
             raise TypeError(
-                f"fusion options are given as a {type(options).__name__}, expected FusionOptions or an ExpertFuser: write "
+                f"fusion is given as a {type(options).__name__}, expected FusionOptions or an ExpertFuser: write "
                 "FusionOptions('w4a16', group_size=32)"
             )
         self.options = FusionOptions() if options is None else options

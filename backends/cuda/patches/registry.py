@@ -42,7 +42,7 @@ CROSS, OUTPUTS, WEIGHTS, LAUNCHES, PLACEHOLDERS, CPU = "cross", "outputs", "weig
 KERNELS = "kernels"
 USES = {
     CROSS: Use(
-        "export for a GPU that is not here",
+        "export for a GPU that is not in this machine",
         "install a version that works, or export on a machine with that GPU, with target 'cuda'",
     ),
     OUTPUTS: Use("give each CUDA method files of its own", "install executorch 1.5.1"),
