@@ -1,4 +1,4 @@
-"""What a machine needs for some of the tests."""
+"""Requirements of some tests on the machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from executorch_moe.backends.cuda.cross.replacements import check_versions
 
 
 def why_no_cross_export() -> str:
-    """Empty if this machine can export for a GPU that it does not have, else the reason why not."""
+    """Empty if this machine can export for a GPU that it does not have, else the reason."""
     if why := host_toolchain.why_no_toolchain():
         return why
     try:

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: killed at each step, beside other people's files, beside another writer."""
+"""Atomic writes: killed at each step, beside files of others, and beside another writer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from executorch_moe.backends.atomic_files import atomic_files, is_temporary, remove_leftovers
 
 NAMES = ("model.tokenizer.json", "model.ptd", "model.pte")
-# Kills itself before its n-th call of the system for one of these. The last but one argument is n, the last the folder.
+# Kills itself before its n-th call of one of these functions. Arguments: n, the folder, and the file names.
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -50,7 +50,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def others(folder: Path) -> dict[str, bytes]:
-    """Files with names that are almost those of unfinished files."""
+    """Create files whose names resemble those of unfinished files."""
     tag = "0123456789abcdef" * 2
     names = (
         f".model.{tag}.new.ptd.bak", f".model.{tag[1:]}.new.ptd", f".other.{tag}.new.ptd", f"model.{tag}.new.ptd",
@@ -72,7 +72,7 @@ def test_killed_at_each_step(tmp_path: Path, existing: bool) -> None:
         kept = others(folder)
         code = subprocess.run([sys.executable, "-c", KILLED, str(step), str(folder), *NAMES]).returncode
         found = contents(folder)
-        for name in NAMES:  # whole, whenever it happened
+        for name in NAMES:  # complete, at whatever step the process was killed
             assert found.get(name, b"first" if existing else None) in (b"first", b"second", None)
         left_behind.update(found.keys() - kept.keys() - set(NAMES))
         write(folder, b"third")
@@ -95,14 +95,14 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_what_a_living_process_has_renamed_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may still have to undo its renames, with what it kept of the files before."""
+    """It may still have to undo its renames with the earlier files that it kept."""
     from executorch_moe.backends import atomic_files as module
 
     paths, seen = [tmp_path / name for name in NAMES], []
     write(tmp_path, b"first")
 
     def failing(folder: Path) -> None:
-        remove_leftovers(paths)  # as another process would, now that all is renamed
+        remove_leftovers(paths)  # as another process would, after all renames
         seen.extend(path.name for path in folder.iterdir())
         raise OSError("disk failure")
 

@@ -38,7 +38,7 @@ ROOT = SCRIPT.parents[3]
 
 @dataclass(frozen=True)
 class CrossExport:
-    """A finished export of the tiny model: its folder holds tiny.pte, tiny.ptd, state.pt and report.json."""
+    """A finished export of the tiny model: a folder with tiny.pte, tiny.ptd, state.pt and report.json."""
 
     target: str
     folder: Path
@@ -60,7 +60,7 @@ def run_export(target: str, folder: Path, **environment: str) -> CrossExport:
 
 @pytest.fixture(scope="session", params=["sm_80", "sm_89", "sm_90"])
 def crossed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CrossExport:
-    """Made once a run: with several processes, each has a base folder of its own below a common one."""
+    """Made once in a run. With several pytest processes, each has its own base folder below a common one."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"cross-{request.param}"
     with FileLock(folder.with_suffix(".lock")):
@@ -72,7 +72,7 @@ def crossed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @needs_cross_export
 @pytest.mark.slow
 class TestArtifact:
-    """Of the tiny model's two methods on one KV cache."""
+    """Artifacts of the tiny model: two methods on one KV cache."""
 
     def test_kernels_are_for_the_target_and_symbols_are_the_runtimes(self, crossed: CrossExport) -> None:
         report = inspect_artifact(crossed.pte)
@@ -103,7 +103,7 @@ class TestArtifact:
                     )
                     assert torch.equal(typed.view(torch.uint8), expected.contiguous().view(torch.uint8)), weight.fqn
                     compared.add(weight.fqn)
-        # All but what no method reads.
+        # All except those that no method reads.
         assert len(compared) >= len(state) - 2, sorted(state.keys() - compared)
 
     def test_no_path_of_this_machine_is_inside(self, crossed: CrossExport) -> None:
@@ -173,13 +173,13 @@ def test_several_targets_share_weights_and_have_the_code_of_each(crossed: CrossE
         **{f"{method}@sm_80": ("sm_80",) for method in ("prefill", "decode")},
         **{f"{method}@sm_90": ("sm_90a",) for method in ("prefill", "decode")},
     }
-    # Weights are there once, under the same names; only constants that lowering made are each library's own.
+    # Weights exist once, under the same names. Only constants that lowering makes belong to one library.
     first, all_data = PtdFile(crossed.folder / "tiny.ptd").digests(), PtdFile(both.folder / "tiny.ptd").digests()
     assert first.pop(PTD_IDENTITY_KEY) != all_data.pop(PTD_IDENTITY_KEY)
     assert first.items() <= all_data.items()
     assert all("_so_blob:_lifted_tensor_constant" in key for key in all_data.keys() - first.keys())
     alone, together = PteFile(crossed.pte), PteFile(both.pte)
-    # Named by digest: the libraries of an artifact for sm_80 alone are in here, byte for byte.
+    # Keys are digests: the artifact contains the libraries of one for sm_80 alone, byte for byte.
     assert {key for key in alone.named_data() if key.endswith("_so_blob")} < together.named_data().keys()
     for name in alone.method_names:
         (delegate,), (other,) = alone.plan(name).delegates, together.plan(f"{name}@sm_80").delegates
@@ -203,13 +203,13 @@ class Views(torch.nn.Module):
 
 
 def no_question(*_: object, **__: object) -> None:
-    raise AssertionError("the GPU of this machine was asked")
+    raise AssertionError("the GPU of this machine was queried")
 
 
 @needs_cross_export
 @pytest.mark.slow
 def test_views_and_tied_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if with a CUDA build and a GPU, which must not be asked for anything."""
+    """With a simulated CUDA build and GPU, which must not be queried."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in ("get_device_properties", "get_device_capability", "get_device_name", "current_device", "synchronize"):
@@ -239,7 +239,7 @@ def test_views_and_tied_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert torch.equal(typed, getattr(model, weight.fqn)), weight.fqn
         seen.add(weight.fqn)
     assert seen >= {"middle", "turned", "wide"} and seen & {"a", "b"}
-    # Where the library itself expects them: torch 2.13's runtime takes no tensor from another device.
+    # The devices that the library expects: torch 2.13's runtime accepts no tensor on another device.
     (text,) = written
     devices = re.findall(r"constants_info_\[\d+\]\.device_type = (\w+);", text)
     assert devices == ["cached_torch_device_type_cuda"] * len(re.findall(r"constants_info_\[\d+\]\.dtype = ", text))
@@ -297,7 +297,7 @@ class Product(torch.nn.Module):
 @needs_cross_export
 @pytest.mark.slow
 def test_products_of_odd_sizes_are_not_timed_on_the_gpu(tmp_path: Path) -> None:
-    """As attention's over seven tokens in bf16, for which Inductor would try whether padding is faster."""
+    """Like those of attention over seven tokens in bf16, for which Inductor would time padding."""
     left, right = (torch.zeros(2, 7, width, dtype=torch.bfloat16) for width in (7, 32))
     with torch.no_grad():
         manager = lower({"forward": export(Product(), (left, right))}, "sm_90")

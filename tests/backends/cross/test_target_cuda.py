@@ -1,4 +1,4 @@
-"""`target_cuda`: what it replaces, what it refuses, and that it puts everything back."""
+"""`target_cuda`: its replacements, that it undoes all of them, and what it refuses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from executorch_moe.kernels.gpus import find_model, gpu_of
 
 
 def replaced() -> list[object]:
-    """Everything that `target_cuda` may replace."""
+    """Everything that `target_cuda` can replace."""
     import triton
     from torch._dynamo.device_interface import device_interfaces, init_device_reg
     from torch._inductor import config, select_algorithm
@@ -54,7 +54,7 @@ def test_everything_is_put_back() -> None:
         with contextlib.suppress(KeyError), target_cuda(target):
             assert torch.cuda.get_device_capability() == divmod(capability, 10) and gpu_of(0).capability == capability
             assert not torch.cuda.is_available() and torch.version.cuda is None
-            # Triton keeps it for the process: a limit of the target before would let kernels through.
+            # Triton caches it for the process: the limit of an earlier target would accept kernels that do not fit.
             assert max_shared_mem(0) == shared
             if broken:
                 raise KeyError
@@ -83,7 +83,7 @@ def test_it_is_active_once_at_a_time() -> None:
         left.set()
         other.result(60)
     assert replaced() == before
-    # At the same moment: one of them, or one after the other.
+    # At the same time: only one of them, or one after the other.
     with ThreadPoolExecutor(4) as pool:
         errors = [future.exception(60) for future in [pool.submit(enter, "h200") for _ in range(8)]]
     assert None in errors
@@ -114,7 +114,7 @@ def test_what_a_kernel_writes_to_is_asked_once_for_each_kind_of_arguments() -> N
         first = ask(torch.bfloat16, 128)
         assert [write.name for write in first.read_writes.writes] == ["out_ptr"]
         assert ask(torch.bfloat16, 128) is first
-        for warps in (2, 4):  # as torch wraps the kernel of each launch
+        for warps in (2, 4):  # torch wraps the kernel of each launch like this
             assert (
                 ask(torch.bfloat16, 128, triton.autotune([triton.Config({}, num_warps=warps)], [])(moe_sum_pairs))
                 is first
@@ -143,7 +143,10 @@ def test_unknown_settings_of_inductor_are_refused(monkeypatch: pytest.MonkeyPatc
 
 
 def test_nothing_is_replaced_that_is_not_checked() -> None:
-    for name in ("torch:compile", "executorch.exir.emit._emitter:_Emitter._tensor_spec_to_evalue"):  # of another use
+    for name in (
+        "torch:compile",
+        "executorch.exir.emit._emitter:_Emitter._tensor_spec_to_evalue",
+    ):  # the second has another use
         with patches.replacing("cross") as replace, pytest.raises(AssertionError, match=f"{name} is not checked"):
             replace(name, None)
 
@@ -194,7 +197,7 @@ def test_threads_parse_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> N
 
 @needs_cross_export
 def test_small_computations_are_joined_however_far_apart_they_are() -> None:
-    """Cos and sin of a decode step, and what writes its keys and values: a launch for all layers."""
+    """Cosine and sine of a decode step, and the kernels that write keys and values: one launch for all layers."""
     from torch._inductor.scheduler import Scheduler
 
     def node(order: int, *sizes: Any) -> Any:
