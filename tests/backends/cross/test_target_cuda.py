@@ -143,10 +143,8 @@ def test_unknown_settings_of_inductor_are_refused(monkeypatch: pytest.MonkeyPatc
 
 
 def test_nothing_is_replaced_that_is_not_checked() -> None:
-    for name in (
-        "torch:compile",
-        "executorch.exir.emit._emitter:_Emitter._tensor_spec_to_evalue",
-    ):  # the second has another use
+    # The second is in the registry, but for another use.
+    for name in ("torch:compile", "executorch.exir.emit._emitter:_Emitter._tensor_spec_to_evalue"):
         with patches.replacing("cross") as replace, pytest.raises(AssertionError, match=f"{name} is not checked"):
             replace(name, None)
 
