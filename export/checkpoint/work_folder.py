@@ -70,7 +70,7 @@ class WorkFolder:
         ours = False
         with contextlib.suppress(OSError):
             ours = (path / _LOCK).stat().st_size == 0
-        if not ours:  # check before anything is created; some versions of filelock empty the file that they lock
+        if not ours:  # check before anything is created; some versions of filelock truncate the file that they lock
             self._check_ours()
         self._lock = _locked(path / _LOCK)
         try:
@@ -174,7 +174,7 @@ def _locked(path: Path) -> BaseFileLock:
     """
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path, timeout=0)
+        lock = FileLock(path, timeout=0, thread_local=False)
         try:
             lock.acquire()
         except FileNotFoundError:  # the export that held it removed the folder just now
