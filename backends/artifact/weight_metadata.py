@@ -49,8 +49,10 @@ def parse_delegate(payload: bytes, where: str) -> CudaDelegate:
         ValueError: the payload is damaged.
     """
     if not payload.startswith(MAGIC):
+        start = payload[: len(MAGIC)]
+        found = repr(start) if start.isascii() and start.decode().isprintable() else "bytes that are not text"
         raise NotImplementedError(
-            f"{where}: the delegate starts with {payload[:10]!r}, this package reads {MAGIC!r} (ExecuTorch 1.5.x): "
+            f"{where}: the delegate starts with {found}, this package reads {MAGIC!r} (ExecuTorch 1.5.x): "
             "export it again"
         )
     reader = _Reader(payload, len(MAGIC))
@@ -58,7 +60,8 @@ def parse_delegate(payload: bytes, where: str) -> CudaDelegate:
         library_key = reader.string()
         weights = tuple(_read_weight(reader) for _ in range(reader.unpack("<I")[0]))
     except (struct.error, UnicodeDecodeError, KeyError) as error:
-        raise ValueError(f"{where}: the delegate's weight table is damaged ({error!r}): export it again") from error
+        why = "a name is not UTF-8" if isinstance(error, UnicodeDecodeError) else repr(error)
+        raise ValueError(f"{where}: the delegate's weight table is damaged ({why}): export it again") from error
     if reader.offset != len(payload):
         raise ValueError(
             f"{where}: {len(payload) - reader.offset} bytes after the delegate's weight table: export it again"

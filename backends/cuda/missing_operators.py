@@ -87,7 +87,7 @@ class MissingOperatorsError(NotImplementedError):
         self.operators = sorted(set(operators))
         listed = "; ".join(str(operator) for operator in self.operators)
         super().__init__(
-            f"ExecuTorch's CUDA runtime has no kernel for {listed}: write these operations of the model in others"
+            f"ExecuTorch's CUDA runtime has no kernel for {listed}: rewrite these parts of the model in other operators"
         )
 
 

@@ -279,7 +279,7 @@ def test_operators_that_only_the_compiler_finds_are_named_with_their_module() ->
         return x.scatter_reduce(0, x.long(), x, "prod")
 
     with pytest.raises(
-        MissingOperatorsError, match=r"no kernel for aten\.scatter_reduce\.two in rows \(Inner\): write"
+        MissingOperatorsError, match=r"no kernel for aten\.scatter_reduce\.two in rows \(Inner\): rewrite"
     ):
         lower({"forward": calling("rows", scatter)}, "sm_90")
 

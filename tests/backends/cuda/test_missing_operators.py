@@ -140,5 +140,5 @@ def test_partitioner_refuses_with_all_of_them() -> None:
     assert str(raised.value) == (
         "ExecuTorch's CUDA runtime has no kernel for aten._cdist_forward in block.1 (Distance); "
         "aten.histc in first (Histogram); aten.histc in second (Histogram); aten.nonzero in Lacking: "
-        "write these operations of the model in others"
+        "rewrite these parts of the model in other operators"
     )

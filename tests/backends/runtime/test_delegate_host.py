@@ -216,8 +216,10 @@ def test_payloads_that_are_not_read() -> None:
             parse_delegate(payload()[:length], "m")
     with pytest.raises(ValueError, match="3 bytes after the delegate's weight table"):
         parse_delegate(payload() + b"123", "m")
-    with pytest.raises(ValueError, match="weight table is damaged"):
+    with pytest.raises(ValueError, match=r"weight table is damaged \(a name is not UTF-8\)"):
         parse_delegate(payload(b"\xff\xfe"), "m")
+    with pytest.raises(NotImplementedError, match="m: the delegate starts with bytes that are not text"):
+        parse_delegate(b"\0" + payload()[1:], "m")
 
 
 # Partitioner
