@@ -37,7 +37,7 @@ def test_what_autotuning_kept_is_read_by_the_kernels_name() -> None:
 
 
 def test_the_landed_file_is_one_that_an_export_takes() -> None:
-    landed = Path(__file__).parents[1] / "results" / "2026-11-23-h200-kernel-configs.json"
+    landed = Path(__file__).parents[2] / "benchmarks" / "results" / "2026-11-23-h200-kernel-configs.json"
     assert {"_fused_moe_kernel", "_fused_moe_batched_kernel", "_sdpa_fwd_kernel"} <= read_configs(landed).keys()
 
 

@@ -87,11 +87,11 @@ def test_every_number_of_tokens_has_a_configuration(layer: LayerShape, scheme: s
 def test_an_export_for_any_number_of_tokens_launches_each_variant_once() -> None:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    from executorch_moe.kernels import pack_experts
     from executorch_moe.kernels.experts.plan import Launch, run_fused_experts
+    from executorch_moe.kernels.measure.timing import random_packed
 
     with torch._subclasses.FakeTensorMode(shape_env=ShapeEnv()) as mode:
-        packed = pack_experts(torch.empty(256, 1024, 2048), torch.empty(256, 2048, 512), group_size=128)
+        packed = random_packed(QWEN35, "w4a16", "cpu", torch.Generator())
     sym = mode.shape_env.create_unbacked_symint()  # type: ignore[union-attr]
     torch._check(sym >= 2)
     launches: list[Launch] = []

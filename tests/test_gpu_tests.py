@@ -1,4 +1,4 @@
-"""The record of a run: written as it goes, true when the run is cut off."""
+"""The record of a GPU run: written during the run, and correct when the run is interrupted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from .gpu_results import PYTEST, ROOT, run_pytest
+from benchmarks.gpu_tests import PYTEST, ROOT, run_pytest
 
 TESTS = """
 import time
@@ -38,7 +38,7 @@ SLOW = """
 import time
 
 def test_quick():
-    assert False, "seen before the end"
+    assert False, "failed before the end"
 
 def test_slow():
     time.sleep(600)
@@ -46,7 +46,7 @@ def test_slow():
 
 
 def command(folder: Path, tests: str, *arguments: str) -> list[str]:
-    """pytest on a file of tests in a folder of its own, away from this one's conftest.py."""
+    """Command that runs pytest on a file of tests in another folder, out of reach of this folder's conftest.py."""
     (folder / "test_some.py").write_text(tests)
     (folder / "record.txt").write_text("the head\n")
     places = ["--rootdir", str(folder), "-c", os.devnull, "-p", "no:cacheprovider", str(folder)]
@@ -74,9 +74,9 @@ def test_a_run_is_recorded_and_reasons_are_printed(arguments: tuple[str, ...], t
     assert "test_some.py::test_setup, in setup\n" in rest and "E   assert (1 + 1) == 3" in rest
 
 
-def test_a_run_that_is_cut_off_leaves_what_there_was(tmp_path: Path) -> None:
-    """As `timeout` does it: SIGTERM to whoever runs pytest."""
-    code = "import sys; from tests.gpu_results import run_pytest; print('status', run_pytest(sys.argv[1:]))"
+def test_an_interrupted_run_leaves_a_record(tmp_path: Path) -> None:
+    """`timeout` sends SIGTERM to the process that started pytest."""
+    code = "import sys; from benchmarks.gpu_tests import run_pytest; print('status', run_pytest(sys.argv[1:]))"
     record = tmp_path / "record.txt"
     run = subprocess.Popen(
         [sys.executable, "-c", code, *command(tmp_path, SLOW)], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -87,10 +87,10 @@ def test_a_run_that_is_cut_off_leaves_what_there_was(tmp_path: Path) -> None:
         time.sleep(0.1)
     run.send_signal(signal.SIGTERM)
     out, _ = run.communicate(timeout=30)
-    assert f"status {-signal.SIGTERM}" in out and "why test_some.py::test_quick: AssertionError: seen before" in out
+    assert f"status {-signal.SIGTERM}" in out and "why test_some.py::test_quick: AssertionError: failed before" in out
     text = record.read_text()
     assert "\nIncomplete, cut off: 1 of 2 tests: 1 FAILED\nstill running: test_some.py::test_slow\n" in text
-    assert "seen before the end" in text
+    assert "failed before the end" in text
 
 
 def test_the_status_is_pytests() -> None:

@@ -1,4 +1,4 @@
-"""What compute-sanitizer prints, as `make sanitize` reads it."""
+"""How `make sanitize` reads the output of compute-sanitizer."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import sys
 
 import pytest
 
-from .gpu_results import ROOT
-
-sys.path.insert(0, str(ROOT / "tests"))  # as when it is run as a script
-from gpu_sanitizers import _is_finding
+from benchmarks.gpu_tests import ROOT
+from benchmarks.sanitizers import _is_finding
 
 
 @pytest.mark.parametrize(
@@ -35,7 +33,7 @@ def test_findings(line: str, finding: bool) -> None:
 
 
 def test_an_unknown_tool_is_named() -> None:
-    command = [sys.executable, "tests/gpu_sanitizers.py", "nocheck"]
+    command = [sys.executable, "-m", "benchmarks.sanitizers", "nocheck"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2
-    assert run.stdout == "error: 'nocheck' is no tool: choose one of memcheck, racecheck, initcheck\n"
+    assert run.stdout == "error: unknown tool 'nocheck': choose one of memcheck, racecheck, initcheck\n"

@@ -1,12 +1,13 @@
-"""Runs GPU tests of the kernels under compute-sanitizer and writes what it found to tests/results/DATE-TOOL.txt.
+"""Runs GPU tests of the kernels under compute-sanitizer and writes its findings to benchmarks/results/DATE-TOOL.txt.
 
-python tests/gpu_sanitizers.py memcheck|racecheck|initcheck [pytest arguments]
+Usage, in the root of the repository: python -m benchmarks.sanitizers memcheck|racecheck|initcheck [pytest arguments]
 
-In one process: those of pytest-xdist end without the summary that shows that a tool watched them.
+memcheck runs the GPU tests of tests/kernels. racecheck runs those of the kernels whose programs share buffers: routing,
+few tokens, one token. initcheck runs fewer of these, because it has to watch every write, torch's too. `make test-gpu`
+runs exported models under memcheck.
 
-memcheck runs the GPU tests of tests/kernels; racecheck those of the kernels whose programs work on common buffers:
-routing, few tokens, one token; initcheck fewer of these, for it has to watch every write, torch's too. Exported models
-are under memcheck in `make test-gpu` itself.
+The tests run in one process. The worker processes of pytest-xdist end without the summary that shows that
+compute-sanitizer watched them.
 """
 
 from __future__ import annotations
@@ -20,23 +21,23 @@ import sys
 import tempfile
 from pathlib import Path
 
-from gpu_results import ROOT, header, results_folder
+from .gpu_tests import ROOT, header, results_folder
 
 COMMON = "few_token or on_a_gpu or zero_points or no_tokens or (against_the_oracle and (few_tokens or hot or empty))"
 FEW = "on_a_gpu or few_tokens_repeat or zero_points or no_tokens or (against_the_oracle and few_tokens and w4a16)"
 OURS = ("--kernel-regex", "kns=moe_")
 TOOLS = {
-    # Not tests of CUDA graphs, of torch.library, or of sizes that take minutes.
+    # Leaves out tests of CUDA graphs and of torch.library, and sizes that take minutes.
     "memcheck": (OURS, "not opcheck and not graph and not qwen35 and not in_a_row and not four_billion"),
     "racecheck": (OURS, COMMON),
     "initcheck": ((), FEW),
 }
-"""Tool -> its options, and the GPU tests of tests/kernels that it watches."""
+"""Tool -> its options, and the expression for -k that chooses its GPU tests in tests/kernels."""
 
 
 def main(tool: str, *arguments: str) -> int:
     if tool not in TOOLS:
-        print(f"error: {tool!r} is no tool: choose one of {', '.join(TOOLS)}")
+        print(f"error: unknown tool {tool!r}: choose one of {', '.join(TOOLS)}")
         return 2
     import torch
 
@@ -44,7 +45,7 @@ def main(tool: str, *arguments: str) -> int:
         print(f"error: no CUDA device for torch {torch.__version__}: run this on a GPU machine.")
         return 2
     if any(argument.startswith("-n") for argument in arguments):
-        print("error: -n starts processes whose end the tool does not see: leave it out, and choose tests with -k.")
+        print("error: compute-sanitizer cannot watch the workers of -n: leave it out, and choose tests with -k.")
         return 2
     if shutil.which("compute-sanitizer") is None:
         print("error: compute-sanitizer is not on PATH: add the bin folder of the CUDA toolkit.")
@@ -67,7 +68,7 @@ def main(tool: str, *arguments: str) -> int:
     clean = run.returncode == 0 and not found and watched > 0 and passed is not None
     verdict = f"{'Clean' if clean else 'NOT CLEAN'}: findings in {len(found)} of {watched} processes; pytest: {last}"
     lines = [
-        *header(f"python tests/gpu_sanitizers.py {' '.join([tool, *arguments])}", f"{tool} over GPU tests"),
+        *header(f"python -m benchmarks.sanitizers {' '.join([tool, *arguments])}", f"{tool} over GPU tests"),
         verdict,
         f"compute-sanitizer {' '.join(options)} over tests/kernels; without -k in the command: -k '{tests}'",
         "",
@@ -79,12 +80,12 @@ def main(tool: str, *arguments: str) -> int:
 
 
 def _is_finding(line: str) -> bool:
-    """True for a line of compute-sanitizer that is not about the run itself."""
-    if not line.startswith("=========") or not (said := line.strip("= ")):
+    """True for a line of compute-sanitizer that reports an error, False for one about the run itself."""
+    if not line.startswith("=========") or not (text := line.strip("= ")):
         return False
-    if match := re.search(r"SUMMARY: (\d+)", said):
+    if match := re.search(r"SUMMARY: (\d+)", text):
         return int(match[1]) > 0
-    return not said.startswith(("COMPUTE-SANITIZER", "Target application"))
+    return not text.startswith(("COMPUTE-SANITIZER", "Target application"))
 
 
 if __name__ == "__main__":

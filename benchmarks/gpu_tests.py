@@ -1,6 +1,6 @@
-"""Runs the tests that need a GPU and writes what happens to tests/results/DATE-gpu.txt, as it happens.
+"""Runs the tests that need a GPU and writes their outcomes to benchmarks/results/DATE-gpu.txt while they run.
 
-python tests/gpu_results.py [pytest arguments]
+Usage, in the root of the repository: python -m benchmarks.gpu_tests [pytest arguments]
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DISTRIBUTIONS = ("torch", "triton", "executorch", "torchao", "transformers")
-PYTEST = (sys.executable, "-m", "pytest", "-p", "tests.results_plugin", "-v", "--tb=short", "--color=no")
+PYTEST = (sys.executable, "-m", "pytest", "-p", "benchmarks.results_plugin", "-v", "--tb=short", "--color=no")
 
 
 def version(distribution: str) -> str:
@@ -27,9 +27,9 @@ def version(distribution: str) -> str:
 
 
 def commit() -> str:
-    """The commit under test, from COMMIT or from git, and whether the tree differs from it."""
-    if told := os.environ.get("COMMIT"):
-        return told
+    """Commit under test, from the variable COMMIT or from git, with a note if the working tree differs from it."""
+    if given := os.environ.get("COMMIT"):
+        return given
     git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -40,7 +40,7 @@ def commit() -> str:
 
 
 def header(command: str, title: str) -> list[str]:
-    """First lines of a record: when, what, of which code, on which GPU, with which packages."""
+    """First lines of a record: title and time, command, commit, GPU, and versions of the packages."""
     import torch
 
     now = datetime.datetime.now(datetime.timezone.utc)
@@ -55,8 +55,8 @@ def header(command: str, title: str) -> list[str]:
 
 
 def results_folder() -> Path:
-    """Where records go: tests/results, or the folder that RESULTS names."""
-    folder = Path(os.environ.get("RESULTS") or ROOT / "tests" / "results")
+    """Folder for records: benchmarks/results, or the one that the variable RESULTS names. It is made if missing."""
+    folder = Path(os.environ.get("RESULTS") or ROOT / "benchmarks" / "results")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -77,12 +77,12 @@ def main() -> int:
 
 
 def run_pytest(command: list[str]) -> int:
-    """Run it to its end, or to ours: on SIGTERM, which `timeout` sends, pytest is ended; its record is written by then.
+    """Run pytest and wait for it. SIGTERM, which `timeout` sends, is passed on to it.
 
     Returns:
-        pytest's exit status; negative: the signal that ended it.
+        pytest's exit status; if negative, the number of the signal that ended it.
     """
-    # Lines come as they are printed, whatever they are printed to.
+    # Unbuffered, so that each line appears at once even where stdout is a file or a pipe.
     with subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}) as run:
         stock = signal.signal(signal.SIGTERM, lambda *_: run.terminate())
         try:

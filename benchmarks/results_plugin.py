@@ -1,7 +1,8 @@
-"""A pytest plugin that keeps a record of a run as it goes: python -m pytest -p tests.results_plugin --results-file FILE
+"""A pytest plugin that records a run: python -m pytest -p benchmarks.results_plugin --results-file FILE
 
-What FILE holds at the start is the head of the record. The rest is written anew with every test, so that a run that is
-cut off leaves a true record, which says so. A failure's reason is printed when it happens, with pytest-xdist as well.
+The text that FILE contains at the start becomes the head of the record. The rest is written again after every test, so
+that an interrupted run leaves a correct record, marked as incomplete. The reason of a failure is printed at once, under
+pytest-xdist too.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ REASON_WIDTH = 300
 
 
 class Record:
-    """Outcomes, reasons and durations of the tests of one run, in a file.
+    """Outcomes, reasons and durations of the tests of one run, kept in a file.
 
     Attributes:
-        expected: number of tests, once it is known.
-        ended: whether pytest came to its end.
+        expected: number of tests, 0 until it is known.
+        ended: whether pytest finished without an interrupt.
     """
 
     def __init__(self, file: Path) -> None:
@@ -43,7 +44,7 @@ class Record:
         self.write()
 
     def add(self, report: pytest.TestReport) -> None:
-        """Take one phase of a test: setup, call or teardown."""
+        """Add the report of one phase of a test: setup, call or teardown."""
         test = name(report.nodeid)
         self.seconds[test] += report.duration
         if report.failed:
@@ -80,21 +81,21 @@ class Record:
 
 
 def name(nodeid: str) -> str:
-    """A test's id without the group that pytest-xdist appends."""
+    """Test id without the group that pytest-xdist appends."""
     path, _, group = nodeid.rpartition("@")
     return path if path and not group.endswith("]") and "::" not in group else nodeid
 
 
 def reason(report: pytest.TestReport) -> str:
-    """What went wrong, in one line: the error's first line, or the last of what there is."""
+    """Reason of a failure in one line: the first line of the error, or else the last line of the report."""
     crash = getattr(report.longrepr, "reprcrash", None)
-    said = (crash.message.splitlines()[:1] if crash else report.longreprtext.splitlines()[-1:]) or ["no reason"]
+    lines = (crash.message.splitlines()[:1] if crash else report.longreprtext.splitlines()[-1:]) or ["no reason"]
     where = f" ({os.path.relpath(crash.path)}:{crash.lineno})" if crash else ""
-    return said[0][:REASON_WIDTH] + where
+    return lines[0][:REASON_WIDTH] + where
 
 
 class Plugin:
-    """Hands what pytest's main process sees to a `Record`."""
+    """Passes the events of pytest's main process to a `Record`."""
 
     def __init__(self, record: Record, config: pytest.Config) -> None:
         self.record, self.config = record, config
@@ -130,5 +131,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     file = config.getoption("--results-file")
-    if file is not None and not hasattr(config, "workerinput"):  # the processes of pytest-xdist report to the main one
+    if file is not None and not hasattr(config, "workerinput"):  # pytest-xdist's workers report to the main process
         config.pluginmanager.register(Plugin(Record(file), config))
