@@ -72,7 +72,7 @@ def atomic_files(*paths: Path) -> Iterator[Mapping[Path, Path]]:
         OSError: a file cannot be written; earlier files stay unchanged. An error without a file name, such as a full
             disk, gets that of the last path.
     """
-    with _naming(paths[-1]):
+    with named(paths[-1]):
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(paths)
@@ -117,8 +117,8 @@ def remove_leftovers(paths: Sequence[Path]) -> None:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Give system errors without a file name, such as those of writing to a full disk, the name `path`."""
+def named(path: Path) -> Iterator[None]:
+    """Context that gives system errors without a file name, such as those of a full disk, the name `path`."""
     try:
         yield
     except OSError as error:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from torch import nn
 
-from executorch_moe.backends.atomic_files import write_text
+from executorch_moe.backends.atomic_files import named, write_text
 from executorch_moe.backends.cuda.cross.kernel_configs import given_configs
 from executorch_moe.backends.cuda.cross.report import CrossCompileReport
 from executorch_moe.backends.cuda.generated_kernels import AccessReport
@@ -69,7 +69,7 @@ def _export(options: ExportOptions, steps: Steps, held: ExitStack) -> ExportSumm
         manager = lower(programs, target, constants, fuser, on_report=compiled.append, on_accesses=accesses.append)
     if why := why_slower(target):
         steps.say(f"[yellow]warning:[/yellow] {escape(why)}")
-    with steps.step("write", f"writing {options.out}"):
+    with steps.step("write", f"writing {options.out}"), named(options.out):
         beside = tokenizer_path(options.out)
         artifact = save(manager, options.out, {beside: tokenizer.encode()})
         if work is not None:
