@@ -73,7 +73,7 @@ def test_no_damaged_file_reaches_native_code(pte: Path, suffix: str, monkeypatch
     whole = path.read_bytes()
     with pytest.raises(Reached):
         TextGenerator.load(pte)
-    # Of the others, the program is read to say what is wrong; tests/backends/artifact/test_digests.py tries more of them.
+    # Of the others, the program is read to say what is wrong; test_digests.py tries more of them.
     for content in damaged(whole, 120 if suffix == ".pte" else 6, 1):
         if content == whole:
             continue
