@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from executorch_moe.export.files import check_writable, write_aside
+from executorch_moe.backends.atomic_files import check_writable, write_text
 
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, GROUP = 128, 8, 2048, 768, 128
 HEADS, KV_HEADS, HEAD_DIM, CONTEXT = 32, 4, 128, 2304
@@ -92,7 +92,7 @@ def main(path: Path) -> None:
             step()
             torch.cuda.synchronize()
     found = {name: config for module in modules for name, config in chosen(module).items()}
-    write_aside(path, json.dumps(found, indent=2) + "\n")
+    write_text(path, json.dumps(found, indent=2) + "\n")
     console.print(f"wrote {path}")
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from executorch_moe.backends.cuda.placeholders import MakeWeights
+from executorch_moe.backends.artifact.ptd import MakeWeights
 from executorch_moe.backends.fusion import FusedLayer, FusionReport
 from executorch_moe.backends.fusion.modules import find_experts
 from executorch_moe.export.checkpoint.streaming import StreamedModel

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from executorch_moe.backends.atomic_files import check_writable
 from executorch_moe.backends.cuda.cross.kernel_configs import Config, read_configs
 from executorch_moe.backends.fusion import FusionOptions
 from executorch_moe.export.models import synthetic
@@ -15,8 +16,6 @@ from executorch_moe.export.models.causal_lm import BY_OUTPUT, check_cache, check
 from executorch_moe.export.models.upstream_experts import PREFILL
 from executorch_moe.export.quantize.dense import KINDS
 from executorch_moe.kernels.gpus import find_models, target_names
-
-from .files import check_writable
 
 TARGETS = ("cuda", "cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from executorch_moe.export.files import written_aside
+from executorch_moe.backends.atomic_files import atomic_file
 from executorch_moe.export.generate.generator import TextGenerator
 
 # Group and pattern; the first pattern that matches a kernel's name decides. Inductor names kernels after operators.
@@ -139,7 +139,7 @@ class Breakdown:
         axes.set(xlabel=f"microseconds of a decode token ({self.token_us:.0f})", title=title)
         axes.grid(True, axis="x", alpha=0.3)
         axes.legend(loc="lower right")
-        with written_aside(path) as aside:
+        with atomic_file(path) as aside:
             figure.savefig(aside)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from executorch_moe.export.files import written_aside
+from executorch_moe.backends.atomic_files import atomic_file
 from executorch_moe.export.models.upstream_experts import operator
 from executorch_moe.kernels.experts.plan import Options
 from executorch_moe.kernels.measure.compile import CompileJob, compile_ahead
@@ -271,5 +271,5 @@ def plot(benchmark: KernelBenchmark, rows: Sequence[Row], path: Path) -> None:
     axes.set_title(f"{benchmark.shape}, {benchmark.routing} routing")
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()
-    with written_aside(path) as aside:
+    with atomic_file(path) as aside:
         figure.savefig(aside)

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from executorch_moe.export.files import write_aside
+from executorch_moe.backends.atomic_files import write_text
 from executorch_moe.kernels.measure.compile import compile_ahead
 from executorch_moe.kernels.measure.tune import Tuner, entry, with_entry
 from executorch_moe.kernels.tuning.tables import TunedLayer, table_path
@@ -55,5 +55,5 @@ def tune_layer(shape_text: str, scheme: str, out: Path | None, layers: int, cons
         compile_ahead(jobs, on_done=lambda: progress.advance(compiling))
         timing = progress.add_task("timing", total=len(trials))
         tuned = tuner.run(on_trial=lambda trial, us: progress.advance(timing))
-    write_aside(path, with_entry(before, made_by, entry(tuner.layer, tuner.scheme, tuned)))
+    write_text(path, with_entry(before, made_by, entry(tuner.layer, tuner.scheme, tuned)))
     return path

@@ -219,7 +219,7 @@ def export(
         end_with_parent(own_process)
     quiet_unless(verbose)
     from executorch_moe.backends.artifact.inspect import inspect_artifact
-    from executorch_moe.export.files import write_aside
+    from executorch_moe.backends.atomic_files import write_text
     from executorch_moe.export.options import ExportOptions
     from executorch_moe.export.pipeline import export_model
     from executorch_moe.export.report.inspection import kernels_table, report_json, sizes_table
@@ -255,7 +255,7 @@ def export(
         console.print(sizes_table(inspect_artifact(out)))
     console.print(summary.table())
     if report is not None:
-        write_aside(report, report_json(summary.report.json(), summary.compiled, out) + "\n")
+        write_text(report, report_json(summary.report.json(), summary.compiled, out) + "\n")
 
 
 def export_in_own_process(options: Any, report: Path | None, verbose: bool) -> int:
@@ -502,7 +502,7 @@ def check_plot(plot: Path | None) -> None:
     Raises:
         ValueError: another ending than .png or .svg, or a place that cannot be written.
     """
-    from executorch_moe.export.files import check_writable
+    from executorch_moe.backends.atomic_files import check_writable
 
     if plot is not None:
         check_writable("plot", plot, (".png", ".svg"))

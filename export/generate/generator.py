@@ -23,8 +23,8 @@ from executorch_moe.export.report.metadata import MADE_FROM, TOKENIZER_DIGEST, T
 from .text_stream import TextStream as TextStream
 
 if TYPE_CHECKING:
+    from executorch_moe.backends.artifact.ptd import MakeWeights
     from executorch_moe.backends.artifact.pte import PteFile
-    from executorch_moe.backends.cuda.placeholders import MakeWeights
     from executorch_moe.backends.runtime.loader import LoadedProgram
 
 METHODS = ("prefill", "decode")

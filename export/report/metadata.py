@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from executorch_moe.backends.atomic_files import check_writable
 from executorch_moe.export.checkpoint.work_folder import work_folder_path
-from executorch_moe.export.files import check_writable
 from executorch_moe.export.models.pretrained import resolve, special_tokens
 from executorch_moe.export.models.synthetic import is_synthetic
 from executorch_moe.export.options import ExportOptions

@@ -78,7 +78,7 @@ def test_a_folder_of_someone_else_is_left_alone(sharded: Path, tmp_path: Path, m
     if manifest is not None:
         (work / MANIFEST).write_text(manifest)
     before = {path.name: path.read_text() for path in work.iterdir()}
-    with pytest.raises(ValueError, match=r"x.work is in the way, it is no work folder"):
+    with pytest.raises(ValueError, match=r"x.work is in the way, it is not the work folder"):
         WorkFolder(work, stream(sharded).manifest())
     assert {path.name: path.read_text() for path in work.iterdir()} == before
 

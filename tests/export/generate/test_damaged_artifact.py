@@ -73,7 +73,7 @@ def test_no_damaged_file_reaches_native_code(pte: Path, suffix: str, monkeypatch
     whole = path.read_bytes()
     with pytest.raises(Reached):
         TextGenerator.load(pte)
-    # Few for other files, because each message needs the program; tests/backends/test_digests.py has more.
+    # Few for other files, because each message needs the program; tests/backends/artifact/test_digests.py has more.
     for content in damaged(whole, 120 if suffix == ".pte" else 6, 1):
         if content == whole:
             continue

@@ -1,6 +1,6 @@
 """On a GPU, with a CUDA build of torch: exports for named architectures, made and run in one process.
 
-What is replaced while exporting must not disturb the GPU that is there, and the artifact must not depend on it.
+The replacements during the export must not affect the GPU of this machine, and the artifact must not depend on it.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from cached_experts import CachedExperts, inputs, methods
 from executorch_moe.backends.artifact.files import Artifact, save
 from executorch_moe.backends.artifact.inspect import check_cuda_artifact, inspect_artifact
 from executorch_moe.backends.cuda.cross import host_toolchain
-from executorch_moe.backends.cuda.patches import check_versions
+from executorch_moe.backends.cuda.cross.replacements import check_versions
 from executorch_moe.backends.lower import lower
 from executorch_moe.backends.runtime.loader import load
 from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED
 
-# The export must be made in the process that runs it, so it is not shared with others.
+# The process that runs the export must also make it, so it is not shared between processes.
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.xdist_group("cross_on_gpu")]
 
 
 @dataclass(frozen=True)
 class Both:
-    """One artifact for the GPU that is here and for another architecture."""
+    """One artifact for the GPU of this machine and for another architecture."""
 
     artifact: Artifact
     here: str

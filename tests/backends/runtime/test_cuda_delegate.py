@@ -1,4 +1,4 @@
-"""On a GPU: a model with the operator goes to .pte + .ptd, and its delegates run in PyTorch's AOTInductor runtime."""
+"""On a GPU: export a model with our operator to .pte + .ptd, and run its delegates in PyTorch's AOTInductor runtime."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def on_gpu(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
 
 
 def assert_same(got: torch.Tensor, expected: torch.Tensor, note: str, note_bits) -> None:
-    """Equal within bf16 rounding of the experts' output; whether the bits agree is noted."""
+    """Assert equality within bf16 rounding of the experts' output, and note whether the bits are equal."""
     bits = "equal bit for bit" if torch.equal(got.cpu(), expected.cpu()) else "equal within bf16 rounding"
     note_bits(f"{note}: {bits}")
     torch.testing.assert_close(got.cpu(), expected.cpu(), rtol=2**-7, atol=2**-7)

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: killed at each step, beside other people's files, beside another writer."""
+"""Atomic writes: killed at each step, beside files of others, and beside another writer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from executorch_moe.backends.atomic_files import is_aside, remove_leftovers, written_together
+from executorch_moe.backends.atomic_files import atomic_files, is_temporary, remove_leftovers
 
 NAMES = ("model.tokenizer.json", "model.ptd", "model.pte")
-# Kills itself before its n-th call of the system for one of these. The last but one argument is n, the last the folder.
+# Kills itself before its n-th call of one of these functions. Arguments: n, the folder, and the file names.
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from executorch_moe.backends.atomic_files import written_together
+from executorch_moe.backends.atomic_files import atomic_files
 
 steps = int(sys.argv[1])
 
@@ -32,7 +32,7 @@ def counted(call):
 for name in ("fsync", "link", "replace", "unlink"):
     setattr(os, name, counted(getattr(os, name)))
 paths = [Path(sys.argv[2]) / name for name in sys.argv[3:]]
-with written_together(*paths) as aside:
+with atomic_files(*paths) as aside:
     for path in paths:
         aside[path].write_bytes(b"second")
         os.fsync(os.open(aside[path], os.O_RDONLY))
@@ -40,7 +40,7 @@ with written_together(*paths) as aside:
 
 
 def write(folder: Path, content: bytes) -> None:
-    with written_together(*(folder / name for name in NAMES)) as aside:
+    with atomic_files(*(folder / name for name in NAMES)) as aside:
         for path in aside.values():
             path.write_bytes(content)
 
@@ -50,7 +50,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def others(folder: Path) -> dict[str, bytes]:
-    """Files with names that are almost those of unfinished files."""
+    """Create files whose names resemble those of unfinished files."""
     tag = "0123456789abcdef" * 2
     names = (
         f".model.{tag}.new.ptd.bak", f".model.{tag[1:]}.new.ptd", f".other.{tag}.new.ptd", f"model.{tag}.new.ptd",
@@ -72,7 +72,7 @@ def test_killed_at_each_step(tmp_path: Path, existing: bool) -> None:
         kept = others(folder)
         code = subprocess.run([sys.executable, "-c", KILLED, str(step), str(folder), *NAMES]).returncode
         found = contents(folder)
-        for name in NAMES:  # whole, whenever it happened
+        for name in NAMES:  # complete, at whatever step the process was killed
             assert found.get(name, b"first" if existing else None) in (b"first", b"second", None)
         left_behind.update(found.keys() - kept.keys() - set(NAMES))
         write(folder, b"third")
@@ -86,7 +86,7 @@ def test_killed_at_each_step(tmp_path: Path, existing: bool) -> None:
 
 def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in NAMES]
-    with written_together(*paths) as outer:
+    with atomic_files(*paths) as outer:
         for path in outer.values():
             path.write_bytes(b"outer")
         write(tmp_path, b"inner")
@@ -95,14 +95,14 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_what_a_living_process_has_renamed_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may still have to undo its renames, with what it kept of the files before."""
+    """It may still have to undo its renames with the earlier files that it kept."""
     from executorch_moe.backends import atomic_files as module
 
     paths, seen = [tmp_path / name for name in NAMES], []
     write(tmp_path, b"first")
 
     def failing(folder: Path) -> None:
-        remove_leftovers(paths)  # as another process would, now that all is renamed
+        remove_leftovers(paths)  # as another process would, after all renames
         seen.extend(path.name for path in folder.iterdir())
         raise OSError("disk failure")
 
@@ -115,9 +115,9 @@ def test_what_a_living_process_has_renamed_counts_too(tmp_path: Path, monkeypatc
 
 def test_writers_of_one_file_do_not_share_what_they_write_aside(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    with written_together(path) as first, written_together(path) as second:
-        assert first[path] != second[path] and is_aside(first[path]) and is_aside(second[path])
-        assert first[path].suffix == ".json" and not is_aside(path)
+    with atomic_files(path) as first, atomic_files(path) as second:
+        assert first[path] != second[path] and is_temporary(first[path]) and is_temporary(second[path])
+        assert first[path].suffix == ".json" and not is_temporary(path)
 
 
 def test_a_link_in_the_place_of_an_unfinished_file_is_not_ours(tmp_path: Path) -> None:

@@ -1,70 +1,44 @@
-"""Export for a GPU that is not here: what the artifact holds, and that nothing stays replaced."""
+"""Export for a GPU that is not in this machine: the contents of the artifacts."""
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import triton
 from filelock import FileLock
+from requirements import needs_cross_export
 from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 from torch.export import export
-from triton.compiler.compiler import max_shared_mem
 
 from executorch_moe.backends.artifact.files import PTD_IDENTITY_KEY, check, save
 from executorch_moe.backends.artifact.inspect import check_cuda_artifact, inspect_artifact
 from executorch_moe.backends.artifact.ptd import PtdFile
 from executorch_moe.backends.artifact.pte import PteFile
 from executorch_moe.backends.artifact.weight_metadata import parse_delegate
-from executorch_moe.backends.cuda import patches
-from executorch_moe.backends.cuda.cross import host_toolchain
-from executorch_moe.backends.cuda.cross.placeholder_weights import own_storage
-from executorch_moe.backends.cuda.cross.report import CrossCompileReport, KernelChoice
-from executorch_moe.backends.cuda.cross.static_choices import one_parse_at_a_time
-from executorch_moe.backends.cuda.cross.target import check_target, target_cuda
 from executorch_moe.backends.cuda.missing_operators import MissingOperatorsError
-from executorch_moe.backends.cuda.patches import check_versions
 from executorch_moe.backends.lower import lower
 from executorch_moe.kernels import gpus
-from executorch_moe.kernels.gpus import find_model, gpu_of
+from executorch_moe.kernels.gpus import find_model
 
 SCRIPT = Path(__file__).with_name("cross_exports.py")
-
-
-def why_no_cross_export() -> str:
-    """Empty if this machine can export for a GPU that is not here, else the reason why not."""
-    if why := host_toolchain.why_no_toolchain():
-        return why
-    try:
-        check_versions()
-    except RuntimeError as error:
-        return str(error)
-    return ""
-
-
-needs_cross_export = pytest.mark.skipif(bool(why_no_cross_export()), reason=why_no_cross_export())
+ROOT = SCRIPT.parents[3]
 
 
 @dataclass(frozen=True)
 class CrossExport:
-    """A finished export of the tiny model: its folder holds tiny.pte, tiny.ptd, state.pt and report.json."""
+    """A finished export of the tiny model: a folder with tiny.pte, tiny.ptd, state.pt and report.json."""
 
     target: str
     folder: Path
@@ -86,7 +60,7 @@ def run_export(target: str, folder: Path, **environment: str) -> CrossExport:
 
 @pytest.fixture(scope="session", params=["sm_80", "sm_89", "sm_90"])
 def crossed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CrossExport:
-    """Made once a run: with several processes, each has a base folder of its own below a common one."""
+    """Made once in a run. With several pytest processes, each has its own base folder below a common one."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"cross-{request.param}"
     with FileLock(folder.with_suffix(".lock")):
@@ -98,7 +72,7 @@ def crossed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @needs_cross_export
 @pytest.mark.slow
 class TestArtifact:
-    """Of the tiny model's two methods on one KV cache."""
+    """Artifacts of the tiny model: two methods on one KV cache."""
 
     def test_kernels_are_for_the_target_and_symbols_are_the_runtimes(self, crossed: CrossExport) -> None:
         report = inspect_artifact(crossed.pte)
@@ -129,12 +103,12 @@ class TestArtifact:
                     )
                     assert torch.equal(typed.view(torch.uint8), expected.contiguous().view(torch.uint8)), weight.fqn
                     compared.add(weight.fqn)
-        # All but what no method reads.
+        # All except those that no method reads.
         assert len(compared) >= len(state) - 2, sorted(state.keys() - compared)
 
     def test_no_path_of_this_machine_is_inside(self, crossed: CrossExport) -> None:
         content = crossed.pte.read_bytes()
-        places = {Path(torch.__file__).parents[1], Path(triton.__file__).parents[1], SCRIPT.parents[2], Path.home()}
+        places = {Path(torch.__file__).parents[1], Path(triton.__file__).parents[1], ROOT, Path.home()}
         for place in (*places, tempfile.gettempdir()):
             assert str(place).encode() + b"/" not in content, place
 
@@ -172,7 +146,7 @@ def other_place(folder: Path) -> dict[str, str]:
     package = folder / "checkout" / "executorch_moe"
     package.mkdir(parents=True)
     for layer in ("kernels", "backends", "export", "examples"):
-        (package / layer).symlink_to(SCRIPT.parents[2] / layer)
+        (package / layer).symlink_to(ROOT / layer)
     (folder / "temporary").mkdir()
     path = os.pathsep.join(filter(None, (str(package.parent), os.environ.get("PYTHONPATH"))))
     return {"PYTHONPATH": path, "TMPDIR": str(folder / "temporary")}
@@ -199,13 +173,13 @@ def test_several_targets_share_weights_and_have_the_code_of_each(crossed: CrossE
         **{f"{method}@sm_80": ("sm_80",) for method in ("prefill", "decode")},
         **{f"{method}@sm_90": ("sm_90a",) for method in ("prefill", "decode")},
     }
-    # Weights are there once, under the same names; only constants that lowering made are each library's own.
+    # Weights exist once, under the same names. Only constants that lowering makes belong to one library.
     first, all_data = PtdFile(crossed.folder / "tiny.ptd").digests(), PtdFile(both.folder / "tiny.ptd").digests()
     assert first.pop(PTD_IDENTITY_KEY) != all_data.pop(PTD_IDENTITY_KEY)
     assert first.items() <= all_data.items()
     assert all("_so_blob:_lifted_tensor_constant" in key for key in all_data.keys() - first.keys())
     alone, together = PteFile(crossed.pte), PteFile(both.pte)
-    # Named by digest: the libraries of an artifact for sm_80 alone are in here, byte for byte.
+    # Keys are digests: the artifact contains the libraries of one for sm_80 alone, byte for byte.
     assert {key for key in alone.named_data() if key.endswith("_so_blob")} < together.named_data().keys()
     for name in alone.method_names:
         (delegate,), (other,) = alone.plan(name).delegates, together.plan(f"{name}@sm_80").delegates
@@ -229,13 +203,13 @@ class Views(torch.nn.Module):
 
 
 def no_question(*_: object, **__: object) -> None:
-    raise AssertionError("the GPU of this machine was asked")
+    raise AssertionError("the GPU of this machine was queried")
 
 
 @needs_cross_export
 @pytest.mark.slow
 def test_views_and_tied_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if with a CUDA build and a GPU, which must not be asked for anything."""
+    """With a simulated CUDA build and GPU, which must not be queried."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in ("get_device_properties", "get_device_capability", "get_device_name", "current_device", "synchronize"):
@@ -265,7 +239,7 @@ def test_views_and_tied_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert torch.equal(typed, getattr(model, weight.fqn)), weight.fqn
         seen.add(weight.fqn)
     assert seen >= {"middle", "turned", "wide"} and seen & {"a", "b"}
-    # Where the library itself expects them: torch 2.13's runtime takes no tensor from another device.
+    # The devices that the library expects: torch 2.13's runtime accepts no tensor on another device.
     (text,) = written
     devices = re.findall(r"constants_info_\[\d+\]\.device_type = (\w+);", text)
     assert devices == ["cached_torch_device_type_cuda"] * len(re.findall(r"constants_info_\[\d+\]\.dtype = ", text))
@@ -305,136 +279,9 @@ def test_operators_that_only_the_compiler_finds_are_named_with_their_module() ->
         return x.scatter_reduce(0, x.long(), x, "prod")
 
     with pytest.raises(
-        MissingOperatorsError, match=r"no kernel for aten\.scatter_reduce\.two in rows \(Inner\): write"
+        MissingOperatorsError, match=r"no kernel for aten\.scatter_reduce\.two in rows \(Inner\): rewrite"
     ):
         lower({"forward": calling("rows", scatter)}, "sm_90")
-
-
-def replaced() -> list[object]:
-    """Everything that `target_cuda` may replace."""
-    import triton
-    from torch._dynamo.device_interface import device_interfaces, init_device_reg
-    from torch._inductor import config, select_algorithm
-
-    init_device_reg()
-    found: list[object] = []
-    for name, patch in patches.PATCHES.items():
-        value = getattr(*patches.holder_of(name), None)
-        if not patch.replaced:
-            continue
-        found.append(dict(value) if isinstance(value, dict) else getattr(value, "__func__", value))
-    found += [dict(device_interfaces), dict(triton.backends.backends), triton.runtime.driver._active]
-    found += [dict(os.environ), config.get_config_copy(), gpu_of, torch.version.cuda]
-    found.append(list(select_algorithm.get_algorithm_selector_cache().preprocessing_fns))
-    found.append(hasattr(torch._C, "_cuda_getCurrentRawStream"))
-    return found
-
-
-@needs_cross_export
-def test_everything_is_put_back() -> None:
-    before = replaced()
-    for target, capability, shared, broken in (("sm_90", 90, 232448, False), ("sm_89", 89, 101376, True)):
-        with contextlib.suppress(KeyError), target_cuda(target):
-            assert torch.cuda.get_device_capability() == divmod(capability, 10) and gpu_of(0).capability == capability
-            assert not torch.cuda.is_available() and torch.version.cuda is None
-            # Triton keeps it for the process: a limit of the target before would let kernels through.
-            assert max_shared_mem(0) == shared
-            if broken:
-                raise KeyError
-        assert replaced() == before
-
-
-@needs_cross_export
-def test_it_is_active_once_at_a_time() -> None:
-    before = replaced()
-    with pytest.raises(RuntimeError, match="is active already: leave it first"), target_cuda("h200"), target_cuda("l4"):
-        pass
-    assert replaced() == before
-
-    def enter(target: str) -> None:
-        with target_cuda(target):
-            entered.set()
-            left.wait(60)
-
-    entered, left = threading.Event(), threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        other = pool.submit(enter, "h200")
-        entered.wait(60)
-        for use in (lambda: enter("a100"), check_versions, lambda: check_target("sm_90")):
-            with pytest.raises(RuntimeError, match=r"active in another thread, .*: wait until that one is done"):
-                use()
-        left.set()
-        other.result(60)
-    assert replaced() == before
-    # At the same moment: one of them, or one after the other.
-    with ThreadPoolExecutor(4) as pool:
-        errors = [future.exception(60) for future in [pool.submit(enter, "h200") for _ in range(8)]]
-    assert None in errors
-    assert all(error is None or "in another thread" in str(error) for error in errors)
-    assert replaced() == before
-    enter("l4")
-
-
-def test_what_a_kernel_writes_to_is_asked_once_for_each_kind_of_arguments() -> None:
-    from torch._higher_order_ops import triton_kernel_wrap
-
-    from executorch_moe.kernels.experts.elementwise import moe_sum_pairs
-
-    if not hasattr(triton_kernel_wrap, "identify_accessed_tensors"):
-        pytest.skip("this torch has another function for it")
-    stock = triton_kernel_wrap.identify_accessed_tensors
-
-    def ask(dtype: torch.dtype, block: int, kernel: Any = moe_sum_pairs) -> object:
-        tensors = {
-            "y_ptr": torch.empty(4, dtype=dtype),
-            "topk_ids_ptr": torch.empty(4, dtype=torch.int64),
-            "out_ptr": torch.empty(4, dtype=torch.bfloat16),
-        }
-        numbers = {"H": 128, "TOP_K": 2, "NUM_EXPERTS": 4, "BLOCK_H": block, "PTX": 90}
-        return triton_kernel_wrap.identify_accessed_tensors(kernel, {**tensors, **numbers}, {})
-
-    with target_cuda("h200"):
-        first = ask(torch.bfloat16, 128)
-        assert [write.name for write in first.read_writes.writes] == ["out_ptr"]
-        assert ask(torch.bfloat16, 128) is first
-        for warps in (2, 4):  # as torch wraps the kernel of each launch
-            assert (
-                ask(torch.bfloat16, 128, triton.autotune([triton.Config({}, num_warps=warps)], [])(moe_sum_pairs))
-                is first
-            )
-        assert ask(torch.float32, 128) is not first and ask(torch.bfloat16, 64) is not first
-    assert triton_kernel_wrap.identify_accessed_tensors is stock
-
-
-def test_unknown_versions_and_signatures_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from importlib import metadata
-
-    real = metadata.version
-    monkeypatch.setattr(metadata, "version", lambda name: "9.9" if name == "triton" else real(name))
-    with pytest.raises(RuntimeError, match=r"with .*triton 9\.9 \(works with .*3\.7.*\): install a version that works"):
-        check_versions()
-    monkeypatch.setattr(metadata, "version", lambda name: patches.VERSIONS[name][0])
-    monkeypatch.setattr("torch._inductor.graph.is_same_tensor", lambda left, right: True)
-    with pytest.raises(RuntimeError, match=r"is_same_tensor\(left, right\), not \(data, value\)"), target_cuda("sm_90"):
-        pass
-
-
-def test_unknown_settings_of_inductor_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(patches.INDUCTOR_CONFIG, "cpp.no_such_setting", 1)
-    with pytest.raises(RuntimeError, match=r"torch\._inductor\.config\.cpp\.no_such_setting: is not there: install"):
-        check_versions()
-
-
-def test_nothing_is_replaced_that_is_not_checked() -> None:
-    for name in ("torch:compile", "executorch.exir.emit._emitter:_Emitter._tensor_spec_to_evalue"):  # of another use
-        with patches.replacing("cross") as replace, pytest.raises(AssertionError, match=f"{name} is not checked"):
-            replace(name, None)
-
-
-def test_unknown_target_lists_the_known_ones() -> None:
-    unknown = r"target 'sm_75' is not a known GPU: use one of sm_80, .*rtx5090"
-    with pytest.raises(ValueError, match=unknown), target_cuda("sm_75"):
-        pass
 
 
 def test_two_targets_of_one_architecture_are_refused() -> None:
@@ -450,7 +297,7 @@ class Product(torch.nn.Module):
 @needs_cross_export
 @pytest.mark.slow
 def test_products_of_odd_sizes_are_not_timed_on_the_gpu(tmp_path: Path) -> None:
-    """As attention's over seven tokens in bf16, for which Inductor would try whether padding is faster."""
+    """Like those of attention over seven tokens in bf16, for which Inductor would time padding."""
     left, right = (torch.zeros(2, 7, width, dtype=torch.bfloat16) for width in (7, 32))
     with torch.no_grad():
         manager = lower({"forward": export(Product(), (left, right))}, "sm_90")
@@ -471,91 +318,3 @@ def test_a_kernel_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) ->
     line = str(raised.value)
     assert "kernel triton_" in line and "of method forward does not compile for a100 (sm_80, 16 bytes of shared" in line
     assert "choose another --target or scheme" in line and "\n" not in line
-
-
-def test_shared_memory_budget_names_what_is_over() -> None:
-    report = CrossCompileReport(find_model("l4"))
-    report.kernels += [KernelChoice("decode", "moe_a", 1, {}, 101376), KernelChoice("prefill", "b", 1, {}, 64)]
-    report.check_shared()
-    with pytest.raises(ValueError, match=r"sm_89: kernels need more than 65536 bytes .*: moe_a of decode \(101376\): "):
-        report.check_shared(65536)
-
-
-def test_missing_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(RuntimeError, match="'no-such-compiler' is not found: install g"), target_cuda("h200"):
-        pass
-
-
-def test_own_storage_keeps_values_and_strides() -> None:
-    whole = torch.arange(60.0).reshape(6, 10)
-    for tensor in (whole, whole[2:4], whole.t(), whole[:, 3:5], whole[:1].expand(4, 10), whole[:0], whole[3, 4]):
-        own = own_storage(tensor)
-        assert torch.equal(own, tensor) and own.stride() == tensor.stride() and own.storage_offset() == 0
-    assert own_storage(whole) is whole
-
-
-def test_weights_are_not_copied_for_each_method() -> None:
-    from executorch.backends.cuda.cuda_backend import CudaBackend
-
-    from executorch_moe.backends.cuda.shared_weights import shared_weights
-
-    program = torch.export.export(torch.nn.Linear(4, 4), (torch.zeros(1, 4),))
-    with shared_weights():
-        copied = CudaBackend.copy_exported_program_for_preprocess(program, [])
-        # CudaBackend frees tensors that are not on the CPU: those must be its own.
-        elsewhere = SimpleNamespace(state_dict={"weight": torch.empty(1, device="meta")}, constants={})
-        other = CudaBackend.copy_exported_program_for_preprocess(elsewhere, [])
-    assert other.state_dict["weight"] is not elsewhere.state_dict["weight"]
-    assert copied.state_dict["weight"] is program.state_dict["weight"]
-    assert copied.graph is not program.graph and copied.state_dict is not program.state_dict
-    stock = CudaBackend.copy_exported_program_for_preprocess(program, [])
-    assert stock.state_dict["weight"] is not program.state_dict["weight"]
-
-
-def test_lowered_constants_are_each_methods_own() -> None:
-    from executorch.backends.cuda import cuda_weight_collector
-
-    from executorch_moe.backends.cuda.shared_weights import shared_weights
-
-    with shared_weights():
-        is_local = cuda_weight_collector._is_aoti_library_local_fqn
-        assert is_local("_lifted_tensor_constant3") and is_local("_tensor_constant0")
-        assert not is_local("model.norm.weight")
-    assert not cuda_weight_collector._is_aoti_library_local_fqn("_lifted_tensor_constant3")
-
-
-def test_threads_parse_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    inside, most = [], []
-
-    def parse(source: str) -> str:
-        inside.append(source)
-        most.append(len(inside))
-        time.sleep(0.01)
-        inside.pop()
-        return source
-
-    monkeypatch.setattr(ast, "parse", parse)
-    with one_parse_at_a_time(), ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(ast.parse, map(str, range(8)))) == list(map(str, range(8)))
-    assert most == [1] * 8 and ast.parse is parse
-
-
-@needs_cross_export
-def test_small_computations_are_joined_however_far_apart_they_are() -> None:
-    """Cos and sin of a decode step, and what writes its keys and values: a launch for all layers."""
-    from torch._inductor.scheduler import Scheduler
-
-    def node(order: int, *sizes: Any) -> Any:
-        return SimpleNamespace(min_order=order, max_order=order, group=("cuda", sizes))
-
-    def far(*nodes: Any) -> bool:
-        return Scheduler.are_long_distant_nodes(SimpleNamespace(), *nodes)  # type: ignore[arg-type]
-
-    symbol = torch.fx.experimental.symbolic_shapes.ShapeEnv().create_unbacked_symint().node.expr
-    with target_cuda("h200"):
-        assert not far(node(0, 128, 1), node(900, 128, 1)) and not far(node(0, 512), node(900, patches.SMALL))
-        assert far(node(0, 512), node(900, patches.SMALL + 1)) and far(node(0, symbol, 1), node(900, 128, 1))
-        assert far(node(0, 512), SimpleNamespace(min_order=900, max_order=900))
-        assert not far(node(0, 9999), node(9, 9999))
-    assert far(node(0, 128, 1), node(900, 128, 1))

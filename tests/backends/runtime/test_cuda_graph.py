@@ -1,4 +1,4 @@
-"""CUDA graphs of delegates: capture and replay with a stand-in that keeps a graph's rules, and on a GPU."""
+"""CUDA graphs of delegates: capture and replay with a fake graph that follows the rules of a real one, and on a GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class RecordedGraph:
-    """Keeps a CUDA graph's rules on the CPU: a capture leaves memory as it was, a replay writes to fixed addresses."""
+    """Follows the rules of a CUDA graph on the CPU: a capture changes no memory, a replay writes to fixed addresses."""
 
     def __init__(self, call: Callable[[], list[Tensor]], state: Callable[[], list[Tensor]]) -> None:
         self.call, self.replays = call, 0
@@ -38,7 +38,7 @@ class RecordedGraph:
 
 
 class Recorder:
-    """The `capture` of tests; keeps its graphs."""
+    """The `capture` function of these tests; records its graphs."""
 
     def __init__(self) -> None:
         self.graphs: list[RecordedGraph] = []
@@ -56,7 +56,7 @@ def test_three_calls_then_a_capture_then_replays() -> None:
     def run(inputs: list[Tensor]) -> list[Tensor]:
         seen.append(inputs[0].data_ptr())
         total.add_(inputs[0])
-        inputs.clear()  # the runtime takes the list's tensors over
+        inputs.clear()  # the runtime takes ownership of the tensors
         return [total * 10]
 
     recorder = Recorder()
@@ -66,10 +66,10 @@ def test_three_calls_then_a_capture_then_replays() -> None:
     for number in range(1, 8):
         outputs.append(delegate([torch.tensor([float(number)])])[0])
         assert delegate.captured == (number > WARM_UP_CALLS)
-    # Each call counted exactly once, that of the capture too, and no output was overwritten by a later call.
+    # Each call ran exactly once, including that of the capture, and later calls overwrote no output.
     assert [float(output) for output in outputs] == [10.0, 30.0, 60.0, 100.0, 150.0, 210.0, 280.0]
     assert len(recorder.graphs) == 1 and recorder.graphs[0].replays == 4
-    assert len(set(seen[WARM_UP_CALLS:])) == 1  # one fixed input from the capture on
+    assert len(set(seen[WARM_UP_CALLS:])) == 1  # one fixed input since the capture
 
 
 def test_the_callers_tensors_are_not_needed_later() -> None:
@@ -90,7 +90,7 @@ def test_other_inputs_than_captured_are_refused(other: Tensor) -> None:
 
 
 def test_state_of_a_program_is_right_through_capture_replay_and_reset(emulated: Artifact) -> None:
-    """A real AOTInductor delegate: a cache and a counter that it changes in place, next to a method without graph."""
+    """A real AOTInductor delegate that changes a cache and a counter in place, beside a method without a graph."""
     program, data = open_artifact(emulated.pte)
     recorder = Recorder()
     host = DelegateHost(

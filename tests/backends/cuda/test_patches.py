@@ -1,4 +1,4 @@
-"""Patches of other packages: in one registry, checked first, for one thread at a time, and undone."""
+"""Patches of other packages: all in one registry, checked first, active in one thread at a time, and undone."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def originals() -> dict[str, Any]:
 
 @pytest.mark.parametrize("enter", CONTEXTS, ids=IDS)
 def test_two_threads_leave_nothing_behind(enter: Callable[[], AbstractContextManager[Any]]) -> None:
-    """The first leaves while the second is inside, or would be: it must not put back what the second replaced."""
+    """The first thread leaves while the second is inside or waits to enter: it must not undo patches of the second."""
     before = originals()
     inside, left, failed = threading.Event(), threading.Event(), []
 
@@ -54,7 +54,7 @@ def test_two_threads_leave_nothing_behind(enter: Callable[[], AbstractContextMan
             with enter():
                 inside.set()
                 assert left.wait(20)
-        except BaseException as error:  # a thread's error is nobody's otherwise
+        except BaseException as error:  # errors in threads are lost otherwise
             failed.append(error)
 
     with enter():
@@ -68,7 +68,7 @@ def test_two_threads_leave_nothing_behind(enter: Callable[[], AbstractContextMan
 
 
 def test_concurrent_lowering_leaves_nothing_behind() -> None:
-    """All that `lower` enters for target "cuda", many times in several threads, while each sees its own only."""
+    """All patches of `lower` for target "cuda", many times in several threads: each thread sees only its own."""
     before, failed = originals(), []
     backend, attribute = holder_of("executorch.backends.cuda.cuda_backend:CudaBackend.get_aoti_compile_options")
 
@@ -97,7 +97,7 @@ def test_modules_of_other_threads_keep_their_parameters() -> None:
         thread.start()
         thread.join()
         assert nn.Linear(2, 2).weight.is_meta
-        # What reads the class sees torch's own function.
+        # Code that reads the class gets torch's own function.
         assert nn.Module.register_parameter.__module__ == "torch.nn.modules.module"
     assert not made[0].weight.is_meta and not nn.Linear(2, 2).weight.is_meta
 
@@ -165,7 +165,7 @@ def test_every_entry_is_of_a_known_use_and_package() -> None:
 
 
 def test_nothing_is_replaced_outside_the_registry() -> None:
-    """Not by mock, and not by assigning to an attribute of an imported module or class of another package."""
+    """Neither by mock, nor by assigning to an attribute of an imported module or class of another package."""
     found = []
     for layer in (executorch_moe.kernels, executorch_moe.backends, executorch_moe.export):
         for path in sorted(Path(str(layer.__file__)).parent.rglob("*.py")):

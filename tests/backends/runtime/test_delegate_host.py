@@ -1,4 +1,4 @@
-"""The delegate host on real AOTInductor delegates compiled for the CPU: everything but the CUDA container class."""
+"""The delegate host on real AOTInductor delegates for the CPU: everything except the CUDA container class."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_outputs_survive_the_next_call(host: DelegateHost) -> None:
 
 
 def test_without_a_list_of_state_everything_is_restored(emulated: Artifact) -> None:
-    """What CudaPartitioner itself writes: no compile spec of ours."""
+    """As written by CudaPartitioner itself, without our compile spec."""
     program, data = open_artifact(emulated.pte)
     for _, delegate in program.delegates():
         delegate.compile_specs = [spec for spec in delegate.compile_specs if spec.key != MUTATED_BUFFERS_KEY]
@@ -216,8 +216,10 @@ def test_payloads_that_are_not_read() -> None:
             parse_delegate(payload()[:length], "m")
     with pytest.raises(ValueError, match="3 bytes after the delegate's weight table"):
         parse_delegate(payload() + b"123", "m")
-    with pytest.raises(ValueError, match="weight table is damaged"):
+    with pytest.raises(ValueError, match=r"weight table is damaged \(a name is not UTF-8\)"):
         parse_delegate(payload(b"\xff\xfe"), "m")
+    with pytest.raises(NotImplementedError, match="m: the delegate starts with bytes that are not text"):
+        parse_delegate(b"\0" + payload()[1:], "m")
 
 
 # Partitioner
@@ -261,12 +263,12 @@ def test_state_that_would_be_compiled_in(shape: tuple[int, ...], refused: bool) 
     check_state(program, set())
 
 
-# Artifacts without their weights
+# Artifacts with placeholders
 
 
 @pytest.fixture(scope="module")
-def thin(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """decode of the emulated artifact, with placeholders for what has 512 bytes or more: the cache."""
+def with_placeholders(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The method decode of the emulated artifact, with placeholders for weights of 512 bytes or more: the cache."""
     from unittest import mock
 
     from emulated_cuda import lower_emulated
@@ -276,18 +278,18 @@ def thin(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
     _, programs = stateful_programs()
     with mock.patch.object(placeholders, "LEAST_BYTES", 512), placeholders.without_weights():
-        return save(lower_emulated({"decode": programs["decode"]}), tmp_path_factory.mktemp("thin") / "model")
+        return save(lower_emulated({"decode": programs["decode"]}), tmp_path_factory.mktemp("placeholders") / "model")
 
 
-def test_weights_that_are_made_when_loaded(thin: Artifact) -> None:
-    program, data = open_artifact(thin.pte)
+def test_weights_that_are_made_when_loaded(with_placeholders: Artifact) -> None:
+    program, data = open_artifact(with_placeholders.pte)
     assert data is not None and data.is_placeholder("cuda_fqn_weight:cpu:cache")
     assert not data.is_placeholder("cuda_fqn_weight:cpu:scale")
     asked = []
 
     def make(name: str, nbytes: int) -> torch.Tensor | None:
         asked.append((name, nbytes))
-        if name == "scale":  # made, though the file has one too
+        if name == "scale":  # a made weight is used, although the file has one too
             return torch.full((WIDTH,), 2.0).view(torch.uint8)
         return torch.zeros(nbytes, dtype=torch.uint8) if name == "cache" else None
 
@@ -302,8 +304,8 @@ def test_weights_that_are_made_when_loaded(thin: Artifact) -> None:
         host.reset()
 
 
-def test_placeholders_are_not_run(thin: Artifact) -> None:
-    program, data = open_artifact(thin.pte)
+def test_placeholders_are_not_run(with_placeholders: Artifact) -> None:
+    program, data = open_artifact(with_placeholders.pte)
     with pytest.raises(ValueError, match=r"holds no weights, only placeholders: .* export it without --thin"):
         DelegateHost(program, data, CPU, open_container=open_cpu_container)
     with pytest.raises(ValueError, match=r"weight 'cache' has 8 bytes, .* needs 512"):

@@ -1,4 +1,4 @@
-"""The CPU target: exported, and run through executorch.runtime, against the eager module."""
+"""The CPU target: exports run in executorch.runtime and are compared with the eager module."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_methods_share_state_and_reset_restores_it(exported) -> None:
         for position in (5, 6):
             args = inputs(1, case.dtype, start=position)
             assert_close(loaded.run("decode", *args)[0], eager(*args))
-    assert eager.calls[0] == 6  # three calls on a buffer that starts at 3: the initial value came through
+    assert eager.calls[0] == 6  # three calls on a buffer that starts at 3: the initial value was exported
 
 
 def test_outputs_survive_the_next_call(exported) -> None:
@@ -105,7 +105,7 @@ def test_says_what_it_is(exported) -> None:
 
 
 class Router(torch.nn.Module):
-    """A router that wants gradients, in front of experts; decode-only state read by a second method."""
+    """A router whose weight requires gradients, before experts; a second method only reads the state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ def test_weights_are_not_copied_and_the_files_are_those_of_stock_executorch(
     buffers = manager._emitter_output.external_constant_buffer
     of_model = {t.untyped_storage().data_ptr(): t for t in module.experts.buffers()}
     found = [buffer for buffer in buffers if buffer._storage.data_ptr() in of_model]
-    # Each once, though two methods read it.
+    # Each exists once, although two methods read it.
     assert len(found) == len(of_model) >= 4
     for buffer in found:
         assert buffer.to_bytes() == bytes(of_model[buffer._storage.data_ptr()].untyped_storage())

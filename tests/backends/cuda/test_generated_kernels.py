@@ -1,4 +1,4 @@
-"""The check that generated kernels stay inside their buffers: on sources by hand, and on what Inductor compiles."""
+"""The check of generated kernels for accesses outside their buffers: on written sources, and on Inductor's kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch._inductor.config as inductor_config
 from executorch.backends.cuda.cuda_backend import CudaBackend
 from executorch.backends.cuda.cuda_partitioner import CudaPartitioner
 from executorch.exir import to_edge_transform_and_lower
-from test_cross_export import why_no_cross_export
+from requirements import needs_cross_export
 from torch import nn
 from torch._inductor.virtualized import V
 from torch.utils._sympy.functions import Mod
@@ -35,7 +35,7 @@ HEAD = """
 
 
 def checked(body: str, sizes: dict[str, int], numel: int, **arguments: int) -> AccessReport:
-    """Runs the check on a pointwise kernel with these statements after its head."""
+    """Run the check on a pointwise kernel with these statements after its head."""
     names = ", ".join([*sizes, *arguments])
     source = f"@triton.jit\ndef kernel({names}, xnumel, XBLOCK : tl.constexpr):{HEAD}" + textwrap.indent(
         textwrap.dedent(body), "    "
@@ -74,7 +74,7 @@ def test_what_goes_outside_is_named(index: str, size: int, first: int) -> None:
 
 
 def test_masks_decide_what_is_loaded() -> None:
-    """As `cat` is computed: each part is loaded where it is wanted, with an index that is wrong elsewhere."""
+    """As in `cat`: a mask selects where each part is loaded; the index is invalid elsewhere."""
     body = """
         tmp0 = x0
         tmp1 = tl.full([1], 16, tl.int64)
@@ -99,7 +99,7 @@ def test_a_device_assertion_bounds_an_index_that_was_loaded() -> None:
     sizes = {"in_ptr0": 8, "in_ptr1": 10}
     report = checked(body.format(rows=10), sizes, 8)
     assert (report.proven, report.outside) == (2, [])
-    assert report.undecided == ["kernel: tl.load(in_ptr1 + tmp1, xmask)"]  # nothing is known of this index
+    assert report.undecided == ["kernel: tl.load(in_ptr1 + tmp1, xmask)"]  # this index is unknown
     assert len(checked(body.format(rows=11), sizes, 8).undecided) == 2
 
 
@@ -164,20 +164,17 @@ def test_loops_and_templates_are_read() -> None:
 
     report = run(8)
     assert (report.proven, report.outside) == (2, [])
-    assert report.undecided == ["template: tl.load(A + total)"]  # a value that goes from round to round
+    assert report.undecided == ["template: tl.load(A + total)"]  # a value that changes between iterations
     assert "template: tl.load(A + xindex)" in run(9).undecided
 
 
 class Repeated(nn.Module):
-    """A buffer that is repeated, then goes through a function: what rotary embeddings do for one token."""
+    """Repeats a buffer and applies a function to it, like rotary embeddings for one token."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for _ in range(20):  # so many operations that Inductor stores the result before it is repeated
+        for _ in range(20):  # enough operations for Inductor to store the result before repeating it
             x = (x * 1.1).sin()
         return torch.cat((x, x), -1).cos()
-
-
-needs_compiler = pytest.mark.skipif(bool(why_no_cross_export()), reason=why_no_cross_export() or "-")
 
 
 def compile_repeated(partitioner: type) -> AccessReport:
@@ -188,7 +185,7 @@ def compile_repeated(partitioner: type) -> AccessReport:
     return report
 
 
-@needs_compiler
+@needs_cross_export
 @inductor_config.patch(loop_index_inversion_in_fusion=True)  # torch's default
 def test_inductors_defect_is_found_and_avoided() -> None:
     with pytest.raises(OutOfBoundsError, match=r"touches element 16 of in_ptr0, which has 16"):
@@ -196,12 +193,12 @@ def test_inductors_defect_is_found_and_avoided() -> None:
     with defects_avoided():
         report = compile_repeated(CudaPartitioner)
         assert report.kernels >= 2 and not report.outside and not report.undecided
-    # Our partitioner needs no help.
+    # Our partitioner disables the setting itself.
     assert not compile_repeated(MoECudaPartitioner).outside
 
 
 def test_sizes_that_a_program_rules_out_refuse_nothing() -> None:
-    """By a guard of the traced program, or because they are checked only while it runs."""
+    """By a guard of the traced program, or by checks at run time."""
     backed = make_symbol(SymT.SIZE, 0, integer=True)
     guards = [SimpleNamespace(expr=sympy.Eq(Mod(backed, 8), 0))]
     graph = SimpleNamespace(sizevars=SimpleNamespace(shape_env=SimpleNamespace(guards=guards)))
@@ -210,7 +207,7 @@ def test_sizes_that_a_program_rules_out_refuse_nothing() -> None:
         assert not can_occur({backed: 16, make_symbol(SymT.UNBACKED_INT, 0, integer=True): 3})
 
 
-@needs_compiler
+@needs_cross_export
 def test_an_export_that_would_go_outside_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SETTINGS, "loop_index_inversion_in_fusion", True)
     program = torch.export.export(Repeated(), (torch.randn(16),))

@@ -1,4 +1,4 @@
-"""Which runtime opens a program, what it says, and what bad input gets."""
+"""The choice of the runtime for a program, its messages, and errors for bad input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from executorch_moe.backends.runtime.pybindings import why_not_pybindings
 
 @pytest.fixture
 def fresh_check():
-    """`why_not_pybindings` remembers its answer."""
+    """`why_not_pybindings` caches its result."""
     why_not_pybindings.cache_clear()
     yield
     why_not_pybindings.cache_clear()
@@ -94,7 +94,7 @@ def test_bindings_of_an_unknown_release_are_judged_by_their_symbols(
     monkeypatch: pytest.MonkeyPatch, fresh_check: None
 ) -> None:
     monkeypatch.setattr(pybindings, "_BUILT_FOR", {})
-    monkeypatch.setattr(pybindings, "_TORCH_LIBRARIES", ("libc10.so",))  # as if torch had lost the rest
+    monkeypatch.setattr(pybindings, "_TORCH_LIBRARIES", ("libc10.so",))  # as if torch had no other libraries
     assert "symbols that torch" in why_not_pybindings()
 
 

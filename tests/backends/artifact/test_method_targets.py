@@ -1,4 +1,4 @@
-"""Artifacts for several architectures: the choice of a method for the GPU, and the messages when there is none."""
+"""Artifacts for several architectures: the choice of the methods for a GPU, and the messages if there are none."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_capability_without_torch_comes_from_the_driver(monkeypatch: pytest.Monk
 
 
 class Engine:
-    """Records what it was asked to load and to run."""
+    """Records the methods that it loads and runs."""
 
     def __init__(self, program: object, ptd: Path | None, methods: object) -> None:
         self.names = list(methods)  # type: ignore[call-overload]
@@ -84,7 +84,7 @@ class Engine:
 
 
 def test_loader_loads_and_runs_the_methods_of_this_gpu(emulated: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The emulated delegates have no GPU code, so that any architecture is accepted; their methods are renamed."""
+    """The emulated delegates have no GPU code, so any architecture is accepted. Their methods are renamed."""
     names = ["decode@sm_80", "decode@sm_90", "peek@sm_80", "peek@sm_90", "prefill@sm_80", "prefill@sm_90"]
     monkeypatch.setattr(runtime.PteFile, "method_names", property(lambda self: names))
     plan = runtime.PteFile.plan

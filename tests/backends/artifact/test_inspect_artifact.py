@@ -1,4 +1,4 @@
-"""Looking inside: ELF images, embedded cubins, fatbins, and reports of whole artifacts."""
+"""Inspection: ELF images, embedded cubins, fatbins, and reports of artifacts."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def moe_probe(x_ptr, BLOCK: tl.constexpr):
 
 
 def cubin(capability: int) -> bytes:
-    """A real cubin; Triton brings its own ptxas, so no GPU and no toolkit is needed."""
+    """A real cubin. Triton has its own ptxas, so this needs no GPU and no CUDA toolkit."""
     source = ASTSource(fn=moe_probe, signature={"x_ptr": "*fp32", "BLOCK": "constexpr"}, constexprs={(1,): 128})
     return triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
 
 
 def fatbin(*entries: tuple[int, int, bytes]) -> bytes:
-    """A fatbin of (kind, sm, payload), laid out as nvcc does."""
+    """A fatbin of (kind, sm, payload) entries, in the layout of nvcc."""
     body = b"".join(
         struct.pack("<HHIQIIHHI", kind, 0x101, 64, len(data), 0, 0, 0, 0, sm).ljust(64, b"\0") + data
         for kind, sm, data in entries
@@ -143,7 +143,7 @@ def test_experts_of_a_cpu_program_are_counted_by_name(tmp_path: Path) -> None:
     report = inspect_artifact(save(lower(methods(module, torch.float32), "cpu"), tmp_path / "model").pte)
     sizes = report.sizes()
     assert sizes["experts"] == module.experts.packed().nbytes()
-    # The cache lies in no file, and nothing says which of the planned memory it is.
+    # The cache is in neither file, and nothing records which part of the planned memory it is.
     assert sizes.keys() == {"experts", "other weights", ".pte", ".ptd"}
     assert sizes["experts"] + sizes["other weights"] == sum(report.weights.values())
 

@@ -1,4 +1,4 @@
-""".pte and .ptd: written both or neither, and every way in which they can be wrong gets its own message."""
+""".pte and .ptd: both are written or neither, and each kind of wrong file has its own message."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_a_program_without_weights_still_has_both_files(tmp_path: Path, executor
 
 
 def test_programs_of_plain_executorch_load_too(tmp_path: Path, executorch_runtime: None) -> None:
-    """Written without `save`: no identity, weights inside the .pte."""
+    """Written without `save`: no digests, and weights inside the .pte."""
     model = torch.nn.Linear(4, 3)
     x = torch.randn(2, 4)
     manager = to_edge_transform_and_lower(export(model, (x,))).to_executorch(ExecutorchBackendConfig())

@@ -1,4 +1,4 @@
-"""Operators that ExecuTorch's CUDA runtime lacks: all are found before anything is compiled, with their modules."""
+"""Operators that ExecuTorch's CUDA runtime lacks: all are found before compiling, each with its module."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Distance(nn.Module):
 
 
 class Lacking(nn.Module):
-    """Two modules that call one missing operator, one nested that calls another, a branch, and the model itself."""
+    """Two modules that call one missing operator, a nested module that calls another, and the model itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Lacking(nn.Module):
 
 
 class Whole(nn.Module):
-    """What has no kernel as such: decomposed, lowered by Inductor, replaced by ExecuTorch, or in its runtime."""
+    """Operators that are decomposed, lowered by Inductor, replaced by ExecuTorch, or in its runtime."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         heads = x[None, None]
@@ -96,7 +96,7 @@ def test_topk_of_long_rows_is_left_to_a_library() -> None:
     assert [missing.operator for missing in found(LongRows())] == ["aten.topk"]
 
 
-# What each does was seen by exporting it for sm_90.
+# The expected results are those of exports for sm_90.
 @pytest.mark.parametrize(
     ("operator", "expected"),
     [
@@ -140,5 +140,5 @@ def test_partitioner_refuses_with_all_of_them() -> None:
     assert str(raised.value) == (
         "ExecuTorch's CUDA runtime has no kernel for aten._cdist_forward in block.1 (Distance); "
         "aten.histc in first (Histogram); aten.histc in second (Histogram); aten.nonzero in Lacking: "
-        "write these operations of the model in others"
+        "rewrite these parts of the model in other operators"
     )

@@ -1,4 +1,4 @@
-"""Digests of an artifact's files: nothing damaged reaches native code, older artifacts pass with a note, links work."""
+"""Digests of an artifact's files: damaged files never reach native code, older ones load with a note, links work."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from executorch_moe.backends.artifact import files as artifact_module
 from executorch_moe.backends.artifact.digests import SEALED_KEY, TRAILER_BYTES, file_digest
 from executorch_moe.backends.artifact.files import (
     PTD_IDENTITY_KEY,
+    PTE_IDENTITY_KEY,
     Artifact,
     artifact_paths,
     check,
@@ -35,7 +36,7 @@ from executorch_moe.backends.runtime.loader import load
 
 
 class Reached(BaseException):
-    """Native code would have been called. No Exception, so that nothing makes a message of it."""
+    """Native code would have been called. Not an Exception, so that no handler turns it into a message."""
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def copy(artifact: Artifact, pte: Path) -> Artifact:
 
 @pytest.fixture(scope="module")
 def unsealed(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """As it was written before there were digests of files."""
+    """An artifact without digests of its files, as older versions wrote it."""
 
     class NoTrailer:
         def pack(self) -> bytes:
@@ -81,14 +82,14 @@ def unsealed(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 
 def flip(ptd: Path, key: str) -> None:
-    """One bit of what a .ptd holds under a key."""
+    """Flip one bit of the data under a key of a .ptd."""
     raw = bytearray(ptd.read_bytes())
     raw[raw.index(bytes(PtdFile(ptd).data(key)))] ^= 1
     ptd.write_bytes(raw)
 
 
 def damaged(data: bytes, count: int, seed: int) -> Iterator[tuple[str, bytes]]:
-    """(what was done, the result) `count` times, each different from `data`."""
+    """Yield (kind of damage, result): fixed ones, then `count` random ones, each different from `data`."""
     rand = random.Random(seed)
     size = len(data)
 
@@ -135,12 +136,12 @@ def damaged(data: bytes, count: int, seed: int) -> Iterator[tuple[str, bytes]]:
 def test_no_damaged_file_reaches_native_code(copied: Artifact, no_native_code: None, kind: str) -> None:
     path: Path = getattr(copied, kind)
     whole = path.read_bytes()
-    with pytest.raises(Reached):  # so that the test below can fail
+    with pytest.raises(Reached):  # the intact file does reach native code
         load(copied.pte)
     tried = 0
     for what, content in damaged(whole, 120, 7):
         path.write_bytes(content)
-        with pytest.raises(ValueError) as refused:  # and not Reached
+        with pytest.raises(ValueError) as refused:  # not Reached
             load(copied.pte)
         message = str(refused.value)
         assert "\n" not in message and path.name in message, (what, message)
@@ -181,7 +182,7 @@ def test_files_of_two_exports(copied: Artifact, tmp_path: Path, no_native_code: 
 
 
 def test_stock_executorch_loads_the_files(linear: Artifact, executorch_runtime: None) -> None:
-    """The digests lie where its loaders do not look."""
+    """The digests are where its loaders do not read."""
     from executorch.runtime import Runtime
 
     program = PteFile(linear.pte)
@@ -206,8 +207,40 @@ def test_older_artifacts_load_with_a_note(unsealed: Artifact, tmp_path: Path, ex
         check(bad.pte, verify_bytes=True)
     bad = copy(unsealed, tmp_path / "bad.pte")
     flip(bad.ptd, PTD_IDENTITY_KEY)
-    with pytest.raises(ValueError, match=r"bad\.ptd or .*bad\.pte is damaged: both hold a digest"):
+    with pytest.raises(ValueError, match=r"bad\.ptd (or .*bad\.pte )?is damaged: .* digests? of the weights"):
         open_artifact(bad.pte)
+
+
+@pytest.mark.parametrize("kind", ["pte", "ptd"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: bytes(len(data)), r"^.*copy\.{kind} is damaged: its digest of the weights is not a SHA-256"),
+        (lambda data: b"\xff\n" + data[2:], r"^.*copy\.{kind} is damaged: its digest of the weights is not a SHA-256"),
+        (
+            lambda data: b"0123" + data[4:],
+            r"^.*copy\.ptd or .*copy\.pte is damaged: their digests of the weights differ",
+        ),
+        (
+            lambda data: b"0123" * 16,
+            r"copy\.ptd does not belong to .*copy\.pte: .*\(digest [0-9a-f]{{12}}, expected [0-9a-f]",
+        ),
+    ],
+    ids=["zeros", "two bytes", "four digits", "all digits"],
+)
+def test_a_damaged_identity_blames_the_right_file(
+    copied: Artifact, no_native_code: None, kind: str, damage: Callable[[bytes], bytes], message: str
+) -> None:
+    program, data = open_artifact(copied.pte)
+    assert data is not None
+    identity = bytes(program.named_data()[PTE_IDENTITY_KEY])
+    path: Path = getattr(copied, kind)
+    raw = path.read_bytes()
+    assert raw.count(identity) == 1
+    path.write_bytes(raw.replace(identity, damage(identity)))
+    with pytest.raises(ValueError, match=message.format(kind=kind)) as refused:
+        load(copied.pte, verify=False)
+    assert str(refused.value).isprintable()
 
 
 def test_a_whole_artifact_has_no_note(linear: Artifact, executorch_runtime: None) -> None:
@@ -254,8 +287,8 @@ def test_the_weights_are_read_only_where_they_are_asked_for(linear: Artifact, mo
         read.append(path.suffix)
         return real(path, size)
 
-    for module in ("artifact", "pte"):
-        monkeypatch.setattr(f"executorch_moe.backends.{module}.file_digest", noted)
+    for module in ("files", "pte"):
+        monkeypatch.setattr(f"executorch_moe.backends.artifact.{module}.file_digest", noted)
     open_artifact(linear.pte)
     assert read == [".pte", ".ptd"]
     inspect_artifact(linear.pte)
@@ -266,7 +299,7 @@ def test_the_weights_are_read_only_where_they_are_asked_for(linear: Artifact, mo
 
 
 def test_links(linear: Artifact, tmp_path: Path, no_native_code: None) -> None:
-    """The weights lie beside a link to the program, or beside what it points to; or the folder is a link."""
+    """The weights are beside a link to the program, or beside its target; or the folder is a link."""
     for name in ("program", "both", "chain", "bare", "away"):
         (tmp_path / name).mkdir()
     (tmp_path / "program" / "a.pte").symlink_to(linear.pte)
@@ -278,7 +311,7 @@ def test_links(linear: Artifact, tmp_path: Path, no_native_code: None) -> None:
     for pte in ("program/a.pte", "both/a.pte", "chain/b.pte", "bare/latest", "folder/model.pte", "folder/model"):
         with pytest.raises(Reached):
             load(tmp_path / pte)
-    # Weights beside the link go before those beside the program.
+    # Weights beside the link take precedence over those beside the program.
     shutil.copy(export_linear(tmp_path / "other" / "model", seed=4).ptd, tmp_path / "program" / "a.ptd")
     with pytest.raises(ValueError, match=r"program/a\.ptd does not belong to .*program/a\.pte"):
         load(tmp_path / "program" / "a.pte")
@@ -293,7 +326,7 @@ def test_what_executorch_raises_is_one_line(
     linear: Artifact, monkeypatch: pytest.MonkeyPatch, executorch_runtime: None, moment: str
 ) -> None:
     def broken(*_: object) -> None:
-        torch.zeros(2).reshape(3)  # raised in another package
+        torch.zeros(2).reshape(3)  # raises in another package
 
     program = None if moment == "load" else load(linear.pte)
     where = {"load": "__init__", "run": "run", "reset": "reset"}[moment]
@@ -319,11 +352,11 @@ def test_what_this_package_says_itself_stays(linear: Artifact, executorch_runtim
 def test_native_code_that_is_called_directly_is_not_taken_for_this_package(
     linear: Artifact, executorch_runtime: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has no frame of its own in a traceback."""
+    """Native code has no frame in a traceback."""
     program = load(linear.pte)
 
     class Native:
-        execute = staticmethod(torch._C._nn.gelu)  # raises TypeError for what it is given
+        execute = staticmethod(torch._C._nn.gelu)  # raises TypeError for these arguments
 
     monkeypatch.setattr(program._engine, "_methods", {"forward": Native()})
     with pytest.raises(RuntimeError, match=r"^executorch \(CPU\) cannot run forward of .*: check the file") as refused:

@@ -1,4 +1,4 @@
-"""Exports the tiny model for a GPU that is not here; a program of its own, as the command line runs it.
+"""Exports the tiny model for a named GPU, in its own process like the command line.
 
 python cross_exports.py TARGET FOLDER
 """
@@ -23,7 +23,7 @@ MAX_CONTEXT = 64
 
 
 def main(target: str, folder: Path) -> None:
-    """Writes tiny.pte, tiny.ptd, the state dict that went in, and what was chosen."""
+    """Write tiny.pte, tiny.ptd, the state dict of the model (state.pt), and the choices (report.json)."""
     model = CausalLM(quantize_experts_(load_model(resolve("tiny"), torch.bfloat16, "sdpa"), "w4a16", 32), MAX_CONTEXT)
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     reports: list[CrossCompileReport] = []

@@ -1,4 +1,4 @@
-"""What `target_cuda` replaces in torch, Triton and ExecuTorch: checked before anything is changed, then undone."""
+"""Replacements of `target_cuda` in torch, Triton and ExecuTorch: all are checked first, and undone at the end."""
 
 from __future__ import annotations
 
@@ -14,28 +14,39 @@ from unittest import mock
 
 import torch
 
-from executorch_moe.backends.cuda.cross import gpu_stand_ins, host_toolchain
-from executorch_moe.backends.cuda.cross.placeholder_weights import PlaceholderWeights
-from executorch_moe.backends.cuda.cross.static_choices import StaticChoices
 from executorch_moe.backends.cuda.overlapped_launches import overlapped_launches, unknown_host_code
+from executorch_moe.backends.cuda.patches.registry import (
+    CROSS,
+    LOCK,
+    OUTPUTS,
+    VERSIONS,
+    WEIGHTS,
+    Replace,
+    problem,
+    problems,
+    refusal,
+    replacing,
+)
 from executorch_moe.kernels.gpus import GpuModel
 
-from .registry import CROSS, LOCK, OUTPUTS, VERSIONS, WEIGHTS, Replace, problem, problems, refusal, replacing
+from . import gpu_stand_ins, host_toolchain
+from .placeholder_weights import PlaceholderWeights
+from .static_choices import StaticChoices
 
 SMALL = 4096
-"""Elements of a computation that may be done with others far away in the program: one launch instead of many."""
+"""Computations of up to this many elements are fused with distant ones in the program: one launch instead of many."""
 
 INDUCTOR_CONFIG = {
-    "compile_threads": 1,  # workers are other processes, in which nothing is replaced
+    "compile_threads": 1,  # workers are other processes, without the replacements
     "cpp.simdlen": 256,  # AVX2, as in the CPU baseline
     "triton.autotune_at_compile_time": True,
     "triton.autotune_with_sample_inputs": False,
     "deterministic": True,
-    "always_keep_tensor_constants": True,  # their values are not there while compiling
-    "joint_graph_constant_folding": False,  # would compute on the device
+    "always_keep_tensor_constants": True,  # constants have no values while compiling
+    "joint_graph_constant_folding": False,  # would compute on the GPU
     "benchmark_epilogue_fusion": False,
     "shape_padding": False,  # times GEMMs of odd sizes with and without padding
-    # Bytes that two kernels must have in common to become one: where a key and a value are written, the position's 8.
+    # Bytes that two kernels must share to be fused. Those that write a key and a value share the 8 of the position.
     "score_fusion_memory_threshold": 8,
     "fx_graph_cache": False,
     "autotune_local_cache": False,
@@ -44,18 +55,18 @@ _TARGET_CONFIG = ("cpp.cxx", "cuda.arch", "cuda.version")
 
 
 _CLAIMING = threading.Lock()
-"""Held for a moment, while a thread becomes the owner or is refused."""
+"""Held briefly, while a thread becomes the owner or is refused."""
 
 _owner: int | None = None
 """The thread in which `target_cuda` is active."""
 
 
 def check_versions() -> None:
-    """Check that torch, Triton and ExecuTorch are what this module was made for; changes nothing.
+    """Check that this module supports the installed torch, Triton and ExecuTorch; changes nothing.
 
     Raises:
-        RuntimeError: another version, or a function that is not as expected; the message names all of them. Or they
-            are replaced now.
+        RuntimeError: a version is not supported or a function is not the expected one (the message lists all), or
+            `target_cuda` is active.
     """
     with _CLAIMING:
         _check_owner()
@@ -65,7 +76,7 @@ def check_versions() -> None:
 
 @contextlib.contextmanager
 def _claimed() -> Iterator[None]:
-    """Within it, other threads that want to export for a GPU that is not here are refused, and others wait."""
+    """Context in which other threads cannot enter `target_cuda`, and wait where they replace other functions."""
     global _owner
     with _CLAIMING:
         _check_owner()
@@ -102,7 +113,7 @@ def _check_originals() -> None:
     if not wrong:
         keys = config.get_config_copy()
         settings = (*INDUCTOR_CONFIG, *_TARGET_CONFIG)
-        wrong = [f"torch._inductor.config.{key}: is not there" for key in settings if key not in keys]
+        wrong = [f"torch._inductor.config.{key}: does not exist" for key in settings if key not in keys]
     if not wrong and (why := unknown_host_code()):
         wrong = [why]
     if wrong:
@@ -111,11 +122,11 @@ def _check_originals() -> None:
 
 @contextlib.contextmanager
 def replaced(model: GpuModel, choices: StaticChoices, folder: Path) -> Iterator[None]:
-    """Within it, torch, Triton and ExecuTorch compile for `model`; everything is put back at the end.
+    """Context in which torch, Triton and ExecuTorch compile for `model`; everything is restored at the end.
 
     Args:
-        model: the GPU. choices: what decides instead of timing.
-        folder: an empty one for what compiling needs and leaves.
+        model: the GPU. choices: decides where Inductor would time.
+        folder: an empty folder for files that compiling needs and leaves.
 
     Raises:
         RuntimeError: see `check_versions`.
@@ -134,7 +145,7 @@ def replaced(model: GpuModel, choices: StaticChoices, folder: Path) -> Iterator[
 
 
 def _forget_devices() -> None:
-    """Empty the caches that hold an answer about the device."""
+    """Clear caches of properties of the device."""
     import torch.utils._triton
     import triton.compiler.compiler
     from torch._inductor import cpp_builder, cpu_vec_isa, utils
@@ -162,7 +173,7 @@ def _replace_toolchain(stack: contextlib.ExitStack, replace: Replace, model: Gpu
         "CUDA_HOME": str(home),
         "CUDA_PATH": str(home),
         "TORCH_CUDA_ARCH_LIST": f"{model.capability // 10}.{model.capability % 10}",
-        # Of its own: other caches know nothing of the target.
+        # Separate caches: the shared ones do not distinguish targets.
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         "TRITON_CACHE_DIR": str(folder / "triton"),
         "TRITON_DISABLE_LINE_INFO": "1",
@@ -170,7 +181,7 @@ def _replace_toolchain(stack: contextlib.ExitStack, replace: Replace, model: Gpu
     }
     stack.enter_context(mock.patch.dict(os.environ, environment))
     replace("torch.utils.cpp_extension:CUDA_HOME", str(home))
-    # A CUDA build of torch asks for fatbins, which need nvcc.
+    # With this version set, a CUDA build of torch makes fatbins, which need nvcc.
     replace("torch:version.cuda", None)
     stack.enter_context(config.patch(settings))
 
@@ -178,7 +189,7 @@ def _replace_toolchain(stack: contextlib.ExitStack, replace: Replace, model: Gpu
 def _replace_device(stack: contextlib.ExitStack, replace: Replace, model: GpuModel, folder: Path) -> None:
     from torch._dynamo.device_interface import init_device_reg
 
-    init_device_reg()  # before device_count() is replaced: it registers every device that it counts
+    init_device_reg()  # before device_count() is replaced, because it registers every device that is counted
     target = gpu_stand_ins.device_interface(model)
     for name, answer in gpu_stand_ins.cuda_functions(model).items():
         replace(f"torch.cuda:{name}", answer)
@@ -197,7 +208,7 @@ def _replace_triton(stack: contextlib.ExitStack, replace: Replace, model: GpuMod
 
     def source(fn: Any) -> tuple[str, int]:
         path, line = stock_source(fn)
-        # It ends up in kernels' assertions: a temporary folder's name would make every build different.
+        # Kernels' assertions contain it: the name of a temporary folder would make every build different.
         return os.path.basename(path), line
 
     replace("triton.compiler.code_generator:get_jit_fn_file_line", source)
@@ -212,10 +223,10 @@ def _replace_triton(stack: contextlib.ExitStack, replace: Replace, model: GpuMod
 
 
 def _remember_accesses(replace: Replace) -> None:
-    """Which arguments a kernel writes to is asked at each of its launches, several times; answer once for each kind.
+    """Cache which arguments a kernel writes to, for each kind of arguments. torch asks several times for each launch.
 
-    The answer costs a compilation to TTIR, and a model launches the same kernel in every layer. Where this torch has no
-    such function, nothing is changed: the export takes longer.
+    Each answer costs a compilation to TTIR, and a model launches the same kernel in every layer. If this torch has no
+    such function, nothing is changed and the export takes longer.
     """
     from torch._higher_order_ops import triton_kernel_wrap
     from triton.runtime.autotuner import Autotuner
@@ -229,7 +240,7 @@ def _remember_accesses(replace: Replace) -> None:
     def identify(kernel: Any, kwargs: dict[str, Any], tma_descriptor_metadata: Any) -> Any:
         if tma_descriptor_metadata:
             return stock(kernel, kwargs, tma_descriptor_metadata)
-        # A launch with `num_warps` makes a new autotuner of one configuration; the kernel is what it holds.
+        # A launch with `num_warps` makes a new autotuner of one configuration around the kernel.
         tuned = isinstance(kernel, Autotuner)
         settings = kernel.configs[0].kwargs if tuned and kernel.configs else {}
         kinds = tuple(sorted((name, _kind(value)) for name, value in {**kwargs, **settings}.items()))
@@ -242,7 +253,7 @@ def _remember_accesses(replace: Replace) -> None:
 
 
 def _kind(value: Any) -> str:
-    """What of an argument decides the code of a kernel: a tensor's dtype, a number's value, not that of a symbol."""
+    """The part of an argument that decides a kernel's code: the dtype of a tensor, the value of a number."""
     import sympy
     from torch._inductor.ir import TensorBox
 
@@ -264,18 +275,18 @@ def _replace_choices(stack: contextlib.ExitStack, replace: Replace, choices: Sta
     far = "torch._inductor.scheduler:Scheduler.are_long_distant_nodes"
 
     def are_far(self: Any, node1: Any, node2: Any) -> bool:
-        # Inductor fears for memory, which a few thousand elements do not take.
+        # Inductor keeps distant nodes apart to save memory; a few thousand elements need little.
         return bool(stock_far(self, node1, node2)) and not (_is_small(node1) and _is_small(node2))
 
     stock_far = replace(far, are_far)
     functions = select_algorithm.get_algorithm_selector_cache().preprocessing_fns
-    choose = choices.choose_gemm  # one object: a bound method is made anew at each access
+    choose = choices.choose_gemm  # one object: each access makes a new bound method
     select_algorithm.add_preprocessing_fn(choose)
     stack.callback(functions.remove, choose)
 
 
 def _is_small(node: Any) -> bool:
-    """Whether one of Inductor's computations runs over few elements, and it is known how many."""
+    """True for a computation of Inductor over a known, small number of elements."""
     group: Any = getattr(node, "group", None)
     try:
         sizes = [int(size) for size in group[1]]
@@ -305,8 +316,8 @@ def _replace_weights(replace: Replace, choices: StaticChoices) -> None:
         return str(stock_device(self, torch.device(self.device) if describing else where))
 
     def constructor(self: Any) -> None:
-        # It lists the constants with their devices, and the library accepts no tensor from another one. The bytes that
-        # `value` gives are on the CPU; where they come to lie is the target.
+        # The constructor lists the constants with their devices, and the library refuses tensors on another device. The
+        # bytes from `value` are on the CPU, but at run time the constants are on the GPU.
         nonlocal describing
         describing = True
         try:

@@ -1,4 +1,4 @@
-"""Two exports of one program at the same time do not take each other's files."""
+"""Concurrent exports of one program do not overwrite each other's files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def peek() -> dict[str, ExportedProgram]:
 
 
 def test_an_export_that_ends_while_another_reads_its_library(tmp_path: Path) -> None:
-    """The other one runs to its end when the first has compiled; with common folders it removes the first's library."""
+    """The other export runs after the first has compiled. With shared folders it would remove the first's library."""
     others: list[Path] = []
     libraries: list[str] = []
 

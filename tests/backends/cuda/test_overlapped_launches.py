@@ -1,4 +1,4 @@
-"""Host code that launches our kernels, and only ours, so that they overlap with the launch before: no GPU needed."""
+"""Host code in which launches of our kernels, and only of ours, overlap with the launch before. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from cached_experts import CachedExperts, methods
-from test_cross_export import needs_cross_export
+from requirements import needs_cross_export
 from torch._inductor.codecache import AotCodeCompiler
 from torch._inductor.codegen.cuda.device_op_overrides import CUDADeviceOpOverrides
 
@@ -33,7 +33,7 @@ MACRO = "#define launchKernel("
 
 
 def host_code() -> str:
-    """What a host code starts with now."""
+    """The current text at the start of generated host code."""
     return CUDADeviceOpOverrides().kernel_driver()
 
 
@@ -44,7 +44,7 @@ def other_host_code(monkeypatch: pytest.MonkeyPatch, change: Callable[[str], str
 
 def test_the_listed_kernels_are_ours_and_all_of_them_wait() -> None:
     found = {}
-    for path in sorted(Path(executorch_moe.kernels.__file__).parent.glob("*.py")):
+    for path in sorted(Path(executorch_moe.kernels.__file__).parent.rglob("*.py")):
         for function in ast.walk(ast.parse(path.read_text())):
             if isinstance(function, ast.FunctionDef) and "triton.jit" in map(ast.unparse, function.decorator_list):
                 calls = {ast.unparse(node.func) for node in ast.walk(function) if isinstance(node, ast.Call)}
@@ -54,7 +54,7 @@ def test_the_listed_kernels_are_ours_and_all_of_them_wait() -> None:
     assert [name for name, waits in found.items() if not waits] == []
 
 
-# Driver functions that print what they are called with; a CUfunction is the number of its kernel.
+# Driver functions that print their arguments. A CUfunction is the number of its kernel.
 FAKE_DRIVER = r"""
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -100,7 +100,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction f, void** args, vo
 @needs_cross_export
 @pytest.mark.parametrize("standard", ["c++17", "c++20"])
 def test_only_listed_kernels_are_launched_with_the_attribute(tmp_path: Path, standard: str) -> None:
-    """Calls as Inductor writes them: function NAME is in `kernels_.NAME_0`; names that only look like ours are not."""
+    """With calls as Inductor writes them: kernel NAME is `kernels_.NAME_0`. Names that resemble ours do not count."""
     others = [f"{name}{end}" for name in WAITING_KERNELS for end in ("s", "_", "_0")]
     others += [f"{start}{name}" for name in WAITING_KERNELS for start in ("x", "_", "triton_")]
     others += ["triton_poi_fused_add_0", "moe", "moe_", "row_matvec", "_sdpa_fwd_kernel"]
@@ -182,7 +182,7 @@ def test_other_host_code_stays_as_it_is_and_is_refused_for_a_gpu_that_is_not_her
 
 
 def test_what_differs_between_versions_of_torch_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some versions do not pass loaded modules on; where lines break says nothing."""
+    """Some versions do not pass loaded modules on. Line breaks do not matter."""
     last = r",\s*std::vector<CUmodule>\* loaded_modules = nullptr"
     use = r"if \(loaded_modules\) \{\s*loaded_modules->push_back\(mod\);\s*\}"
     other_host_code(monkeypatch, lambda text: re.sub(r"\n +", "\n ", re.sub(use, "", re.sub(last, "", text))))
@@ -190,7 +190,7 @@ def test_what_differs_between_versions_of_torch_does_not_matter(monkeypatch: pyt
 
 
 def test_rocm_and_a_torch_without_the_class_keep_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A ROCm build answers (9, 4) for an MI300's capability."""
+    """A ROCm build reports capability (9, 4) for an MI300."""
     text = host_code()
     with monkeypatch.context() as rocm:
         rocm.setattr(torch.version, "hip", "6.4")
@@ -232,7 +232,7 @@ def test_a_gpu_that_is_not_here_decides_by_its_own_capability() -> None:
 
 @dataclass
 class Compiled:
-    """What a cross export gave the C++ compiler and ptxas: host code of each method, kernel -> PTX of its variants."""
+    """Inputs of the C++ compiler and ptxas in an export: host code of each method, kernel -> PTX of its variants."""
 
     wrappers: list[str] = field(default_factory=list)
     ptx: dict[str, list[str]] = field(default_factory=dict)
@@ -259,7 +259,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Compiled:
 def test_exports_from_sm_90_on_launch_our_kernels_overlapped(
     target: str, overlapped: bool, compiled: Compiled, tmp_path: Path
 ) -> None:
-    """Of W4A8, whose prompts take most kernels."""
+    """Uses W4A8, whose prompts use the largest number of kernels."""
     report = inspect_artifact(save(lower(methods(CachedExperts("w4a8")), target), tmp_path / "model").pte)
     check_cuda_artifact(report)
     for method in report.methods.values():
@@ -269,7 +269,7 @@ def test_exports_from_sm_90_on_launch_our_kernels_overlapped(
     ours = set()
     for text in compiled.wrappers:
         assert (MACRO in text) == overlapped
-        # The variable that a launch names is the function's name with a number, by which the macro decides.
+        # The macro decides by the variable of a launch: the kernel's name and a number.
         loads = dict(re.findall(r"kernels_\.(\w+) = loadKernel\(\w+, \"(\w+)\",", text))
         launched = set(re.findall(r"^\s*launchKernel\(kernels_\.(\w+), grid_0, grid_1, grid_2, \d+, ", text, re.M))
         assert loads.keys() == launched
@@ -277,7 +277,7 @@ def test_exports_from_sm_90_on_launch_our_kernels_overlapped(
             assert re.fullmatch(rf"{name}_\d+", variable) if name.startswith("moe_") else variable == name
         ours |= {name for name in loads.values() if name.startswith("moe_")}
     assert ours <= set(WAITING_KERNELS) and len(ours) >= 6
-    # A kernel that is launched so and does not wait would be a race.
+    # A kernel that is launched this way and does not wait is a race.
     assert compiled.ptx.keys() >= ours
     for name, variants in compiled.ptx.items():
         for ptx in variants:

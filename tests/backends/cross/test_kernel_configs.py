@@ -1,4 +1,4 @@
-"""What an export for a GPU that is not here chooses without timing: kernels by name, GEMM templates by a score."""
+"""Choices without timing of an export for a named GPU: kernel configurations by name, GEMM templates by score."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_gemms_of_a_prompt_take_tiles_that_fill_the_gpu_and_reuse_most() -> None
     def best(columns: int) -> tuple[int, ...]:
         return max(tiles, key=lambda tile: score_gemm(template(*tile, tokens, columns), h200))
 
-    # 128 x 256 x 128 in four stages is more than the shared memory.
+    # 128 x 256 x 128 in four stages does not fit into shared memory.
     assert best(5120) == (128, 256, 64, 4) and best(2048) == (128, 256, 64, 4)
-    # A router's few columns: small tiles, or most multiprocessors have none.
+    # A router has few columns: with large tiles most multiprocessors would be idle.
     assert best(128) == (64, 64, 64, 3)
