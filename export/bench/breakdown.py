@@ -120,7 +120,7 @@ class Breakdown:
         return "\n".join(lines)
 
     def plot(self, path: Path, title: str) -> None:
-        """Writes a bar chart of the groups and the time of their bytes at the measured bandwidth; see `written_aside`.
+        """Writes a bar chart of the groups and the time of their bytes at the measured bandwidth; see `atomic_file`.
 
         Raises:
             ValueError: matplotlib is not installed, or does not support the file's suffix.

@@ -250,7 +250,7 @@ def as_json(benchmark: KernelBenchmark, rows: Sequence[Row]) -> str:
 
 
 def plot(benchmark: KernelBenchmark, rows: Sequence[Row], path: Path) -> None:
-    """Plots microseconds over tokens, a line for each implementation and scheme, with the floor; see `written_aside`.
+    """Plots microseconds over tokens, a line for each implementation and scheme, with the floor; see `atomic_file`.
 
     Raises:
         ValueError: matplotlib is not installed, or does not support the file's suffix.
