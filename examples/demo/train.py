@@ -159,7 +159,8 @@ def corpus_of(books: dict[str, str]) -> list[str]:
 
 
 def _opener(path: Path) -> Callable[..., Any]:
-    return {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
+    openers: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
+    return openers.get(path.suffix, open)
 
 
 def write_corpus(documents: Iterable[str], path: Path) -> None:
