@@ -33,6 +33,7 @@ setup(
     package_data={
         "executorch_moe": ["py.typed"],
         "executorch_moe.kernels": ["**/*.json"],
+        "executorch_moe.examples.demo": ["checkpoint/*"],
         "executorch_moe.examples.tiny": ["checkpoint/*"],
     },
 )

@@ -16,6 +16,8 @@ WITH_SINKS = ("gpt_oss",)
 WITH_LATENTS = ("deepseek_v3",)
 """Model types with latent attention, whose keys and values differ in width."""
 TINY = "tiny"
+BUNDLED = ("demo", TINY)
+"""Models that are part of this package: one that writes sentences, and a smaller one for tests."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -34,16 +36,16 @@ def require_transformers() -> Any:
 
 
 def resolve(model: str | Path) -> Path:
-    """Path of a model folder; "tiny" names the model that is part of this package.
+    """Path of a model folder; the names in `BUNDLED` are models that are part of this package.
 
     Raises:
         FileNotFoundError: the folder, its config.json or its weights are missing.
     """
-    if str(model) == TINY:
+    if str(model) in BUNDLED:
         # By name and not by import: export may not import examples.
-        return Path(str(importlib.resources.files("executorch_moe.examples.tiny") / "checkpoint"))
+        return Path(str(importlib.resources.files(f"executorch_moe.examples.{model}") / "checkpoint"))
     folder = Path(model)
-    remedy = "give a folder with config.json and *.safetensors (nothing is downloaded), or 'tiny'"
+    remedy = "give a folder with config.json and *.safetensors (nothing is downloaded), or 'demo'"
     if not folder.is_dir():
         raise FileNotFoundError(f"model={str(model)!r} is not a folder: {remedy}")
     for pattern in ("config.json", "*.safetensors"):
