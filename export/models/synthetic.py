@@ -117,7 +117,7 @@ def parse(model: str, layers: int | None = None) -> SyntheticModel:
 
 
 def check_room(
-    model: SyntheticModel, scheme: str, group_size: int, out: Path | None = None, *, thin: bool = False
+    model: SyntheticModel, scheme: str, group_size: int, out: Path | None = None, *, placeholder_weights: bool = False
 ) -> None:
     """Check that a model can be made here, and written to `out`; see `sizes.check_synthetic`.
 
@@ -125,13 +125,13 @@ def check_room(
         ValueError: unknown scheme, or a model that is too large.
     """
     bits = 4 + 16 / max(group_size, 1) if get_scheme(scheme).packed else 16
-    check_synthetic(model, PRESETS.get(model.name, model), bits, out, thin)
+    check_synthetic(model, PRESETS.get(model.name, model), bits, out, placeholder_weights)
 
 
 def build(
     model: SyntheticModel,
     scheme: str = "w4a16",
-    group_size: int = 128,
+    group_size: int = 32,
     *,
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
@@ -158,7 +158,7 @@ def build(
         ValueError: unknown scheme, a group size that does not fit, or a model that does not fit into memory.
     """
     if torch.device(device).type != "cuda":
-        check_room(model, scheme, group_size, thin=device == "meta")
+        check_room(model, scheme, group_size, placeholder_weights=device == "meta")
     if get_scheme(scheme).packed:
         check_group_size(group_size, model.hidden, "hidden")
         check_group_size(group_size, model.intermediate, "intermediate")

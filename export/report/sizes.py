@@ -1,5 +1,5 @@
-"""Refuses absurd sizes before any module is built: compares a configuration with the stored weights, and synthetic
-models and caches with this machine's memory and disk."""
+"""Checks sizes before any module is built: a configuration against the stored weights, synthetic models and KV caches
+against this machine's memory and disk."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from executorch_moe.export.models.synthetic import SyntheticModel
 
 FACTOR = 4
-"""A configuration that asks for more than this many times what the weights hold is not compared weight by weight."""
+"""A configuration that asks for more than this many times the stored weights is refused at once; others are compared
+weight by weight later."""
 MAX_LAYERS = 1000
-"""Of a synthetic model. Tracing takes seconds a layer; the largest published models have about 130."""
+"""Limit for synthetic models. Tracing takes seconds per layer; the largest published models have about 130 layers."""
 LARGEST_GPU = 1 << 40
-"""Bytes; more than any GPU has. For artifacts without weights, which are made on the GPU that loads them."""
+"""Bytes, more than the memory of any GPU. Limit for placeholder weights, which the GPU that loads them computes."""
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _AT_LEAST_ONE = (
@@ -37,11 +38,23 @@ _DENSE = re.compile(r"\.mlp\.(gate|up|down|gate_up)_proj\.")
 
 
 def check_numbers(config: Mapping[str, Any], where: Path) -> None:
-    """Check that the sizes of a configuration are whole numbers.
+    """Check that the sizes of a configuration are whole numbers, and that all numbers can be computed with.
 
     Raises:
-        ValueError: one is not.
+        ValueError: a size that is no whole number, NaN or Inf, a RoPE base that is not positive, or a negative epsilon.
     """
+    for name, value in _scalars(config):
+        what = None
+        if isinstance(value, float) and not math.isfinite(value):
+            what = "a finite number"
+        elif name == "rope_theta" and value <= 0:
+            what = "greater than 0"
+        elif name in ("rms_norm_eps", "layer_norm_eps") and value < 0:
+            what = "at least 0"
+        if what:
+            raise ValueError(
+                f"{name}={value!r} in {where} must be {what}: put the number there that the model was trained with"
+            )
     for least, names in ((1, _AT_LEAST_ONE), (0, _AT_LEAST_ZERO)):
         for name in names:
             value = config.get(name)
@@ -52,13 +65,23 @@ def check_numbers(config: Mapping[str, Any], where: Path) -> None:
                 )
 
 
-def check_sizes(config: Mapping[str, Any], shards: Shards) -> None:
-    """Check that a model's configuration does not ask for far more than its weights hold; reads no weights.
+def _scalars(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Key and value of every number in a configuration, nested objects included."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(value)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield name, value
 
-    What comes close is compared weight by weight later (`CheckpointPlan`).
+
+def check_sizes(config: Mapping[str, Any], shards: Shards) -> None:
+    """Check that a configuration does not ask for far more weights than its checkpoint has; reads no weights.
+
+    Smaller differences are found weight by weight later (`CheckpointPlan`).
 
     Raises:
-        ValueError: a size that is no whole number, or absurd; names the field, what it asks for and what is there.
+        ValueError: see `check_numbers`; or a size that is far too large. Names the field, what it asks for and what
+            the checkpoint has.
     """
     where = shards.folder / "config.json"
     check_numbers(config, where)
@@ -73,7 +96,7 @@ def check_sizes(config: Mapping[str, Any], shards: Shards) -> None:
         )
     for fields, needed in _estimates(config, any(map(_DENSE.search, shards.tensors))):
         if needed > FACTOR * held:
-            # The largest of the factors is the one that is wrong.
+            # The largest factor is most likely the wrong one.
             name = max(fields, key=lambda field: int(config[field]))
             others = ", ".join(f"{field}={config[field]}" for field in fields if field != name)
             raise ValueError(
@@ -83,7 +106,7 @@ def check_sizes(config: Mapping[str, Any], shards: Shards) -> None:
 
 
 def _estimates(config: Mapping[str, Any], has_dense: bool) -> Iterator[tuple[tuple[str, ...], int]]:
-    """Fields, and how many weights they ask for together at least."""
+    """Fields of a configuration, and the least number of weights that they ask for together."""
     inner = "moe_intermediate_size" if config.get("moe_intermediate_size") else "intermediate_size"
     heads = "num_attention_heads"
     groups: list[tuple[int, tuple[str, ...]]] = [
@@ -108,15 +131,17 @@ def _estimates(config: Mapping[str, Any], has_dense: bool) -> Iterator[tuple[tup
 
 
 def check_cache(config: Any, max_context: int, item_bytes: int) -> None:
-    """Check that a KV cache fits into this machine's memory, where the export makes it.
+    """Check that a KV cache fits into the memory of this machine, where the export allocates it.
 
     Args:
-        config: transformers' configuration. item_bytes: of one of its numbers.
+        config: a transformers configuration.
+        max_context: positions in the cache.
+        item_bytes: bytes of one element.
 
     Raises:
-        ValueError: it does not; says what it needs and what is there.
+        ValueError: it does not fit. Names the sizes of the cache and of the memory.
     """
-    layers = config.num_hidden_layers  # one with a sliding window has a cache of all positions too
+    layers = config.num_hidden_layers  # a layer with a sliding window has a cache of all positions too
     if rank := getattr(config, "kv_lora_rank", None):
         width = rank + config.qk_rope_head_dim
     else:
@@ -130,28 +155,34 @@ def check_cache(config: Any, max_context: int, item_bytes: int) -> None:
         )
 
 
-def check_synthetic(model: SyntheticModel, preset: SyntheticModel, bits: float, out: Path | None, thin: bool) -> None:
-    """Check that a synthetic model can be made and written here.
+def check_synthetic(
+    model: SyntheticModel, preset: SyntheticModel, bits: float, out: Path | None, placeholder_weights: bool
+) -> None:
+    """Check that a synthetic model fits into memory and can be written.
 
     Args:
-        preset: what it was made of. bits: of an expert's weight.
-        out: where it is written, None if it is not. thin: its weights are made on the GPU that loads them.
+        model: the model.
+        preset: the preset that it was derived from.
+        bits: bits per weight of the experts.
+        out: where it is written; None: nowhere.
+        placeholder_weights: its weights are made on the GPU that loads it.
 
     Raises:
-        ValueError: it cannot; names the field that is farthest from the preset, what the model needs and what is there.
+        ValueError: it does not fit. Names the field that is farthest from the preset, the size of the model and the
+            space that is available.
     """
     if model.layers > MAX_LAYERS:
         raise ValueError(f"layers={model.layers} of {model.name} is more than can be traced: use at most {MAX_LAYERS}")
     needed = model.weight_bytes(bits)
-    rooms = {"any GPU has": LARGEST_GPU} if thin else {"of this machine's memory": total_memory()}
-    if not thin and out is not None:
+    rooms = {"any GPU has": LARGEST_GPU} if placeholder_weights else {"of this machine's memory": total_memory()}
+    if not placeholder_weights and out is not None:
         folder = next(parent for parent in out.absolute().parents if parent.exists())
         rooms[f"free in {folder}"] = shutil.disk_usage(folder).free
     names = ("layers", "hidden", "experts", "intermediate", "heads", "kv_heads", "head_dim", "vocabulary")
     name = max(names, key=lambda field: getattr(model, field) / getattr(preset, field))
     for what, there in rooms.items():
         if there and needed > there:
-            more = f"more than {what}" if thin else f"more than the {size(there)} {what}"
+            more = f"more than {what}" if placeholder_weights else f"more than the {size(there)} {what}"
             raise ValueError(
                 f"{name}={getattr(model, name)} of {model.name} makes a model of about {size(needed)}, {more}: "
                 "use a smaller one"
@@ -159,7 +190,7 @@ def check_synthetic(model: SyntheticModel, preset: SyntheticModel, bits: float, 
 
 
 def count(number: int) -> str:
-    """A number for people: 1.2 billion."""
+    """A readable number: 1.2 billion."""
     for unit, name in ((10**15, ""), (10**12, " trillion"), (10**9, " billion"), (10**6, " million")):
         if number >= unit:
             return f"{number / unit:.1f}{name}" if name else f"{float(number):.1e}"
@@ -167,7 +198,7 @@ def count(number: int) -> str:
 
 
 def size(num_bytes: float) -> str:
-    """A size for people: 1.9 MB."""
+    """A readable size: 1.9 MB."""
     for unit in ("B", "kB", "MB"):
         if num_bytes < 1000:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
