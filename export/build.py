@@ -189,7 +189,7 @@ def build_synthetic(options: ExportOptions, device: synthetic.Device | None = No
     """The synthetic model that the options name, with packed experts; its dense layers are quantized one by one.
 
     Args:
-        device: where weights are made; None: on the CPU, or on the meta device for an artifact with placeholder weights.
+        device: where weights are made; None: on the CPU, or nowhere ("meta") for placeholder weights.
 
     Raises:
         ValueError: see `synthetic.parse` and `synthetic.build`.

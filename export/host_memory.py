@@ -13,7 +13,7 @@ _RESET = Path("/proc/self/clear_refs")
 
 
 def restart_peak() -> None:
-    """Restarts the peak of `peak_rss`. Where the system cannot do that, the peak counts from the start of the process."""
+    """Restarts the peak of `peak_rss`. Where that fails, the peak is that of the whole process."""
     with contextlib.suppress(OSError):
         _RESET.write_text("5")
 

@@ -15,18 +15,20 @@ from rich.spinner import Spinner
 
 from .host_memory import peak_rss, restart_peak
 
-
 UNWRAPPED = 100_000
 """Width of what is not a terminal, in characters."""
 
 
 class OneLineConsole(Console):
-    """A console that wraps lines on terminals only: files and pipes get each line and each table row whole."""
+    """A console that wraps lines on terminals only: files and pipes get each line and each table row whole.
+
+    A width from the environment (COLUMNS) is for terminals too.
+    """
 
     @property
     def size(self) -> ConsoleDimensions:
         """Columns and rows of the terminal."""
-        return super().size if self.is_terminal or self._width is not None else ConsoleDimensions(UNWRAPPED, 25)
+        return super().size if self.is_terminal else ConsoleDimensions(UNWRAPPED, 25)
 
     @size.setter
     def size(self, new_size: tuple[int, int]) -> None:

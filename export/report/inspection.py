@@ -35,7 +35,7 @@ def kernels_table(compiled: CrossCompileReport) -> Table:
 
 
 def report_json(fusion: str, compiled: Sequence[CrossCompileReport], pte: Path) -> str:
-    """An export's report: the fusion report with `compiled` (one record per GPU by name) and `sizes` (bytes by part)."""
+    """An export's report: the fusion report, `compiled` (one record per GPU by name) and `sizes` (bytes by part)."""
     content = json.loads(fusion)
     content["compiled"] = [report.as_dict() for report in compiled]
     content["sizes"] = inspect_artifact(pte).sizes()

@@ -1,8 +1,8 @@
 """Constant methods of an artifact, and the files beside it.
 
 The options of an export are stored with flat keys: in NAME.export.json, and in the constant method `MADE_FROM` of
-artifacts with placeholder weights. The keys stay the same, so that artifacts and versions of this package are compatible
-in both directions.
+artifacts with placeholder weights. The keys stay the same, so that each version of this package reads the artifacts of
+all others.
 """
 
 from __future__ import annotations

@@ -12,5 +12,5 @@ from executorch_moe.export.models.pretrained import resolve
 
 @pytest.fixture
 def model_folder(tmp_path: Path) -> Path:
-    """A copy of the tiny model to spoil."""
+    """A copy of the tiny model to damage."""
     return Path(shutil.copytree(resolve("tiny"), tmp_path / "model"))

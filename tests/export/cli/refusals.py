@@ -14,7 +14,7 @@ def refused(*arguments: object, steps: tuple[str, ...] = ()) -> str:
     result = runner.invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
-    # Above the error may stand the steps that went well, and the one that did not.
+    # Lines above the error: completed steps, and the step that failed.
     *before, line = result.stderr.strip().splitlines()
     expected = all(step.startswith(("done ", *steps)) or step.endswith(" ...") for step in before)
     assert line.startswith("error: ") and expected, result.stderr

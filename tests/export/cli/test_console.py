@@ -20,8 +20,8 @@ from executorch_moe.export.progress import Steps
 from .refusals import runner
 
 
-def test_steps_are_told_of_when_they_begin() -> None:
-    """Without a terminal nothing turns, and a step may take minutes."""
+def test_steps_are_shown_when_they_begin() -> None:
+    """Without a terminal there is no spinner, and a step may take minutes."""
     shown = io.StringIO()
     steps = Steps(Console(file=shown))
     with steps.step("lower", "lowering to sm_90", " (compiles kernels: minutes)"):
@@ -40,18 +40,18 @@ def test_steps_are_told_of_when_they_begin() -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs pseudo-terminals")
 def test_notes_of_native_code_are_held_back_on_a_terminal() -> None:
-    """ExecuTorch's C++ code writes through sys.stderr, in whose place rich likes to put itself."""
+    """ExecuTorch's C++ code writes through sys.stderr, which rich's displays replace by default."""
     import pty
 
     code = (
         "import sys\n"
-        "from executorch_moe.export.cli.app import progress_on\n"
+        "from executorch_moe.export.progress import progress_bar\n"
         "from executorch_moe.export.progress import spinner\n"
         "from executorch_moe.export.quiet import hold_native_notes\n"
         "with hold_native_notes() as terminal:\n"
         "    assert terminal.is_terminal\n"
         "    with spinner(terminal, 'loading'): print('a note', file=sys.stderr, flush=True)\n"
-        "    with progress_on(terminal): print('a note', file=sys.stderr, flush=True)\n"
+        "    with progress_bar(terminal): print('a note', file=sys.stderr, flush=True)\n"
         "print('the end', file=sys.stderr)"
     )
     ours, theirs = pty.openpty()
@@ -70,7 +70,7 @@ def test_notes_of_native_code_are_held_back_on_a_terminal() -> None:
 def test_a_reader_that_has_enough_ends_the_program_without_a_word() -> None:
     code = (
         "import sys\n"
-        "from executorch_moe.export import cli\n"
+        "from executorch_moe.export.cli import app as cli\n"
         "@cli.app.command()\n"
         "@cli.one_line_errors\n"
         "def shout() -> None:\n"

@@ -24,17 +24,27 @@ def test_help(command: list[str]) -> None:
 def test_help_does_not_import_torch() -> None:
     code = (
         "import sys\n"
-        "from executorch_moe.export import cli\n"
+        "import executorch_moe.export.cli\n"
         "assert not {'torch', 'executorch', 'transformers', 'triton'} & set(sys.modules), 'imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_tune_keeps_other_packages_quiet(tmp_path: Path) -> None:
-    code = "from executorch_moe.export.cli.app import main; main()"
-    command = [sys.executable, "-c", code, "tune", "--shape", "qwen35", "--layers", "0", "--out", str(tmp_path / "t")]
+    command = [
+        sys.executable,
+        "-m",
+        "executorch_moe.export.cli",
+        "tune",
+        "--shape",
+        "qwen35",
+        "--layers",
+        "0",
+        "--out",
+        str(tmp_path / "t"),
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr == "error: layers=0 must be at least 1\n"
+    assert result.returncode == 2 and result.stderr == "error: --layers 0 must be at least 1\n"
 
 
 def test_doctor_names_versions_and_runtimes() -> None:
@@ -85,7 +95,7 @@ def version(name):
     return given
 metadata.version = version
 del sys.argv[1:3]
-from executorch_moe.export.cli.app import main
+from executorch_moe.export.cli import main
 main()
 """
 
@@ -120,3 +130,11 @@ def test_several_other_versions_are_one_line(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(metadata, "version", lambda name: "0.1" if name in ("torch", "torchao") else real(name))
     line = refused("inspect", "none.pte")
     assert "torch 0.1 is installed" in line and "; torchao 0.1 is installed" in line
+
+
+def test_versions_are_one_line_each() -> None:
+    from importlib import metadata
+
+    result = runner.invoke(app, ["--version"])
+    names = ("executorch-moe", "torch", "executorch", "triton", "transformers")
+    assert result.exit_code == 0 and result.stdout.splitlines() == [f"{n} {metadata.version(n)}" for n in names]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,23 @@ def test_export_without_a_tokenizer(model_folder: Path, tmp_path: Path) -> None:
     for path in model_folder.glob("tokenizer*"):
         path.unlink()
     assert "has no usable tokenizer" in refused("export", model_folder, "-o", tmp_path / "x.pte", "--target", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps=nan in {config} must be a finite number: put the number there"),
+        ({"rope_parameters": {"rope_theta": 0, "rope_type": "default"}}, "rope_theta=0 in {config} must be greater"),
+        ({"hidden_act": "nosuch"}, "hidden_act='nosuch' in {config} is no activation of transformers: put the name"),
+    ],
+    ids=["NaN", "RoPE", "activation"],
+)
+def test_export_of_numbers_that_nothing_can_be_computed_with(
+    change: dict[str, object], message: str, model_folder: Path, tmp_path: Path
+) -> None:
+    file = model_folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    for how in (("-o", tmp_path / "x.pte"), ("--check",)):
+        line = refused("export", model_folder, "--target", "cpu", *how, steps=("reading headers",))
+        assert message.format(config=file) in line
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from executorch_moe.export.cli.app import app
-from executorch_moe.export.options import ExportOptions
+from executorch_moe.export.options import Context, Dense, Experts, ExportOptions, Target
+from executorch_moe.export.own_process import Request, export_in_own_process
 
 from .refusals import refused, runner
 
@@ -25,25 +26,30 @@ def test_export_for_another_gpu_runs_in_its_own_process(tmp_path: Path, monkeypa
         return 3
 
     monkeypatch.setattr("executorch_moe.backends.cuda.cross.target.check_target", lambda target: None)
-    monkeypatch.setattr("executorch_moe.export.cli.app.run_to_the_end", run)
+    monkeypatch.setattr("executorch_moe.export.own_process.run_to_the_end", run)
     result = runner.invoke(
         app,
         ["export", "tiny", "-o", str(tmp_path / "x.pte"), "--target", "h200", "--dtype", "bf16", "--algorithm", "hqq"],
     )
     assert result.exit_code == 3 and result.output == ""
     (command,) = commands
-    assert command[1:5] == ["-m", "executorch_moe.export.cli.app", "export", "tiny"] and "--own-process" in command
-    assert command[command.index("--target") + 1] == "h200" and command[command.index("--dtype") + 1] == "bf16"
-    assert command[command.index("--algorithm") + 1] == "hqq"
-    # The other process is asked for the same options, all of them.
-    from executorch_moe.export.cli.app import export_in_own_process
-
-    assert command[command.index("--own-process") + 1] == str(os.getpid())
+    assert command[1:4] == ["-m", "executorch_moe.export.cli", "export-child"]
+    request = Request.from_json(command[4])
+    assert request.parent == os.getpid() and request.report is None and not request.verbose
+    assert request.options.target == Target("h200", "bf16") and request.options.experts == Experts(algorithm="hqq")
+    # The other process gets the same options, all of them.
     options = ExportOptions(
-        "synthetic:tiny", tmp_path / "y.pte", "sm_90", "w4a8", 64, 77, "bf16", "logits", "upstream", "int4", "int8",
-        "int8", 3, 11,
-    )  # fmt: skip
-    export_in_own_process(options, None, False)
+        "synthetic:tiny",
+        tmp_path / "y.pte",
+        experts=Experts("w4a8", 64, implementation="upstream"),
+        dense=Dense("int4", "int8", "int8"),
+        target=Target("sm_90", "bf16"),
+        context=Context(77, "logits"),
+        layers=3,
+        seed=11,
+        placeholder_weights=True,
+    )
+    export_in_own_process(Request(options, tmp_path / "r.json", True, 1))
     received: list[ExportOptions] = []
     monkeypatch.setattr("executorch_moe.export.own_process.end_with_parent", lambda parent: None)
     monkeypatch.setattr("executorch_moe.export.pipeline.export_model", lambda given, _: received.append(given))
@@ -58,7 +64,7 @@ def test_export_for_another_gpu_runs_in_its_own_process(tmp_path: Path, monkeypa
 )
 def test_an_interrupted_export_in_its_own_process_cleans_up(tmp_path: Path, group: bool, how: signal.Signals) -> None:
     """The other process gets the time that it needs, longer than `subprocess.run` would wait."""
-    # A shell that starts tests in the background has them ignore Ctrl-C, and so would these.
+    # A shell that starts tests in the background makes them ignore Ctrl-C, which child processes inherit.
     heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     child = heed + (
         "import pathlib, sys, time\n"
@@ -68,9 +74,9 @@ def test_an_interrupted_export_in_its_own_process_cleans_up(tmp_path: Path, grou
     )
     parent = heed + (
         "import sys\n"
-        "from executorch_moe.export import cli\n"
-        "cli.INTERRUPTED_SECONDS = 3\n"
-        "sys.exit(cli.run_to_the_end([sys.executable, '-c', *sys.argv[1:]]))"
+        "from executorch_moe.export import own_process\n"
+        "own_process.INTERRUPTED_SECONDS = 3\n"
+        "sys.exit(own_process.run_to_the_end([sys.executable, '-c', *sys.argv[1:]]))"
     )
     command = [sys.executable, "-c", parent, child, str(tmp_path)]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
@@ -84,15 +90,15 @@ def test_an_interrupted_export_in_its_own_process_cleans_up(tmp_path: Path, grou
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        (signal.SIGKILL, "the export was ended by SIGKILL: memory may have run out: export where there is more"),
+        (signal.SIGKILL, "the export was ended by SIGKILL: memory may have run out: export on a machine with more"),
         (signal.SIGSEGV, "the export was ended by SIGSEGV: start it again"),
     ],
 )
-def test_a_killed_export_in_its_own_process_is_told_of(
+def test_a_killed_export_in_its_own_process_is_reported(
     how: signal.Signals, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("executorch_moe.backends.cuda.cross.target.check_target", lambda target: None)
-    monkeypatch.setattr("executorch_moe.export.cli.app.run_to_the_end", lambda command: -how)
+    monkeypatch.setattr("executorch_moe.export.own_process.run_to_the_end", lambda command: -how)
     command = ("export", "tiny", "-o", tmp_path / "x.pte", "--target", "sm_90")
     assert refused(*command).endswith(message)
     (tmp_path / "x.work").mkdir()
@@ -109,7 +115,7 @@ def test_an_export_in_its_own_process_ends_with_its_parent(tmp_path: Path) -> No
     )
     parent = (
         "import os, sys\n"
-        "from executorch_moe.export.cli.app import run_to_the_end\n"
+        "from executorch_moe.export.own_process import run_to_the_end\n"
         "run_to_the_end([sys.executable, '-c', sys.argv[1], str(os.getpid()), sys.argv[2]])"
     )
     process = subprocess.Popen([sys.executable, "-c", parent, child, str(tmp_path)])
@@ -123,6 +129,6 @@ def test_an_export_in_its_own_process_ends_with_its_parent(tmp_path: Path) -> No
     while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z" and time.monotonic() < deadline:
         time.sleep(0.05)
     assert time.monotonic() < deadline
-    # Of a parent that had ended before the system was asked, nothing is heard any more.
+    # A child whose parent has ended already ends at once.
     late = subprocess.run([sys.executable, "-c", child, "1", str(tmp_path)], timeout=60)
     assert late.returncode == 1

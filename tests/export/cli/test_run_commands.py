@@ -40,9 +40,9 @@ def test_generate_takes_text_only(tmp_path: Path) -> None:
 
 
 class OneToken:
-    """Stands for a `TextGenerator` that is told to stop at once."""
+    """Replaces a `TextGenerator` that generates one token."""
 
-    program = SimpleNamespace(runtime="stand-in", note="")
+    program = SimpleNamespace(runtime="a test", note="")
     tokenizer = None
 
     @classmethod
@@ -65,29 +65,35 @@ def test_generate_of_one_token_has_no_speed_of_decode(monkeypatch: pytest.Monkey
     monkeypatch.setattr("executorch_moe.export.generate.generator.TextStream._decode", lambda self, ids: "a" * len(ids))
     result = runner.invoke(app, ["generate", "x.pte", "-p", "a", "--max-new-tokens", "1"], terminal_width=200)
     assert result.exit_code == 0, result.output
-    assert "prefill 2.0 tok/s (1 tokens in 0.500 s), stopped by max_new_tokens" in result.stderr
+    assert "prefill 2.0 tok/s (1 tokens in 0.500 s), stopped by --max-new-tokens" in result.stderr
     assert "nan" not in result.stderr
 
 
 @pytest.mark.slow
 def test_generate_refuses_what_does_not_fit(exported: Callable[[str, str], Path]) -> None:
     pte = exported("w4a16", "cpu")
-    assert "prompt='' has no tokens" in refused("generate", pte, "-p", "")
+    assert "--prompt '' has no tokens" in refused("generate", pte, "-p", "")
     line = refused("generate", pte, "-p", "x" * 129)
-    assert "the prompt has 129 tokens but the model was exported with max_context=128" in line
-    assert line.endswith("shorten the prompt, or export again with a larger --max-context, up to the model's own limit")
+    assert "the prompt has 129 tokens but the model was exported with --max-context 128" in line
+    assert line.endswith(
+        "shorten the prompt, or export again with a larger --max-context, up to the model's limit of 512"
+    )
     assert "ask for 126 at most" in refused("generate", pte, "-p", "abc", "--max-new-tokens", 127)
-    assert "temperature=-1.0" in refused("generate", pte, "-p", "abc", "--temperature", -1)
+    assert "--temperature -1.0" in refused("generate", pte, "-p", "abc", "--temperature", -1)
     assert "runtime 'tvm' is unknown" in refused("generate", pte, "-p", "abc", "--runtime", "tvm")
     assert "delegate" in refused("generate", pte, "-p", "abc", "--runtime", "delegate-host")
-    assert "prompt_tokens='a,b' must be whole numbers" in refused("bench", "model", pte, "--prompt-tokens", "a,b")
-    assert "format='xml' is unknown" in refused("bench", "model", pte, "--format", "xml")
-    assert "repeats=0 must be at least 1" in refused("bench", "model", pte, "--repeats", 0)
-    assert "max_context=128" in refused("bench", "model", pte, "--prompt-tokens", "100,200")
-    assert "leave --profile out" in refused("bench", "model", pte, "-p", "4", "-n", "2", "-r", "1", "--profile")
-    assert "of a profile: add --profile" in refused("bench", "model", pte, "--plot", "x.png")
-    assert "top_p=0.0" in refused("generate", pte, "-p", "abc", "--top-p", 0)
-    assert "prefill_chunk=0 must be" in refused("generate", pte, "-p", "abc", "--prefill-chunk", 0)
+    assert "--prompt-tokens 'a,b' must be positive whole numbers" in refused(
+        "bench", "model", pte, "--prompt-tokens", "a,b"
+    )
+    assert "--format 'xml' is unknown" in refused("bench", "model", pte, "--format", "xml")
+    assert "--repeats 0 must be at least 1" in refused("bench", "model", pte, "--repeats", 0)
+    assert "--max-context 128" in refused("bench", "model", pte, "--prompt-tokens", "100,200")
+    assert "leave --profile out" in refused(
+        "bench", "model", pte, "--prompt-tokens", "4", "-n", "2", "-r", "1", "--profile"
+    )
+    assert "is the picture of a profile: add --profile" in refused("bench", "model", pte, "--plot", "x.png")
+    assert "--top-p 0.0" in refused("generate", pte, "-p", "abc", "--top-p", 0)
+    assert "--prefill-chunk 0 must be" in refused("generate", pte, "-p", "abc", "--prefill-chunk", 0)
     assert "leave CUDA graphs off" in refused("generate", pte, "-p", "abc", "--cuda-graph")
 
 
@@ -141,9 +147,16 @@ def test_bench_model(exported: Callable[[str, str], Path]) -> None:
     assert re.search(
         r"\.pte .*; \.ptd .*; expert weights .*; export .* s \(check .*\); .*peak of this run: host", table
     )
-    result = json.loads(runner.invoke(app, [*command, "-r", "3", "-o", "json", "--prefill-chunk", "3"]).stdout)
+    result = json.loads(runner.invoke(app, [*command, "-r", "3", "--format", "json", "--prefill-chunk", "3"]).stdout)
     assert result["prefill_chunk"] == 3 and result["export"]["options"]["output"] == "token"
     assert result["bytes"][".ptd"] > result["bytes"]["expert weights"] > 0 and result["peak_bytes"]["host"] > 1e8
     speeds = result["speeds"]
     assert [len(speed["decode"]) for speed in speeds] == [3, 3]
     assert all(rate > 0 for speed in speeds for rate in speed["prefill"] + speed["decode"])
+
+
+@pytest.mark.parametrize("command", [("generate", "-p", "a"), ("bench", "model"), ("inspect",)])
+@pytest.mark.parametrize("suffix", [".ptd", ".tokenizer.json"])
+def test_files_beside_the_program_are_refused(command: tuple[str, ...], suffix: str, tmp_path: Path) -> None:
+    line = refused(*command, tmp_path / f"x.y{suffix}")
+    assert line.endswith(f"is a file beside the program: give the .pte, {tmp_path / 'x.y.pte'}")
