@@ -10,10 +10,10 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from executorch_moe.export.checkpoint.work_folder import work_folder_path
-
-from .options import ExportOptions
+if TYPE_CHECKING:
+    from .options import ExportOptions
 
 INTERRUPTED_SECONDS = 10
 """How long a child process may take to end after Ctrl-C before it is interrupted itself."""
@@ -50,6 +50,8 @@ class Request:
         Raises:
             ValueError: see `ExportOptions.from_json`.
         """
+        from .options import ExportOptions
+
         values = json.loads(text)
         report = None if values["report"] is None else Path(values["report"])
         options = ExportOptions.from_json(json.dumps(values["options"]))
@@ -112,6 +114,8 @@ def end_with_parent(parent: int) -> None:
 
 def why_killed(number: int, pte: Path) -> str:
     """The error message for an export to `pte` whose process was ended by a signal and could not print one itself."""
+    from executorch_moe.export.checkpoint.work_folder import work_folder_path
+
     try:
         name = signal.Signals(number).name
     except ValueError:

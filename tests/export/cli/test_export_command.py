@@ -148,11 +148,7 @@ def test_export_without_an_output() -> None:
 def test_export_to_folders_that_accept_no_files(tmp_path: Path) -> None:
     command = ("export", "tiny", "--target", "cpu")
     line = refused(*command, "-o", "/proc/x.pte")
-    assert (
-        line.startswith("error: --out '/proc/x.pte' cannot be written, ") and line.endswith("choose another folder")
-    ) or (
-        line.endswith("choose another")  # of a user who is not root
-    )
+    assert line.startswith("error: --out '/proc/x.pte' cannot be written, ") and ": choose another" in line
     line = refused(*command, "-o", tmp_path / "x.pte", "--report", "/proc/r.json")
     assert line.startswith("error: --report '/proc/r.json' cannot be written, ")
     assert list(tmp_path.iterdir()) == []
