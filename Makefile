@@ -84,7 +84,8 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@mkdir -p build/mypy/executorch_moe
-	@for layer in kernels backends export examples; do ln -sfn ../../../$$layer build/mypy/executorch_moe/$$layer; done
+	@for part in kernels backends export examples; do ln -sfn ../../../$$part build/mypy/executorch_moe/$$part; done
+	@for file in __init__.py _moved.py py.typed; do ln -sfn ../../../executorch_moe/$$file build/mypy/executorch_moe/$$file; done
 	$(BIN)/mypy
 
 # Four runs, for Triton decides at import whether kernels are compiled or interpreted, and there are two Tritons and two

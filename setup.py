@@ -1,5 +1,7 @@
 """Maps the repository's folders to the import package: kernels/ -> executorch_moe.kernels, and so on.
 
+executorch_moe/ is the package itself, with the public names.
+
 ExecuTorch lays its own repository out the same way. Metadata and tool settings are in pyproject.toml.
 """
 
@@ -24,15 +26,13 @@ def packages() -> list[str]:
 
 
 setup(
-    packages=packages(),
-    package_dir={f"executorch_moe.{layer}": layer for layer in LAYERS},
+    packages=["executorch_moe", *packages()],
+    package_dir={"executorch_moe": "executorch_moe", **{f"executorch_moe.{layer}": layer for layer in LAYERS}},
     # What is listed below and nothing else: data folders are no packages.
     include_package_data=False,
     package_data={
-        "executorch_moe.kernels": ["py.typed", "**/*.json"],
-        "executorch_moe.backends": ["py.typed"],
-        "executorch_moe.export": ["py.typed"],
-        "executorch_moe.examples": ["py.typed"],
+        "executorch_moe": ["py.typed"],
+        "executorch_moe.kernels": ["**/*.json"],
         "executorch_moe.examples.tiny": ["checkpoint/*"],
     },
 )

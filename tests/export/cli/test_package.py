@@ -23,7 +23,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what setup.py needs, so that building leaves nothing in the repository."""
     folder = tmp_path_factory.mktemp("sources")
     ignore = shutil.ignore_patterns("__pycache__")
-    for layer in LAYERS:
+    for layer in ("executorch_moe", *LAYERS):
         shutil.copytree(ROOT / layer, folder / layer, ignore=ignore)
     shutil.copytree(ROOT / "tests" / "export", folder / "tests" / "export", ignore=ignore)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
@@ -40,11 +40,11 @@ def test_the_wheel_holds_the_layers_and_nothing_else(sources: Path, tmp_path: Pa
     top = {name.split("/")[0] for name in names}
     version = metadata.version("executorch-moe")
     assert top == {"executorch_moe", f"executorch_moe-{version}.dist-info"}
-    assert {name.split("/")[1] for name in names if name.startswith("executorch_moe/")} == set(LAYERS)
+    inside = {name.split("/")[1] for name in names if name.startswith("executorch_moe/")}
+    assert inside == {*LAYERS, "__init__.py", "_moved.py", "py.typed"}
     for layer in LAYERS:
         modules = {str(path.relative_to(ROOT)) for path in (ROOT / layer).rglob("*.py")}
         assert {f"executorch_moe/{module}" for module in modules} <= set(names), layer
-        assert f"executorch_moe/{layer}/py.typed" in names
     data = {path.name for path in (ROOT / "examples" / "tiny" / "checkpoint").iterdir()}
     assert {f"executorch_moe/examples/tiny/checkpoint/{name}" for name in data} <= set(names)
     tables = {str(path.relative_to(ROOT)) for path in (ROOT / "kernels").rglob("*.json")}
