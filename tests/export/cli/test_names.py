@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import typing
 from pathlib import Path
 from typing import Any
 
@@ -115,13 +114,14 @@ def test_tables_keep_names_whole_at_80_columns() -> None:
     from ..test_inspection import compiled, of
 
     sizes = {"num_experts": 128, "top_k": 8, "hidden_size": 2048, "intermediate_size": 768}
-    values = {
+    values: dict[str, Any] = {
         "module": "model.model.layers.47.mlp.experts", "family": "Qwen3MoeExperts", "activation": "silu",
         "scheme": "w4a16", "group_size": 128, "algorithm": "minmax", "bytes_before": 10**9, "bytes_after": 10**8,
+        "biases": False,
         **sizes,
     }  # fmt: skip
     report = FusionReport()
-    report.add(FusedLayer(**{name: values[name] for name in typing.get_type_hints(FusedLayer)}))
+    report.add(FusedLayer(**values))
     summary = ExportSummary(ExportOptions("tiny", target=Target("cpu")), report, 128, 0)
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(summary.layers_table(), kernels_table(compiled()), methods_table(of(prefill=(90,), decode=(90,))))
