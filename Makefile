@@ -1,11 +1,5 @@
-# make demo       install into .venv, export the tiny model, generate text (on the GPU if there is one)
-# make test       install into .venv, lint, type-check, run every test that needs no GPU
-# make test-gpu   in the active Python environment (CUDA build of torch): run the tests that need a GPU
-# make export-check  what CI can do of a GPU export: export the tiny model, inspect it; export for the CPU, run
-# make sanitize   in the active Python environment: GPU tests of the kernels under compute-sanitizer (TOOL=racecheck, ...)
-# make lint       ruff and mypy only
-# make constraints  write constraints.txt again, with the newest versions that pyproject.toml allows
-# make clean      remove .venv and everything built
+# `make help` lists the targets: each has its line behind `##`. Variables that are set with ?= can be given on the command
+# line, as in `make test JOBS=8`.
 
 PYTHON ?= python3
 GPU_PYTHON ?= python3
@@ -27,9 +21,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := demo
+DEMO_MODEL ?= tiny
+PROMPT ?= The import statement
 # what `make export-check` exports for
 GPU_TARGETS ?= sm_80,sm_90
-PROMPT ?= The import statement
 
 # constraints.txt has the newest transformers of the range in pyproject.toml; this is the oldest, and what it needs that
 # is not in constraints.txt.
@@ -41,63 +36,30 @@ OLD_TRANSFORMERS := build/transformers-$(OLDEST_TRANSFORMERS)
 OLDEST_TRITON ?= 3.6.0
 OLDEST := build/triton-$(OLDEST_TRITON)
 
-.PHONY: demo test test-gpu sanitize export-check lint constraints clean install
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS)
+OLD_PATHS = $(CURDIR)/$(OLDEST):$(CURDIR)/$(OLD_TRANSFORMERS)
+
+.PHONY: help demo test lint mypy export-check test-gpu sanitize constraints install clean
 .DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
 
-install: $(STAMP)
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-# Runs again only when the requirements change, in an emptied environment: the freeze below must list only what torch
-# brings along.
-$(STAMP): setup.py pyproject.toml constraints.txt
-	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP)
-	$(BIN)/python -m pip install $(TORCH) $(if $(filter-out $(PINNED_TORCH),$(TORCH)),,-c constraints.txt)
-	$(BIN)/python -m pip freeze --all | grep == > $(VENV)/with-torch.txt
-	awk '{ name = tolower($$0); sub(/[ =].*/, "", name); gsub(/[-_.]+/, "-", name) } \
-	  NR == FNR { known[name]; print } NR != FNR && !/^ *#/ && !(name in known)' \
-	  $(VENV)/with-torch.txt constraints.txt > $(VENV)/constraints.txt
-	$(BIN)/python -m pip install -c $(VENV)/constraints.txt --build-constraint constraints.txt -e ".[test,bench]"
-	touch $@
+demo: $(STAMP)  ## install into .venv, export the small trained model, generate text (on the GPU if there is one)
+	$(BIN)/executorch-moe export $(DEMO_MODEL) -o $(DEMO)/$(DEMO_MODEL).pte --target auto
+	$(BIN)/executorch-moe generate $(DEMO)/$(DEMO_MODEL).pte --prompt "$(PROMPT)" --max-new-tokens 200 --temperature 0.6
 
-# In an environment of its own; needs a package index, and nothing is installed but uv.
-constraints:
-	$(PYTHON) -m venv build/uv
-	build/uv/bin/python -m pip install --quiet $(UV)
-	(sed -n '/^# /p' constraints.txt; \
-	  echo "$(PINNED_TORCH)" | build/uv/bin/uv pip compile pyproject.toml - --extra test --extra bench --universal \
-	    --python-version 3.10 --no-annotate --no-header --quiet) > build/constraints.txt
-	mv build/constraints.txt constraints.txt
-
-demo: $(STAMP)
-	$(BIN)/executorch-moe export tiny -o $(DEMO)/tiny.pte --target auto
-	$(BIN)/executorch-moe generate $(DEMO)/tiny.pte --prompt "$(PROMPT)" --max-new-tokens 200 --temperature 0.6
-
-# What CI can do for a GPU export without a GPU.
-export-check: $(STAMP)
-	$(BIN)/executorch-moe export tiny -o $(DEMO)/cuda.pte --target $(GPU_TARGETS) --report $(DEMO)/cuda.report.json
-	$(BIN)/executorch-moe inspect $(DEMO)/cuda.pte --target $(GPU_TARGETS)
-	$(BIN)/executorch-moe export tiny -o $(DEMO)/cpu.pte --target cpu
-	$(BIN)/executorch-moe generate $(DEMO)/cpu.pte --prompt "$(PROMPT)" --max-new-tokens 32
-
-# mypy does not read setup.py's mapping: links lay the folders out as the import package.
-lint: $(STAMP)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	@mkdir -p build/mypy/executorch_moe
-	@for part in kernels backends export examples; do ln -sfn ../../../$$part build/mypy/executorch_moe/$$part; done
-	@for file in __init__.py _moved.py py.typed; do ln -sfn ../../../executorch_moe/$$file build/mypy/executorch_moe/$$file; done
-	$(BIN)/mypy
-
-# Four runs, for Triton decides at import whether kernels are compiled or interpreted, and there are two Tritons and two
-# transformers: the main run is with the one in constraints.txt, the newest of the range (on Python 3.10: 5.20.2).
-test: lint $(OLDEST)/.installed $(OLD_TRANSFORMERS)/.installed
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter -n $(JOBS) $(PYTEST_FLAGS)
-	$(BIN)/python -m pytest -m "not gpu and not interpreter" -n $(JOBS) --dist loadgroup $(PYTEST_FLAGS)
-	PYTHONPATH=$(CURDIR)/$(OLDEST) $(BIN)/python -c "import triton; assert triton.__version__ == '$(OLDEST_TRITON)', triton"
-	PYTHONPATH=$(CURDIR)/$(OLDEST) $(BIN)/python -m pytest -m compiler -n $(JOBS) $(PYTEST_FLAGS)
-	PYTHONPATH=$(CURDIR)/$(OLD_TRANSFORMERS) $(BIN)/python -c \
-	  "import transformers as t; assert t.__version__ == '$(OLDEST_TRANSFORMERS)', t"
-	PYTHONPATH=$(CURDIR)/$(OLD_TRANSFORMERS) $(BIN)/python -m pytest -m transformers -n $(JOBS) $(PYTEST_FLAGS)
+# Three runs, because Triton decides at import whether kernels are compiled or interpreted, and because both ends of the
+# ranges of Triton and transformers are tested. The main run has the newest versions, those of constraints.txt (on Python
+# 3.10: transformers 5.20.2), and one file after the other in each process, the slowest first (tests/conftest.py). The other
+# runs name the only folders with their markers, because collecting the rest takes longer than the selection saves.
+test: lint $(OLDEST)/.installed $(OLD_TRANSFORMERS)/.installed  ## lint, type-check, run every test that needs no GPU
+	TRITON_INTERPRET=1 $(PYTEST) -m interpreter tests/kernels
+	$(PYTEST) -m "not gpu and not interpreter" --dist loadfile --no-loadscope-reorder
+	PYTHONPATH=$(OLD_PATHS) $(BIN)/python -c "import triton, transformers as t; \
+	  assert (triton.__version__, t.__version__) == ('$(OLDEST_TRITON)', '$(OLDEST_TRANSFORMERS)'), (triton, t)"
+	PYTHONPATH=$(OLD_PATHS) $(PYTEST) -m "compiler or transformers" tests/kernels tests/export
 
 $(OLDEST)/.installed: | $(STAMP)
 	rm -rf $(OLDEST)
@@ -110,17 +72,59 @@ $(OLD_TRANSFORMERS)/.installed: | $(STAMP)
 	  transformers==$(OLDEST_TRANSFORMERS) $(OLDEST_HUB)
 	touch $@
 
-# The environment's own torch, Triton and transformers are used as they are: nothing but this package is installed.
-# The results file names the versions and the GPU; commit it.
-test-gpu:
-	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
-	$(GPU_PYTHON) tests/gpu_results.py $(GPU_PYTEST_FLAGS)
+lint: $(STAMP) mypy  ## ruff, mypy and codespell, the same checks as in .pre-commit-config.yaml
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 
-# One tool a run: memcheck, racecheck or initcheck. The record is tests/results/DATE-TOOL.txt; commit it.
+# mypy does not read setup.py's mapping of folders to packages: links lay the folders out as the import package.
+mypy: $(STAMP)  ## the type checker alone
+	@mkdir -p build/mypy/executorch_moe
+	@for part in kernels backends export examples; do ln -sfn ../../../$$part build/mypy/executorch_moe/$$part; done
+	@for file in __init__.py _moved.py py.typed; do ln -sfn ../../../executorch_moe/$$file build/mypy/executorch_moe/$$file; done
+	$(BIN)/mypy
+
+export-check: $(STAMP)  ## what CI can check without a GPU: export the model for GPUs and inspect it; export for the CPU and run
+	$(BIN)/executorch-moe export $(DEMO_MODEL) -o $(DEMO)/cuda.pte --target $(GPU_TARGETS) --report $(DEMO)/cuda.report.json
+	$(BIN)/executorch-moe inspect $(DEMO)/cuda.pte --target $(GPU_TARGETS)
+	$(BIN)/executorch-moe export $(DEMO_MODEL) -o $(DEMO)/cpu.pte --target cpu
+	$(BIN)/executorch-moe generate $(DEMO)/cpu.pte --prompt "$(PROMPT)" --max-new-tokens 32
+
+# Installs nothing but this package: torch, Triton and transformers are those of the environment. The record is
+# benchmarks/results/DATE-gpu.txt and names the versions and the GPU. Commit it with a row in the index beside it.
+test-gpu:  ## in the active Python environment (CUDA build of torch): run the tests that need a GPU, write a record
+	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(GPU_PYTHON) -m benchmarks.gpu_tests $(GPU_PYTEST_FLAGS)
+
+# One tool a run: memcheck, racecheck or initcheck. The record is benchmarks/results/DATE-TOOL.txt.
 TOOL ?= memcheck
-sanitize:
+sanitize:  ## in the active Python environment: GPU tests of the kernels under compute-sanitizer (TOOL=racecheck, initcheck)
 	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
-	$(GPU_PYTHON) tests/gpu_sanitizers.py $(TOOL) $(GPU_PYTEST_FLAGS)
+	$(GPU_PYTHON) -m benchmarks.sanitizers $(TOOL) $(GPU_PYTEST_FLAGS)
 
-clean:
+# Needs a package index. Installs only uv, in an environment of its own.
+constraints:  ## write constraints.txt again, with the newest versions that pyproject.toml allows
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/python -m pip install --quiet $(UV)
+	(sed -n '/^# /p' constraints.txt; \
+	  echo "$(PINNED_TORCH)" | build/uv/bin/uv pip compile pyproject.toml - --extra test --extra bench --universal \
+	    --python-version 3.10 --no-annotate --no-header --quiet) > build/constraints.txt
+	mv build/constraints.txt constraints.txt
+
+install: $(STAMP)  ## make .venv with the versions of constraints.txt
+
+# Runs again only when the requirements change, and then in an empty environment: the freeze below must list only the
+# packages that torch installs.
+$(STAMP): setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP)
+	$(BIN)/python -m pip install $(TORCH) $(if $(filter-out $(PINNED_TORCH),$(TORCH)),,-c constraints.txt)
+	$(BIN)/python -m pip freeze --all | grep == > $(VENV)/with-torch.txt
+	awk '{ name = tolower($$0); sub(/[ =].*/, "", name); gsub(/[-_.]+/, "-", name) } \
+	  NR == FNR { known[name]; print } NR != FNR && !/^ *#/ && !(name in known)' \
+	  $(VENV)/with-torch.txt constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt --build-constraint constraints.txt -e ".[test,bench]"
+	touch $@
+
+clean:  ## remove .venv and everything built
 	rm -rf $(VENV) build dist $(DEMO) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,1 +1,1 @@
-"""Lowering to ExecuTorch, the .pte + .ptd artifact, and running it. Import what you need from the modules."""
+"""Lowering to ExecuTorch, the .pte + .ptd artifact, and runtimes for it. Import from the modules."""

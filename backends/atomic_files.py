@@ -1,7 +1,8 @@
-"""Files that are there whole or not at all: written under another name beside their own, then renamed.
+"""Atomic writes: a file is complete or absent, and several files change together or not at all.
 
-A process that is killed leaves such files behind. Each is locked by the process that writes it, so the next one that
-writes the same files removes those of which no lock is held, and no others.
+Each file is written under a temporary name in the same folder and then renamed. A process that is killed leaves its
+temporary files behind. The process that writes such a file holds a lock on it, so the next writer of the same files
+removes exactly the temporary files that nobody has locked.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+# The lock is flock on the temporary file itself, not the package `filelock`. `filelock` locks a file of its own: one
+# more file beside every output, which a killed process leaves behind; and some of its versions truncate the file that
+# they try to lock, which here is somebody's output.
 try:
     import fcntl
 except ModuleNotFoundError:  # Windows
@@ -22,46 +26,83 @@ except ModuleNotFoundError:  # Windows
 _NEW, _OLD = "new", "old"
 
 
-@contextlib.contextmanager
-def written_together(*paths: Path) -> Iterator[Mapping[Path, Path]]:
-    """Yields for each of `paths` the file to write instead; at the end all are renamed, or none after an error.
+def check_writable(what: str, path: Path, suffixes: Sequence[str] = ()) -> None:
+    """Check that a file can be written, before minutes of work. Its folder may be missing: it is created later.
 
-    Folders are made if they are not there. The renames are done in the given order and undone if one fails. What a
-    killed process left of the same files is removed first.
+    Args:
+        what: the option that gave `path`, for messages. suffixes: accepted endings; empty accepts any.
 
     Raises:
-        OSError: a file cannot be written; what was there before is left as it was.
+        ValueError: another ending, a folder, or no writable folder above `path`.
     """
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(paths)
-    tag = uuid.uuid4().hex
-    new = {path: _aside(path, tag, _NEW) for path in paths}
-    old = {path: _aside(path, tag, _OLD) for path in paths} if len(paths) > 1 else {}
-    with contextlib.ExitStack() as locks:
-        try:
-            for aside in new.values():
-                locks.enter_context(_created(aside))
-            yield new
-            for aside in new.values():
-                with open(aside, "rb") as file:
-                    os.fsync(file.fileno())
-            for path, kept in old.items():
-                if path.exists():
-                    os.link(path, kept)
-            _rename(new, old)
-        finally:
-            for aside in (*new.values(), *old.values()):
-                aside.unlink(missing_ok=True)
+    if suffixes and path.suffix not in suffixes:
+        example = f": give for example {path.with_suffix(suffixes[0])}" if path.name else ": give a file name"
+        raise ValueError(f"{what}={str(path)!r} must end in {' or '.join(suffixes)}{example}")
+    if path.is_dir():
+        raise ValueError(f"{what}={str(path)!r} is a folder: give a file name")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise ValueError(f"{what}={str(path)!r} cannot be written, {folder} is not a writable folder: choose another")
 
 
-def is_aside(path: Path) -> bool:
-    """True for the name of a file that `written_together` had not finished."""
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically; see `atomic_files` for errors."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """`atomic_files` for one file: yields the temporary path, which has the ending of `path`."""
+    with atomic_files(path) as temporary:
+        yield temporary[path]
+
+
+@contextlib.contextmanager
+def atomic_files(*paths: Path) -> Iterator[Mapping[Path, Path]]:
+    """Write several files together. At the end all of them are renamed into place; after an error none is changed.
+
+    Missing folders are created. Leftovers of killed writers of the same files are removed first. The renames happen in
+    the order of `paths` and are undone if one fails.
+
+    Yields:
+        path -> temporary path to write instead, an empty file in the same folder with the same ending.
+
+    Raises:
+        OSError: a file cannot be written; earlier files stay unchanged. An error without a file name, such as a full
+            disk, gets that of the last path.
+    """
+    with named(paths[-1]):
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(paths)
+        tag = uuid.uuid4().hex
+        new = {path: _temporary(path, tag, _NEW) for path in paths}
+        old = {path: _temporary(path, tag, _OLD) for path in paths} if len(paths) > 1 else {}
+        with contextlib.ExitStack() as locks:
+            try:
+                for temporary in new.values():
+                    locks.enter_context(_create_locked(temporary))
+                yield new
+                for temporary in new.values():
+                    with open(temporary, "rb") as file:
+                        os.fsync(file.fileno())
+                for path, kept in old.items():
+                    if path.exists():
+                        os.link(path, kept)
+                _rename(new, old)
+            finally:
+                for temporary in (*new.values(), *old.values()):
+                    temporary.unlink(missing_ok=True)
+
+
+def is_temporary(path: Path) -> bool:
+    """True if the name is that of a file that `atomic_files` has not finished."""
     return path.name.startswith(".") and path.stem.endswith(f".{_NEW}")
 
 
 def remove_leftovers(paths: Sequence[Path]) -> None:
-    """Removes what killed processes left of these files; what a living one is writing stays."""
+    """Remove temporary files that killed processes left of these files. Those of running processes stay."""
     left: dict[str, list[Path]] = {}
     for path in paths:
         name = re.compile(rf"\.{re.escape(path.stem)}\.([0-9a-f]{{32}})\.({_NEW}|{_OLD}){re.escape(path.suffix)}")
@@ -69,28 +110,39 @@ def remove_leftovers(paths: Sequence[Path]) -> None:
             if (match := name.fullmatch(entry.name)) and entry.is_file() and not entry.is_symlink():
                 left.setdefault(match[1], []).append(entry)
     for files in left.values():
-        # A living process holds the locks of what it has renamed as well.
+        # A running process also holds the locks of files that it has already renamed.
         if not any(map(_in_use, (*files, *paths))):
             for file in files:
                 file.unlink(missing_ok=True)
 
 
-def _aside(path: Path, tag: str, role: str) -> Path:
-    """A name beside `path`, with its ending: some writers go by that."""
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Context that gives system errors without a file name, such as those of a full disk, the name `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def _temporary(path: Path, tag: str, role: str) -> Path:
+    """A name in the folder of `path`, with its ending: some writers choose the format by it."""
     return path.with_name(f".{path.stem}.{tag}.{role}{path.suffix}")
 
 
-def _created(path: Path) -> IO[bytes]:
-    """The new file, open and locked until it is closed or the process ends, however it ends."""
+def _create_locked(path: Path) -> IO[bytes]:
+    """The new file, open and locked. The lock ends when the file is closed or the process ends in any way."""
     file = open(path, "xb")  # noqa: SIM115
     if fcntl is not None:
-        with contextlib.suppress(OSError):  # some network file systems: nothing is ever removed there
+        with contextlib.suppress(OSError):  # file systems without locks: leftovers are never removed there
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return file
 
 
 def _in_use(path: Path) -> bool:
-    """True if a process holds the lock of a file, or if that cannot be known."""
+    """True if a process holds the lock of a file, or if that is unknown."""
     if fcntl is None:
         return True
     try:
@@ -108,8 +160,8 @@ def _in_use(path: Path) -> bool:
 def _rename(new: Mapping[Path, Path], old: Mapping[Path, Path]) -> None:
     done: list[Path] = []
     try:
-        for path, aside in new.items():
-            os.replace(aside, path)
+        for path, temporary in new.items():
+            os.replace(temporary, path)
             done.append(path)
         for folder in {path.parent for path in new}:
             _sync_folder(folder)

@@ -1,4 +1,4 @@
-"""Errors of other packages as one line that names the file and what to do."""
+"""Turns errors of other packages into one line that names the file and the remedy."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _PACKAGE = "executorch_moe."
 
 
 def raised_here(error: BaseException, main: str = "") -> bool:
-    """True for an error that came up in this package's own code, or in native code that it called itself.
+    """True for an error raised in this package's own code, or in native code that it called directly.
 
     Args:
-        main: name of a module of this package that runs as a program.
+        main: `__name__` of a module of this package that runs as a program; empty for none.
     """
     last = _last_entry(error)
     module = str(last.tb_frame.f_globals.get("__name__", "")) if last is not None else ""
@@ -22,11 +22,11 @@ def raised_here(error: BaseException, main: str = "") -> bool:
 
 
 def said_here(error: BaseException) -> bool:
-    """True for an error of a `raise` statement in this package: its message is meant for the user."""
+    """True for an error of a `raise` statement in this package. Its message is written for the user."""
     last = _last_entry(error)
     if last is None or not raised_here(error):
         return False
-    # Native code has no frame of its own: the instruction tells a call of it from a raise.
+    # Native code has no frame: the last instruction tells a call of native code from a `raise` statement.
     return dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
 
 
@@ -38,7 +38,7 @@ def _last_entry(error: BaseException) -> TracebackType | None:
 
 
 def reason(error: BaseException) -> str:
-    """First line of an error's message, or the name of its class."""
+    """First line of an error's message, or the name of its class if the message is empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
@@ -49,9 +49,9 @@ def reason(error: BaseException) -> str:
 def said_in_one_line(
     what: str, remedy: str, raises: type[Exception] = RuntimeError, keep: tuple[type[Exception], ...] = (OSError,)
 ) -> Iterator[None]:
-    """Within it, whatever another package raises becomes `raises` with one line: `what` (reason): `remedy`.
+    """Context in which an error of another package becomes `raises` with one line: `what` (reason): `remedy`.
 
-    Errors of this package's own `raise` statements, and those of the types `keep`, pass unchanged.
+    Errors of this package's own `raise` statements and errors of the types `keep` pass unchanged.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Installed packages against the ranges in this package's own metadata (pyproject.toml), the one place for them."""
+"""Compares installed packages with the version ranges in this package's metadata (from pyproject.toml)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Pin:
 
     Attributes:
         name: of the package. wanted: name and range, as for `pip install`.
-        version: the installed one, None if there is none.
-        fits: the installed version is in the range.
-        optional: only the extra `hf` requires it.
+        version: the installed version, or None.
+        fits: True if the installed version is in the range.
+        optional: True if only the extra `hf` requires it.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Pin:
 
     @property
     def problem(self) -> str:
-        """What is wrong, and the remedy; empty if nothing is."""
+        """What is wrong and the remedy; empty if the version fits."""
         if self.fits:
             return ""
         if self.version is None:
@@ -67,18 +67,18 @@ def _pin(requirement: Requirement, optional: bool) -> Pin:
         version = metadata.version(requirement.name)
     except metadata.PackageNotFoundError:
         return Pin(requirement.name, wanted, None, False, optional)
-    # Builds of one's own and nightly ones are pre-releases.
+    # Local and nightly builds are pre-releases.
     fits = requirement.specifier.contains(version, prereleases=True)
     return Pin(requirement.name, wanted, version, fits, optional)
 
 
 def check_versions(*optional: str) -> None:
-    """Check every required package, and of the optional ones those that are named, before they are imported.
+    """Check every required package, and the named optional ones, before they are imported.
 
-    Where this package itself is not installed, there are no ranges to check.
+    Checks nothing where this package itself is not installed: then there are no ranges.
 
     Raises:
-        RuntimeError: packages that are missing or outside their range. The message names all of them, with remedies.
+        RuntimeError: packages are missing or outside their range. The message names all of them, with remedies.
     """
     try:
         wrong = [pin.problem for pin in pins() if not pin.fits and (not pin.optional or pin.name in optional)]

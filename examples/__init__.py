@@ -1,1 +1,1 @@
-"""Scripts to copy from: a runner, a minimal export, and a tiny trained model."""
+"""Scripts to copy: a minimal export, a runner, a tiny trained model, and measurements."""

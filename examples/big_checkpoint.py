@@ -1,9 +1,9 @@
-"""Writes a random checkpoint of Qwen3-30B-A3B's shapes with few layers, and prints what exporting it takes in memory.
+"""Measures the peak memory of exporting a random checkpoint with the shapes of Qwen3-30B-A3B and few layers.
 
-    python examples/big_checkpoint.py --layers 2,4
-    python examples/big_checkpoint.py --layers 2,4 --target sm_90
+    python examples/big_checkpoint.py --layers 2,4                     load and pack only
+    python examples/big_checkpoint.py --layers 2,4 --target sm_90      and lower
 
-Each layer takes 1.2 GB on disk. Files are made in a folder of their own below --folder and removed at the end.
+Each layer takes 1.2 GB on disk. Files are written to a temporary folder in --folder, which is removed at the end.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ EXPERTS_A_FILE = 32
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Sizes of a Qwen3-MoE model; the defaults are Qwen3-30B-A3B's but for the number of layers."""
+class ModelShape:
+    """Sizes of a Qwen3-MoE model, by default those of Qwen3-30B-A3B, except for the number of layers."""
 
     layers: int
     num_experts: int = 128
@@ -45,12 +45,12 @@ class Shape:
     vocab_size: int = 151936
 
     def layer_bytes(self) -> int:
-        """Experts of one layer in bf16."""
+        """Bytes of one layer's experts in bf16."""
         return 2 * 3 * self.num_experts * self.hidden_size * self.intermediate_size
 
 
-def write_checkpoint(shape: Shape, folder: Path) -> None:
-    """A model folder as on the Hub: one matrix an expert, in sharded safetensors with an index."""
+def write_checkpoint(shape: ModelShape, folder: Path) -> None:
+    """Writes a model folder as on the Hub: one matrix for each expert, in sharded safetensors with an index."""
     from safetensors.torch import save_file
     from transformers import Qwen3MoeConfig
 
@@ -81,8 +81,8 @@ def _values(size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     return torch.empty(size, dtype=torch.bfloat16).normal_(0, size[-1] ** -0.5, generator=generator)
 
 
-def _files(shape: Shape) -> list[dict[str, tuple[int, ...]]]:
-    """Tensor name -> size, file by file."""
+def _files(shape: ModelShape) -> list[dict[str, tuple[int, ...]]]:
+    """The files of the checkpoint, each as tensor name -> shape."""
     h, i = shape.hidden_size, shape.intermediate_size
     queries, keys = shape.heads * shape.head_dim, shape.key_value_heads * shape.head_dim
     files: list[dict[str, tuple[int, ...]]] = [{"model.embed_tokens.weight": (shape.vocab_size, h)}]
@@ -135,7 +135,7 @@ def measure_export(folder: Path, out: Path, options: dict[str, Any]) -> dict[str
 
 
 def in_own_process(what: str, folder: Path, out: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """The same by another Python, for memory that nothing else has touched."""
+    """Runs `measure_load` ("load") or `measure_export` ("export") in a fresh Python process."""
     request = json.dumps({"what": what, "folder": str(folder), "out": str(out), "options": options})
     command = [sys.executable, "-m", "executorch_moe.examples.big_checkpoint", "--child", request]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -144,7 +144,7 @@ def in_own_process(what: str, folder: Path, out: Path, options: dict[str, Any]) 
 
 
 def child(request: dict[str, Any]) -> None:
-    """What a process of `in_own_process` does."""
+    """Runs a measurement in a process that `in_own_process` started."""
     measure = {"load": measure_load, "export": measure_export}[request["what"]]
     print(json.dumps(measure(Path(request["folder"]), Path(request["out"]), request["options"])))
 
@@ -153,8 +153,8 @@ def gb(value: float) -> str:
     return f"{value / 1e9:.2f} GB"
 
 
-def report(shape: Shape, below: Path, options: dict[str, Any], export: bool) -> None:
-    """Write, measure, print, remove."""
+def report(shape: ModelShape, below: Path, options: dict[str, Any], export: bool) -> None:
+    """Writes a checkpoint, measures and prints, and removes it."""
     with tempfile.TemporaryDirectory(prefix="big_checkpoint_", dir=below) as name:
         folder, out = Path(name) / "model", Path(name) / "model.pte"
         write_checkpoint(shape, folder)
@@ -172,13 +172,13 @@ def report(shape: Shape, below: Path, options: dict[str, Any], export: bool) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Memory that an export of a big checkpoint takes.")
+    parser = argparse.ArgumentParser(description="Measures the peak memory of exporting a big checkpoint.")
     parser.add_argument("--layers", default="2,4", help="numbers of layers, separated by commas")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where files are made")
-    parser.add_argument("--vocab-size", type=int, default=Shape.vocab_size)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="for temporary files")
+    parser.add_argument("--vocab-size", type=int, default=ModelShape.vocab_size)
     parser.add_argument("--group-size", type=int, default=32)
     parser.add_argument("--scheme", default="w4a16")
-    parser.add_argument("--dtype", default="bf16", help="of everything but the experts")
+    parser.add_argument("--dtype", default="bf16", help="dtype of everything but the experts")
     parser.add_argument("--target", default="", help="also lower and write for this target: cpu, sm_90, ...")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -191,7 +191,7 @@ def main() -> None:
         "dtype": arguments.dtype,
     }
     for layers in (int(part) for part in arguments.layers.split(",")):
-        shape = Shape(layers, vocab_size=arguments.vocab_size)
+        shape = ModelShape(layers, vocab_size=arguments.vocab_size)
         print(json.dumps(asdict(shape)))
         report(shape, arguments.folder, options, export=bool(arguments.target))
 

@@ -1,9 +1,9 @@
-"""How a few tokens fill a GPU that is not here: what the compiler made of each GEMM, and how many waves its tiles take.
+"""Shows how well few tokens fill a GPU: registers and shared memory of each GEMM, and waves of its tiles.
 
     python examples/decode_waves.py [--gpu a100 --gpu rtx4090] [--shape qwen35]
 
-Needs no GPU: kernels are compiled for the named one, and the tile list of random routing is counted. A wave is as many
-programs as are resident at a time; a persistent grid is one wave, and its programs walk `waves` tiles each.
+It needs no GPU: it compiles the kernels for the named GPUs and counts the tiles of random routing. A wave is as many
+programs as the GPU runs at a time. A persistent grid is one wave, whose programs compute `waves` tiles each.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from typing import Annotated
 import torch
 import typer
 
-from executorch_moe.kernels.experts.plan import Launch, Options
+from executorch_moe.kernels.experts.plan import Options
 from executorch_moe.kernels.gpus import find_model
+from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.measure.compile import compile_launch, record_launches
 from executorch_moe.kernels.measure.timing import random_routing
 from executorch_moe.kernels.shapes import SHAPES
 
 
 def tiles_with_work(launch: Launch, ids: torch.Tensor) -> int:
-    """Tiles of a GEMM for this routing: row blocks of all experts, times blocks of weight rows, times parts of K."""
+    """Tiles of a GEMM for this routing: row blocks of all experts x blocks of weight rows x parts of K."""
     c = launch.constexprs
     counts = ids.flatten().bincount()
     row_blocks = int((-(-counts // c["BLOCK_M"])).sum())
@@ -29,15 +30,15 @@ def tiles_with_work(launch: Launch, ids: torch.Tensor) -> int:
 
 
 def main(
-    gpu: Annotated[list[str], typer.Option(help="Parts by name, as executorch-moe export --target takes them.")] = [  # noqa: B006
+    gpu: Annotated[list[str], typer.Option(help="GPU by name, as for executorch-moe export --target.")] = [  # noqa: B006
         "a100",
         "rtx4090",
     ],
     shape: Annotated[str, typer.Option(help=", ".join(SHAPES))] = "qwen35",
 ) -> None:
-    """Print one table."""
+    """Prints one table in Markdown."""
     layer = SHAPES[shape]
-    print(f"{shape}, W4A16, uniform routing, configurations as an export for the GPU takes them\n")
+    print(f"{shape}, W4A16, uniform routing, configurations of an export for the GPU\n")
     columns = (
         "GPU (SMs)",
         "tokens",
@@ -56,8 +57,7 @@ def main(
         model = find_model(name)
         for tokens in (1, 2, 4, 8, 16, 32):
             ids, _ = random_routing(tokens, layer, "uniform", "cpu", torch.Generator().manual_seed(0))
-            sizes = (tokens, layer.experts, layer.top_k, layer.hidden, layer.intermediate, layer.group_size)
-            for launch in record_launches(model.gpu, "w4a16", *sizes, Options()):
+            for launch in record_launches(model.gpu, "w4a16", tokens, layer, Options()):
                 if "GEMM" not in launch.constexprs:
                     continue
                 report = compile_launch(launch, model.capability)

@@ -1,9 +1,9 @@
-"""What int8 activations cost: relative L2 error of one expert layer by where they are used and how many share a scale.
+"""Prints the error of int8 activations in one expert layer, by GEMM and by how many activations share a scale.
 
     python examples/numerics.py            (CPU, about ten seconds)
 
-Prints the table of docs/numerics.md. Weights are 4-bit in all rows and the oracle has the same weights, so that what
-shows is the activations' rounding alone.
+This is the table of docs/numerics.md. The oracle has the same 4-bit weights as all rows, so that the relative L2 error
+is that of the activations alone.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ TOKENS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, GROUP = 33, 8, 8, 2048, 512, 128
 
 
 def rounded(x: Tensor, act_group: int) -> Tensor:
-    """fp32 values after int8 quantization in groups of `act_group`, or after rounding to bf16 for 0."""
+    """Rounds to int8 in groups of `act_group` activations, or to bf16 if it is 0; returns fp32."""
     return quantize_activations(x, act_group) if act_group else x.bfloat16().float()
 
 
 def layer(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, groups: tuple[int, int]) -> Tensor:
-    """The layer with its two GEMM inputs rounded; everything else fp32, the result bf16. bf16 [T, H]."""
+    """An expert layer in fp32 with rounded inputs of both GEMMs: x fp32 [T, H] -> bf16 [T, H]."""
     out = torch.zeros_like(x)
     for expert in range(gate_up.shape[0]):
         token, slot = (ids == expert).nonzero(as_tuple=True)

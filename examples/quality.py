@@ -1,10 +1,10 @@
-"""What rounding the experts to 4 bits costs: perplexity of the tiny trained model by scheme, algorithm and group size.
+"""Prints the perplexity of the tiny model with 4-bit experts, by scheme, algorithm and group size.
 
     python examples/quality.py [--windows N]      (CPU, about 15 minutes)
 
-Prints the table of docs/quality.md. Each model is run twice, in PyTorch and as an exported program in ExecuTorch, and
-the two must agree. The text is not in the model's training text: documentation strings of Python's standard library,
-where the model has read the language reference (`pydoc_data.topics`). One token is one byte.
+This is the table of docs/quality.md. Each model runs in PyTorch and as an exported program in ExecuTorch, and the two
+must agree. The model was trained on Python's language reference (`pydoc_data.topics`). The text for the perplexity is
+held out: docstrings of Python's standard library. One token is one byte.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from executorch_moe.backends.artifact.files import save
 from executorch_moe.backends.fusion.modules import find_experts
 from executorch_moe.backends.lower import lower
 from executorch_moe.backends.runtime.loader import load
-from executorch_moe.export.models.pretrained import load_model, resolve
+from executorch_moe.export.checkpoint.whole import load_model
+from executorch_moe.export.models.pretrained import resolve
 from executorch_moe.export.quantize.experts import quantize_experts_
 from executorch_moe.export.quiet import quiet
 from executorch_moe.kernels import ALGORITHMS, FusedExperts, Int4Codes, pack_codes, unpack_experts
@@ -48,14 +49,14 @@ WINDOWS = 256
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the experts are rounded; scheme bf16 has no algorithm and no groups."""
+    """How to round the experts; scheme bf16 ignores algorithm and group size."""
 
     scheme: str
     algorithm: str = "minmax"
     group_size: int = 0
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Quantize the experts in place, with groups no longer than a row."""
+        """Quantizes the experts in place; a group is at most a row."""
         widths = [min(p.shape[-1] for p in module.parameters()) for _, module in find_experts(model)]
         if self.group_size <= min(widths):
             return quantize_experts_(model, self.scheme, self.group_size, self.algorithm)
@@ -65,8 +66,11 @@ class Recipe:
         return model
 
     def _whole_rows(self, experts: nn.Module) -> FusedExperts:
-        """Rows shorter than a group are one group. The operator has one group size, so longer groups are split there:
-        their parts have one scale, and the values stay."""
+        """Rounds rows that are shorter than a group as one group.
+
+        The operator has one group size for both GEMMs. Longer groups are split: their parts share a scale, so that the
+        values stay the same.
+        """
         kind = get_scheme(self.scheme)
 
         def rounded(weight: Tensor, gemm: int) -> Int4Codes:
@@ -96,14 +100,14 @@ class Logits(nn.Module):
 
 
 def held_out() -> bytes:
-    """Documentation strings of the modules and their public members, each once, without what the model has read."""
+    """Docstrings of the modules and their public members, each paragraph once, without those of the training text."""
     seen = "\n".join(topics.topics.values())
     found: dict[str, None] = {}
     for name in MODULES:
         module = importlib.import_module(name)
         members = [module, *(getattr(module, member) for member in sorted(getattr(module, "__all__", ())))]
         for member in members:
-            # Of instances and constants, the documentation is their type's.
+            # The docstring of an instance or constant is that of its type.
             if inspect.ismodule(member) or inspect.isclass(member) or inspect.isroutine(member):
                 for paragraph in (inspect.getdoc(member) or "").split("\n\n"):
                     if paragraph.strip() and paragraph.strip() not in seen:
@@ -120,19 +124,19 @@ def windows(count: int) -> Tensor:
 
 @torch.no_grad()
 def perplexity(logits: Callable[[Tensor], Tensor], data: Tensor) -> float:
-    """exp of the mean loss a token over windows [N, T + 1], each on its own."""
+    """exp of the mean loss per token over windows [N, T + 1]; each window starts without context."""
     losses = [nn.functional.cross_entropy(logits(window[None, :-1])[0].float(), window[1:]).double() for window in data]
     return math.exp(float(torch.stack(losses).mean()))
 
 
 def quantized(recipe: Recipe) -> nn.Module:
-    """The tiny model in fp32, as the CPU target has it, with quantized experts."""
+    """The tiny model in fp32, the dtype of the CPU target, with quantized experts."""
     return Logits(recipe.apply(load_model(resolve("tiny"), torch.float32)))
 
 
 @torch.no_grad()
 def weight_error(model: nn.Module) -> float:
-    """Relative L2 error of all expert weights."""
+    """Relative L2 error of all expert weights together."""
     original = dict(find_experts(Logits(load_model(resolve("tiny"), torch.float32))))
     change = size = 0.0
     for name, experts in original.items():
@@ -145,14 +149,14 @@ def weight_error(model: nn.Module) -> float:
 
 @torch.no_grad()
 def exported(model: nn.Module, folder: Path, tokens: int) -> Callable[[Tensor], Tensor]:
-    """The model as a program in ExecuTorch's CPU runtime, for inputs [1, tokens]."""
+    """Exports a model for inputs [1, tokens] and loads it in ExecuTorch's CPU runtime."""
     program = torch.export.export(model, (torch.zeros(1, tokens, dtype=torch.int64),), strict=False)
     loaded = load(save(lower({"forward": program}, "cpu"), folder / "model.pte").pte)
     return lambda ids: loaded.run("forward", ids)[0]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Perplexity of the tiny model by rounding of its experts.")
+    parser = argparse.ArgumentParser(description="Prints the perplexity of the tiny model with 4-bit experts.")
     parser.add_argument("--windows", type=int, default=WINDOWS, help=f"windows of {WINDOW} bytes; default {WINDOWS}")
     quiet()
     data = windows(parser.parse_args().windows)

@@ -1,10 +1,10 @@
-"""What ExecuTorch's autotuned kernels choose on the GPU of this machine, as `export --kernel-configs` takes it.
+"""Records which configurations ExecuTorch's autotuned kernels choose on this GPU, for `export --kernel-configs`.
 
     python examples/upstream_configs.py configs.json       (on a GPU, about half a minute)
 
-For Qwen3-30B-A3B's shape: one token and a prompt of 1642 through `triton::fused_moe` and its batched form, and a prompt
-through `triton::sdpa`. Each kernel times the configurations that it lists when it first runs; what it keeps is read
-from its own cache. Needs ExecuTorch's wheel and a CUDA build of torch.
+It uses the shapes of Qwen3-30B-A3B: one token and a prompt of 1642 tokens through `triton::fused_moe` and its batched
+form, and a prompt through `triton::sdpa`. Each kernel times its configurations when it first runs, and the script reads
+the fastest from the kernel's cache. It needs ExecuTorch's wheel and a CUDA build of torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from executorch_moe.export.files import check_writable, write_aside
+from executorch_moe.backends.atomic_files import check_writable, write_text
 
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, GROUP = 128, 8, 2048, 768, 128
 HEADS, KV_HEADS, HEAD_DIM, CONTEXT = 32, 4, 128, 2304
@@ -30,12 +30,12 @@ MODULES = ("fused_moe", "sdpa")
 
 
 def load(name: str) -> ModuleType:
-    """A module of ExecuTorch's Triton kernels; importing it registers its operators."""
+    """Imports a module of ExecuTorch's Triton kernels, which registers its operators."""
     return importlib.import_module(f"executorch.backends.cuda.triton.kernels.{name}")
 
 
 def chosen(module: ModuleType) -> dict[str, dict[str, int]]:
-    """Kernel -> the configuration that it used last, of those of a module that have run."""
+    """Kernel -> the configuration that it chose last, for kernels of a module that have run."""
     from triton.runtime.autotuner import Autotuner
 
     found = {}
@@ -48,14 +48,14 @@ def chosen(module: ModuleType) -> dict[str, dict[str, int]]:
 
 
 def packed(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Random experts in ExecuTorch's layout: two codes a byte, one scale for each group of a row."""
+    """Random weights of experts in ExecuTorch's layout: two codes a byte, one scale for each group of a row."""
     codes = torch.randint(-128, 128, (EXPERTS, rows, columns // 2), dtype=torch.int8, device="cuda")
     scale = torch.rand(EXPERTS, rows, columns // GROUP, device="cuda") * columns**-0.5 / 4.6
     return codes, scale.bfloat16()
 
 
 def run_experts(operator: Any, tokens: int) -> None:
-    """One call of an expert operator."""
+    """Calls an expert operator once."""
     x = torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
     ids = torch.rand(tokens, EXPERTS, device="cuda").topk(TOP_K).indices
     weights = torch.rand(tokens, TOP_K, device="cuda")
@@ -64,7 +64,7 @@ def run_experts(operator: Any, tokens: int) -> None:
 
 
 def run_attention() -> None:
-    """One call of attention over a cache, with the mask of a prompt."""
+    """Calls attention over a cache once, with the mask of a prompt."""
     shape = (1, KV_HEADS, CONTEXT, HEAD_DIM)
     key, value = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     query = torch.randn(1, HEADS, PROMPT, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
@@ -81,18 +81,18 @@ STEPS: dict[str, Callable[[], None]] = {
 
 
 def main(path: Path) -> None:
-    """Runs the kernels and writes what they chose."""
+    """Runs the kernels and writes their choices."""
     console = Console()
     check_writable("out", path)
     if not torch.cuda.is_available():
-        sys.exit(f"torch {torch.__version__} sees no GPU: run this on the GPU that the export is for")
+        sys.exit(f"torch {torch.__version__} finds no GPU: run this on the GPU that the export is for")
     modules = [load(name) for name in MODULES]
     for name, step in STEPS.items():
         with console.status(f"timing the kernels of {name}"):
             step()
             torch.cuda.synchronize()
     found = {name: config for module in modules for name, config in chosen(module).items()}
-    write_aside(path, json.dumps(found, indent=2) + "\n")
+    write_text(path, json.dumps(found, indent=2) + "\n")
     console.print(f"wrote {path}")
 
 

@@ -12,7 +12,7 @@ Quantize the experts of a Hugging Face model, lower it with one partitioner, sav
     program = torch.export.export(model, (torch.zeros(1, 16, dtype=torch.int64),))
     edge = to_edge_transform_and_lower(program, partitioner=[moe.MoECudaPartitioner()])
     moe.save(edge.to_executorch(ExecutorchBackendConfig(external_constants=True)), "model.pte")
-    logits = moe.load("model.pte").run("forward", [torch.zeros(1, 16, dtype=torch.int64)])
+    logits = moe.load("model.pte").run("forward", torch.zeros(1, 16, dtype=torch.int64))
 
 `export_model(ExportOptions(...))` does all of this for a language model with a KV cache, as the command
 `executorch-moe export` does. docs/api.md describes every name; what is not listed there may change.

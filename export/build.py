@@ -12,19 +12,19 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from executorch_moe.backends.cuda.placeholders import MakeWeights
+from executorch_moe.backends.artifact.ptd import MakeWeights
 from executorch_moe.backends.fusion import FusedLayer, FusionReport
 from executorch_moe.backends.fusion.modules import find_experts
 from executorch_moe.export.checkpoint.streaming import StreamedModel
+from executorch_moe.export.checkpoint.whole import load_model
 from executorch_moe.export.models import attention, synthetic
 from executorch_moe.export.models.causal_lm import BY_OUTPUT, CausalLM, export_methods
-from executorch_moe.export.models.decoder_layer import streamline_layers_
+from executorch_moe.export.models.decoder_layer import replace_decoder_layers_
 from executorch_moe.export.models.pretrained import (
     TINY,
     WITH_LATENTS,
     WITH_SINKS,
     check_supported,
-    load_model,
     require_transformers,
     resolve,
 )
@@ -182,7 +182,7 @@ def streamline_(module: nn.Module) -> nn.Module:
 
     Models of other families are not changed.
     """
-    return streamline_layers_(replace_routers_(attention.merge_attention_(module)))
+    return replace_decoder_layers_(replace_routers_(attention.merge_attention_(module)))
 
 
 def build_synthetic(options: ExportOptions, device: synthetic.Device | None = None) -> nn.Module:

@@ -23,13 +23,15 @@ from torch.export import ExportedProgram
 from executorch_moe.backends.cuda.missing_operators import MissingOperator, missing_operators
 from executorch_moe.backends.fusion import ExpertFuser, ExpertLayout
 from executorch_moe.backends.fusion.modules import find_experts
-from executorch_moe.export.checkpoint.plan import empty_model, set_weight
-from executorch_moe.export.checkpoint.streaming import ExpertLayer, StreamedModel
+from executorch_moe.export.checkpoint.plan import meta_model, set_weight
+from executorch_moe.export.checkpoint.streaming import LayerPlan, StreamedModel
+from executorch_moe.export.checkpoint.whole import check_loadable
+from executorch_moe.export.host_memory import size
 from executorch_moe.export.models.causal_lm import CausalLM, export_methods
-from executorch_moe.export.models.pretrained import check_loadable, check_supported, tokenizer_json
+from executorch_moe.export.models.pretrained import check_supported, tokenizer_json
 from executorch_moe.export.models.synthetic import is_synthetic
-from executorch_moe.export.models.upstream_experts import UpstreamMoE, empty_weights
-from executorch_moe.export.report.summary import size, stored_bytes
+from executorch_moe.export.models.upstream_experts import UpstreamMoE, placeholder_weights
+from executorch_moe.export.quantize.dense_torchao import stored_bytes
 from executorch_moe.kernels import PackedExperts
 from executorch_moe.kernels.packing.experts import unpack_experts
 from executorch_moe.kernels.packing.fragments import deinterleave_gate_up
@@ -139,7 +141,7 @@ def check_checkpoint(result: CheckResult, streamed: StreamedModel) -> None:
         result.add("experts", True, found)
 
 
-def _kind(layer: ExpertLayer) -> tuple[str, int, int, int, int, str]:
+def _kind(layer: LayerPlan) -> tuple[str, int, int, int, int, str]:
     """What distinguishes kinds of expert layers."""
     sizes = layer.num_experts, layer.top_k, layer.hidden_size, layer.intermediate_size
     return layer.family, *sizes, layer.layout.activation
@@ -188,16 +190,16 @@ def load_prepared(streamed: StreamedModel, options: ExportOptions) -> None:
     """
     experts = options.experts
     if options.target.is_cpu:
-        streamed.load_empty()
+        streamed.load_placeholders()
         prepare_(streamed.model, options)  # torchao's tensors are not made on the meta device
     else:
-        streamed.load_empty(lambda model: prepare_(model, options))
+        streamed.load_placeholders(lambda model: prepare_(model, options))
     if experts.implementation != "upstream":
         return
     for layer in streamed.layers:
         check_upstream(layer.family)
         sizes = layer.num_experts, layer.hidden_size, layer.intermediate_size
-        weights = empty_weights(*sizes, experts.group_size)
+        weights = placeholder_weights(*sizes, experts.group_size)
         parent, _, attribute = layer.name.rpartition(".")
         module = UpstreamMoE(weights, layer.top_k, experts.scheme, experts.group_size)
         setattr(streamed.model.get_submodule(parent), attribute, module)
@@ -268,7 +270,7 @@ def probe_models(options: ExportOptions, folder: Path) -> tuple[nn.Module, nn.Mo
     layers = _layers_for_all_kinds(streamed)
     later = tuple(f"{_layers_name(streamed.model)}.{i}" for i in range(layers, _num_layers(streamed.model)))
     streamed.load(skip=later)
-    reference = empty_model(folder, torch.float32, attention)
+    reference = meta_model(folder, torch.float32, attention)
     names = reference.state_dict().keys()
     for name, tensor in streamed.model.state_dict(keep_vars=True).items():
         if name in names and not tensor.is_meta:

@@ -43,3 +43,12 @@ def total_memory() -> int:
         return min(total, int(_LIMIT.read_text()))  # limit of a container
     except (OSError, ValueError):
         return total
+
+
+def size(num_bytes: float) -> str:
+    """A readable size: 1.9 MB."""
+    for unit in ("B", "kB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.2f} GB" if num_bytes < 1000 else f"{num_bytes / 1000:,.1f} TB"

@@ -11,16 +11,14 @@ from typing import Any
 
 import torch
 
+from executorch_moe.backends.atomic_files import check_writable
 from executorch_moe.backends.cuda.cross.kernel_configs import Config, read_configs
 from executorch_moe.backends.fusion import FusionOptions
 from executorch_moe.export.models import synthetic
-from executorch_moe.export.models.causal_lm import BY_OUTPUT, check_context
+from executorch_moe.export.models.causal_lm import BY_OUTPUT, check_cache, check_context
 from executorch_moe.export.models.upstream_experts import PREFILL
 from executorch_moe.export.quantize.dense import KINDS
-from executorch_moe.export.report.sizes import check_cache
 from executorch_moe.kernels.gpus import find_models, target_names
-
-from .files import check_writable
 
 TARGETS = ("cuda", "cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -284,7 +282,7 @@ class ExportOptions:
         """Positions in the KV cache, checked against a transformers configuration.
 
         Raises:
-            ValueError, NotImplementedError: see `causal_lm.check_context` and `sizes.check_cache`.
+            ValueError, NotImplementedError: see `causal_lm.check_context` and `causal_lm.check_cache`.
         """
         size = self.context.max_context
         if size is None:

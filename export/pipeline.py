@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from torch import nn
 
+from executorch_moe.backends.atomic_files import named
 from executorch_moe.backends.cuda.cross.kernel_configs import given_configs
 from executorch_moe.backends.cuda.cross.report import CrossCompileReport
 from executorch_moe.backends.cuda.generated_kernels import AccessReport
@@ -22,7 +23,6 @@ from executorch_moe.export.report.metadata import constant_methods, record_path,
 from executorch_moe.export.report.summary import ExportSummary, bytes_beside_experts
 
 from .build import check_folder, forced_schedule, load_packed, needs_whole_model, prepare_, stream, trace_methods
-from .files import named, write_aside
 from .options import ExportOptions
 from .progress import Steps
 
@@ -90,7 +90,7 @@ def _export(options: ExportOptions, steps: Steps, held: ExitStack) -> ExportSumm
         accesses=accesses,
         reads_written=any("one_token_attention" in str(node.target) for node in programs["decode"].graph.nodes),
     )
-    write_aside(record_path(out), summary.record())
+    write_text(record_path(out), summary.record())
     return summary
 
 

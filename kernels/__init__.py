@@ -1,4 +1,17 @@
-"""Fused Mixture-of-Experts operators: packing, Triton kernels, fp32 reference. Importing registers the operator."""
+"""Fused Mixture-of-Experts operators. Importing this package registers `torch.ops.executorch_moe.fused_experts`.
+
+    op, arguments, validate, module   the operator, its arguments and their checks, and `FusedExperts`, its module
+    schemes, shapes, gpus             what the kernels know of number formats, layers of published models, and GPUs
+    packing/                          4-bit rounding and the packed layout of the weights
+    experts/                          Triton kernels of `fused_experts` and their launches, and its ATen form
+    decode/                           operators for decoding one token: attention, router, linear (`one_token_*`)
+    tuning/                           tile configurations: tables by GPU and layer, and heuristics
+    measure/                          timing, compiling for GPUs that are not present, writing the tables
+    reference                         an expert layer in plain fp32, which tests compare with
+
+Imports inside the package go one way: schemes, shapes, gpus and arguments <- packing <- tuning <- experts and decode <-
+op, module and validate <- measure.
+"""
 
 # transformers looks for the Hub's package `kernels` while it traces a model. With the repository's root on sys.path it
 # finds this folder; under that name nothing is imported, or the operator would be registered twice.

@@ -1,10 +1,10 @@
-"""Device functions shared by the tensor-core and the few-token kernels: tile order, weight decoding, activation.
+"""Device functions that several kernels share: tile order, waiting for launches, weight decoding, activation.
 
-Inductor re-emits these by bare global name when it embeds a kernel, so kernels import them one by one, never through
-the module and never under another name.
+Inductor copies them into its output under their global names, so kernels must import each by name: neither through the
+module nor with `as`.
 
-PTX is a constexpr: the compute capability that inline PTX is for, as in sm_90, or 0 under Triton's interpreter, which
-runs neither inline PTX nor bf16 dots. Both forms give the same bits.
+PTX is a constexpr: the compute capability for inline PTX, 90 for sm_90, or 0 under Triton's interpreter, which supports
+neither inline PTX nor bf16 dots. Both forms give the same bits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton.language as tl
 
 @triton.jit
 def grouped_tile(tile, num_row_blocks, num_n_blocks, GROUP_SIZE_M: tl.constexpr):
-    """Tile index -> (row block, n block): groups of GROUP_SIZE_M row blocks, column-major inside a group."""
+    """Tile index -> (row block, n block): groups of GROUP_SIZE_M row blocks, column-major within a group."""
     group_tiles = GROUP_SIZE_M * num_n_blocks
     first = (tile // group_tiles) * GROUP_SIZE_M
     rows = tl.minimum(num_row_blocks - first, GROUP_SIZE_M)
@@ -25,17 +25,18 @@ def grouped_tile(tile, num_row_blocks, num_n_blocks, GROUP_SIZE_M: tl.constexpr)
 
 @triton.jit
 def launches_before(NEXT_MAY_START: tl.constexpr, PTX: tl.constexpr):
-    """Wait for the launches before this one.
+    """Wait for the previous launches.
 
-    A launch may start while the one before it still runs (programmatic dependent launch, from sm_90 on); elsewhere it
-    has nothing to wait for. What stands before this call may write nothing, and read only weights and what was written
-    before the launch before this one waited.
+    From sm_90 on, a launch may start while the previous one still runs (programmatic dependent launch); before sm_90
+    there is nothing to wait for. Code before this call must not write. It may read weights, and data that was written
+    before the previous launch ended its own wait.
 
-    NEXT_MAY_START lets the launch behind this one start when all programs of this one have come here. That pays if they
-    are few: the programs of the next launch lie where there is room for them now, and not where there will be.
+    NEXT_MAY_START lets the next launch start when all programs of this one have reached this call. It pays off for few
+    programs: those of the next launch are placed where there is room now, not where there will be.
 
-    Returns 0, a multiple of 16, to be added to the addresses of all that must be read or written after the wait. The
-    compiler keeps the order by this, for a call with side effects would make torch take every tensor for written to.
+    Returns 0, a multiple of 16. Add it to all addresses that are read or written after the wait: only this dependency
+    keeps the compiler from moving the accesses. With a call that has side effects instead, torch would take every
+    tensor for written.
     """
     if PTX >= 90:
         if NEXT_MAY_START:
@@ -58,7 +59,7 @@ def launches_before(NEXT_MAY_START: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def to_bf16(x, PTX: tl.constexpr):
-    """fp32 -> bf16, round to nearest even. The interpreter's own conversion truncates."""
+    """fp32 -> bf16, round to nearest even. The conversion of Triton's interpreter truncates."""
     if PTX:
         return x.to(tl.bfloat16)
     else:
@@ -71,13 +72,13 @@ def to_bf16(x, PTX: tl.constexpr):
 def decode_bf16(half, s0, s1, s2, s3, z0, z1, z2, z3, HAS_ZERO: tl.constexpr, PTX: tl.constexpr):
     """Halfwords of four signed nibbles -> four bf16 tensors nibble * scale (+ zero), lowest nibble first.
 
-    bf16 128 + n has the bits 0x4300 | n for n in [0, 128). A two's complement nibble with its top bit flipped is q + 8,
-    so 0x4308 ^ nibble is the bf16 136 + q: one lop3 decodes two values, and subtracting 136 is exact. The one rounding
-    is that of q * scale (+ zero) to bf16.
+    The bits of bf16 128 + n are 0x4300 | n for n in [0, 128). A two's complement nibble with its top bit flipped is
+    q + 8, so 0x4308 ^ nibble is bf16 136 + q: one lop3 decodes two values, and subtracting 136 is exact. The only
+    rounding is that of q * scale (+ zero) to bf16.
 
     Args:
         half: int16 [BLOCK_N, 32].
-        s0..s3, z0..z3: bf16, shaped like `half`: scale and zero of nibble 0..3. Zeros are ignored without HAS_ZERO.
+        s0..s3, z0..z3: bf16, shaped like `half`: scales and zeros of nibbles 0..3. Zeros are used with HAS_ZERO only.
     """
     if not PTX:
         q0 = (((half & 15) ^ 8) - 8).to(tl.float32)
@@ -159,7 +160,7 @@ def decode_bf16(half, s0, s1, s2, s3, z0, z1, z2, z3, HAS_ZERO: tl.constexpr, PT
 
 @triton.jit
 def decode_codes(half, PTX: tl.constexpr):
-    """Halfwords of four signed nibbles -> four bf16 tensors of the codes themselves, lowest nibble first. Exact.
+    """Halfwords of four signed nibbles -> four bf16 tensors of the codes, lowest nibble first. Exact.
 
     Args:
         half: int16 [BLOCK_N, 32].
@@ -202,8 +203,8 @@ def decode_codes(half, PTX: tl.constexpr):
 def decode_int8(byte, m_low, m_high, PTX: tl.constexpr):
     """Bytes of two signed nibbles -> two int8 tensors nibble * multiplier, low nibble first. Exact.
 
-    All four bytes of a word are multiplied at once: nibble ^ 8 is q + 8, and (q + 8) * m + 128 - 8m = q * m + 128 stays
-    within a byte for m up to 16. Flipping its top bit takes the 128 away.
+    All four bytes of a word are multiplied at once: nibble ^ 8 is q + 8, and (q + 8) * m + 128 - 8m = q * m + 128 fits
+    a byte for m up to 16. Flipping its top bit subtracts the 128.
 
     Args:
         byte: int8 [BLOCK_N, 64].
@@ -241,8 +242,8 @@ def decode_int8(byte, m_low, m_high, PTX: tl.constexpr):
 def load_pairs(ptr, group, n_block, N: tl.constexpr, BLOCK_N: tl.constexpr):
     """Scales (or zeros) of one group for the rows of a tile, two in each word: int32 [BLOCK_N // 2].
 
-    Word 8b + j holds rows 16b + j (low half) and 16b + j + 8: those that one thread has in an accumulator. A word a
-    load instead of a halfword also lets the value stay in its register until the next iteration uses it.
+    Word 8b + j holds rows 16b + j (low half) and 16b + j + 8, which one thread has in its accumulator. Values that are
+    loaded as words, not halfwords, can also stay in their registers until the next iteration uses them.
     ptr: bf16 [K/GROUP, N] of one expert.
     """
     words = ptr.to(tl.pointer_type(tl.int32), bitcast=True) + group * (N // 2) + n_block * (BLOCK_N // 2)
@@ -270,7 +271,7 @@ def load_groups(ptr, kb, n_block, N: tl.constexpr, GROUP: tl.constexpr, BLOCK_N:
 
 @triton.jit
 def rows_of_pairs(words, BLOCK_N: tl.constexpr):
-    """int32 [BLOCK_N // 2] of `load_pairs` -> fp32 [BLOCK_N] in row order. The upper half of an fp32 is its bf16."""
+    """int32 [BLOCK_N // 2] of `load_pairs` -> fp32 [BLOCK_N] in row order. A bf16 is the upper half of an fp32."""
     low = (words << 16).to(tl.float32, bitcast=True)
     high = (words & -65536).to(tl.float32, bitcast=True)
     return tl.join(low, high).reshape(BLOCK_N // 16, 8, 2).permute(0, 2, 1).reshape(BLOCK_N)
@@ -286,7 +287,7 @@ def bf16_rows_of_pairs(words, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def gated_activation(gate, up, ACTIVATION: tl.constexpr):
-    """fp32 act(gate, up); ACTIVATION as in schemes.ACTIVATIONS. 0: silu. 1: swiglu_oai."""
+    """fp32 act(gate, up). ACTIVATION is a value of `schemes.ACTIVATIONS`: 0 is silu, 1 is swiglu_oai."""
     if ACTIVATION == 0:
         return gate / (1.0 + tl.exp(-gate)) * up
     else:

@@ -1,4 +1,4 @@
-"""The operator's arguments under their names, once for all that take them: checks, ATen forms and Triton kernels."""
+"""The arguments of `fused_experts`, spelled out once: for its signature, its checks, its ATen forms and its kernels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class ExpertMatrix(NamedTuple):
-    """The packed weights of one GEMM with what belongs to them; fields of `packing.PackedExperts`."""
+    """The packed weights of one GEMM; shapes as for the fields of `packing.PackedExperts`."""
 
     weight: Tensor
     scale: Tensor | None
@@ -17,14 +17,14 @@ class ExpertMatrix(NamedTuple):
     bias: Tensor | None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> ExpertMatrix:
-        """The same function applied to all tensors that are there."""
+        """Applies the same function to all tensors that are not None."""
         return ExpertMatrix(
             function(self.weight), *(None if tensor is None else function(tensor) for tensor in self[1:])
         )
 
 
 class ExpertArguments(NamedTuple):
-    """Arguments of `op.fused_experts`, in its order; shapes and dtypes stand there."""
+    """Arguments of `op.fused_experts`, in its order; its docstring gives shapes and dtypes."""
 
     hidden_states: Tensor
     topk_ids: Tensor
@@ -46,3 +46,7 @@ class ExpertArguments(NamedTuple):
         if gemm == 1:
             return ExpertMatrix(self.w13, self.w13_scale, self.w13_zero, self.w13_bias)
         return ExpertMatrix(self.w2, self.w2_scale, self.w2_zero, self.w2_bias)
+
+
+TENSORS = ExpertArguments._fields[3:11]
+"""Names of the tensors of a packed layer, w13 to w2_bias, in the operator's argument order."""

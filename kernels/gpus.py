@@ -1,4 +1,4 @@
-"""NVIDIA GPUs as data: what the choice of a configuration, and an export for a GPU that is not here, need to know."""
+"""Data of NVIDIA GPUs, for the choice of tile configurations and for exports to GPUs that are not present."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from dataclasses import dataclass, replace
 import torch
 
 MAX_DYNAMIC_SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-"""Largest shared memory of one block by compute capability, bytes. Source: CUDA C++ Programming Guide, "Technical
-Specifications per Compute Capability" (per-block opt-in limit)."""
+"""Largest shared memory of one block in bytes, by compute capability (opt-in limit).
+
+Source: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+"""
 
 MAX_THREADS_PER_SM = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
-"""Resident threads of a multiprocessor by compute capability; source as above. Registers are 65536 in all of them."""
+"""Resident threads of a multiprocessor by compute capability; same source. All of these have 65536 registers."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What the choice of a configuration needs to know of a GPU.
+    """Properties of a GPU that decide tile configurations.
 
     Attributes:
         capability: compute capability times ten, as in sm_90.
@@ -35,11 +37,11 @@ class Gpu:
 
 @dataclass(frozen=True)
 class GpuModel:
-    """One part on sale; memory and L2 in bytes, as the data sheets have them.
+    """A GPU product, with the values of its data sheet.
 
     Attributes:
-        name: as `--target` takes it. product: as the driver names it. capability: 90 for sm_90.
-        num_sms: multiprocessors that are enabled. l2: level-2 cache. memory: of the board.
+        name: for `--target`. product: the driver's name for it. capability: 90 for sm_90.
+        num_sms: enabled multiprocessors. l2: level-2 cache, bytes. memory: of the board, bytes.
     """
 
     name: str
@@ -51,7 +53,7 @@ class GpuModel:
 
     @property
     def arch(self) -> str:
-        """sm_90 and the like."""
+        """Architecture, as in "sm_90"."""
         return f"sm_{self.capability}"
 
     @property
@@ -64,7 +66,7 @@ class GpuModel:
 
     @property
     def gpu(self) -> Gpu:
-        """The part as kernels see it."""
+        """The properties that decide tile configurations."""
         return Gpu(self.capability, self.num_sms, self.max_shared)
 
 
@@ -90,33 +92,33 @@ MODELS = {
 }
 
 USUAL = {80: "a100", 86: "a10", 89: "rtx4090", 90: "h200", 100: "b200", 120: "rtx5090"}
-"""The part that stands for an architecture where none is named: capability -> name."""
+"""The product that represents an architecture in `--target sm_90`: capability -> name."""
 
 
 def target_names() -> tuple[str, ...]:
-    """All names that `find_model` knows: architectures, then parts."""
+    """All names that `find_model` accepts: architectures, then products."""
     return (*(f"sm_{capability}" for capability in USUAL), *MODELS)
 
 
 def find_model(target: str) -> GpuModel:
-    """The part that a target names: "sm_90" (the usual part of it) or "h200".
+    """The product for a target: "h200", or "sm_90" for the product in `USUAL`.
 
     Raises:
-        ValueError: no such target is known.
+        ValueError: unknown target.
     """
     if target in MODELS:
         return MODELS[target]
     if (found := re.fullmatch(r"sm_(\d+)", target)) and int(found[1]) in USUAL:
-        # What stands for an architecture keeps the architecture's name.
+        # It keeps the name that was asked for.
         return replace(MODELS[USUAL[int(found[1])]], name=target)
     raise ValueError(f"target {target!r} is not a known GPU: use one of {', '.join(target_names())}")
 
 
 def find_models(targets: str) -> tuple[GpuModel, ...]:
-    """The parts that "sm_80,sm_90" names, in that order.
+    """The products for comma-separated targets, as in "sm_80,sm_90", in that order.
 
     Raises:
-        ValueError: no such target is known, or two of one architecture: code for one is not told from the other's.
+        ValueError: unknown target, or two targets of one architecture, whose code an artifact could not tell apart.
     """
     models = tuple(find_model(target.strip()) for target in targets.split(","))
     for index, model in enumerate(models):
@@ -124,7 +126,7 @@ def find_models(targets: str) -> tuple[GpuModel, ...]:
             if model.capability == other.capability:
                 names = f"{other.name!r} and {model.name!r}"
                 raise ValueError(
-                    f"targets {names} are both {model.arch}, and an artifact holds code for an architecture once: "
+                    f"targets {names} are both {model.arch}, and an artifact holds code for an architecture only once: "
                     "name one of them, or export two files"
                 )
     return models
@@ -135,7 +137,7 @@ _TARGET: ContextVar[Gpu | None] = ContextVar("executorch_moe_target_gpu", defaul
 
 @contextlib.contextmanager
 def compile_for(gpu: Gpu) -> Iterator[None]:
-    """Within it, kernels that are compiled take their configuration for `gpu`, whatever GPU is here."""
+    """Context in which kernels are configured for `gpu` instead of the GPU of this machine."""
     token = _TARGET.set(gpu)
     try:
         yield
@@ -144,9 +146,9 @@ def compile_for(gpu: Gpu) -> Iterator[None]:
 
 
 def gpu_of(device_index: int | None) -> Gpu:
-    """The GPU that kernels are compiled for: the one of `compile_for`, else the CUDA device of this index.
+    """The GPU to configure kernels for: that of `compile_for`, else the CUDA device with this index.
 
-    None is torch's current device, as in `torch.device("cuda")`.
+    Index None is torch's current device, as in `torch.device("cuda")`.
     """
     if (target := _TARGET.get()) is not None:
         return target
@@ -155,6 +157,6 @@ def gpu_of(device_index: int | None) -> Gpu:
 
 @functools.cache
 def _device(index: int) -> Gpu:
-    """Properties of a CUDA device, asked for once and kept."""
+    """Properties of a CUDA device, cached."""
     p = torch.cuda.get_device_properties(index)
     return Gpu(p.major * 10 + p.minor, p.multi_processor_count, p.shared_memory_per_block_optin)

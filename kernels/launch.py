@@ -1,4 +1,4 @@
-"""One kernel launch as data: to run it, to record it while tracing, or to compile it for a GPU that is not here."""
+"""One kernel launch as data: to run it, to record it while tracing, or to compile it for a GPU that is not present."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from triton.runtime.jit import JITFunction
 
 @dataclass
 class Launch:
-    """One kernel launch: everything needed to run it, or to compile it for a GPU that is not here."""
+    """One kernel launch.
+
+    Attributes:
+        kernel: function decorated with `triton.jit`. grid: number of programs in up to three dimensions.
+        args: tensors and sizes by parameter name. constexprs: constants by parameter name; PTX is one of them.
+        num_warps: of a program.
+    """
 
     kernel: Any
     grid: tuple[Any, ...]
@@ -25,7 +31,7 @@ class Launch:
     num_warps: int = 4
 
     def run(self) -> None:
-        """Run it, or record it if an operator is being traced."""
+        """Run the kernel, or record the launch if an operator is being traced."""
         kernel = wrap_triton(self.kernel) if isinstance(self.kernel, JITFunction) else self.kernel
         if kernel is self.kernel:
             self.run_now()
@@ -33,20 +39,20 @@ class Launch:
             kernel[self.grid](**self.args, **self.constexprs, num_warps=self.num_warps)
 
     def run_now(self) -> None:
-        """Run it on the device that holds its tensors, whether or not torch would trace it."""
+        """Run the kernel on the device of its tensors, even while torch traces."""
         with on_device(self.args.values()):
             self.kernel[self.grid](**self.args, **self.constexprs, **self.options)
 
     @property
     def options(self) -> dict[str, Any]:
-        """Triton's options. From sm_90 on the launch overlaps with the one before it; see `launches_before`."""
+        """Triton's launch options. From sm_90 on, the launch overlaps with the previous one; see `launches_before`."""
         return {"num_warps": self.num_warps, **({"launch_pdl": True} if self.constexprs["PTX"] >= 90 else {})}
 
 
 def on_device(arguments: Iterable[Any]) -> AbstractContextManager[Any]:
-    """Makes the CUDA device of the arguments' tensors the current one.
+    """Context in which the CUDA device of the first CUDA tensor of `arguments` is current.
 
-    Triton takes the device and its stream from torch's current device, whatever device the tensors are on.
+    Triton launches on torch's current device and stream, whatever device the tensors are on.
     """
     for argument in arguments:
         if isinstance(argument, Tensor) and argument.device.type == "cuda":

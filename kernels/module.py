@@ -1,28 +1,33 @@
-"""`FusedExperts`: the operator as a module, a drop-in for the experts modules of Hugging Face models."""
+"""`FusedExperts`: the operator as a module, a drop-in replacement for experts modules of Hugging Face models."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from executorch_moe.kernels.packing.experts import TENSORS, PackedExperts
+from executorch_moe.kernels.packing.experts import PackedExperts
 
+from .arguments import TENSORS
 from .op import fused_experts
 from .schemes import get_activation
 
 
 class FusedExperts(nn.Module):
-    """Experts of one MoE layer on packed weights; routers and shared experts stay with the model.
+    """Experts of one MoE layer on packed weights, without router and shared experts.
 
-    Buffers are named as in `PackedExperts`. fp32 hidden states are rounded to bf16 for the experts and the result is
-    returned in fp32, so a model may keep its dense layers in fp32.
+    Buffers have the names of the fields of `PackedExperts`. fp32 hidden states are rounded to bf16, and the result is
+    converted back to fp32, so a model can keep its dense layers in fp32.
     """
 
     def __init__(self, packed: PackedExperts, activation: str = "silu") -> None:
-        """Takes the packed tensors over.
+        """Registers the packed tensors as buffers, without copying them.
+
+        Args:
+            packed: weights of the layer.
+            activation: "silu" or "swiglu_oai", see `schemes.ACTIVATIONS`.
 
         Raises:
-            ValueError: an activation that the kernels do not have.
+            ValueError: unknown activation.
         """
         get_activation(activation)
         super().__init__()
@@ -46,7 +51,7 @@ class FusedExperts(nn.Module):
         )
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        # model.to(float32) must not turn packed weights, scales and biases into other dtypes: move, never convert.
+        # model.to(float32) must not convert packed weights, scales and biases: buffers move, but keep their dtypes.
         for name, buffer in self._buffers.items():
             if buffer is not None:
                 moved = fn(buffer)
@@ -65,13 +70,13 @@ class FusedExperts(nn.Module):
             [T, H] in the dtype of `hidden_states`.
 
         Raises:
-            ValueError: shapes, dtypes or devices that the operator does not accept.
+            ValueError: a width other than H, or shapes, dtypes or devices that the operator does not accept.
         """
         if hidden_states.dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(
                 f"hidden_states has dtype {hidden_states.dtype}, expected bfloat16 or float32: convert the model"
             )
-        # Padded weights take narrower rows too: that these are not the model's, only the module can tell.
+        # The operator sees padded weights only, and would accept other widths with the same padding.
         if hidden_states.dim() == 2 and hidden_states.shape[1] != self.hidden_size:
             raise ValueError(
                 f"hidden_states has {hidden_states.shape[1]} columns, but these experts are packed for hidden size "

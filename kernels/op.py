@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import triton_op
 
 from executorch_moe.kernels.experts.aten import fused_experts_aten, fused_experts_cpu
 from executorch_moe.kernels.experts.plan import Options, run_fused_experts
 
 from .arguments import ExpertArguments
-from .inference_only import inference_only
+from .inference_only import inference_operator
 from .validate import check_fused_experts
 
 _DEFAULT = Options()
@@ -24,7 +23,7 @@ _OPTIONS: ContextVar[Options] = ContextVar("executorch_moe_options", default=_DE
 
 @contextlib.contextmanager
 def forced(options: Options) -> Iterator[None]:
-    """Within it, the operator is run and compiled with these choices: for measuring one against the other."""
+    """Context in which the operator runs and compiles with these options, to compare them in measurements."""
     token = _OPTIONS.set(options)
     try:
         yield
@@ -32,30 +31,18 @@ def forced(options: Options) -> Iterator[None]:
         _OPTIONS.reset(token)
 
 
-@triton_op("executorch_moe::fused_experts", mutates_args={})
-def fused_experts(
-    hidden_states: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    w13: Tensor,
-    w2: Tensor,
-    w13_scale: Tensor | None,
-    w2_scale: Tensor | None,
-    w13_zero: Tensor | None,
-    w2_zero: Tensor | None,
-    w13_bias: Tensor | None,
-    w2_bias: Tensor | None,
-    scheme: str,
-    activation: str,
-    group_size: int,
-) -> Tensor:
+@inference_operator("fused_experts", ExpertArguments)
+def fused_experts(*args: Any, **kwargs: Any) -> Tensor:
     """Experts of one MoE layer: sum over top_k of weight * act(x @ gate.T, x @ up.T) @ down.T.
+
+    Takes the fields of `ExpertArguments`, in its order or by keyword. All of them must be given.
 
     Args:
         hidden_states: bf16 [T, H]; T may be 0.
         topk_ids: int32 or int64 [T, top_k]; an id outside [0, E) is dropped.
         topk_weights: fp32, bf16 or fp16 [T, top_k].
-        w13, w2, w13_scale, w2_scale, w13_zero, w2_zero, w13_bias, w2_bias: fields of `packing.PackedExperts`.
+        w13, w2, w13_scale, w2_scale, w13_zero, w2_zero, w13_bias, w2_bias: fields of `packing.PackedExperts`; scales,
+            zeros and biases may be None.
         scheme: "bf16", "w4a16" or "w4a8".
         activation: "silu": silu(gate) * up, or "swiglu_oai": see `schemes.ACTIVATIONS`.
         group_size: weights that share a scale; 0 for scheme bf16.
@@ -67,13 +54,10 @@ def fused_experts(
         ValueError: see `validate.check_fused_experts`.
         NotImplementedError: zero points with a scheme that takes none; backward.
     """
-    arguments = ExpertArguments(
-        hidden_states, topk_ids, topk_weights, w13, w2, w13_scale, w2_scale,
-        w13_zero, w2_zero, w13_bias, w2_bias, scheme, activation, group_size,
-    )  # fmt: skip
+    arguments = ExpertArguments(*args, **kwargs)
     check_fused_experts(arguments)
-    if hidden_states.device.type == "cpu":
-        # Only tracing for the CPU comes here (torch.compile, AOT dispatch): it opens the operator to look inside.
+    if arguments.hidden_states.device.type == "cpu":
+        # Calls on the CPU go to the CPU kernel below. Only tracing for the CPU (torch.compile, AOT dispatch) gets here.
         return fused_experts_aten(arguments)
     return run_fused_experts(arguments, options=_OPTIONS.get())
 
@@ -90,6 +74,3 @@ def _(*args: Any) -> Tensor:
     arguments = ExpertArguments(*args)
     check_fused_experts(arguments)
     return fused_experts_cpu(arguments)
-
-
-inference_only(fused_experts)

@@ -1,4 +1,4 @@
-"""The oracle: an expert layer in plain fp32 on dequantized weights. Shares no code with the kernels."""
+"""The reference for tests: an expert layer in plain fp32 on dequantized weights. Shares no code with the kernels."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ def reference_experts(
 
     Returns:
         fp32 [T, H].
+
+    Raises:
+        NotImplementedError: an activation that the reference does not have.
     """
     if activation not in ("silu", "swiglu_oai"):
         raise NotImplementedError(f"activation={activation!r} has no reference")

@@ -1,31 +1,33 @@
-"""What a quantization scheme and an activation are, stated once for packing, operator and kernels."""
+"""Quantization schemes and activations: the one definition for packing, operator and kernels."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 K_BLOCK = 128
-"""Elements of K in one packed block; packed weights are padded to a multiple of it in N and in K."""
+"""Elements of K in one packed block; packed weights are padded to a multiple of it in N and K."""
 
 GATE_UP_GRANULE = 8
-"""Gate and up rows alternate in runs of this many rows, so that one thread of an MMA accumulator holds both."""
+"""Gate and up rows alternate in runs of this many rows, so that one thread holds both in its MMA accumulator."""
 
 LAYOUT_VERSION = 3
-"""Version of the packed layout described in `packing.py`. Raise it when the bytes change."""
+"""Version of the packed layout, which packing/fragments.py describes. Increment it when the bytes change."""
 
 GROUP_SIZES = (32, 64, 128)
-"""Weight group sizes below or at one K block; above it, any multiple of K_BLOCK is accepted."""
+"""Weight group sizes up to one K block. Larger ones must be multiples of K_BLOCK."""
 
 
 @dataclass(frozen=True)
 class Scheme:
     """Number formats of one expert layer.
 
-    `act_group` is the number of consecutive activations that share one int8 scale (a row's last group may be shorter),
-    0 for bf16 activations.
-    It is given for GEMM1's input (hidden states) and GEMM2's input (the activated intermediate) apart: the latter is
-    a product of two projections with heavy tails, and int8 there costs more accuracy than the whole rest of the
-    layer (see docs/numerics.md), so `w4a8` keeps it in bf16.
+    Attributes:
+        name: key in `SCHEMES`. weight_bits: 4 or 16.
+        gemm1_act_group: number of consecutive hidden states, the input of GEMM1, that share one int8 scale; the last
+            group of a row may be shorter. 0 for bf16 activations.
+        gemm2_act_group: the same for the activated intermediate, the input of GEMM2. It is a product of two projections
+            with heavy tails, and int8 there costs more accuracy than the rest of the layer (docs/numerics.md), so
+            `w4a8` keeps it in bf16.
     """
 
     name: str
@@ -40,7 +42,7 @@ class Scheme:
 
     @property
     def takes_zeros(self) -> bool:
-        """True if weights may have zero points; an int8 MMA multiplies bare codes."""
+        """True if weights may have zero points. int8 MMAs multiply codes and support none."""
         return self.packed and not (self.gemm1_act_group or self.gemm2_act_group)
 
     def act_group(self, gemm: int) -> int:
@@ -48,10 +50,10 @@ class Scheme:
         return self.gemm1_act_group if gemm == 1 else self.gemm2_act_group
 
     def row_scaled(self, gemm: int) -> bool:
-        """True if the scales of GEMM `gemm`'s weights are small multiples of one scale a row.
+        """True if the weight scales of GEMM `gemm` (1 or 2) are small multiples of one scale a row.
 
-        Codes times multiples are int8, so that nothing is scaled inside the sum over K (QServe calls it progressive
-        group quantization).
+        Codes times multiples fit int8, so that the sum over K needs no scaling. Source: QServe, "progressive group
+        quantization".
         """
         return self.packed and self.act_group(gemm) > 0
 
@@ -63,21 +65,23 @@ SCHEMES: dict[str, Scheme] = {
 }
 
 MAX_MULTIPLE = 16
-"""Largest multiple of a row's scale: 16 * -8 is the least int8."""
+"""Largest multiple of a row's scale: 16 * -8 is the smallest int8."""
 
 
 def max_scale_ratio(k_pad: int) -> int:
-    """By how much the scales of one token's activation groups may differ at most.
+    """Largest allowed ratio between the scales of one token's activation groups.
 
-    An int32 sum over K passes from one group's units to the next one's, and must not overflow in any of them.
+    The int32 sum over K is converted from the unit of each group to that of the next, and must not overflow in any.
+
+    Args:
+        k_pad: padded K.
     """
     largest_sum = k_pad * 127 * (8 * MAX_MULTIPLE)
     return max(1, 1 << (((2**31 - 1) // largest_sum).bit_length() - 1))
 
 
 ACTIVATIONS: dict[str, int] = {"silu": 0, "swiglu_oai": 1}
-"""Gated activations by name -> the constexpr that the epilogue switches on. All of them give 0 for gate = up = 0, which
-is what padding holds.
+"""Gated activations: name -> constexpr of the kernels. All of them give 0 for gate = up = 0, the values of padding.
 silu: silu(gate) * up.
 swiglu_oai: (up + 1) * gate * sigmoid(1.702 * gate), with gate at most 7 and up within [-7, 7] (GPT-OSS)."""
 
@@ -86,7 +90,7 @@ SWIGLU_OAI_LIMIT = 7.0
 
 
 def get_scheme(name: str) -> Scheme:
-    """Look a scheme up by name.
+    """Look up a scheme by name.
 
     Raises:
         ValueError: the name is unknown.
@@ -112,10 +116,10 @@ def get_activation(name: str) -> int:
 
 
 def check_any_group_size(group_size: int) -> None:
-    """Check a weight group size before it is known what it must divide.
+    """Check a weight group size before the sizes that it must divide are known.
 
     Raises:
-        ValueError: it is no int, or not one of GROUP_SIZES nor a multiple of K_BLOCK.
+        ValueError: it is not an int, or neither one of GROUP_SIZES nor a multiple of K_BLOCK.
     """
     if type(group_size) is not int:
         raise ValueError(
@@ -133,13 +137,30 @@ def check_group_size(group_size: int, k: int, what: str) -> None:
     """Check that a weight group size is supported and divides K.
 
     Raises:
-        ValueError: it is not one of GROUP_SIZES nor a multiple of K_BLOCK, or it does not divide `k`.
+        ValueError: it is neither one of GROUP_SIZES nor a multiple of K_BLOCK, or does not divide `k`.
     """
+    _check_divides(group_size, {what: k})
+
+
+def check_layer_group_size(group_size: int, hidden_size: int, intermediate_size: int) -> None:
+    """Check that a weight group size is supported and divides both sizes of a layer.
+
+    Raises:
+        ValueError: it is neither one of GROUP_SIZES nor a multiple of K_BLOCK, or does not divide both sizes. The
+            message names a group size that does.
+    """
+    _check_divides(group_size, {"hidden size H": hidden_size, "intermediate size I": intermediate_size})
+
+
+def _check_divides(group_size: int, sizes: dict[str, int]) -> None:
     check_any_group_size(group_size)
-    if k % group_size:
-        fits = [g for g in GROUP_SIZES if k % g == 0]
-        remedy = f"requantize with group_size={fits[-1]}" if fits else f"pad {what} to a multiple of {GROUP_SIZES[0]}"
-        raise ValueError(f"{what}={k} must be a multiple of group_size={group_size}: {remedy}")
+    for what, k in sizes.items():
+        if k % group_size:
+            least = GROUP_SIZES[0]
+            fits = [g for g in GROUP_SIZES if not any(size % g for size in sizes.values())]
+            odd = " and ".join(name for name, size in sizes.items() if size % least)
+            remedy = f"group_size={fits[-1]}" if fits else f"group_size={least}, and pad {odd} to a multiple of it"
+            raise ValueError(f"{what}={k} must be a multiple of group_size={group_size}: requantize with {remedy}")
 
 
 def round_up(value: int, multiple: int) -> int:

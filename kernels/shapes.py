@@ -14,7 +14,7 @@ class LayerShape:
     Attributes:
         experts: E. top_k: experts of a token.
         hidden: H. intermediate: I.
-        group_size: weights along K that share one scale; 0 for bf16 weights where a configuration is chosen.
+        group_size: number of weights along K that share one scale. The keys of tuning tables have 0 for bf16 weights.
     """
 
     experts: int
@@ -25,16 +25,16 @@ class LayerShape:
 
     @property
     def label(self) -> str:
-        """Name in `SHAPES`, else the sizes joined by "x": 60x4x2048x1408x128."""
+        """Name in `SHAPES`, else the five sizes joined by "x", as in 60x4x2048x1408x128."""
         sizes = (self.experts, self.top_k, self.hidden, self.intermediate, self.group_size)
         return next((name for name, shape in SHAPES.items() if shape == self), "x".join(map(str, sizes)))
 
     def padded(self) -> LayerShape:
-        """The same layer as it is packed: H and I padded to multiples of 128."""
+        """The layer with H and I padded to multiples of 128, as in packed weights."""
         return replace(self, hidden=round_up(self.hidden, K_BLOCK), intermediate=round_up(self.intermediate, K_BLOCK))
 
     def rows_and_k(self, gemm: int) -> tuple[int, int]:
-        """N and K of GEMM `gemm`, 1 (gate and up) or 2 (down)."""
+        """N (weight rows) and K of GEMM `gemm`, 1 (gate and up) or 2 (down)."""
         return (2 * self.intermediate, self.hidden) if gemm == 1 else (self.hidden, self.intermediate)
 
 
@@ -46,4 +46,4 @@ SHAPES = {
     "olmoe": LayerShape(64, 8, 2048, 1024),
     "deepseek-v3": LayerShape(256, 8, 7168, 2048),
 }
-"""Expert layers of published models (E, top_k, H, I, group size), from their configurations on Hugging Face."""
+"""Expert layers of published models. Source: their configurations on Hugging Face."""

@@ -1,4 +1,4 @@
-"""The one check of `fused_experts` arguments, shared by the operator, its fake and its CPU kernel."""
+"""The check of the arguments of `fused_experts`, shared by the operator, its fake and its CPU kernel."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from torch import Tensor
 
 from executorch_moe.kernels.tuning.choose import MAX_PAIRS
 
-from .arguments import ExpertArguments
-from .schemes import K_BLOCK, check_group_size, get_activation, get_scheme, round_up
+from .arguments import TENSORS, ExpertArguments
+from .schemes import K_BLOCK, check_layer_group_size, get_activation, get_scheme, round_up
 
 ID_DTYPES = (torch.int32, torch.int64)
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,7 +39,7 @@ def _same_tokens(hidden_states: Tensor, topk_ids: Tensor) -> None:
 
 
 def check_fused_experts(arguments: ExpertArguments) -> None:
-    """Check every argument of the operator; shapes and dtypes as in `op.fused_experts`.
+    """Check every argument of the operator against the docstring of `op.fused_experts`.
 
     Raises:
         ValueError: a dtype, rank, shape, device or value that the operator does not accept.
@@ -66,7 +66,7 @@ def check_fused_experts(arguments: ExpertArguments) -> None:
     if topk_weights.dim() != topk_ids.dim() or topk_weights.shape[1] != topk_ids.shape[1]:
         raise ValueError(
             f"topk_weights {list(topk_weights.shape)} and topk_ids {list(topk_ids.shape)} "
-            "must have the same shape [T, top_k]"
+            "must have the same shape [T, top_k]: pass one weight for each id"
         )
     _same_tokens(topk_weights, topk_ids)
 
@@ -85,7 +85,9 @@ def check_fused_experts(arguments: ExpertArguments) -> None:
         )
     e = w13.shape[0]
     if h == 0 or e == 0:
-        raise ValueError(f"hidden size {h} and number of experts {e} must be at least 1")
+        raise ValueError(
+            f"hidden size H={h} and number of experts E={e} must be at least 1: pass tensors that are not empty"
+        )
     if not 1 <= top_k <= e:
         raise ValueError(
             f"top_k={top_k} must be between 1 and the number of experts E={e}: check topk_ids and the router"
@@ -98,8 +100,8 @@ def check_fused_experts(arguments: ExpertArguments) -> None:
         i_pad = w2.shape[1] * K_BLOCK
         _shape("w13", w13, (e, h_pad // K_BLOCK, 2 * i_pad, K_BLOCK // 2), repack)
         _shape("w2", w2, (e, i_pad // K_BLOCK, h_pad, K_BLOCK // 2), repack)
-        check_group_size(group_size, h, "hidden size H")
-        check_group_size(group_size, i_pad if group_size > K_BLOCK else K_BLOCK, "intermediate size I")
+        # Of I, only the padded size is known, which any group size up to K_BLOCK divides.
+        check_layer_group_size(group_size, h, i_pad if group_size > K_BLOCK else K_BLOCK)
         if arguments.w13_scale is None or arguments.w2_scale is None:
             raise ValueError(f"scheme={scheme} needs w13_scale and w2_scale: {repack}")
     else:
@@ -110,7 +112,7 @@ def check_fused_experts(arguments: ExpertArguments) -> None:
         _shape("w2", w2, (e, h_pad, i_pad), repack)
         for name in ("w13_scale", "w2_scale", "w13_zero", "w2_zero"):
             if getattr(arguments, name) is not None:
-                raise ValueError(f"{name} was given, but scheme=bf16 has no scales or zero points: leave it out")
+                raise ValueError(f"{name} was given, but scheme=bf16 has no scales or zero points: pass None")
 
     if 2 * i_pad * h_pad >= 2**31:
         raise ValueError(
@@ -133,13 +135,14 @@ def check_fused_experts(arguments: ExpertArguments) -> None:
             _dtype(f"{weight}_bias", matrix.bias, (torch.float32,))
             _shape(f"{weight}_bias", matrix.bias, (e, n_pad), repack)
     if (arguments.w13_zero is None) != (arguments.w2_zero is None):
-        raise ValueError("w13_zero and w2_zero must be given together: pass zeros for the symmetric one")
+        raise ValueError("w13_zero and w2_zero must be given together: pass zeros for the one without zero points")
     if arguments.w13_zero is not None and not kind.takes_zeros:
         raise NotImplementedError(
             f"scheme={scheme} multiplies in int8 and takes no zero points: use w4a16, or requantize symmetrically"
         )
 
-    for name, t in zip(arguments._fields[3:11], arguments[3:11], strict=True):
+    for name in TENSORS:
+        t = getattr(arguments, name)
         if t is not None and not t.is_contiguous():
             raise ValueError(
                 f"{name} must be contiguous, strides are {list(t.stride())}: call .contiguous() once after loading"

@@ -1,4 +1,4 @@
-"""Shared by all tests: seeds, a bound on threads, and a reason when a GPU test is skipped."""
+"""Shared by all tests: order of files, seeds, a limit on threads, and the reason why a GPU test is skipped."""
 
 from __future__ import annotations
 
@@ -12,20 +12,36 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-# With the repository's root on sys.path (`python -m pytest`), transformers' look for the Hub's package `kernels` would
-# find and import our folder of that name, and so register the operator a second time over the one in use.
+# transformers looks for the Hub's package `kernels`. With the repository's root on sys.path (`python -m pytest`) it
+# would import our folder of that name, which registers the operator a second time.
 sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 
-# Before torch starts its pools: the suite runs several processes side by side.
+# Set before torch starts its thread pools: the suite runs several processes at once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Nothing is ever downloaded by a test.
+# No test downloads anything.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SLOW_FILES = (
+    "test_cross_export.py",  # exports in processes of their own, for one to three architectures
+    "test_families.py",  # seven families in eight modes: about 55 s of one core for each family
+    "test_compile.py",  # every tile for six architectures: about 10 s for each of them and scheme
+    "test_check.py",  # traces both methods twice for each set of options
+    "test_export_families.py",  # six exports by the command line
+    "test_tokens.py",  # exports in each scheme, and eager models beside them
+    "test_generated_kernels.py",
+    "test_overlapped_launches.py",
+    "test_cpu_target.py",  # about 10 s for each scheme and type
+    "test_quality.py",
+    "test_scripts.py",
+)
+"""The slow parts of `make test`, slowest first: it runs them in this order, so that no process idles at the end."""
+_ORDER = {name: position for position, name in enumerate(SLOW_FILES)}
 
 
 @functools.cache
 def why_no_gpu() -> str:
-    """Empty if GPU tests can run here, else the reason why not."""
+    """Reason why GPU tests cannot run here; empty if they can."""
     import torch
 
     if not torch.backends.cuda.is_built():
@@ -35,27 +51,29 @@ def why_no_gpu() -> str:
     return ""
 
 
-# First: pytest-xdist's hook, which reads the groups, is registered after this file and would otherwise run before it.
-# With pytest 9.2, xdist 3.8 does not group at all: nothing may depend on it but the time that a run takes.
+# tryfirst: pytest-xdist's hook reads the groups, and is registered after this file, so it would run earlier. xdist 3.8
+# adds the group to the test's id in a way that pytest 9.2 ignores, so only the time of a run may depend on groups.
+# `make test` gives each file to one process (--dist loadfile), in the order of `SLOW_FILES`.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # Asked for by name, they run and say what is wrong.
+    # With `-m interpreter` they run anyway, and fail with the reason.
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" or "interpreter" in config.option.markexpr
     for item in items:
         if item.get_closest_marker("interpreter") and not interpreted:
             item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1, with which Triton must be imported"))
         if {"exported", "crossed"} & set(getattr(item, "fixturenames", ())):
-            # An export is shared by the tests of one file and scheme: under --dist loadgroup one process runs them.
+            # Tests of one file and scheme share an export: under --dist loadgroup one process runs them.
             params = getattr(getattr(item, "callspec", None), "params", {})
             scheme = params.get("exported") or params.get("crossed") or params.get("scheme", "")
             item.add_marker(pytest.mark.xdist_group(f"{item.path.name}-{scheme}"))
         if item.get_closest_marker("gpu") and why_no_gpu():
             item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {why_no_gpu()}"))
+    items.sort(key=lambda item: _ORDER.get(item.path.name, len(_ORDER)))  # stable: keeps the order inside a file
 
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    """Same numbers for each test, whatever ran before it."""
+    """Gives each test the same random numbers, independent of the tests before it."""
     import numpy
     import torch
 
@@ -68,10 +86,10 @@ def seed() -> None:
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
     """made_once(name, make) -> a folder that make(folder) has filled, once for all tests and processes of a run.
 
-    What could not be made is not tried again by every test that wants it.
+    If `make` fails, later calls for this name fail at once with its error.
     """
     base = tmp_path_factory.getbasetemp()
-    # With several processes, each has a base folder of its own below a common one.
+    # Each process of pytest-xdist has its own base folder below a common one.
     common = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "made_once"
     common.mkdir(exist_ok=True)
 
@@ -79,7 +97,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callab
         folder, done, failed = common / name, common / f"{name}.done", common / f"{name}.failed"
         with FileLock(common / f"{name}.lock"):
             if failed.is_file():
-                pytest.fail(f"{name} could not be made, another test says why: {failed.read_text()}", pytrace=False)
+                pytest.fail(f"{name} could not be made in an earlier test: {failed.read_text()}", pytrace=False)
             if not done.is_file():
                 folder.mkdir()
                 try:

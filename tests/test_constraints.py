@@ -1,4 +1,4 @@
-"""constraints.txt and the Makefile against the requirements in pyproject.toml."""
+"""constraints.txt, the Makefile and .pre-commit-config.yaml agree with the requirements in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from executorch_moe.backends import versions
+
+from .conftest import SLOW_FILES
 
 ROOT = Path(__file__).resolve().parents[1]
 LINES = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
@@ -39,12 +41,12 @@ def test_every_requirement_has_one_version_in_its_range(python: str) -> None:
     for pin in versions.pins():
         wanted = Requirement(pin.wanted)
         assert wanted.specifier.contains(found[canonicalize_name(wanted.name)]), (wanted, python)
-    for name in ("pytest", "ruff", "mypy", "hypothesis", "matplotlib", "setuptools"):
+    for name in ("pytest", "ruff", "mypy", "codespell", "hypothesis", "matplotlib", "setuptools"):
         assert name in found
 
 
 def test_both_ends_of_the_range_of_transformers_are_run() -> None:
-    """The newest is pinned, the Makefile names the oldest."""
+    """constraints.txt pins the newest version, the Makefile names the oldest."""
     (pin,) = (pin for pin in versions.pins() if pin.name == "transformers")
     bounds = {str(bound.operator): bound.version for bound in Requirement(pin.wanted).specifier}
     makefile = (ROOT / "Makefile").read_text()
@@ -54,3 +56,33 @@ def test_both_ends_of_the_range_of_transformers_are_run() -> None:
     assert pinned("3.11")["transformers"].startswith(f"{major}.{minor - 1}.")
     torch = re.search(r"^PINNED_TORCH := torch==(\S+)$", makefile, re.M)
     assert torch is not None and torch[1] == pinned("3.11")["torch"]
+
+
+def test_pre_commit_runs_what_make_lint_runs() -> None:
+    """Both call the tools in .venv, so that their versions are those of constraints.txt."""
+    makefile = (ROOT / "Makefile").read_text()
+    recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", makefile, re.M)
+    assert recipe is not None and re.search(r"^lint:.* mypy ", makefile, re.M)
+    lines = (line.strip().replace("$(BIN)", ".venv/bin") for line in recipe[1].splitlines())
+    linted = {line.removesuffix(" .").removesuffix(" --check") for line in lines}
+    config = (ROOT / ".pre-commit-config.yaml").read_text()
+    hooks = re.findall(r"^ *entry: (.*)$", config, re.M)
+    assert {hook.removesuffix(" --force-exclude") for hook in hooks} - {"make --no-print-directory mypy"} == linted
+    assert "make --no-print-directory mypy" in hooks and config.count("language: system") == len(hooks)
+
+
+@pytest.mark.parametrize(
+    ("marker", "folder"), [("interpreter", "kernels"), ("compiler", "kernels"), ("transformers", "export")]
+)
+def test_markers_are_in_the_folder_that_make_test_names(marker: str, folder: str) -> None:
+    """The runs for these markers collect only the folders named in the Makefile."""
+    runs = [line for line in (ROOT / "Makefile").read_text().splitlines() if "$(PYTEST) -m" in line]
+    (run,) = (run for run in runs if re.search(rf' -m "?[a-z ]*\b{marker}\b', run) and "not " not in run)
+    assert f" tests/{folder}" in run
+    tests = ROOT / "tests"
+    marked = [path.relative_to(tests) for path in tests.rglob("test_*.py") if f"mark.{marker}" in path.read_text()]
+    assert marked and {path.parts[0] for path in marked} == {folder}
+
+
+def test_slow_files_exist() -> None:
+    assert set(SLOW_FILES) <= {path.name for path in (ROOT / "tests").rglob("test_*.py")}

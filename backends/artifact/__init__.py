@@ -1,4 +1,4 @@
-"""The files of an exported program, `.pte` and `.ptd`: writing, reading, digests, and what is inside them."""
+"""The files of an exported program, `.pte` and `.ptd`: writing, reading, digests, inspection."""
 
 from .files import Artifact, artifact_paths, check, companion, no_digests, open_artifact, save
 

@@ -19,9 +19,9 @@ class GpuCode:
     Attributes:
         kind: "cubin" or "ptx".
         sm: compute capability times ten, as in sm_90.
-        exact: code for this architecture only (sm_90a), not for later ones of its family.
-        kernels: names of the kernels; empty where the image is compressed.
-        size: bytes.
+        exact: True for code that runs on this architecture only (sm_90a), not on later ones of its family.
+        kernels: names of the kernels; empty for a compressed image.
+        size: bytes of the image.
     """
 
     kind: str
@@ -32,7 +32,7 @@ class GpuCode:
 
     @property
     def arch(self) -> str:
-        """Name as compilers write it: sm_90a, compute_90."""
+        """Name in the form of compilers: sm_90a, compute_90."""
         return f"{'sm' if self.kind == 'cubin' else 'compute'}_{self.sm}{'a' if self.exact else ''}"
 
     def runs_on(self, capability: tuple[int, int]) -> bool:
@@ -46,18 +46,18 @@ class GpuCode:
 
 
 def find_gpu_code(library: bytes | memoryview) -> list[GpuCode]:
-    """Every cubin and every PTX of a fatbin inside a shared library, in file order."""
+    """Cubins, then images that only fatbins list (PTX, compressed cubins), inside a shared library."""
     data = bytes(library)
     cubins = _cubins(data)
     found, seen = [code for _, code in cubins], {offset for offset, _ in cubins}
     exact = {code.sm for code in found if code.exact}
     for entry in _fatbin_entries(data):
         if entry.kind == _KIND_PTX:
-            # PTX for sm_90a does not run on later parts either; beside it lies the cubin that says so.
+            # PTX for sm_90a does not run on later GPUs either; the cubin beside it says so.
             found.append(GpuCode("ptx", entry.sm, entry.sm in exact, (), entry.size))
         elif (
             entry.kind == _KIND_ELF and entry.payload not in seen
-        ):  # compressed: the arch is in the entry, names are not
+        ):  # compressed: the entry has the architecture, not the kernels' names
             found.append(GpuCode("cubin", entry.sm, False, (), entry.size))
     return found
 
@@ -83,8 +83,8 @@ def _cubins(data: bytes) -> list[tuple[int, GpuCode]]:
 def _arch(image: ElfImage) -> tuple[int, bool]:
     """(sm, architecture-specific).
 
-    ABI version 7 has both in the header flags. Version 8 (ptxas of CUDA 13) moved sm and no longer tells sm_90 from
-    sm_90a there (compared with nvcc 13.0); what is left is the compiler's command line in a note.
+    ABI version 7 has both in the header flags. Version 8 (ptxas of CUDA 13) moved sm to other bits and no longer
+    distinguishes sm_90 from sm_90a there (compared with nvcc 13.0). The compiler's command line in a note does.
     """
     if image.abi_version < 8:
         return image.flags & 0xFF, bool(image.flags & 0x800)

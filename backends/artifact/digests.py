@@ -1,11 +1,11 @@
-"""Digests of a .pte and its .ptd, in a trailer behind the program: checked before anything else reads the files.
+"""Digests of a .pte and its .ptd, in a trailer of the .pte, checked before native code reads either file.
 
-The trailer lies behind the last byte that the program's header names, where ExecuTorch's loaders do not look. It holds
-size and digest of everything before it, size and digest of the whole .ptd, and a digest of itself, so that no byte of
-the two files is left out. The program also holds the name `SEALED_KEY`, which tells a file that lost its trailer from
-one that never had one.
+The trailer follows the last byte that the program's header covers, where ExecuTorch's loaders do not read. It contains
+the size and digest of everything before it, the size and digest of the whole .ptd, and a digest of itself, so it covers
+every byte of both files. The program also contains the key `SEALED_KEY`, which distinguishes a file that lost its
+trailer from one that never had one.
 
-A digest is SHA-256 over the SHA-256 of each chunk of 16 MiB: the chunks are read and hashed by several threads.
+A digest is the SHA-256 of the SHA-256 values of all chunks of 16 MiB; several threads read and hash the chunks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 SEALED_KEY = "executorch_moe.sealed"
 CHUNK = 16 << 20
-_BLOCK = 1 << 20  # read and hashed at once: it stays in the processor's cache
+_BLOCK = 1 << 20  # read and hashed at once; fits into the processor's cache
 _THREADS = 16
 _MAGIC = b"executorch_moe 1"
 _LAYOUT = struct.Struct("<16sQ32sQ32s")
@@ -31,7 +31,7 @@ COPY_AGAIN = "copy both files of the export again, or export again"
 
 @dataclass(frozen=True)
 class Trailer:
-    """Sizes and digests of a program (without its trailer) and of its .ptd."""
+    """Sizes in bytes and digests of a program (without its trailer) and of its .ptd."""
 
     pte_bytes: int
     pte_digest: bytes
@@ -39,21 +39,21 @@ class Trailer:
     ptd_digest: bytes
 
     def pack(self) -> bytes:
-        """As it is written, `TRAILER_BYTES` long."""
+        """The trailer as `TRAILER_BYTES` bytes."""
         fields = _LAYOUT.pack(_MAGIC, self.pte_bytes, self.pte_digest, self.ptd_bytes, self.ptd_digest)
         return fields + hashlib.sha256(fields).digest()
 
 
 def trailer_of(pte: Path, ptd: Path) -> Trailer:
-    """The trailer of two files that were just written, the program still without one."""
+    """The trailer for two finished files; the program has none yet."""
     return Trailer(pte.stat().st_size, file_digest(pte), ptd.stat().st_size, file_digest(ptd))
 
 
 def read_trailer(path: Path, content: mmap.mmap) -> Trailer | None:
-    """The trailer of a program, None of one that was written without.
+    """The trailer of a program, or None if it was written without one.
 
     Raises:
-        ValueError: it is damaged, or its program is longer or shorter than it says.
+        ValueError: the trailer is damaged, or the program is longer or shorter than the trailer says.
     """
     tail = content[-TRAILER_BYTES:]
     fields, digest = tail[: _LAYOUT.size], tail[_LAYOUT.size :]
@@ -72,11 +72,11 @@ def read_trailer(path: Path, content: mmap.mmap) -> Trailer | None:
 
 
 def file_digest(path: Path, size: int | None = None) -> bytes:
-    """Digest of the first `size` bytes of a file, by default of all.
+    """Digest (32 bytes) of the first `size` bytes of a file, by default of all.
 
     Raises:
         ValueError: the file is shorter.
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     size = path.stat().st_size if size is None else size
     starts = range(0, size, CHUNK)
@@ -88,12 +88,12 @@ def file_digest(path: Path, size: int | None = None) -> bytes:
     try:
         return hashlib.sha256(b"".join(pool.map(chunk_digest, starts))).digest()
     finally:
-        pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, what was not begun is left out
+        pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, do not start the remaining chunks
 
 
 def _digest_of(path: Path, start: int, size: int) -> bytes:
     digest, block = hashlib.sha256(), memoryview(bytearray(min(_BLOCK, size)))
-    # Read, not mapped: an error of the disk is an OSError then, not a signal.
+    # Read, not mapped, so that a disk error is an OSError and not a signal.
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
         while size:

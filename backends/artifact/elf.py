@@ -29,7 +29,7 @@ class Section:
 
 @dataclass(frozen=True)
 class UndefinedSymbol:
-    """A symbol that the loader must find elsewhere; `version` is empty where the linker recorded none."""
+    """A symbol that the loader must find in another library; `version` is empty if the linker recorded none."""
 
     name: str
     version: str
@@ -40,7 +40,7 @@ class ElfImage:
     """An ELF image inside a larger buffer.
 
     Args:
-        data: starts at the image's first byte; may go on after it.
+        data: starts at the first byte of the image and may be longer than it.
 
     Raises:
         ValueError: not a 64-bit little-endian ELF, or damaged.

@@ -1,10 +1,11 @@
-"""Writes and checks the artifact: a .pte and its .ptd, which always go together."""
+"""Writes and checks the artifact: a .pte and its .ptd, which belong together."""
 
 from __future__ import annotations
 
 import hashlib
 import operator
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from executorch.exir._serialize._named_data_store import NamedDataStore, NamedDa
 from executorch.exir._serialize._serialize import serialize_for_executorch
 from executorch.exir.capture._config import ExecutorchBackendConfig
 
-from executorch_moe.backends.atomic_files import written_together
+from executorch_moe.backends.atomic_files import atomic_files
 from executorch_moe.backends.errors import said_in_one_line
 
 from .digests import COPY_AGAIN, SEALED_KEY, file_digest, trailer_of
@@ -23,10 +24,11 @@ from .ptd import PtdFile
 from .pte import PteFile, map_file
 from .weight_metadata import CUDA_BACKEND, parse_delegate
 
-# The same digest under two keys: the runtime merges the named data of both files and refuses a key that is in both.
+# The same digest under two keys, because the runtime merges the named data of both files and refuses duplicate keys.
 PTE_IDENTITY_KEY = "executorch_moe.belongs_to"
 PTD_IDENTITY_KEY = "executorch_moe.identity"
 _TAG = "weights"
+_DIGEST = re.compile(rb"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -38,16 +40,16 @@ class Artifact:
 
 
 def artifact_paths(path: str | Path, ptd: str | Path | None = None) -> Artifact:
-    """Both file names from a .pte or a name without suffix; `ptd` overrides the second."""
+    """Both paths, from that of a .pte or one without suffix; `ptd` overrides the second."""
     text = os.fspath(path)
     stem = text[: -len(".pte")] if text.endswith(".pte") else text
     return Artifact(Path(stem + ".pte"), Path(ptd) if ptd is not None else Path(stem + ".ptd"))
 
 
 def companion(pte: Path, suffix: str) -> Path:
-    """The file with another suffix that lies beside a .pte: beside the link or beside what it points to, if it is one.
+    """The file with another suffix beside a .pte. If `pte` is a link, also beside each target of the link.
 
-    The first that exists; if none does, the one beside `pte` itself.
+    Returns the first one that exists, or else the one beside `pte` itself.
     """
     places = [Path(_stem(place) + suffix) for place in _links(pte)]
     return next((place for place in places if place.exists()), places[0])
@@ -58,8 +60,8 @@ def _stem(path: Path) -> str:
 
 
 def _links(path: Path) -> Iterator[Path]:
-    """A path, and what it points to if it is a link, link by link."""
-    for _ in range(40):  # as many as Linux follows
+    """A path, then the target of each link, one after the other."""
+    for _ in range(40):  # Linux follows as many
         yield path
         if not path.is_symlink():
             return
@@ -69,24 +71,27 @@ def _links(path: Path) -> Iterator[Path]:
 def save(
     program_manager: ExecutorchProgramManager, path: str | Path, beside: Mapping[Path, bytes] | None = None
 ) -> Artifact:
-    """Write `path`.pte and `path`.ptd: both, or neither.
+    """Write `path`.pte and `path`.ptd together: both, or neither.
 
-    All external data goes into the one .ptd, and a digest of it into both files, so that a .ptd from another export is
-    told apart even where keys and sizes agree. The program is serialized again for that, with ExecuTorch's defaults for
-    alignment (segment alignment is kept). Behind the program follow digests of both files; see `digests`.
+    All external data goes into one .ptd, and a digest of it into both files, so that `open_artifact` recognizes a .ptd
+    of another export even if keys and sizes agree. For this the program is serialized again, with ExecuTorch's default
+    alignment except for segments, whose alignment is kept. Digests of both files follow the program; see `digests`.
 
     Args:
-        program_manager: what `to_executorch()` returned.
-        path: a .pte, or a name without suffix. The folder is made if it is not there.
-        beside: other files of the same folder that are written with them, or not either.
+        program_manager: the return value of `to_executorch()`.
+        path: a .pte, or a name without suffix. A missing folder is created.
+        beside: contents of other files in the same folder, written together with the two.
+
+    Returns:
+        The paths of both files.
 
     Raises:
-        OSError: the files cannot be written; what was there before is left as it was.
+        OSError: the files cannot be written; earlier files stay unchanged.
     """
     artifact = artifact_paths(path)
     pte, ptd = _serialize(program_manager)
     others = beside or {}
-    with written_together(*others, artifact.ptd, artifact.pte) as aside:
+    with atomic_files(*others, artifact.ptd, artifact.pte) as aside:
         for other, content in others.items():
             aside[other].write_bytes(content)
         for name, cord in ((artifact.ptd, ptd), (artifact.pte, pte)):
@@ -104,16 +109,18 @@ def open_artifact(
     """Open both files and check that they belong together.
 
     Args:
-        pte: the program, a link to it, its name without suffix, or the program as it was opened before.
-        ptd: its weights; by default the file of the same name, beside the program or beside what it is a link to. None
-            is returned for it if there is no such file and the program needs none (a program that was not written by
-            `save`).
-        verify: compare both files with the digests that the export left, before anything else reads them; a program
-            without digests passes (its `trailer` is None). Without it, sizes and structure are compared.
-        verify_weights: the same for the .ptd alone; by default as `verify`.
+        pte: the program, a link to it, its name without suffix, or an opened program.
+        ptd: its weights; by default the file of the same name, beside the program or beside the target of the link.
+        verify: compare both files with the digests of the export before anything else reads them. A program without
+            digests passes (its `trailer` is None). False: compare sizes and structure only.
+        verify_weights: the same for the .ptd alone; by default equal to `verify`.
+
+    Returns:
+        The program and its weights; None for the weights if the file does not exist and the program needs none, which
+        happens only for programs that `save` did not write.
 
     Raises:
-        FileNotFoundError: a file is not there.
+        FileNotFoundError: a file does not exist.
         ValueError: a file is damaged, or the .ptd belongs to another program; the message says which.
     """
     program = pte if isinstance(pte, PteFile) else PteFile(_pte_path(pte), verify=verify)
@@ -137,19 +144,19 @@ def _pte_path(pte: str | Path) -> Path:
 
 
 def _check_whole(program: PteFile, ptd: Path, needed: Mapping[str, int], verify: bool) -> None:
-    """Check a .ptd against what its program says of it: its size, and its digest with `verify`.
+    """Check the size of a .ptd, and with `verify` its digest, against the trailer of its program.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is damaged, or of another export.
+        FileNotFoundError: the .ptd does not exist.
+        ValueError: the .ptd is damaged, or of another export.
     """
     trailer = program.trailer
     assert trailer is not None
-    map_file(ptd, "weights").close()  # says what is wrong with a file that is none
+    map_file(ptd, "weights").close()  # raises for a missing file, a folder, or an empty file
     size = ptd.stat().st_size
     if size == trailer.ptd_bytes and not (verify and file_digest(ptd) != trailer.ptd_digest):
         return
-    # The names in it, if they can be read, tell another export's file from a damaged one.
+    # If its names can be read, they distinguish a file of another export from a damaged one.
     _check_pair(program, PtdFile(ptd), needed)
     detail = (
         f"it has {size} bytes, the export wrote {trailer.ptd_bytes}"
@@ -160,10 +167,10 @@ def _check_whole(program: PteFile, ptd: Path, needed: Mapping[str, int], verify:
 
 
 def _check_pair(program: PteFile, data: PtdFile, needed: Mapping[str, int]) -> None:
-    """Check that the .ptd holds what the program takes from it, and comes from the same export.
+    """Check that the .ptd contains the weights that the program needs and comes from the same export.
 
     Raises:
-        ValueError: it does not.
+        ValueError: weights are missing or have other sizes, the .ptd is of another export, or one of them is damaged.
     """
     sizes = data.sizes()
     missing = [key for key in needed if key not in sizes]
@@ -179,33 +186,50 @@ def _check_pair(program: PteFile, data: PtdFile, needed: Mapping[str, int]) -> N
         )
     identity = program.named_data().get(PTE_IDENTITY_KEY)
     if identity is not None:
-        found, expected = bytes(data.data(PTD_IDENTITY_KEY)) if PTD_IDENTITY_KEY in sizes else b"none", bytes(identity)
-        # Digests of two exports agree in a few places by chance.
-        if expected != found and sum(map(operator.eq, expected, found)) > len(expected) // 2:
+        _check_identity(program.path, bytes(identity), data)
+
+
+def _check_identity(pte: Path, expected: bytes, data: PtdFile) -> None:
+    """Compare the digest of the weights in a .pte with the one in its .ptd.
+
+    Raises:
+        ValueError: they differ; the message names the file that is damaged, or both if it is unknown which.
+    """
+    if PTD_IDENTITY_KEY not in data.sizes():
+        raise ValueError(
+            f"{data.path} does not belong to {pte}: it has no digest of the weights. Pass the .ptd of the same export"
+        )
+    found = bytes(data.data(PTD_IDENTITY_KEY))
+    if found == expected:
+        return
+    for path, digest in ((pte, expected), (data.path, found)):
+        if not _DIGEST.fullmatch(digest):
             raise ValueError(
-                f"{data.path} or {program.path} is damaged: both hold a digest of the weights, of which parts differ: "
-                f"{COPY_AGAIN}"
+                f"{path} is damaged: its digest of the weights is not a SHA-256 in hexadecimal: {COPY_AGAIN}"
             )
-        if found != expected:
-            shown = [digest.decode("ascii", "replace")[:12] for digest in (found, expected)]
-            raise ValueError(
-                f"{data.path} does not belong to {program.path}: names and sizes agree, but the weights come from "
-                f"another export (digest {shown[0]}, expected {shown[1]}). Pass the .ptd of the same export"
-            )
+    # Digests of two exports have few characters in common, by chance.
+    if sum(map(operator.eq, expected, found)) > len(expected) // 2:
+        raise ValueError(
+            f"{data.path} or {pte} is damaged: their digests of the weights differ in a few characters: {COPY_AGAIN}"
+        )
+    raise ValueError(
+        f"{data.path} does not belong to {pte}: names and sizes agree, but the weights come from another export "
+        f"(digest {found[:12].decode()}, expected {expected[:12].decode()}). Pass the .ptd of the same export"
+    )
 
 
 def check(pte: str | Path, ptd: str | Path | None = None, *, verify_bytes: bool = False) -> Artifact:
-    """Check that an artifact is whole and its files belong together.
+    """Check that an artifact is complete and its files belong together.
 
     Args:
         pte: the program.
         ptd: its weights; by default the file of the same name.
-        verify_bytes: read both files and compare them with the digests that the export left in them; otherwise only
-            names and sizes are compared, which does not read the weights. In an artifact without digests of its files,
-            the weights are compared with the digest that both files hold.
+        verify_bytes: read both files and compare them with the digests of the export. Otherwise only names and sizes
+            are compared, without reading the weights. In an artifact without digests of its files, the weights are
+            compared with the digest that both files contain.
 
     Raises:
-        FileNotFoundError: a file is not there.
+        FileNotFoundError: a file does not exist.
         ValueError: a file is damaged, or the .ptd belongs to another program.
     """
     program, data = open_artifact(pte, ptd, verify=verify_bytes)
@@ -219,14 +243,14 @@ def check(pte: str | Path, ptd: str | Path | None = None, *, verify_bytes: bool 
 
 
 def no_digests(program: PteFile) -> str:
-    """What to tell who opens a program that carries no digests; nothing of one that does."""
+    """A warning for a program without digests; empty for one with digests."""
     if program.trailer is not None:
         return ""
     return f"{program.path} carries no digests, damage to it may go unnoticed: export it again to have it checked"
 
 
 def _needed(program: PteFile) -> dict[str, int]:
-    """Keys and sizes that the program takes from the .ptd, as far as they are written in it."""
+    """Keys and sizes in bytes that the program needs from the .ptd, as far as the program records them."""
     needed = program.external_tensors()
     inside = program.named_data()
     for method, delegate in program.delegates():
@@ -239,7 +263,7 @@ def _needed(program: PteFile) -> dict[str, int]:
 
 
 def _identity(digests: Mapping[str, tuple[int, bytes]]) -> bytes:
-    """Hexadecimal digest over names, sizes and contents, in any order of the keys."""
+    """Hexadecimal digest of names, sizes and contents, independent of the order of the keys."""
     total = hashlib.sha256()
     for key in sorted(digests):
         size, digest = digests[key]

@@ -1,4 +1,4 @@
-"""Looks inside an artifact: delegates, embedded kernels, symbols that the delegates expect, weights."""
+"""Reports the contents of an artifact: delegates, embedded kernels, undefined symbols, weights."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class DelegateReport:
 
     Attributes:
         backend: delegate id.
-        gpu_code: embedded images; empty for other backends than CudaBackend.
-        undefined: symbols that the loader must find for its library, system libraries' included.
+        gpu_code: embedded images; empty for backends other than CudaBackend.
+        undefined: symbols that the loader must find for its library, including those of system libraries.
         weights: fully qualified name -> bytes of its storage.
-        mutated: names of the weights that are state, or None where the export did not record them.
-        library_bytes: of its shared library, host and GPU code.
+        mutated: names of the weights that are state, or None if the export did not record them.
+        library_bytes: size of its shared library, host and GPU code.
     """
 
     backend: str
@@ -53,7 +53,7 @@ class DelegateReport:
 
     @property
     def foreign_symbols(self) -> tuple[str, ...]:
-        """Undefined symbols that no runtime of the delegate promises, sorted."""
+        """Undefined symbols that the delegate's runtime does not provide, sorted."""
         return foreign_symbols(self.undefined)
 
 
@@ -93,8 +93,8 @@ class ArtifactReport:
     def sizes(self) -> dict[str, int]:
         """Bytes by part: `host code METHOD`, `GPU code METHOD`, `experts`, `state`, `other weights`, and both files.
 
-        Only CUDA delegates say what is state: without them it lies in no file, and if they do not, it is not known what
-        of their weights it is. Such parts are left out.
+        Only CUDA delegates record which weights are state. In other programs state is in neither file. Parts whose size
+        is unknown are left out.
         """
         sizes: dict[str, int] = {}
         storages = {name: self.weights[name] for name in self.outside}
@@ -120,12 +120,12 @@ class ArtifactReport:
 
 
 def inspect_artifact(pte: str | Path, ptd: str | Path | None = None) -> ArtifactReport:
-    """Look inside a .pte and its .ptd; runs nothing and needs no GPU.
+    """Report the contents of a .pte and its .ptd, without running anything; needs no GPU.
 
-    Of the .ptd, only names and sizes are read: `artifact.check` with `verify_bytes` reads all of it.
+    Reads only names and sizes of the .ptd; `artifact.check` with `verify_bytes` reads all of it.
 
     Raises:
-        FileNotFoundError: a file is not there.
+        FileNotFoundError: a file does not exist.
         ValueError: a file is damaged, or the .ptd belongs to another program.
     """
     program, data = open_artifact(pte, ptd, verify_weights=False)
@@ -141,14 +141,14 @@ def inspect_artifact(pte: str | Path, ptd: str | Path | None = None) -> Artifact
 
 
 def check_cuda_artifact(report: ArtifactReport, kernel_prefix: str = "moe_") -> None:
-    """Check that every method is CUDA delegates only, self-contained, with our kernels inside.
+    """Check that every method consists of self-contained CUDA delegates that contain our kernels.
 
     Args:
         report: of `inspect_artifact`.
-        kernel_prefix: how a kernel must start that each method has at least one of; "" asks for none.
+        kernel_prefix: each method must have a kernel with this prefix; "" skips the check.
 
     Raises:
-        ValueError: one message with everything that is wrong.
+        ValueError: one message with all problems.
     """
     wrong = []
     for name, method in report.methods.items():

@@ -1,8 +1,8 @@
-"""One artifact for several GPU architectures: each method is there for each, as `decode@sm_90`, on the same weights.
+"""One artifact for several GPU architectures: it has each method once for each, as `decode@sm_90`, on the same weights.
 
-ExecuTorch's CUDA runtime loads the one library that a delegate names, so what can be chosen at load is the method. The
-libraries are small beside the weights, which all methods share by name; only the methods of the GPU that is there are
-loaded.
+ExecuTorch's CUDA runtime loads the one library that a delegate names, so the choice at load is that of a method. The
+libraries are small compared with the weights, which all methods share by name. Only the methods for the GPU of this
+machine are loaded.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ _MAJOR, _MINOR = 75, 76
 
 
 def method_for(method: str, model: GpuModel) -> str:
-    """Name of a method that is compiled for one of several GPUs."""
+    """Name of a method that is compiled for one of several GPUs: `decode@sm_90`."""
     return f"{method}{_SEPARATOR}{model.arch}"
 
 
 def split_method(name: str) -> tuple[str, int | None]:
-    """(method, 90) of `method@sm_90`; (name, None) of any other name."""
+    """(method, 90) for `method@sm_90`; (name, None) for any other name."""
     found = re.fullmatch(rf"(.+){_SEPARATOR}sm_(\d+)", name)
     return (found[1], int(found[2])) if found else (name, None)
 
 
 def pick_methods(names: Iterable[str], capability: Capability | None) -> dict[str, str]:
-    """Which methods to load: method -> its name in the program, for the GPU that is there.
+    """The methods to load for the GPU of this machine: method -> its name in the program.
 
-    Code runs on GPUs of its major version that are not older, so of several the newest of these is taken.
+    Code runs on GPUs of the same major version that are not older. Of several that run, the newest is chosen.
 
     Args:
-        names: all methods of the program. capability: of the GPU, or None if there is none.
+        names: all methods of the program. capability: of the GPU, or None without a GPU.
 
     Raises:
-        RuntimeError: a method that is there for other architectures only; names both.
+        RuntimeError: the program has a method for other architectures only; the message names both.
     """
     chosen: dict[str, str] = {}
     found: dict[str, dict[int, str]] = {}
@@ -65,7 +65,7 @@ def check_arch(library: bytes | memoryview, capability: Capability, where: str) 
     """Check that a delegate's library has code for a device.
 
     Raises:
-        RuntimeError: it has code for other architectures only; names both.
+        RuntimeError: it has code for other architectures only; the message names both.
     """
     codes = find_gpu_code(library)
     if codes and not any(code.runs_on(capability) for code in codes):
@@ -73,7 +73,7 @@ def check_arch(library: bytes | memoryview, capability: Capability, where: str) 
 
 
 def gpu_capability() -> Capability | None:
-    """Compute capability of the first GPU, asked of the driver where torch is a CPU build; None without a GPU."""
+    """Compute capability of the first GPU, from the driver if torch is a CPU build; None without a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_capability()
     try:

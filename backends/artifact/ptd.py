@@ -1,25 +1,34 @@
-"""Reads a .ptd (ExecuTorch's flat tensor format) without copying it: weights are views of the mapped file."""
+"""Reads a .ptd (ExecuTorch's flat tensor format) without copying: weights are views of the mapped file."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from executorch.extension.flat_tensor.serialize.serialize import FlatTensorHeader, _deserialize_to_flat_tensor
 
-from executorch_moe.backends.cuda.placeholders import PLACEHOLDER
 from executorch_moe.backends.errors import said_in_one_line
 
 from .digests import COPY_AGAIN
 from .pte import map_file
+
+PLACEHOLDER = b"executorch_moe: made when it is loaded"
+"""The bytes of a placeholder: a weight that the .ptd names without its values (see `backends.cuda.placeholders`)."""
+
+MakeWeights = Callable[[str, int], "torch.Tensor | None"]
+"""(qualified name, size in bytes) -> uint8 [bytes], or None to read the weight from the .ptd.
+
+Asked for every weight of an artifact with placeholders; a returned tensor is used even if the .ptd has the weight.
+"""
 
 _GIVE_THE_PTD = "give the .ptd of the same export as the .pte"
 _HEADER_END = 8 + FlatTensorHeader.EXPECTED_LENGTH
 
 
 class PtdFile:
-    """Named data outside the program.
+    """The named data of a .ptd.
 
     Args:
         path: the .ptd.
@@ -38,13 +47,13 @@ class PtdFile:
             raise ValueError(f"{self.path} is cut short: {len(self._view)} bytes, a .ptd has more: {COPY_AGAIN}")
         header = FlatTensorHeader.from_bytes(bytes(self._view[8:_HEADER_END]))
         if not header.is_valid():
-            raise self._damaged("its header is no header of a .ptd")
+            raise self._damaged("its header is not that of a .ptd")
         table_end = header.flatbuffer_offset + header.flatbuffer_size
         needed = max(table_end, header.segment_base_offset + header.segment_data_size)
         if len(self._view) != needed:
             wrong = "cut short" if len(self._view) < needed else "damaged"
             raise ValueError(f"{self.path} is {wrong}: {len(self._view)} bytes, its header says {needed}: {COPY_AGAIN}")
-        # flatc and the JSON reader raise whatever damaged bytes lead to.
+        # Damaged bytes make flatc and the JSON reader raise errors of any type.
         with said_in_one_line(f"{self.path} cannot be read as an ExecuTorch .ptd", COPY_AGAIN, ValueError):
             table = _deserialize_to_flat_tensor(bytes(self._view[:table_end]))
             self._spans = {}
@@ -65,24 +74,24 @@ class PtdFile:
         return {key: size for key, (_, size) in self._spans.items()}
 
     def data(self, key: str) -> memoryview:
-        """Bytes under a key (KeyError if there is none)."""
+        """Bytes under a key; KeyError if the file does not have it."""
         start, size = self._spans[key]
         return self._view[start : start + size]
 
     def is_placeholder(self, key: str) -> bool:
-        """True for a weight that is to be made when it is loaded; see `backends.cuda.placeholders`."""
+        """True for a weight without values, which the loader must make; see `backends.cuda.placeholders`."""
         return self._spans[key][1] == len(PLACEHOLDER) and bytes(self.data(key)) == PLACEHOLDER
 
     def tensor(self, key: str) -> torch.Tensor:
-        """Bytes under a key as uint8 [n] over the mapped file: copy it before writing to it."""
+        """Bytes under a key as a uint8 [bytes] view of the mapped file. Copy it before writing to it."""
         start, size = self._spans[key]
         if self._bytes is None:
-            # A private mapping: torch does not warn about read-only memory, and a write would not reach the file.
+            # A private mapping: torch does not warn about read-only memory, and writes do not reach the file.
             self._bytes = torch.from_file(str(self.path), shared=False, size=len(self._view), dtype=torch.uint8)
         return self._bytes[start : start + size]
 
     def digests(self) -> dict[str, tuple[int, bytes]]:
-        """Key -> (bytes, SHA-256), reading the whole file; data stored once is read once."""
+        """Key -> (size in bytes, SHA-256). Reads the whole file; data that several keys share is read once."""
         done: dict[tuple[int, int], bytes] = {}
         for span in self._spans.values():
             if span not in done:

@@ -1,4 +1,4 @@
-"""Reads a .pte with ExecuTorch's own Python deserializers: no pybindings, so it works beside any torch."""
+"""Reads a .pte with ExecuTorch's own Python deserializers. It needs no pybindings, so it works with any torch."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def dtype_of(scalar_type: int) -> torch.dtype:
     """torch dtype of a serialized scalar type.
 
     Raises:
-        ValueError: a number that no torch dtype has.
+        ValueError: no torch dtype has this number.
     """
     dtype = _DTYPE_OF.get(int(scalar_type))
     if dtype is None:
@@ -71,7 +71,7 @@ def dtype_of(scalar_type: int) -> torch.dtype:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Shape and dtype of a method's input or output: sizes are upper bounds where `dynamic`."""
+    """Shape and dtype of a method's input or output. If `dynamic`, the sizes are upper bounds."""
 
     sizes: tuple[int, ...]
     dtype: torch.dtype
@@ -83,7 +83,7 @@ class TensorInfo:
         return f"{str(self.dtype).removeprefix('torch.')} [{', '.join(map(str, self.sizes))}]{bound}"
 
     def why_not(self, value: object) -> str:
-        """Empty if `value` may be passed for this tensor, else what is wrong with it."""
+        """Empty if `value` is a valid argument for this tensor, else the reason."""
         if not isinstance(value, torch.Tensor):
             return f"is a {type(value).__name__}, expected a tensor {self}"
         shape = list(value.shape)
@@ -100,10 +100,10 @@ class PteFile:
 
     Args:
         path: the .pte.
-        verify: compare its bytes with the digest that the export left in it, before they are read as a program.
+        verify: compare its bytes with the digest of the export before parsing them.
 
     Attributes:
-        trailer: sizes and digests of the .pte and its .ptd, None of a program that was written without.
+        trailer: sizes and digests of the .pte and its .ptd, or None if the program was written without them.
 
     Raises:
         FileNotFoundError: no such file.
@@ -121,7 +121,7 @@ class PteFile:
             raise ValueError(f"{self.path} is damaged: its bytes differ from those that were exported: {COPY_AGAIN}")
         self._view = memoryview(content)[:size]
         program_size = self._check_header()
-        # The generated reader raises whatever damaged bytes lead to.
+        # Damaged bytes make the generated reader raise errors of any type.
         with said_in_one_line(f"{self.path} cannot be read as an ExecuTorch program", COPY_AGAIN, ValueError):
             self.program: Program = _flatbuffer_to_program(bytes(self._view[:program_size]))
             self._check_references()
@@ -130,7 +130,7 @@ class PteFile:
         self._inputs: dict[str, list[TensorInfo]] = {}
 
     def _check_header(self) -> int:
-        """Compares the file's size with its header; returns the bytes of the program without its segments."""
+        """Compare the file's size with its header; return the size in bytes of the program without its segments."""
         header = _get_extended_header(bytes(self._view[:256]))
         if header is None:  # programs without segments may have none
             self._base = 0
@@ -146,7 +146,7 @@ class PteFile:
         return int(header.program_size)
 
     def _check_references(self) -> None:
-        """Check that numbers in the program that name one of its parts name one that is there."""
+        """Check that every index in the program is in range."""
         segments = self.program.segments
         if any(not 0 <= self._base + s.offset <= self._base + s.offset + s.size <= len(self._view) for s in segments):
             raise self._damaged("a data segment ends past the file")
@@ -160,11 +160,11 @@ class PteFile:
                 if isinstance(call, (KernelCall, DelegateCall)):
                     values.extend(call.args)
                 if isinstance(call, KernelCall) and not 0 <= call.op_index < len(plan.operators):
-                    raise self._damaged(f"method {plan.name} calls an operator that is not there")
+                    raise self._damaged(f"method {plan.name} calls an operator that does not exist")
                 if isinstance(call, DelegateCall) and not 0 <= call.delegate_index < len(plan.delegates):
-                    raise self._damaged(f"method {plan.name} calls a delegate that is not there")
+                    raise self._damaged(f"method {plan.name} calls a delegate that does not exist")
             if any(not 0 <= index < len(plan.values) for index in values):
-                raise self._damaged(f"method {plan.name} uses a value that is not there")
+                raise self._damaged(f"method {plan.name} uses a value that does not exist")
             for delegate in plan.delegates:
                 inline = delegate.processed.location == DataLocation.INLINE
                 held = self.program.backend_delegate_data if inline else segments
@@ -188,7 +188,7 @@ class PteFile:
         """Execution plan of a method.
 
         Raises:
-            ValueError: no such method.
+            ValueError: the program has no such method.
         """
         if method not in self._plans:
             raise ValueError(f"no method {method!r} in {self.path}: it has {', '.join(sorted(self._plans)) or 'none'}")
@@ -198,8 +198,8 @@ class PteFile:
         """Value of a constant method: bool, int, float, str, None, or lists, tuples and dicts of them.
 
         Raises:
-            ValueError: no such method, or a method that computes something.
-            NotImplementedError: a constant tensor.
+            ValueError: the program has no such method, or the method computes something.
+            NotImplementedError: the value is a tensor.
         """
         plan = self.plan(name)
         if not is_constant(plan):
@@ -212,11 +212,11 @@ class PteFile:
             return pytree.tree_unflatten(values, spec)
 
     def named_data(self) -> dict[str, memoryview]:
-        """Named data held inside the .pte."""
+        """Named data inside the .pte: key -> bytes."""
         return {key: self._segment(index) for key, index in self._named.items()}
 
     def delegate_data(self, delegate: BackendDelegate) -> bytes:
-        """Payload that a backend's preprocess left for a delegate."""
+        """The payload that a backend's preprocess wrote for a delegate."""
         where = delegate.processed
         if where.location == DataLocation.INLINE:
             return bytes(self.program.backend_delegate_data[where.index].data)
@@ -232,9 +232,9 @@ class PteFile:
         """Inputs of a method.
 
         Raises:
-            NotImplementedError: an input that is not a tensor.
+            NotImplementedError: an input is not a tensor.
         """
-        if method not in self._inputs:  # asked at every call
+        if method not in self._inputs:  # cached: every call needs it
             plan = self.plan(method)
             self._inputs[method] = [_tensor_info(method, "input", plan.values[index].val) for index in plan.inputs]
         return self._inputs[method]
@@ -243,13 +243,13 @@ class PteFile:
         """Outputs of a method.
 
         Raises:
-            NotImplementedError: an output that is not a tensor.
+            NotImplementedError: an output is not a tensor.
         """
         plan = self.plan(method)
         return [_tensor_info(method, "output", plan.values[index].val) for index in plan.outputs]
 
     def check_inputs(self, method: str, tensors: tuple[torch.Tensor, ...]) -> None:
-        """Compare what the caller passes with what the method was exported for.
+        """Compare the arguments of a call with the inputs that the method was exported for.
 
         Raises:
             ValueError: wrong number, dtype, rank or size; the message names the input.
@@ -263,7 +263,7 @@ class PteFile:
                 raise ValueError(f"input {position} of {method} {why}")
 
     def external_tensors(self) -> dict[str, int]:
-        """Tensors outside every delegate that live in the .ptd: fully qualified name -> bytes."""
+        """Tensors outside every delegate that are in the .ptd: fully qualified name -> bytes."""
         found: dict[str, int] = {}
         for plan in self.program.execution_plan:
             for value in plan.values:
@@ -283,7 +283,7 @@ class PteFile:
 
 
 def is_constant(plan: ExecutionPlan) -> bool:
-    """True for a method that takes nothing, runs nothing and returns constants."""
+    """True for a method without inputs and instructions: it returns constants."""
     return not plan.inputs and not any(chain.instructions for chain in plan.chains)
 
 
@@ -291,8 +291,8 @@ def map_file(path: Path, kind: str) -> mmap.mmap:
     """Map a file for reading.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: an empty file, or a folder.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is empty, or is a folder.
     """
     if not path.exists():
         dangling = f" (it is a link to {os.readlink(path)})" if path.is_symlink() else ""
@@ -319,7 +319,7 @@ def _constant_value(name: str, value: object) -> Any:
     if isinstance(value, Null):
         return None
     raise NotImplementedError(
-        f"constant method {name!r} returns a {type(value).__name__}: bool, int, float, str and lists of them are read"
+        f"constant method {name!r} returns a {type(value).__name__}: only bool, int, float, str and lists are supported"
     )
 
 

@@ -1,6 +1,6 @@
-"""Which functions a delegate's library finds at load: those of ExecuTorch's CUDA runtime, CUDA, system libraries.
+"""The functions that a delegate's library finds at load: of ExecuTorch's CUDA runtime, CUDA, and system libraries.
 
-Source of the runtime's: ExecuTorch (August 2026), headers of backends/cuda/runtime/shims and of common_shims_slim.h.
+Source for those of the runtime: ExecuTorch (August 2026), headers in backends/cuda/runtime/shims, common_shims_slim.h.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ RUNTIME_SHIMS = frozenset(
         *(f"cuda_{name}" for name in _OPERATORS),
     )
 )
-"""Shims of AOTInductor's that are there; a delegate that calls another one does not load."""
+"""AOTInductor shims that the runtime has. A delegate that calls another one does not load."""
 
-# Version names that libc, libm, libstdc++ and libgcc give their symbols.
+# Prefixes of the symbol versions of libc, libm, libstdc++ and libgcc.
 _SYSTEM_VERSIONS = ("GLIBC_", "GLIBCXX_", "CXXABI_", "GCC_")
 _LANGUAGE_RUNTIME = ("_ITM_", "_ZGTt", "__cxa_", "__gmon_start__")
-"""Names that libgcc and libstdc++ leave weak where parts of them are linked in: start-up, transactions, C++ ABI."""
+"""Prefixes of weak symbols that parts of libgcc and libstdc++ leave in a library: start-up, transactions, C++ ABI."""
 
 
 def foreign_symbols(undefined: Iterable[UndefinedSymbol]) -> tuple[str, ...]:
-    """Undefined symbols that nothing at load has, sorted."""
+    """Undefined symbols that no library at load defines, sorted."""
     return tuple(sorted({symbol.name for symbol in undefined if not _is_promised(symbol)}))
 
 
 def missing_functions(program: ExportedProgram) -> tuple[str, ...]:
-    """Functions that the delegates of a lowered program call and that nothing at load has, sorted.
+    """Functions that the delegates of a lowered program call and that no library at load defines, sorted.
 
-    ExecuTorch's own check misses some calls of AOTInductor's (torch 2.13: scatter_reduce): such a delegate would be
-    written and not load.
+    ExecuTorch's own check misses some calls of AOTInductor (torch 2.13: scatter_reduce). Without this check, such a
+    delegate would be written and fail to load.
     """
     return tuple(sorted({name for library in _libraries(program) for name in _foreign(library)}))
 
@@ -76,6 +76,6 @@ def _is_promised(symbol: UndefinedSymbol) -> bool:
         return symbol.version.startswith(_SYSTEM_VERSIONS)
     if symbol.name in RUNTIME_SHIMS or symbol.name.startswith("cuda"):
         return True
-    if symbol.name.startswith("cu") and symbol.name[2:3].isupper():  # the driver's
+    if symbol.name.startswith("cu") and symbol.name[2:3].isupper():  # the driver API
         return True
     return symbol.weak and symbol.name.startswith(_LANGUAGE_RUNTIME)

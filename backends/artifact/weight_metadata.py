@@ -1,4 +1,4 @@
-"""What a CudaBackend delegate carries in the .pte: the key of its shared library and one entry a weight.
+"""The payload of a CudaBackend delegate in the .pte: the key of its shared library, and one entry for each weight.
 
 Source: executorch/backends/cuda/cuda_weight_collector.py (1.5.1), format ETCUDAFQN3.
 """
@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 MAGIC = b"ETCUDAFQN3"
 CUDA_BACKEND = "CudaBackend"
-# Compile spec that MoECudaPartitioner adds: names of the buffers that the delegate writes to, one a line.
+# Compile spec that MoECudaPartitioner adds: names of the buffers that the delegate writes to, one in each line.
 MUTATED_BUFFERS_KEY = "executorch_moe.mutated_buffers"
 _DEVICES = {0: "cpu", 1: "cuda"}
 
 
 @dataclass(frozen=True)
 class CudaWeight:
-    """One constant of a delegate: a strided view of a named storage in the .ptd."""
+    """One constant of a delegate: a strided view of a named storage in the .ptd (offset and strides in elements)."""
 
     fqn: str
     storage_key: str
@@ -42,15 +42,17 @@ def parse_delegate(payload: bytes, where: str) -> CudaDelegate:
 
     Args:
         payload: processed bytes of a CudaBackend delegate.
-        where: names the delegate in messages.
+        where: a name for the delegate, for messages.
 
     Raises:
-        NotImplementedError: a payload of another format version.
-        ValueError: a damaged payload.
+        NotImplementedError: the payload has another format version.
+        ValueError: the payload is damaged.
     """
     if not payload.startswith(MAGIC):
+        start = payload[: len(MAGIC)]
+        found = repr(start) if start.isascii() and start.decode().isprintable() else "bytes that are not text"
         raise NotImplementedError(
-            f"{where}: the delegate starts with {payload[:10]!r}, this package reads {MAGIC!r} (ExecuTorch 1.5.x): "
+            f"{where}: the delegate starts with {found}, this package reads {MAGIC!r} (ExecuTorch 1.5.x): "
             "export it again"
         )
     reader = _Reader(payload, len(MAGIC))
@@ -58,7 +60,8 @@ def parse_delegate(payload: bytes, where: str) -> CudaDelegate:
         library_key = reader.string()
         weights = tuple(_read_weight(reader) for _ in range(reader.unpack("<I")[0]))
     except (struct.error, UnicodeDecodeError, KeyError) as error:
-        raise ValueError(f"{where}: the delegate's weight table is damaged ({error!r}): export it again") from error
+        why = "a name is not UTF-8" if isinstance(error, UnicodeDecodeError) else repr(error)
+        raise ValueError(f"{where}: the delegate's weight table is damaged ({why}): export it again") from error
     if reader.offset != len(payload):
         raise ValueError(
             f"{where}: {len(payload) - reader.offset} bytes after the delegate's weight table: export it again"

@@ -1,4 +1,4 @@
-"""CPU: the same operators as ATen, for ExecuTorch's own CPU kernels."""
+"""CPU target: our operators as plain ATen, for ExecuTorch's own CPU kernels."""
 
 from .cpu_partitioner import MoECpuPartitioner
 

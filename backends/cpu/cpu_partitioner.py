@@ -18,16 +18,16 @@ from executorch_moe.kernels.arguments import ExpertArguments
 from executorch_moe.kernels.experts.aten import fused_experts_aten
 
 _WITHOUT_KERNEL = {"aten.histc", "aten._grouped_mm", "transformers.grouped_mm_fallback"}
-"""Operators of transformers' experts (experts_implementation="grouped_mm") that ExecuTorch's CPU runtime lacks."""
+"""Operators of transformers' experts (experts_implementation="grouped_mm") for which ExecuTorch has no CPU kernel."""
 
 
 def _right_shift(x: Tensor, bits: int) -> Tensor:
-    """x >> bits for integers; shifts are not Core ATen, so ExecuTorch's verifier refuses them in a program."""
+    """x >> bits for integers. Shifts are not Core ATen, so ExecuTorch's verifier refuses them."""
     return torch.div(x, 2**bits, rounding_mode="floor")
 
 
 def _zeros(size: Sequence[int], **kwargs: Any) -> Tensor:
-    """empty(size) with values: ExecuTorch 1.5's `_empty_dim_order` silently fixes symbolic sizes."""
+    """empty(size), filled with zeros: ExecuTorch 1.5's `_empty_dim_order` silently makes symbolic sizes static."""
     kept = {name: kwargs[name] for name in ("dtype", "device") if kwargs.get(name) is not None}
     return torch.full(size, 0, **{"dtype": torch.get_default_dtype(), **kept})
 
@@ -50,7 +50,12 @@ def _dequantize_affine(
     quant_max: float | None = None,
     output_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """torchao's operator for groups along the last of two dimensions: codes [N, K], scale [N, K/group_size]."""
+    """torchao's operator for groups along the last of two dimensions.
+
+    Args:
+        codes: [N, K]. block_size: [1, group_size].
+        scale, zero_point: [N, K/group_size].
+    """
     if len(block_size) != 2 or block_size[0] != 1:
         raise NotImplementedError(
             f"torchao.dequantize_affine with block_size={list(block_size)} cannot be lowered to the CPU: use [1, GROUP]"
@@ -64,7 +69,12 @@ def _dequantize_affine(
 def _dequantize_int4(
     packed: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, output_dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
-    """ExecuTorch's operator: uint8 [N, K/2], even K in the low nibble; scale and zero_point [K/group_size, N]."""
+    """ExecuTorch's operator.
+
+    Args:
+        packed: uint8 [N, K/2], even K in the low nibble.
+        scale, zero_point: [K/group_size, N].
+    """
     byte = packed.to(torch.int32)
     codes = torch.stack((byte & 0xF, byte >> 4), -1).reshape(packed.shape[0], -1, group_size).to(torch.float32)
     scale, zero_point = scale.t().to(torch.float32).unsqueeze(-1), zero_point.t().to(torch.float32).unsqueeze(-1)
@@ -72,17 +82,17 @@ def _dequantize_int4(
 
 
 def _dequantizers() -> dict[Any, Any]:
-    """Decompositions of the dequantizing operators that are registered: without their tensors, none is in a program."""
+    """Decompositions of the registered dequantizing operators; programs cannot contain unregistered ones."""
     known = {"dequantize_affine": _dequantize_affine, "dequantize_int4_tensor": _dequantize_int4}
     ops = torch.ops.torchao
     return {getattr(ops, name).default: function for name, function in known.items() if hasattr(ops, name)}
 
 
 def _check_unfused(program: ExportedProgram, report: FusionReport) -> None:
-    """Check that experts that stayed as they were can run: transformers' default way to compute them cannot.
+    """Check that unfused experts can run. Those of transformers' default implementation cannot.
 
     Raises:
-        NotImplementedError: they hold operators that ExecuTorch has no CPU kernel for; names the first module.
+        NotImplementedError: experts use operators for which ExecuTorch has no CPU kernel; names the first module.
     """
     reasons = {region.module: region.reason for region in report.unfused}
     for region in find_regions(program):
@@ -95,12 +105,12 @@ def _check_unfused(program: ExportedProgram, report: FusionReport) -> None:
 
 
 class MoECpuPartitioner(FusingPartitioner, Partitioner):
-    """Replaces `fused_experts` by plain ATen and delegates nothing: the program runs on ExecuTorch's CPU kernels.
+    """Replaces `fused_experts` with plain ATen and delegates nothing: the program runs on ExecuTorch's CPU kernels.
 
-    Experts that are not fused yet are fused first, as by `MoECudaPartitioner`.
+    It first fuses the experts of unmodified models, like `MoECudaPartitioner`.
 
     Args:
-        fusion: scheme and group size, or the fuser that all methods of a program share.
+        fusion: scheme and group size (None: w4a16, 32), or the `ExpertFuser` that all methods of a program share.
     """
 
     def __init__(self, fusion: FusionOptions | ExpertFuser | None = None) -> None:
@@ -108,13 +118,13 @@ class MoECpuPartitioner(FusingPartitioner, Partitioner):
         self.set_fusion(fusion)
 
     def transform_for_pre_decomposition(self, exported_program: ExportedProgram) -> ExportedProgram:
-        """Fuse, then decompose the fused operator and the dequantizing of linears and embeddings of 8 or 4 bits.
+        """Fuse the experts, then decompose the fused operator and the dequantization of 8-bit and 4-bit weights.
 
-        Other operators are left to ExecuTorch's own decompositions.
+        ExecuTorch's own decompositions handle all other operators.
 
         Raises:
-            NotImplementedError: experts that cannot be fused, unless `require_fused` is off; experts that stay unfused
-                and hold operators that the runtime lacks.
+            NotImplementedError: experts cannot be fused (with `require_fused`), or unfused experts use operators for
+                which ExecuTorch has no CPU kernel.
         """
         exported_program = self.fuse_experts(exported_program)
         if self.report.unfused:

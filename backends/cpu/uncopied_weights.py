@@ -1,4 +1,4 @@
-"""Keeps ExecuTorch from copying a model's weights while it emits a program for the CPU."""
+"""Stops ExecuTorch from copying the weights of a model while it emits a program for the CPU."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from executorch_moe.backends.cuda.patches.registry import CPU, replacing
 
 
 class StorageData(FileBackedData):
-    """Bytes of a tensor's storage where they are, in the place of a copy of them; keeps the storage alive.
+    """The bytes of a tensor's storage, without a copy; keeps the storage alive.
 
-    ExecuTorch takes `bytes` or this class for the contents of a file, and asks it for nothing but what is here.
+    ExecuTorch accepts `bytes` or a `FileBackedData` as contents of a file, and uses only the methods defined here.
     """
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
@@ -51,13 +51,13 @@ class StorageData(FileBackedData):
 
 @contextlib.contextmanager
 def uncopied_weights() -> Iterator[None]:
-    """Within it, `to_executorch` refers to weights that go outside the program instead of copying them.
+    """Context in which `to_executorch` refers to external weights instead of copying them.
 
-    What it returns reads them when it is written: until then they must not change. ExecuTorch 1.5's emitter makes a
-    `bytes` object of every weight of every method, and keeps those of the first.
+    Its result reads the weights when it is written, so they must not change before. ExecuTorch 1.5's emitter copies
+    every weight of every method into a `bytes` object, and keeps those of the first method.
 
     Raises:
-        RuntimeError: an executorch whose emitter is another one.
+        RuntimeError: the emitter of the installed executorch is not the known one.
     """
 
     def emit(self: _Emitter, spec: Any, constant_tag: str | None = None) -> EValue:

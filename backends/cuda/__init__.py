@@ -1,4 +1,4 @@
-"""CUDA: the partitioner, and the delegate host that runs its delegates inside PyTorch."""
+"""CUDA target: the partitioner, and compiling its delegates for the GPU of this or of another machine."""
 
 from .cuda_partitioner import MoECudaPartitioner
 

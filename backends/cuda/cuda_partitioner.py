@@ -28,21 +28,21 @@ _INLINED_ELEMENTS = 8
 
 
 class MoECudaPartitioner(FusingPartitioner, AotiPartitioner):
-    """Delegates a program to ExecuTorch's `CudaBackend`, fused experts included; a drop-in for `CudaPartitioner`.
+    """Delegates a program with fused experts to ExecuTorch's `CudaBackend`; a drop-in for `CudaPartitioner`.
 
-    Expert layers of the program, those of unmodified transformers models too, become `fused_experts` nodes on packed
-    weights. Such a node reaches AOTInductor as one node, which opens it and embeds our kernels.
-    CudaPartitioner is final, so this derives from its base and gives the same delegate id and compile specs.
+    The expert layers of a program, also of unmodified transformers models, become `fused_experts` nodes on packed
+    weights. AOTInductor gets each of them as one node, from which it compiles our kernels.
+    CudaPartitioner is final, so this class derives from its base and has the same delegate id and compile specs.
 
-    Partitioning switches off, for the process, settings of Inductor that make wrong programs (`torch_defects`).
+    Partitioning disables, for the process, settings of Inductor that compile wrong programs (`torch_defects`).
 
     Args:
         compile_spec: compile specs of CudaBackend. `method_name` defaults to "forward" (name each method of a program
             with several: the runtime finds per-method options by it), `target_device` to "cuda:0".
-        fusion: scheme and group size, or the fuser that all methods of a program share.
+        fusion: scheme and group size (None: w4a16, 32), or the `ExpertFuser` that all methods of a program share.
 
     Raises:
-        TypeError: `compile_spec` is something else, as the options that the CPU partitioner takes first.
+        TypeError: `compile_spec` is not a list of CompileSpec, for example the fusion options.
     """
 
     def __init__(
@@ -58,11 +58,11 @@ class MoECudaPartitioner(FusingPartitioner, AotiPartitioner):
         self.set_fusion(fusion)
 
     def transform_for_pre_decomposition(self, exported_program: ExportedProgram) -> ExportedProgram:
-        """Fuse the experts, and check that ExecuTorch's CUDA runtime has what is left.
+        """Fuse the experts, then check that ExecuTorch's CUDA runtime supports all other operators.
 
         Raises:
-            NotImplementedError: experts that cannot be fused, unless `require_fused` is off; operators that the
-                runtime lacks (`MissingOperatorsError`).
+            NotImplementedError: experts cannot be fused (with `require_fused`), or the runtime lacks operators
+                (`MissingOperatorsError`).
         """
         fused = self.fuse_experts(exported_program)
         check_operators(fused)
@@ -71,11 +71,11 @@ class MoECudaPartitioner(FusingPartitioner, AotiPartitioner):
     def partition(self, exported_program: ExportedProgram) -> PartitionResult:
         """Tag the program for CudaBackend and record which buffers it mutates.
 
-        The weight metadata that CudaBackend writes does not say which tensors are state (a KV cache). The delegate host
-        needs to know to restore just those; CudaBackend itself ignores compile specs that it does not know.
+        The weight metadata of CudaBackend does not say which tensors are state (a KV cache), and the delegate host
+        restores only those. CudaBackend ignores unknown compile specs.
 
         Raises:
-            NotImplementedError: a mutated buffer so small that Inductor would compile its initial value in.
+            NotImplementedError: a mutated buffer is so small that Inductor would compile its initial value in.
         """
         mutated = sorted(set(exported_program.graph_signature.buffers_to_mutate.values()))
         check_state(exported_program, mutated)
@@ -87,17 +87,17 @@ class MoECudaPartitioner(FusingPartitioner, AotiPartitioner):
 
 
 def check_state(exported_program: ExportedProgram, mutated: Collection[str]) -> None:
-    """Check that a program's state survives AOTInductor, which compiles tiny tensors in as constants.
+    """Check that no state of a program is so small that AOTInductor compiles it in as a constant.
 
-    A method that reads such a buffer would see its initial value for ever, without an error anywhere (seen with torch
-    2.13: 1-D up to 8 elements are inlined, single elements of any rank are folded).
+    A method would always read the initial value of such a buffer, without any error. torch 2.13 inlines 1-D tensors of
+    up to 8 elements and folds single elements of any rank.
 
     Args:
         exported_program: the program.
         mutated: names of buffers that this or another method of the same file writes to.
 
     Raises:
-        NotImplementedError: a mutated buffer that would be compiled in.
+        NotImplementedError: a mutated buffer would be compiled in.
     """
     for spec in exported_program.graph_signature.input_specs:
         if spec.kind != InputKind.BUFFER or spec.target not in mutated:
@@ -117,8 +117,8 @@ def _listed(compile_spec: Any) -> list[CompileSpec]:
         return []
     if not isinstance(compile_spec, list | tuple) or not all(isinstance(spec, CompileSpec) for spec in compile_spec):
         raise TypeError(
-            f"compile_spec is a {type(compile_spec).__name__}, expected a list of CompileSpec: pass how to fuse by "
-            "name, as MoECudaPartitioner(fusion=FusionOptions('w4a16'))"
+            f"compile_spec is a {type(compile_spec).__name__}, expected a list of CompileSpec: pass fusion options by "
+            "name, as in MoECudaPartitioner(fusion=FusionOptions('w4a16'))"
         )
     return list(compile_spec)
 

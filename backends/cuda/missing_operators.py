@@ -1,4 +1,4 @@
-"""`missing_operators`: what ExecuTorch's CUDA runtime has no kernel for, known before anything is compiled."""
+"""`missing_operators`: operators without a kernel in ExecuTorch's CUDA runtime, found before compiling."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Operator: TypeAlias = OpOverload | HigherOrderOperator
 Module = tuple[str, str]
 """(qualified name, class)."""
 
-# Inductor has kernels for these behind a setting that is off; the lowering calls a library.
+# Inductor generates kernels for these only with a setting that is off by default; otherwise it calls a library.
 _SELECTIONS = frozenset(
     getattr(getattr(torch.ops.aten, name), overload)
     for name, overload in (("median", "default"), ("median", "dim"), ("kthvalue", "default"), ("mode", "default"))
@@ -29,7 +29,7 @@ class MissingOperator:
     """One operator in one module.
 
     Attributes:
-        operator: "aten.histc", or with its overload where that is not the default: "aten.sort.values".
+        operator: "aten.histc", or with an overload other than the default: "aten.sort.values".
         module: qualified name of the module whose forward calls it; "" for the exported module itself.
         module_type: its class, without the package.
     """
@@ -44,14 +44,14 @@ class MissingOperator:
 
 
 def missing_operators(program: ExportedProgram) -> list[MissingOperator]:
-    """Operators that AOTInductor would call a library for, and ExecuTorch's CUDA runtime has no such library.
+    """Operators for which AOTInductor would call a library function that ExecuTorch's CUDA runtime does not have.
 
-    Runs Inductor's decompositions on fake tensors: seconds, no GPU, no compiler. Call it on a program whose experts are
-    fused (`ExpertFuser.fuse`): those of unmodified models hold operators that are gone once they are fused. What
-    Inductor calls a library for in some shapes only (an index_put of bool) is found by lowering alone.
+    Runs Inductor's decompositions on fake tensors: takes seconds, needs no GPU and no compiler. Call it on a program
+    with fused experts (`ExpertFuser.fuse`): unfused experts contain operators that fusing removes. Operators for which
+    Inductor calls a library in some shapes only (an index_put of bool) are found only by lowering.
 
     Args:
-        program: from `torch.export.export`, on any device; left as it is.
+        program: from `torch.export.export`, on any device; not changed.
 
     Returns:
         Each pair of operator and module once, sorted; empty if everything can be compiled.
@@ -66,9 +66,9 @@ def missing_operators(program: ExportedProgram) -> list[MissingOperator]:
 
 
 def find_operators(program: ExportedProgram, kernels: Iterable[str]) -> list[MissingOperator]:
-    """Where the operators are whose library calls have these names; for names that AOTInductor reports.
+    """The operators of a program whose library functions have these names, each with its module.
 
-    A name that no operator of the program has is returned as it is, with no module.
+    For names that AOTInductor reports. A name that matches no operator is returned unchanged, without a module.
     """
     unknown = set(kernels)
     wanted = frozenset(unknown)
@@ -81,21 +81,21 @@ def find_operators(program: ExportedProgram, kernels: Iterable[str]) -> list[Mis
 
 
 class MissingOperatorsError(NotImplementedError):
-    """A program that cannot be compiled for the CUDA runtime; one line that lists `operators` and says what to do."""
+    """The CUDA runtime lacks operators of a program; the message is one line with all `operators` and the remedy."""
 
     def __init__(self, operators: Iterable[MissingOperator]) -> None:
         self.operators = sorted(set(operators))
         listed = "; ".join(str(operator) for operator in self.operators)
         super().__init__(
-            f"ExecuTorch's CUDA runtime has no kernel for {listed}: write these operations of the model in others"
+            f"ExecuTorch's CUDA runtime has no kernel for {listed}: rewrite these parts of the model in other operators"
         )
 
 
 def check_operators(*programs: ExportedProgram) -> None:
-    """Check all methods of a program, whose experts are fused.
+    """Check all methods of a program with fused experts.
 
     Raises:
-        MissingOperatorsError: operators that are missing, each with the module that it comes from.
+        MissingOperatorsError: operators are missing; lists each with its module.
     """
     if missing := [operator for program in programs for operator in missing_operators(program)]:
         raise MissingOperatorsError(missing)
@@ -107,7 +107,7 @@ def kernel_names(operator: Operator) -> set[str]:
         return {str(operator)}
     base = operator._opname
     full = base if operator._overloadname == "default" else f"{base}_{operator._overloadname}"
-    # In-place and functional forms become the one that writes its result where it is told.
+    # In-place and functional forms become the out variant.
     forms = {base, full, f"{base}_out", f"{full}_out", f"{base.rstrip('_')}_out"}
     shims = {f"aoti_torch_cuda_{form}" for form in forms}
     return {operator.name(), *shims, *(f"at::_ops::{form}::call" for form in forms)}
@@ -120,20 +120,20 @@ def _runtime_kernels() -> set[str]:
 
 
 def _is_compiled(node: Node, operator: Operator) -> bool:
-    """True if Inductor, or a pass of ExecuTorch before it, makes kernels for an operator."""
+    """True if Inductor, or an earlier pass of ExecuTorch, generates kernels for an operator."""
     from torch._inductor.lowering import lowerings
     from torch._library.triton import triton_ops_to_kernels
 
     if operator in _replaced_by_executorch():
         return not _is_long_topk(node)
     if lowering := lowerings.get(operator):
-        # A lowering that is nothing but a call into a library.
+        # Fallback lowerings only call a library.
         return not getattr(lowering, "_is_fallback_handler", False) and operator not in _SELECTIONS
     return isinstance(operator, OpOverload) and operator.name() in triton_ops_to_kernels
 
 
 def _is_long_topk(node: Node) -> bool:
-    """True for a topk that ExecuTorch's pass leaves alone: its kernel holds a row in one block."""
+    """True for a topk of rows that do not fit into one block of ExecuTorch's kernel: its pass does not replace it."""
     from executorch.backends.cuda.triton.replacement_pass import ReplaceEdgeOpWithTritonOpPass
 
     if node.target is not torch.ops.aten.topk.default:
@@ -151,7 +151,7 @@ def _replaced_by_executorch() -> set[OpOverload]:
 
 
 def _decompose(program: ExportedProgram) -> ExportedProgram:
-    """The program in the operators that Inductor sees, each node with the module that it comes from."""
+    """The program after Inductor's decompositions, each node with its module."""
     from torch._inductor.decomposition import select_decomp_table
 
     composite = {
@@ -162,13 +162,13 @@ def _decompose(program: ExportedProgram) -> ExportedProgram:
     table: dict[Any, Callable[..., Any]] = {**composite, **select_decomp_table()}
     for operator in _replaced_by_executorch():
         table.pop(operator, None)
-    # As CudaBackend compiles what is left of attention.
+    # CudaBackend compiles attention that is not replaced in the same way.
     with sdpa_kernel([SDPBackend.MATH]), torch.no_grad():
         return program.run_decompositions(table)
 
 
 def _operators(graph: GraphModule, outer: Module = ("", "")) -> Iterator[tuple[Node, Module, Operator]]:
-    """Every operator that is called, with its module; those of branches and loop bodies are in module `outer`."""
+    """Every operator call with its module. Calls in branches and loop bodies get the module `outer`."""
     for node in graph.graph.nodes:
         if node.op == "get_attr" and isinstance(inner := getattr(graph, str(node.target), None), GraphModule):
             yield from _operators(inner, next((_module(user, outer) for user in node.users), outer))
@@ -183,7 +183,7 @@ def _name(operator: Operator) -> str:
 
 
 def _module(node: Node, outer: Module) -> Module:
-    """The innermost module that a node comes from."""
+    """The innermost module of a node."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     if not stack:
         return outer

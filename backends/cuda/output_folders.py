@@ -1,4 +1,4 @@
-"""Keeps programs that are compiled at the same time from taking each other's files."""
+"""Gives each compilation its own output folder, so that concurrent exports do not overwrite each other."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from executorch_moe.backends.cuda.patches.registry import OUTPUTS, replacing
 
 @contextlib.contextmanager
 def own_outputs() -> Iterator[None]:
-    """Within it, AOTInductor writes each method's library, kernels and weights to a new folder.
+    """Context in which AOTInductor writes each method's library, kernels and weights to a new folder.
 
-    By default the folder is named after the model's Python code, in a cache that all processes of a user share. Then
-    two exports of one model at the same time write the same files: ExecuTorch removes the library of one while the
-    other is about to read it, and kernels of one may end up in the other's library, for `cubins_combined.o` is one name
-    for all. What is a cache (Triton's kernels, timings, precompiled headers) stays shared.
+    By default the folder is named after the model's Python code, in a cache that all processes of a user share. Two
+    concurrent exports of one model then write the same files: ExecuTorch removes the library of one before the other
+    reads it, and kernels of one can end up in the library of the other, because all use the name `cubins_combined.o`.
+    Caches (Triton's kernels, timings, precompiled headers) stay shared.
     """
 
     def options(cls: type, compile_specs: Any) -> dict[str, Any]:
-        # Inside the cache, for that may have been put on a disk with room for the weights. Kept until the process ends:
-        # ExecuTorch leaves weights in files here and reads them to write the .ptd.
+        # Inside the cache folder, which users may have put on a disk with room for the weights. Kept until the process
+        # ends, because ExecuTorch reads the weights from files here when it writes the .ptd.
         folder = tempfile.mkdtemp(prefix="executorch_moe_", dir=cache_dir())
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         return {**stock(compile_specs), "aot_inductor.output_path": folder}

@@ -1,8 +1,8 @@
-"""Host code that lets our kernels start before the launch before them has ended, from sm_90 on.
+"""Programmatic dependent launch: from sm_90 on, our kernels start before the launch before them has ended.
 
-That is programmatic dependent launch. A kernel launched so waits for the launches before it by itself, as ours do
-(`launches_before` in kernels/_device.py). AOTInductor's host code launches without it. Its text stays as it is; behind
-it come a second way to launch and a macro that takes it for our kernels, wherever the code that follows launches one.
+A kernel that is launched this way must itself wait for the launches before it. Ours do (`launches_before` in
+kernels/_device.py). The host code of AOTInductor launches kernels without this attribute. Its text is not changed; we
+append a second launch function, and a macro that calls it for our kernels in all the code that follows.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ WAITING_KERNELS = (
     "moe_one_token_router",
     "moe_sum_pairs",
 )
-"""Kernels that wait for the launches before them. One that does not would read what is not written yet."""
+"""Kernels that wait for the launches before them. Another kernel would read data that is not written yet."""
 
 LEAST_CAPABILITY = 90
 
 
 class LaunchesDoNotOverlap(UserWarning):
-    """An export is right, but slower than it could be: this torch's host code is not the known one."""
+    """An export is correct but slower than possible, because the host code of this torch is not the known one."""
 
 
 KERNEL_DRIVER = "torch._inductor.codegen.cuda.device_op_overrides:CUDADeviceOpOverrides.kernel_driver"
 
-# Of both ways to launch.
+# Parameters of both launch functions.
 _PARAMETERS = """CUfunction func, uint32_t gridX, uint32_t gridY, uint32_t gridZ, uint32_t numWarps,
                     uint32_t sharedMemBytes, void* args[], cudaStream_t stream"""
 
-# Must be in the text of `kernel_driver`, up to spaces: the new way to launch is this one with an attribute.
+# The text of `kernel_driver` must contain these, up to spaces. Our launch function is this one plus an attribute.
 _RELIED_ON = (
     "#define CUDA_DRIVER_CHECK(EXPR)",
     f"static inline void launchKernel({_PARAMETERS})"
@@ -53,8 +53,8 @@ _RELIED_ON = (
 }""",
 )
 
-# Inductor numbers the functions that it is given: `kernels_.NAME_0` holds the function NAME. The macro decides by this
-# name while the host code is compiled, so that a launch costs no look-up.
+# Inductor numbers the kernels: `kernels_.NAME_0` is the kernel NAME. The macro chooses by this name at compile time, so
+# a launch costs no lookup.
 _ADDED = r"""
             static constexpr bool waitsForLaunchesBefore(std::string_view kernel) {
                 kernel = kernel.substr(kernel.rfind('.') + 1);
@@ -93,13 +93,17 @@ _ADDED = r"""
 
 
 def unknown_host_code() -> str:
-    """Empty if this torch's host code launches kernels as this module expects, else what is not as expected."""
+    """Empty if the host code of this torch launches kernels as this module expects, else the difference."""
     with LOCK:
         return _unknown_host_code()
 
 
 def why_not_overlapped(capability: int) -> str:
-    """Empty if launches overlap in an export for this GPU, or its kind of GPU cannot; else a sentence for the user."""
+    """Empty if launches overlap in an export for this GPU or cannot on such GPUs; else the reason, one sentence.
+
+    Args:
+        capability: of the GPU, 90 for sm_90.
+    """
     if capability < LEAST_CAPABILITY or not (why := unknown_host_code()):
         return ""
     return (
@@ -124,13 +128,13 @@ def _unknown_host_code() -> str:
 
 @contextlib.contextmanager
 def overlapped_launches(capability: int) -> Iterator[None]:
-    """Within it, AOTInductor's host code lets launches of our kernels overlap with the launch before.
+    """Context in which AOTInductor's host code lets launches of our kernels overlap with the launch before.
 
-    Nothing is changed for GPUs that cannot. Where this torch's host code is not the known one, nothing is changed
-    either, and a `LaunchesDoNotOverlap` warning says so.
+    Changes nothing for GPUs without this feature. If the host code of this torch is not the known one, it changes
+    nothing either and gives a `LaunchesDoNotOverlap` warning.
 
     Args:
-        capability: of the GPU that is compiled for, 90 for sm_90.
+        capability: of the target GPU, 90 for sm_90.
     """
     if capability < LEAST_CAPABILITY:
         yield

@@ -1,34 +1,31 @@
-"""Artifacts without their large weights: those of synthetic models are made again when the artifact is loaded.
+"""Artifacts with placeholders instead of large weights. The loader makes the weights of such synthetic models again.
 
-Each large storage has a placeholder in the .ptd. Such an artifact is a few megabytes, and exporting it takes neither
-the memory nor the disk of its weights. Only the delegate host runs it.
+A placeholder is a weight without values in the .ptd. An artifact with placeholders has a few megabytes, and exporting
+it needs neither the memory nor the disk space of the weights. Only the delegate host runs it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
 
+from executorch_moe.backends.artifact.ptd import PLACEHOLDER
 from executorch_moe.backends.cuda.patches.registry import PLACEHOLDERS, replacing
 
-PLACEHOLDER = b"executorch_moe: made when it is loaded"
 LEAST_BYTES = 1 << 20
-"""Storages below this size are written as they are: among them tables and constants that no seed makes."""
-
-MakeWeights = Callable[[str, int], "Tensor | None"]
-"""(qualified name, bytes) -> uint8 [bytes], or None for what the .ptd holds. What is made goes before what is there."""
+"""Smaller storages (bytes) are written with their values: tables and constants, which no seed can make again."""
 
 
 @contextlib.contextmanager
 def without_weights() -> Iterator[None]:
-    """Within it, `to_edge_transform_and_lower` writes placeholders for large weights of CUDA delegates.
+    """Context in which `to_edge_transform_and_lower` writes placeholders for large weights of CUDA delegates.
 
     Raises:
-        RuntimeError: an executorch whose weights are not written by the function that is replaced here.
+        RuntimeError: the installed executorch writes weights with another function than the known one.
     """
 
     def write(tensor: Tensor, path: str) -> bytes:

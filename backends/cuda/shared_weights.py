@@ -1,4 +1,4 @@
-"""Keeps ExecuTorch from copying weights for each method that it compiles, and from sharing what only looks the same."""
+"""Stops ExecuTorch from copying the weights for each method, and from sharing different constants of the same name."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from executorch_moe.backends.cuda.patches.registry import WEIGHTS, replacing
 
 @contextlib.contextmanager
 def shared_weights() -> Iterator[None]:
-    """Within it, the copy of a program that CudaBackend works on has a graph of its own, but the program's tensors.
+    """Context in which CudaBackend's copy of a program has its own graph, but shares the tensors of the program.
 
-    CudaBackend replaces weights in the copy's tables when it moves them to the GPU, and never writes to them. Weights
-    that are on the GPU already are copied all the same: CudaBackend frees what it finds there in the end.
-    ExecuTorch 1.5 does the same in its low-memory mode, which changes other things as well.
+    CudaBackend replaces weights in the tables of the copy when it moves them to the GPU, and never writes to them.
+    Weights that are already on the GPU are still copied, because CudaBackend frees them at the end. ExecuTorch 1.5 does
+    the same in its low-memory mode, which has other effects as well.
 
-    Constants that lowering itself makes (`_lifted_tensor_constant3`) are numbered anew in each method, but share a name
-    with those of all: methods whose third constants differ are refused as damaged. They become each method's own, as
-    those that AOTInductor makes are.
+    Lowering numbers the constants that it makes (`_lifted_tensor_constant3`) separately in each method, but ExecuTorch
+    takes equal names for one constant and refuses methods whose values differ. Here such constants belong to their
+    method, like those that AOTInductor makes.
     """
 
     def is_local(fqn: str) -> bool:

@@ -1,11 +1,11 @@
-"""Settings of Inductor under which it compiles wrong programs; they are switched off.
+"""Disables settings of Inductor with which it compiles wrong programs.
 
 `loop_index_inversion_in_fusion` (on by default in torch 2.11 to 2.13): where one kernel writes a buffer and the next
-reads it in another order, Inductor swaps the order of the second. It inverts the index expression for that without a
-look at its range: `ModularIndexing(p, 1, 16)` for p in [0, 32), which reads a buffer of 16 elements twice, counts as
-invertible, is replaced by p, and the kernel reads 16 elements behind the buffer. A `cat((x, x))`, as in the cosine and
-sine of rotary embeddings, is enough. It takes effect with `loop_ordering_after_fusion` off, as ExecuTorch's CudaBackend
-sets it, for a kernel that reads one buffer, after one that it could be fused with.
+reads it in another order, Inductor changes the order of the second. To do so it inverts the index expression without
+checking its range: `ModularIndexing(p, 1, 16)` for p in [0, 32), which reads a buffer of 16 elements twice, counts as
+invertible and is replaced by p, so the kernel reads 16 elements past the end of the buffer. A `cat((x, x))`, as in the
+cosine and sine of rotary embeddings, is enough. It happens with `loop_ordering_after_fusion` off, which ExecuTorch's
+CudaBackend sets, in a kernel that reads one buffer and follows one that it could be fused with.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ SETTINGS = {"loop_index_inversion_in_fusion": False}
 
 @contextlib.contextmanager
 def defects_avoided() -> Iterator[None]:
-    """Within it, Inductor compiles without the settings above; a torch that does not have one of them needs nothing."""
+    """Context in which Inductor compiles with the safe values of `SETTINGS`. Settings that torch lacks are skipped."""
     with inductor_config.patch(_known()):
         yield
 
 
 def avoid_defects() -> None:
-    """Switch the settings off until the process ends.
+    """Use the safe values of `SETTINGS` until the process ends.
 
-    For `to_edge_transform_and_lower` with a partitioner, which compiles after the partitioner has returned: there is no
-    later moment at which the settings could be put back.
+    For `to_edge_transform_and_lower` with a partitioner: it compiles after the partitioner has returned, so there is no
+    later moment to restore the settings. These are public settings of torch, not patched functions.
     """
     for name, value in _known().items():
         setattr(inductor_config, name, value)

@@ -1,4 +1,4 @@
-"""Fuses the experts of exported programs: finds expert regions, recognizes what they compute, packs and replaces."""
+"""Fuses the experts of exported programs: finds expert regions, recognizes, packs and replaces them."""
 
 from .fuser import ExpertFuser, FusionOptions
 from .fusing_partitioner import FusingPartitioner

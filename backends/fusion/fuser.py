@@ -1,4 +1,4 @@
-"""`ExpertFuser`: replaces expert regions of exported programs by `fused_experts` on packed weights."""
+"""`ExpertFuser`: replaces expert regions of exported programs with `fused_experts` on packed weights."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class FusionOptions:
 
     Attributes:
         scheme: "w4a16", "w4a8" or "bf16".
-        group_size: weights that share one scale; divides the hidden and the expert width. Ignored by scheme bf16.
-        algorithm: how weights are rounded to 4 bits, "minmax" or "hqq"; see `kernels.rounding`.
-        require_fused: an expert region that cannot be fused is an error; else it stays as it was and is reported.
+        group_size: number of weights that share one scale; must divide hidden size and expert width. Not used by bf16.
+        algorithm: rounding to 4 bits, "minmax" or "hqq"; see `kernels.packing.rounding`.
+        require_fused: True: an expert region that cannot be fused is an error. False: it stays unfused and is reported.
 
     Raises:
-        ValueError: an unknown scheme or algorithm, or another value that no model can be fused with.
+        ValueError: the scheme or algorithm is unknown, or another value is never valid.
     """
 
     scheme: str = "w4a16"
@@ -43,7 +43,7 @@ class FusionOptions:
         check_algorithm(self.algorithm)
         if kind.packed:
             if not isinstance(self.group_size, int):
-                raise ValueError(f"group_size={self.group_size!r} is no whole number: write group_size=32")
+                raise ValueError(f"group_size={self.group_size!r} is not an integer: write group_size=32")
             check_any_group_size(self.group_size)
         if not isinstance(self.require_fused, bool):
             raise ValueError(f"require_fused={self.require_fused!r} is neither True nor False: write one of them")
@@ -56,20 +56,20 @@ class _Packed:
 
 
 class ExpertFuser:
-    """Fuses the programs of one model: layers that several methods share are packed once, under one name.
+    """Fuses the programs of one model. Layers that several methods share are packed once and keep one name.
 
     Attributes:
         options: how to fuse.
-        report: what was fused so far, over all programs.
+        report: all expert regions so far, of all programs.
 
     Raises:
-        TypeError: options that are no `FusionOptions`.
+        TypeError: `options` is not a `FusionOptions`.
     """
 
     def __init__(self, options: FusionOptions | None = None) -> None:
         if not isinstance(options, FusionOptions | None):
             raise TypeError(
-                f"how to fuse is given as a {type(options).__name__}, expected FusionOptions or an ExpertFuser: write "
+                f"fusion is given as a {type(options).__name__}, expected FusionOptions or an ExpertFuser: write "
                 "FusionOptions('w4a16', group_size=32)"
             )
         self.options = FusionOptions() if options is None else options
@@ -78,13 +78,13 @@ class ExpertFuser:
         self._layouts: dict[str, ExpertLayout | str] = {}
 
     def fuse(self, program: ExportedProgram) -> ExportedProgram:
-        """The program with its expert regions fused; `program` itself if it has none. The input is left as it is.
+        """Return the program with its expert regions fused, or `program` itself if it has none. Does not edit it.
 
         Packed weights are new buffers, named after the experts module: `model.layers.0.mlp.experts.packed_w13`. The
-        unpacked parameters are gone unless something else reads them.
+        unpacked parameters are removed unless other nodes read them.
 
         Raises:
-            NotImplementedError: with `require_fused`, a region that cannot be fused; names module and reason.
+            NotImplementedError: with `require_fused`, a region cannot be fused; the message names module and reason.
         """
         if not find_regions(program):
             return program
@@ -95,8 +95,8 @@ class ExpertFuser:
             except NotFusable as error:
                 if self.options.require_fused:
                     message = f"experts {region.module} ({region.family}) not fused: {error}"
-                    if not isinstance(error, NotPackable):  # else another option is the better remedy
-                        message += ". FusionOptions(require_fused=False) leaves such experts as they are"
+                    if not isinstance(error, NotPackable):  # for those, other options are the better remedy
+                        message += ". FusionOptions(require_fused=False) leaves such experts unfused"
                     raise NotImplementedError(message) from error
                 self.report.add(UnfusedRegion(region.module, region.family, str(error)))
             else:
@@ -125,7 +125,7 @@ class ExpertFuser:
         )
 
     def _layout(self, region: Region, roles: Roles) -> ExpertLayout:
-        """`recognize`, once for all regions that look the same."""
+        """`recognize`, called once for all regions with the same fingerprint."""
         key = fingerprint(region, roles)
         if key not in self._layouts:
             try:
@@ -140,7 +140,7 @@ class ExpertFuser:
     def _pack(self, region: Region, layout: ExpertLayout, sources: dict[str, Tensor]) -> PackedExperts:
         key = (region.module, layout, *((name, t.data_ptr(), t.dtype, tuple(t.shape)) for name, t in sources.items()))
         known = self._packed.get(key)
-        # An address says nothing once the tensor that had it is gone.
+        # Addresses identify tensors only while the tensors are alive.
         if known is not None and all(source() is not None for source in known.sources):
             return known.weights
         options = self.options

@@ -1,4 +1,4 @@
-"""What both targets' partitioners share: fusing in `transform_for_pre_decomposition`."""
+"""Base of both partitioners: fuses the experts in `transform_for_pre_decomposition`."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from .report import FusionReport
 
 
 class FusingPartitioner:
-    """Mixin of a partitioner: `fusion` says how experts are fused.
+    """Mixin of a partitioner with an `ExpertFuser`.
 
-    Pass `FusionOptions` for a program of one method. For several methods pass the partitioners of all of them one
-    `ExpertFuser`: it packs each layer once, and its report covers them all.
+    For a program of one method, pass `FusionOptions`. For several methods, pass the same `ExpertFuser` to the
+    partitioners of all methods: it packs each layer once, and its report covers all methods.
     """
 
     fuser: ExpertFuser
 
     def set_fusion(self, fusion: FusionOptions | ExpertFuser | None) -> None:
-        """Take the options, or the fuser to share; None: w4a16 with group size 32."""
+        """Set the options, or the shared fuser; None means w4a16 with group size 32."""
         self.fuser = fusion if isinstance(fusion, ExpertFuser) else ExpertFuser(fusion)
 
     @property
     def report(self) -> FusionReport:
-        """What was fused so far."""
+        """All expert regions so far."""
         return self.fuser.report
 
     def fuse_experts(self, exported_program: ExportedProgram) -> ExportedProgram:

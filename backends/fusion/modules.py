@@ -1,6 +1,6 @@
-"""Experts modules of an eager model: which modules they are, what they compute, and their weights packed.
+"""Experts modules of an eager model: finds them, recognizes their computation, and packs their weights.
 
-The same rules as for exported programs (`regions`, `recognize`), on a module that is run instead of a graph.
+The rules are those for exported programs (`regions`, `recognize`), applied to a module instead of a graph.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from .probe import Probe, match
 from .recognize import ExpertLayout, no_layout, one_line, possible_layouts
 from .regions import NotFusable, named_experts, owns_stacks
 
-# Rows of both magnitudes.
+# Enough rows for both magnitudes of a probe.
 _TOKENS, _TOP_K = 6, 2
 
 
 def find_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yields (qualified name, module) of each experts module below `model` that is not fused yet, outermost ones only.
+    """Yield (qualified name, module) of each unfused experts module below `model`, outermost modules only.
 
     A module counts as experts if its class name ends in "Experts" or if it owns stacked matrices (`owns_stacks`).
     """
@@ -38,14 +38,14 @@ def find_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @torch.no_grad()
 def recognize_module(module: nn.Module) -> ExpertLayout:
-    """What an experts module computes, measured by running it in fp32 on random weights; see `recognize`.
+    """Find the layout and activation of an experts module by running it in fp32 on random weights; see `recognize`.
 
     Args:
         module: called as module(hidden_states [T, H], topk_ids [T, top_k], topk_weights [T, top_k]) -> [T, H], as in
-            transformers. Its parameters are read for their shapes only, so that they may be quantized or on any device.
+            transformers. Only the shapes of its parameters are used, so they may be quantized and on any device.
 
     Raises:
-        NotFusable: it cannot be called so, or computes something else.
+        NotFusable: the module cannot be called this way, or computes something else.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     sizes = sorted({size for shape in shapes.values() if len(shape) == 3 for size in shape[1:]}, reverse=True)
@@ -62,10 +62,10 @@ def recognize_module(module: nn.Module) -> ExpertLayout:
 
 
 def kind_of(module: nn.Module) -> tuple[object, ...]:
-    """Equal for experts modules that compute the same on equal parameters, so that equal layers are recognized once.
+    """A key that is equal for modules that compute the same on equal parameters, so that equal layers are probed once.
 
-    That is class and shapes, and whatever else a module below has as an attribute: layers of one class may differ in a
-    limit. Attributes that cannot be compared by value are the same only if they are one object.
+    It contains class, shapes, and all other attributes of the module and its submodules, because layers of one class
+    can differ in a limit. Attributes without comparable values are equal only if they are the same object.
     """
     parts: list[object] = []
     for name, part in module.named_modules():
@@ -109,7 +109,7 @@ def _run(module: nn.Module, probe: Probe) -> Tensor:
 def pack_layer(
     layout: ExpertLayout, parameters: Mapping[str, Tensor], scheme: str, group_size: int, algorithm: str
 ) -> PackedExperts:
-    """`pack_experts` on parameters as a module stores them, one expert at a time.
+    """`pack_experts` on the parameters of a module in its own layout, one expert at a time.
 
     Raises:
         ValueError: see `pack_experts`.

@@ -1,4 +1,4 @@
-"""Random weights and inputs for an expert layer, and the layout with which the fp32 oracle gives the layer's output."""
+"""Random weights and inputs for an expert layer, and the layout for which the fp32 oracle reproduces its output."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .regions import NotFusable
 if TYPE_CHECKING:
     from .recognize import ExpertLayout
 
-# fp32 sums in two orders; the nearest wrong answer (another activation, another alpha) is 100 times further away.
+# Allows for fp32 sums in another order. The nearest wrong result (another activation or alpha) differs 100 times more.
 PROBE_TOLERANCE = 1e-4
 LARGE = 1024.0
-"""Gates of every second token of a probe are around +-4 x LARGE: limits up to about 10,000 change the result. Trained
-models' gates reach hundreds; a limit beyond what fp16 holds is none."""
+"""Scale of the hidden states of every second token. Their gates are around +-4 x LARGE, so limits up to about 10,000
+change the result. Gates of trained models reach hundreds; a limit beyond the fp16 range has no effect."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Probe:
     """Random weights and inputs for an expert layer, all fp32.
 
     Attributes:
-        large: bool [T], tokens whose hidden states and routing weights are large.
+        large: bool [T], True for tokens with large hidden states and routing weights.
         parameters: by name, in full size; experts that no token chooses are zeros that take no memory.
-        few: the experts that may be chosen, by name.
+        few: parameters of the experts that tokens can choose, by name.
         hidden, weights: [T, H] and [T, top_k].
         ids, slots: int64 [T, top_k], into `parameters` and into `few`.
     """
@@ -55,10 +55,12 @@ class Probe:
         experts: int,
         first_large: bool = False,
     ) -> Probe:
-        """A probe whose tokens choose among `experts` experts, of those in `shapes`; every second token is large.
+        """Make a probe whose tokens choose among `experts` of the experts in `shapes`. Every second token is large.
 
         Args:
-            first_large: the first token is, and the second is not.
+            shapes: shape of each parameter by name. tokens: T. hidden_size: H.
+            top_k, experts: experts per token, and experts to choose from.
+            first_large: True: the first token is large, the second is not; False: the other way round.
         """
         generator = torch.Generator().manual_seed(0)
         e = next(iter(shapes.values()))[0]
@@ -81,8 +83,7 @@ class Probe:
         return Probe(large, parameters, few, hidden, chosen[slots], slots, weights)
 
     def distances(self, layout: ExpertLayout, actual: Tensor) -> tuple[float, float]:
-        """Largest relative distance of a token from the fp32 oracle, of tokens that are not large and of those that
-        are; 0 if there are none."""
+        """Largest relative distance of a token from the fp32 oracle: of usual and of large tokens (0 for none)."""
         expected = reference_experts(
             self.hidden, self.slots, self.weights, *layout.canonical(self.few), activation=layout.activation
         )
@@ -95,10 +96,10 @@ class Probe:
 
 
 def match(results: list[tuple[Probe, Tensor]], layouts: list[ExpertLayout]) -> ExpertLayout:
-    """The layout with which the fp32 oracle gives the outputs of all probes.
+    """The layout for which the fp32 oracle reproduces the outputs of all probes.
 
     Raises:
-        NotFusable: none.
+        NotFusable: there is none.
     """
     nearest, limited = math.inf, ""
     for layout in layouts:
@@ -112,8 +113,8 @@ def match(results: list[tuple[Probe, Tensor]], layouts: list[ExpertLayout]) -> E
         nearest = min(nearest, max(usual, large))
     if limited:
         raise NotFusable(
-            f"computes gated experts with activation {limited} where gates are small, but not where they are large: it "
-            "limits (clamps) what fused experts would not"
+            f"computes gated experts with activation {limited} for small gates, but not for large ones: it "
+            "limits (clamps) values that fused experts do not"
         )
     raise NotFusable(
         f"computes something else than gated experts with activation {' or '.join(ACTIVATIONS)} "
@@ -122,5 +123,5 @@ def match(results: list[tuple[Probe, Tensor]], layouts: list[ExpertLayout]) -> E
 
 
 def _untouched_zeros(shape: Sequence[int]) -> Tensor:
-    """fp32 zeros that take memory only where written; torch.zeros writes them all."""
+    """fp32 zeros that take memory only where written; torch.zeros writes all of them."""
     return torch.frombuffer(mmap.mmap(-1, 4 * math.prod(shape)), dtype=torch.float32).reshape(*shape)

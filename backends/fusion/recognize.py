@@ -1,8 +1,8 @@
-"""Says what an expert region computes: which input plays which role, how its weights are stored, which activation.
+"""Recognizes the computation of an expert region: the roles of its inputs, the layout of its weights, its activation.
 
-Shapes give the roles and the possible layouts. Which of them it is, is then measured: the region runs in fp32 on random
-weights and must equal the fp32 oracle for one layout and activation, for inputs of usual and of very large magnitude.
-So nothing depends on how a model spells its forward, and an activation or a limit that is not ours is not fused.
+Shapes give the roles and the possible layouts. To choose among them, the region runs in fp32 on random weights. It must
+equal the fp32 oracle for one layout and activation, on inputs of usual and of very large magnitude. So the way in which
+a model is written does not matter, and an activation or limit that fused experts do not have is not fused.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ExpertLayout:
     """How a module stores its experts, by parameter name.
 
     Attributes:
-        gate_up: one name, or the names of gate and up apart.
+        gate_up: one name, or the two names of separate gate and up.
         down: name of the down projection.
         transposed: weights are [E, in, out], not [E, out, in].
         order: of the rows of gate_up: "gate, up", "up, gate" or "interleaved" (gate first).
@@ -102,7 +102,7 @@ class ExpertLayout:
 
 
 def hint(size: Any) -> int:
-    """The value that a size had in the example inputs."""
+    """The value of a size in the example inputs."""
     if isinstance(size, int):
         return size
     value = size.node.hint
@@ -119,7 +119,7 @@ def find_roles(region: Region) -> Roles:
     """Inputs by role.
 
     Raises:
-        NotFusable: a role that no input or several inputs could play.
+        NotFusable: no input, or more than one, fits a role.
     """
     tensors = [node for node in region.inputs if tensor_of(node) is not None]
     sizes = tuple(node for node in region.inputs if isinstance(node.meta.get("val"), (int, torch.SymInt)))
@@ -144,7 +144,7 @@ def find_roles(region: Region) -> Roles:
 
 
 def possible_layouts(shapes: Mapping[str, tuple[int, ...]], hidden_size: int) -> list[ExpertLayout]:
-    """Every layout that the parameters' shapes allow, none if they are no experts of this hidden size."""
+    """Every layout that the parameters' shapes allow; empty if they are not experts of this hidden size."""
     matrices = [name for name, shape in shapes.items() if len(shape) == 3]
     biases = [name for name, shape in shapes.items() if len(shape) == 2]
     if len(matrices) + len(biases) == len(shapes):
@@ -156,7 +156,7 @@ def possible_layouts(shapes: Mapping[str, tuple[int, ...]], hidden_size: int) ->
 
 
 def no_layout(shapes: Mapping[str, tuple[int, ...]], hidden_size: int | None = None) -> NotFusable:
-    """The error for parameters that no layout allows."""
+    """The error for parameters that fit no layout."""
     found = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()) or "none"
     known = "" if hidden_size is None else f" with H={hidden_size}"
     return NotFusable(
@@ -193,10 +193,10 @@ def _of_three(shapes: Mapping[str, tuple[int, ...]], matrices: list[str], h: int
 
 
 def recognize(region: Region, roles: Roles) -> ExpertLayout:
-    """The layout and activation with which the fp32 oracle gives the region's own output.
+    """The layout and activation for which the fp32 oracle reproduces the region's output.
 
     Raises:
-        NotFusable: shapes or values that no supported expert layer has.
+        NotFusable: no supported expert layer has these shapes or values.
     """
     t, h = _shape(roles.hidden)
     top_k = _shape(roles.ids)[1]
@@ -217,7 +217,7 @@ def recognize(region: Region, roles: Roles) -> ExpertLayout:
     if top_k > e:
         raise NotFusable(f"chooses top_k={top_k} of E={e} experts: check the router")
 
-    # One token is of one magnitude.
+    # A probe of one token has one magnitude, so it takes two.
     results = []
     for first_large in (False,) if t > 1 else (False, True):
         probe = Probe.make(shapes, t, h, top_k, max(top_k, _PROBE_EXPERTS), first_large)
@@ -229,7 +229,7 @@ def _probed(region: Region, roles: Roles, probe: Probe) -> Tensor:
     """The region's output for a probe.
 
     Raises:
-        NotFusable: it cannot be run, or writes to its inputs.
+        NotFusable: the region cannot be run, or writes to its inputs.
     """
     ids_tensor = tensor_of(roles.ids)
     assert ids_tensor is not None
@@ -250,7 +250,7 @@ def _probed(region: Region, roles: Roles, probe: Probe) -> Tensor:
 
 
 def one_line(error: Exception) -> str:
-    """Kind and first line of an error."""
+    """Type and first line of an error."""
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
@@ -267,7 +267,7 @@ def _elements(node: Node) -> int:
 def _grouped_mm(
     x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """`aten._grouped_mm` of [S, K] and [E, K, N]: on the CPU it takes bf16 only. `out_dtype` is fp32 here."""
+    """`aten._grouped_mm` of [S, K] and [E, K, N] in fp32; torch's CPU kernel accepts bf16 only. `out_dtype` is fp32."""
     if bias is not None:
         raise NotImplementedError("aten._grouped_mm with a bias: add the bias after it")
     out, start = x.new_zeros(x.shape[0], weight.shape[2]), 0
@@ -279,12 +279,12 @@ def _grouped_mm(
 
 
 def _histc(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`aten.histc`: programs for CUDA give it integers, which the CPU does not take."""
+    """`aten.histc` on floats: programs for CUDA pass integers, which the CPU kernel does not accept."""
     return torch.histc(x.float(), *args, **kwargs)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Dtypes are not as traced here, so assertions about them are not run."""
+    """Skips assertions about dtypes, which differ from those of the trace."""
 
 
 _INSTEAD: dict[Any, Callable[..., Any]] = {
@@ -305,10 +305,11 @@ def run_region(region: Region, env: dict[Node, Any]) -> Tensor:
     """The region's output for given inputs, on the CPU with fp32 in place of every half-precision type.
 
     Args:
-        env: the values of the region's inputs and parameters; those of its nodes are added.
+        region: the region.
+        env: values of the region's inputs and parameters; the values of its nodes are added.
 
     Raises:
-        NotImplementedError: a node that is no call of an operator.
+        NotImplementedError: a node is not a call of an operator.
     """
     for node in region.nodes:
         if node.op != "call_function":
@@ -321,7 +322,7 @@ def run_region(region: Region, env: dict[Node, Any]) -> Tensor:
 
 
 def fingerprint(region: Region, roles: Roles) -> str:
-    """Equal for regions that compute the same, so that forty equal layers are recognized once."""
+    """A text that is equal for regions that compute the same, so that forty equal layers are recognized once."""
     names: dict[Node, str] = {roles.hidden: "hidden", roles.ids: "ids", roles.weights: "weights"}
     names |= {node: f"size {hint(node.meta['val'])}" for node in roles.sizes}
     names |= {node: f"{name} {_shape(node)}" for name, node in region.parameters.items()}

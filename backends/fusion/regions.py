@@ -1,6 +1,6 @@
-"""Expert regions of an exported ATen program: the nodes of one experts module, what goes in and what comes out.
+"""Expert regions of an exported ATen program: the nodes of one experts module, with its inputs and outputs.
 
-No operator pattern is matched: `nn_module_stack` says which module a node came from.
+There are no operator patterns: `nn_module_stack` has the module of each node.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch.fx import Node
 from executorch_moe.kernels import fused_experts as _fused_experts  # noqa: F401  registers torch.ops.executorch_moe
 
 _CHOOSING = ("aten.topk.", "aten.sort.", "aten.argsort.", "aten.argmax.", "aten.max.dim", "aten.multinomial.")
-"""Operators, one of which a module needs to choose experts itself."""
+"""A module that chooses experts itself uses one of these operators."""
 
 
 class NotFusable(Exception):
-    """A region cannot be fused; the message is the reason, with a remedy."""
+    """A region cannot be fused; the message is the reason and a remedy."""
 
 
 class NotPackable(NotFusable):
-    """The experts are known, but their weights, or scheme and group size, are such that they cannot be packed."""
+    """Recognized experts cannot be packed because of their weights, or with the given scheme and group size."""
 
 
 @dataclass
@@ -35,11 +35,11 @@ class Region:
 
     Attributes:
         module: qualified name of the module, without the suffix of a repeated call.
-        family: its class name.
+        family: class name of the module.
         nodes: its nodes, in graph order.
-        parameters: name below the module -> placeholder of a parameter or buffer that the nodes read.
+        parameters: name below the module -> placeholder node of a parameter or buffer that the nodes read.
         inputs: other nodes that they read, in order of first use.
-        outputs: tensors that nodes of other modules read.
+        outputs: tensors that nodes outside the region read.
     """
 
     module: str
@@ -53,7 +53,7 @@ class Region:
         """The one output.
 
         Raises:
-            NotFusable: there are none or several.
+            NotFusable: the region has none, or several.
         """
         if len(self.outputs) != 1:
             names = ", ".join(node.name for node in self.outputs) or "none"
@@ -64,13 +64,13 @@ class Region:
 
 
 def tensor_of(node: Node) -> torch.Tensor | None:
-    """The fake tensor that a node produces, None for anything else."""
+    """The fake tensor that a node produces; None for other values."""
     value = node.meta.get("val")
     return value if isinstance(value, torch.Tensor) else None
 
 
 def parameter_targets(program: ExportedProgram) -> dict[str, str]:
-    """Placeholder name -> qualified name, for parameters, buffers and lifted constants."""
+    """Name of the placeholder node -> qualified name, for parameters, buffers and lifted constants."""
     kinds = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
     return {
         spec.arg.name: spec.target
@@ -80,7 +80,7 @@ def parameter_targets(program: ExportedProgram) -> dict[str, str]:
 
 
 def named_experts(family: str) -> bool:
-    """True for the class name of routed experts; shared experts compute every token."""
+    """True for a class name of routed experts, not of shared experts, which compute every token."""
     return family.endswith("Experts") and not _named_shared(family)
 
 
@@ -89,13 +89,14 @@ def _named_shared(family: str) -> bool:
 
 
 def owns_stacks(tensors: Iterable[torch.Tensor], family: str = "") -> bool:
-    """True for a module's own tensors if two of them may be stacked experts, whatever its class is.
+    """True if two of a module's own tensors may be stacked experts.
 
-    That is two 3-D floats [E, a, b] and [E, c, d] that have a width in common; tables with a dimension of 1, as decay
-    rates of linear attention are, are no matrices.
+    These are two 3-D float tensors [E, a, b] and [E, c, d] with a common width. Tensors with a dimension of 1, such as
+    the decay rates of linear attention, do not count.
 
     Args:
-        family: the module's class.
+        tensors: the parameters of the module itself, without submodules.
+        family: class name of the module; a name of shared experts gives False.
     """
     stacks = [tuple(map(int, t.shape)) for t in tensors if t.dim() == 3 and t.is_floating_point()]
     stacks = [shape for shape in stacks if min(shape) > 1]
@@ -117,7 +118,7 @@ def _owners_of_stacks(program: ExportedProgram) -> set[str]:
 
 
 def _call_of(node: Node, owners: set[str]) -> tuple[str, str, str] | None:
-    """(key of the call, module, class) of the outermost experts module that `node` came from."""
+    """(key of the call, module, class) of the outermost experts module of `node`."""
     for key, (path, kind) in (node.meta.get("nn_module_stack") or {}).items():
         name = path.removeprefix("L['self'].").partition("@")[0]
         family = str(kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
@@ -127,10 +128,10 @@ def _call_of(node: Node, owners: set[str]) -> tuple[str, str, str] | None:
 
 
 def find_regions(program: ExportedProgram) -> list[Region]:
-    """Every expert region that is not fused already, in graph order.
+    """Every unfused expert region, in graph order.
 
-    A module counts as experts if its class name ends in "Experts" or if it owns stacked matrices (`owns_stacks`), and
-    if tokens choose among them: it reads ids, or makes them. Others compute every token and are left alone.
+    A module counts as experts if its class name ends in "Experts" or it owns stacked matrices (`owns_stacks`), and if
+    it is routed: it reads expert ids or computes them. Other modules compute every token and are not changed.
     """
     owners = _owners_of_stacks(program)
     targets = parameter_targets(program)
@@ -150,7 +151,7 @@ def find_regions(program: ExportedProgram) -> list[Region]:
 
 
 def _is_routed(region: Region) -> bool:
-    """True for a region with integer inputs, or that finds largest values itself."""
+    """True for a region with integer inputs, or one that chooses experts itself."""
     inputs = (tensor_of(node) for node in region.inputs)
     if any(tensor is not None and not tensor.is_floating_point() for tensor in inputs):
         return True

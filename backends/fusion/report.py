@@ -1,4 +1,4 @@
-"""What was fused: one record a layer, as an object and as JSON."""
+"""Report of fusion: one record for each layer, as objects and as JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 
 class Experts(Protocol):
-    """What packed experts say of themselves, whether they are tensors (`PackedExperts`) or a module."""
+    """Common properties of packed experts, as tensors (`PackedExperts`) or as a module."""
 
     @property
     def num_experts(self) -> int: ...
@@ -26,17 +26,17 @@ class Experts(Protocol):
 
 @dataclass(frozen=True)
 class FusedLayer:
-    """One expert layer that now is a `fused_experts` node.
+    """One expert layer that is now a `fused_experts` node.
 
     Attributes:
         module: qualified name of the experts module.
-        family: its class name, for example "Qwen3MoeExperts".
+        family: class name of the module, for example "Qwen3MoeExperts".
         num_experts, top_k, hidden_size, intermediate_size: E, top_k, H and I.
         activation: name in `kernels.ACTIVATIONS`.
         biases: True if the experts have biases.
-        scheme, group_size: as packed; group_size is 0 for scheme bf16.
-        bytes_before, bytes_after: the parameters as the program held them, and packed.
-        algorithm: how the weights were rounded, "minmax" or "hqq"; "" for bf16.
+        scheme, group_size: of the packed weights; group_size is 0 for scheme bf16.
+        bytes_before, bytes_after: size of the parameters in the program, and packed.
+        algorithm: rounding of the weights, "minmax" or "hqq"; "" for bf16.
     """
 
     module: str
@@ -66,7 +66,7 @@ class FusedLayer:
         bytes_before: int,
         bytes_after: int,
     ) -> FusedLayer:
-        """The record of packed experts; arguments as the attributes."""
+        """The record of packed experts. The arguments are the attributes of the same names."""
         return cls(
             module=module,
             family=family,
@@ -86,7 +86,7 @@ class FusedLayer:
 
 @dataclass(frozen=True)
 class UnfusedRegion:
-    """An expert region that stays as it was, and why."""
+    """An expert region that is not fused, and the reason."""
 
     module: str
     family: str
@@ -95,13 +95,13 @@ class UnfusedRegion:
 
 @dataclass
 class FusionReport:
-    """All expert regions of the methods that one `ExpertFuser` saw; a layer in two methods counts once."""
+    """All expert regions of the methods that one `ExpertFuser` processed. A layer in two methods counts once."""
 
     layers: list[FusedLayer] = field(default_factory=list)
     unfused: list[UnfusedRegion] = field(default_factory=list)
 
     def add(self, record: FusedLayer | UnfusedRegion) -> None:
-        """Record a region unless it is there already, from another method."""
+        """Record a region, unless another method has recorded it."""
         if isinstance(record, FusedLayer):
             if record not in self.layers:
                 self.layers.append(record)
@@ -110,12 +110,12 @@ class FusionReport:
 
     @property
     def bytes_before(self) -> int:
-        """Of all layers, as the programs held them."""
+        """Bytes of all layers before packing."""
         return sum(layer.bytes_before for layer in self.layers)
 
     @property
     def bytes_after(self) -> int:
-        """Of all layers, packed."""
+        """Bytes of all layers, packed."""
         return sum(layer.bytes_after for layer in self.layers)
 
     def json(self) -> str:

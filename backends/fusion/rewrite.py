@@ -1,4 +1,4 @@
-"""Edits an exported program: a region becomes one node, packed weights become buffers, unread parameters go."""
+"""Edits an exported program: a region becomes one node, packed weights become buffers, unused parameters go away."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .regions import Region, tensor_of
 
 
 class ProgramEditor:
-    """A copy of a program (graph, signature and tables; tensors are shared), to be changed and finished."""
+    """A copy of a program (graph, signature and tables; tensors are shared) to edit. Call `finish` at the end."""
 
     def __init__(self, program: ExportedProgram) -> None:
         module = copy.deepcopy(program.graph_module)
@@ -39,12 +39,12 @@ class ProgramEditor:
         self._replaced: list[Node] = []
 
     def tensor(self, target: str) -> Tensor:
-        """Parameter, buffer or lifted constant by qualified name."""
+        """The parameter, buffer or lifted constant of a qualified name."""
         value = self.program.state_dict.get(target)
         return self.program.constants[target] if value is None else value
 
     def replace(self, region: Region, inputs: Roles, packed: PackedExperts, activation: str) -> None:
-        """Put one `fused_experts` node in place of a region, on buffers named MODULE.packed_*."""
+        """Replace a region with one `fused_experts` node on buffers named MODULE.packed_*."""
         output = region.output()
         hidden, original = tensor_of(inputs.hidden), tensor_of(output)
         assert hidden is not None and original is not None
@@ -53,7 +53,7 @@ class ProgramEditor:
             None if tensor is None else self._buffer(f"{region.module}.packed_{name}", tensor)
             for name, tensor in packed.tensors().items()
         ]
-        # Inputs come before every node of the region and users after its output: just before the output is right.
+        # Just before the output: all inputs come before any node of the region, and all users after its output.
         with graph.inserting_before(output):
             x = self._cast(inputs.hidden, torch.bfloat16, output)
             fused = graph.call_function(
@@ -63,15 +63,14 @@ class ProgramEditor:
             fused.meta = self._meta(output, hidden.new_empty(hidden.shape, dtype=torch.bfloat16))
             result = self._cast(fused, original.dtype, output)
         output.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
-        # In-place nodes count as used for dead code elimination, so the region is erased node by node. A size that
-        # others read stays.
+        # Dead code elimination keeps in-place nodes, so the region is erased node by node. Sizes with other users stay.
         for node in reversed(region.nodes):
             if not node.users:
                 graph.erase_node(node)
         self._replaced += region.parameters.values()
 
     def finish(self) -> ExportedProgram:
-        """The edited program, checked: parameters that only fused regions read are gone."""
+        """The edited program, checked, without the parameters that only fused regions read."""
         program = self.program
         for node in dict.fromkeys(self._replaced):
             if node.users:
@@ -88,7 +87,7 @@ class ProgramEditor:
         return program
 
     def _buffer(self, target: str, tensor: Tensor) -> Node:
-        """Placeholder of a buffer, made on first use, after all parameters and buffers."""
+        """The placeholder node of a buffer, created on first use after all parameters and buffers."""
         specs, graph = self.program.graph_signature.input_specs, self.program.graph
         for spec in specs:
             if spec.target == target:

@@ -1,4 +1,4 @@
-"""Running an artifact: in ExecuTorch's runtime, or in the delegate host inside PyTorch."""
+"""Runs an artifact, in ExecuTorch's runtime or in the delegate host inside PyTorch."""
 
 from .loader import LoadedProgram, load
 

@@ -1,9 +1,8 @@
-"""CUDA graphs for delegates: the hundreds of launches of a decode step become one.
+"""CUDA graphs for delegates: one launch instead of the hundreds of a decode step.
 
-The same behavior as ExecuTorch's own runtime under its backend option `enable_cuda_graph_for_method`: three ordinary
-calls, a capture on the fourth, replays from then on. All of them are the caller's own calls and each runs exactly once,
-so a mutated buffer (the KV cache) sees what it would see without graphs. Capturing runs nothing; the replay that
-follows it does.
+The behavior is that of ExecuTorch's runtime with its backend option `enable_cuda_graph_for_method`: three ordinary
+calls, a capture in the fourth, replays after that. Each call runs exactly once, so mutated buffers (the KV cache) get
+the same values as without graphs. Capturing itself runs nothing; the fourth call runs in the replay that follows.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ WARM_UP_CALLS = 3
 
 
 class Graph(Protocol):
-    """A captured call: `replay` runs it again on the tensors that it was captured with."""
+    """A captured call: `replay` runs it again on the same tensors."""
 
     def replay(self) -> None: ...
 
@@ -32,10 +31,10 @@ Capture = Callable[[Callable[[], list[Tensor]]], tuple[Graph, list[Tensor]]]
 
 
 def capture_cuda_graph(call: Callable[[], list[Tensor]]) -> tuple[Graph, list[Tensor]]:
-    """Capture `call` on a side stream of the current device; returns the graph and the tensors that it writes to."""
+    """Capture `call` on a side stream of the current device; returns the graph and its output tensors."""
     graph = torch.cuda.CUDAGraph()
-    # AOTInductor asks whether its last call is done (cudaEventQuery) before it starts the next. It is, for entering the
-    # context synchronizes, but the strict modes forbid to ask. Its kernels were loaded by the calls before.
+    # Before each call AOTInductor queries whether its last call is done (cudaEventQuery). It is done, because entering
+    # the context synchronizes, but the strict capture modes forbid the query. Earlier calls have loaded the kernels.
     with torch.cuda.graph(graph, capture_error_mode="relaxed"):
         outputs = call()
     return graph, outputs
@@ -45,10 +44,10 @@ class GraphedDelegate:
     """A delegate that is captured after `warm_up_calls` ordinary calls.
 
     Args:
-        method: names it in messages.
-        run: the delegate; inputs of one set of shapes.
-        capture: what captures; tests pass a stand-in.
-        warm_up_calls: calls before the capture, in which kernels are loaded and memory is found.
+        method: name for messages.
+        run: the delegate; all calls must have inputs of the same shapes.
+        capture: captures a call; tests pass their own.
+        warm_up_calls: calls before the capture, which load kernels and allocate memory.
     """
 
     def __init__(
@@ -66,18 +65,18 @@ class GraphedDelegate:
         return self._graph is not None
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Run it once.
+        """Run the delegate once.
 
         Raises:
-            ValueError: other shapes or dtypes than those that were captured.
+            ValueError: the inputs have other shapes or dtypes than the captured ones.
         """
         if self._graph is None and self._left > 0:
             self._left -= 1
             return self._run(list(inputs))
         if self._graph is None:
-            # Of its own: the caller's tensors are gone when the graph is replayed. Outputs are copied too, below.
+            # Copies, because the caller may free its tensors before a replay. Outputs are copied below as well.
             self._inputs = [tensor.clone() for tensor in inputs]
-            # The runtime takes the list's tensors over, and may drop them from it.
+            # The runtime takes ownership of the tensors in the list, and may remove them from it.
             self._graph, self._outputs = self._capture(lambda: self._run(list(self._inputs)))
         else:
             self._check(inputs)
@@ -99,7 +98,7 @@ class GraphedDelegate:
 def graph_methods(
     methods: Collection[str], capture: Capture = capture_cuda_graph
 ) -> Callable[[str, RunDelegate], RunDelegate]:
-    """`wrap_delegate` of `DelegateHost`: the delegates of these methods become graphs, the others stay as they are."""
+    """A `wrap_delegate` for `DelegateHost`: delegates of these methods become graphs, others are not changed."""
 
     def wrap(method: str, run: RunDelegate) -> RunDelegate:
         return GraphedDelegate(method, run, capture) if method in methods else run
@@ -111,7 +110,7 @@ def check_graph_methods(program: PteFile, methods: Collection[str]) -> None:
     """Check that methods can be captured.
 
     Raises:
-        ValueError: no such method, or one with inputs of changing sizes.
+        ValueError: the program lacks a method, or a method has inputs of dynamic sizes.
     """
     for method in methods:
         named = [name for name in program.method_names if split_method(name)[0] == method]

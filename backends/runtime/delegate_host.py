@@ -1,7 +1,8 @@
 """The delegate host: runs the CUDA delegates of a .pte + .ptd inside PyTorch's AOTInductor runtime.
 
-For GPU machines whose ExecuTorch has no CudaBackend (PyPI's wheel has none). A delegate is an AOTInductor library; its
-undefined symbols are `aoti_torch_*` shims that PyTorch exports as well. Nothing here touches ExecuTorch's bindings.
+For GPU machines whose ExecuTorch has no CudaBackend, such as the wheel on PyPI. A delegate is an AOTInductor library,
+and its undefined symbols are `aoti_torch_*` shims, which PyTorch exports as well. This module does not use ExecuTorch's
+bindings.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from executorch.exir.schema import DelegateCall, ExecutionPlan, FreeCall, Kernel
 from torch import Tensor
 
 from executorch_moe.backends.artifact.method_targets import check_arch, split_method
-from executorch_moe.backends.artifact.ptd import PtdFile
+from executorch_moe.backends.artifact.ptd import MakeWeights, PtdFile
 from executorch_moe.backends.artifact.pte import PteFile, dtype_of
 from executorch_moe.backends.artifact.weight_metadata import (
     CUDA_BACKEND,
@@ -28,17 +29,16 @@ from executorch_moe.backends.artifact.weight_metadata import (
     CudaWeight,
     parse_delegate,
 )
-from executorch_moe.backends.cuda.placeholders import MakeWeights
 
 from .gpu_memory import check_memory, say_out_of_memory
 
-# Copies between host and device that ExecuTorch puts around a delegate.
+# Copies between host and device that ExecuTorch inserts around a delegate.
 _COPIES = ("et_copy::_h2d_copy", "et_copy::_d2h_copy")
 RunDelegate = Callable[[list[Tensor]], list[Tensor]]
 
 
 class Container(Protocol):
-    """What is used of torch._C._aoti.AOTIModelContainerRunner*."""
+    """The methods of torch._C._aoti.AOTIModelContainerRunner* that the host uses."""
 
     def run(self, inputs: list[Tensor]) -> list[Tensor]: ...
 
@@ -59,22 +59,22 @@ class Step:
 
 
 class DelegateHost:
-    """All methods of a program; weights and mutated buffers exist once, shared by their key in the .ptd.
+    """Runs all methods of a program. Weights and mutated buffers with the same key in the .ptd exist once.
 
     Args:
         program: the .pte.
         data: its .ptd.
         device: where delegates run; "cpu" only with an `open_container` for it (tests).
-        methods: names of those to load; None loads all.
+        methods: names of the methods to load; None loads all.
         open_container: makes the AOTInductor runner for a library and a device.
-        weights: makes weights that the .ptd does not hold; see `placeholders`.
-        wrap_delegate: called once for each delegate with (method, run) after its weights are bound; what it returns is
-            called instead of `run`. The place for CUDA graph capture: weights never move, inputs and outputs may.
+        weights: makes the weights for which the .ptd has placeholders; see `MakeWeights`.
+        wrap_delegate: called once for each delegate with (method, run) after its weights are bound; its result is
+            called instead of `run`. For CUDA graph capture: weights never move, inputs and outputs may.
 
     Raises:
-        NotImplementedError: a method that needs more than CudaBackend delegates and copies.
-        RuntimeError: the delegates hold no code for this GPU, or their weights do not fit into its memory.
-        ValueError: damaged delegate, or weights that it names but the files lack.
+        NotImplementedError: a method needs more than CudaBackend delegates and copies.
+        RuntimeError: the delegates have no code for this GPU, or their weights do not fit into its memory.
+        ValueError: a delegate is damaged, or both files lack a weight that it names.
     """
 
     def __init__(
@@ -119,8 +119,8 @@ class DelegateHost:
         """Run a method; outputs stay on the device.
 
         Raises:
-            ValueError: unknown method, or inputs that it was not exported for.
-            RuntimeError: out of GPU memory.
+            ValueError: the method is not loaded, or was not exported for these inputs.
+            RuntimeError: the GPU is out of memory.
         """
         plan = self._program.plan(method)
         if method not in self._steps:
@@ -143,13 +143,13 @@ class DelegateHost:
         return [values[index] for index in plan.outputs]
 
     def reset(self) -> None:
-        """Write the initial values of all mutated buffers back, in place."""
+        """Restore the initial values of all mutated buffers, in place."""
         for key in sorted(self._state_keys):
             made = self._made(key)
             self._storages[key].copy_(self._bytes(key) if made is None else made)
 
     def storage(self, key: str) -> Tensor:
-        """The one uint8 tensor behind a storage key (KeyError if no method uses it)."""
+        """The uint8 [bytes] tensor of a storage key, shared by all methods (KeyError if no method uses it)."""
         return self._storages[key]
 
     def _place(self, tensor: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class DelegateHost:
                     f"{self._program.path}, method {method}: the delegate's library is missing: export it again"
                 )
             specs = {spec.key: spec.value for spec in delegate.compile_specs}
-            # Without the list (stock CudaPartitioner) any buffer may be state: reset() then restores them all.
+            # Without this list (stock CudaPartitioner) any buffer may be state, so reset() restores all of them.
             state = (
                 set(bytes(specs[MUTATED_BUFFERS_KEY]).decode().split("\n")) if MUTATED_BUFFERS_KEY in specs else None
             )
@@ -173,7 +173,7 @@ class DelegateHost:
         return parsed
 
     def _bind(self, method: str, container: Container, delegate: CudaDelegate) -> None:
-        """Hand a container its constants, keyed by its own names; the tensors stay ours and are not copied."""
+        """Pass a container its constants under its own names. The host keeps the tensors; they are not copied."""
         weights = {weight.fqn: weight for weight in delegate.weights}
         constants = {}
         for name, fqn in container.get_constant_names_to_original_fqns().items():
@@ -199,7 +199,7 @@ class DelegateHost:
                     f"weight {weight.fqn!r} has {given.numel()} bytes, {self._program.path} needs "
                     f"{weight.storage_nbytes}: export it again"
                 )
-            # Bytes of a file are copied; what was made for this program is taken as it is.
+            # Bytes of a file are copied; tensors that were made for this program are used directly.
             storage = torch.empty_like(given, device=target).copy_(given) if made is None else made
             self._storages[weight.storage_key] = storage
         typed = torch.empty(0, dtype=dtype_of(weight.dtype), device=storage.device)
@@ -230,7 +230,7 @@ def plan_steps(plan: ExecutionPlan) -> list[Step]:
     """The plan as delegate calls and copies.
 
     Raises:
-        NotImplementedError: any other instruction or another backend's delegate; the message names it.
+        NotImplementedError: the plan has another instruction or a delegate of another backend; the message names it.
     """
     if len(plan.chains) != 1:
         raise NotImplementedError(f"method {plan.name} has {len(plan.chains)} chains, the delegate host runs one")
@@ -247,7 +247,7 @@ def plan_steps(plan: ExecutionPlan) -> list[Step]:
                 raise NotImplementedError(
                     f"method {plan.name} has a {backend} delegate, the delegate host runs {CUDA_BACKEND} only"
                 )
-            # Arguments are inputs, then outputs; an output is what nothing before has written.
+            # Arguments are inputs, then outputs. Outputs are values that no earlier step has written.
             sources = tuple(index for index in call.args if index in known)
             targets = tuple(call.args[len(sources) :])
             if sources != tuple(call.args[: len(sources)]):
@@ -273,7 +273,7 @@ def plan_steps(plan: ExecutionPlan) -> list[Step]:
 
 
 def why_not_delegate_host() -> str:
-    """Empty if this machine can host CUDA delegates in PyTorch, else the reason why not."""
+    """Empty if this machine can host CUDA delegates in PyTorch, else the reason."""
     if not torch.backends.cuda.is_built():
         return f"torch {torch.__version__} is a CPU build: install a CUDA build of torch"
     if not torch.cuda.is_available():
@@ -286,8 +286,8 @@ def why_not_delegate_host() -> str:
 def open_cuda_container(library: Path, device: torch.device) -> Container:
     """Load an AOTInductor library on a CUDA device."""
     folder = Path(torch.__file__).parent / "lib"
-    # torch opens its libraries RTLD_LOCAL and a delegate does not name them as needed: their symbols must be made
-    # global before the delegate is opened, or its shims stay unresolved.
+    # torch opens its libraries with RTLD_LOCAL, and a delegate does not list them as needed. Their symbols must be
+    # global before the delegate is opened; otherwise its shims stay unresolved.
     for name in ("libc10.so", "libc10_cuda.so", "libtorch_cpu.so", "libtorch_cuda.so"):
         ctypes.CDLL(str(folder / name), mode=ctypes.RTLD_GLOBAL)
     runner: Any = torch._C._aoti.AOTIModelContainerRunnerCuda

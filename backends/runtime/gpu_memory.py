@@ -1,4 +1,4 @@
-"""GPU memory: what an artifact needs, said before it is loaded, and which call ran out of it."""
+"""GPU memory: checks that an artifact fits before loading it, and names the call that ran out of memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GIB = 2**30
 
 
 def weight_bytes(delegates: Mapping[str, Sequence[CudaDelegate]]) -> int:
-    """Bytes on the GPU of weights and state; storages that several methods share count once."""
+    """Bytes of weights and state on the GPU; storages that several methods share count once."""
     storages = {
         weight.storage_key: weight.storage_nbytes
         for parsed in delegates.values()
@@ -27,15 +27,15 @@ def weight_bytes(delegates: Mapping[str, Sequence[CudaDelegate]]) -> int:
 
 
 def check_memory(path: Path, delegates: Mapping[str, Sequence[CudaDelegate]], device: torch.device) -> None:
-    """Check that the weights fit into what is free on a GPU; other devices pass.
+    """Check that the weights fit into the free memory of a GPU; other devices pass.
 
     Raises:
-        RuntimeError: they do not; the message says how much is needed.
+        RuntimeError: they do not fit; the message gives the needed and the free memory.
     """
     if device.type != "cuda":
         return
     free, total = torch.cuda.mem_get_info(device)
-    # What this process holds unused counts as free.
+    # Memory that this process has reserved but does not use counts as free.
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     needed = weight_bytes(delegates)
     if needed > free:
@@ -48,12 +48,12 @@ def check_memory(path: Path, delegates: Mapping[str, Sequence[CudaDelegate]], de
 
 @contextlib.contextmanager
 def say_out_of_memory(method: str, inputs: Sequence[Tensor], device: torch.device) -> Iterator[None]:
-    """Within it, an error that comes of too little GPU memory says so.
+    """Context that names too little GPU memory as the cause of an error.
 
-    AOTInductor's runtime reports every failure in the same words, so the allocator is asked whether it ran out.
+    AOTInductor's runtime reports every failure in the same words, so the statistics of the allocator decide.
 
     Raises:
-        RuntimeError: instead of the error, with the method and how much it had.
+        RuntimeError: replaces the error; gives the method and the memory that it had.
     """
     if device.type != "cuda":
         yield
@@ -69,11 +69,11 @@ def say_out_of_memory(method: str, inputs: Sequence[Tensor], device: torch.devic
         asked = str(error).strip().splitlines()[0] if isinstance(error, torch.OutOfMemoryError) else ""
         raise RuntimeError(
             f"method {method} with inputs {[list(tensor.shape) for tensor in inputs]} ran out of GPU memory: it needs "
-            f"more than the {(held + free) / GIB:.2f} GiB that are there ({total / GIB:.2f} GiB in all; "
+            f"more than the available {(held + free) / GIB:.2f} GiB ({total / GIB:.2f} GiB in all; "
             f"{asked or 'the weights are loaded'}): use a smaller --prefill-chunk, or a larger GPU"
         ) from error
 
 
 def _failures(device: torch.device) -> int:
-    """How often the allocator had to give up."""
+    """Number of failed allocations."""
     return int(torch.cuda.memory_stats(device).get("num_ooms", 0))

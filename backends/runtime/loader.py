@@ -1,4 +1,4 @@
-"""`load`: opens a .pte + .ptd in the best runtime that this machine has, and says which."""
+"""`load`: opens a .pte + .ptd in the best runtime of this machine, and says which it is."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from executorch_moe.backends.artifact.cubin import find_gpu_code
 from executorch_moe.backends.artifact.digests import COPY_AGAIN
 from executorch_moe.backends.artifact.files import no_digests, open_artifact
 from executorch_moe.backends.artifact.method_targets import check_arch, gpu_capability, pick_methods
+from executorch_moe.backends.artifact.ptd import MakeWeights
 from executorch_moe.backends.artifact.pte import PteFile
 from executorch_moe.backends.artifact.weight_metadata import CUDA_BACKEND, parse_delegate
-from executorch_moe.backends.cuda.placeholders import MakeWeights
 from executorch_moe.backends.errors import said_in_one_line
 from executorch_moe.backends.versions import check_versions
 
@@ -36,20 +36,25 @@ EXECUTORCH_CPU = "executorch (CPU)"
 EXECUTORCH_CUDA = "executorch (CUDA)"
 DELEGATE_HOST = "delegate host (PyTorch AOTInductor)"
 _NOT_LOADED = (
-    f"check it with `executorch-moe inspect --verify`; if it is whole, export it with these versions; else {COPY_AGAIN}"
+    "check it with `executorch-moe inspect --verify`; if it is intact, export it with the installed versions; "
+    f"else {COPY_AGAIN}"
 )
 _NOT_RUN = "check the file with `executorch-moe inspect --verify` and this installation with `executorch-moe doctor`"
 
 
 TEXT_METHODS, CONTEXT = ("prefill", "decode"), "get_max_context_len"
-"""Methods of an exported language model, whose second input is the positions, and the constant that bounds them."""
+"""Methods of an exported language model, whose second input is the positions, and the constant that limits these."""
 
 
 def check_positions(positions: Tensor, max_context: int, method: str) -> None:
-    """Check positions in a language model's cache; those on a GPU are not waited for.
+    """Check positions in the cache of a language model. Nothing in the program checks them.
+
+    Args:
+        positions: int64 [T]. Positions on a GPU are not checked, because that would synchronize with it.
+        max_context: number of positions in the cache. method: name for messages.
 
     Raises:
-        ValueError: one is negative, or not below `max_context`. Nothing in the program checks them.
+        ValueError: a position is negative, or not below `max_context`.
     """
     if positions.device.type != "cpu" or positions.dtype != torch.int64 or positions.dim() != 1 or not len(positions):
         return  # the second input of a method of another kind
@@ -62,7 +67,7 @@ def check_positions(positions: Tensor, max_context: int, method: str) -> None:
 
 
 class Engine(Protocol):
-    """Runs the methods of one opened program: `run` by the name in the program, `reset` restores its state."""
+    """Runs the methods of an opened program. `run` takes a name in the program; `reset` restores the state."""
 
     def run(self, method: str, inputs: tuple[Tensor, ...]) -> list[Tensor]: ...
 
@@ -73,9 +78,9 @@ class LoadedProgram:
     """An opened artifact.
 
     Attributes:
-        runtime: what runs it: "executorch (CPU)", "executorch (CUDA)" or "delegate host (PyTorch AOTInductor)".
-        device: where inputs should live and outputs come.
-        note: what to tell whoever runs it; empty if there is nothing.
+        runtime: "executorch (CPU)", "executorch (CUDA)" or "delegate host (PyTorch AOTInductor)".
+        device: device of the outputs, and best device for inputs.
+        note: a warning for the user; empty if there is none.
     """
 
     def __init__(
@@ -89,26 +94,26 @@ class LoadedProgram:
     def method_names(self) -> list[str]:
         """Methods that compute something, sorted; constant methods are read with `constant`.
 
-        In an artifact for several architectures each is there once, the one for this GPU.
+        For an artifact with several architectures, these are the methods for this GPU, without `@sm_90`.
         """
         return list(self._methods)
 
     @property
     def constant_names(self) -> list[str]:
-        """Names that `constant` knows, sorted."""
+        """Names of the constant methods, sorted."""
         return self._program.constant_names
 
     def constant(self, name: str) -> Any:
         """Value of a constant method: bool, int, float, str, or lists of them.
 
         Raises:
-            ValueError: no such constant method.
+            ValueError: there is no such constant method.
         """
         return self._program.constant(name)
 
     @functools.cached_property
     def _max_context(self) -> int | None:
-        """Positions in the cache of a language model; None for another program."""
+        """Number of positions in the cache of a language model; None for other programs."""
         return int(self.constant(CONTEXT)) if CONTEXT in self.constant_names else None
 
     def run(self, method: str, *tensors: Tensor) -> list[Tensor]:
@@ -122,9 +127,9 @@ class LoadedProgram:
             Its outputs, on `device`.
 
         Raises:
-            ValueError: unknown method, or inputs that it was not exported for; of a language model also positions
-                outside its cache, if they are on the CPU.
-            RuntimeError: the runtime cannot run it; the message has its reason.
+            ValueError: the method is unknown or was not exported for these inputs; or positions of a language model, if
+                they are on the CPU, are outside its cache.
+            RuntimeError: the runtime cannot run the method; the message has its reason.
         """
         if method not in self.method_names:
             raise ValueError(f"no method {method!r} in {self._program.path}: it has {', '.join(self.method_names)}")
@@ -134,7 +139,7 @@ class LoadedProgram:
             return self._engine.run(self._methods[method], tensors)
 
     def reset(self) -> None:
-        """Put mutated buffers (the KV cache) back to their initial values, in all methods.
+        """Restore the initial values of mutated buffers (the KV cache), in all methods.
 
         Raises:
             RuntimeError: the runtime cannot load the program again.
@@ -155,22 +160,23 @@ def load(
     """Open an artifact.
 
     Args:
-        pte: the program, or the program as it was opened before.
+        pte: path of the program, or an opened program.
         ptd: its weights; by default the file of the same name.
         runtime: "executorch": ExecuTorch's own runtime; "delegate-host": PyTorch's AOTInductor runtime, for programs
             with CUDA delegates; "auto": the first of the two that can run the program here.
-        cuda_graph: methods whose delegates are replayed as CUDA graphs, each of fixed sizes; see `backends.cuda.graph`.
-        make_weights: (program, device) -> what makes the weights of an artifact without them; delegate host only.
-        verify: before any native code reads the files, compare all their bytes with the digests that the export left
-            in them. Without it, sizes and structure are compared.
+        cuda_graph: methods whose delegates are replayed as CUDA graphs; their inputs must have fixed sizes. See
+            `runtime.cuda_graph`.
+        make_weights: (program, device) -> `MakeWeights` for an artifact with placeholders; delegate host only.
+        verify: compare all bytes of both files with the digests of the export, before any native code reads them.
+            False: compare sizes and structure only.
 
     Raises:
-        FileNotFoundError: a file is not there.
-        ValueError: unknown runtime, a damaged file, a .ptd of another program, or a runtime not for this program.
-        RuntimeError: this machine cannot run the program; the message gives the reason for each runtime. Its GPU is of
-            another architecture than those that the program was exported for. Packages outside the range that this
-            package requires. The runtime refuses the files.
-        NotImplementedError: the delegate host meets something that it does not run; a CUDA graph in another runtime.
+        FileNotFoundError: a file does not exist.
+        ValueError: the runtime is unknown or not for this program, a file is damaged, or the .ptd is another program's.
+        RuntimeError: this machine cannot run the program (the message gives the reason for each runtime); its GPU has
+            an architecture that the program was not exported for; installed packages are outside the ranges that this
+            package requires; or the runtime refuses the files.
+        NotImplementedError: the delegate host does not support the program, or another runtime got `cuda_graph`.
     """
     check_versions()
     if runtime not in RUNTIMES:
@@ -217,27 +223,27 @@ def load(
                 )
             return LoadedProgram(program, host, DELEGATE_HOST, device, methods)
         reasons["the delegate host"] = why
-    told = "; ".join(f"{name}: {why}" for name, why in reasons.items())
+    listed = "; ".join(f"{name}: {why}" for name, why in reasons.items())
     if gpu_capability() is None:
         libraries = [library for name in program.method_names for library in _libraries(program, name)]
         archs = {code.arch for library in libraries for code in find_gpu_code(library) if code.kind == "cubin"}
         raise RuntimeError(
             f"{program.path} was exported for {', '.join(sorted(archs)) or 'NVIDIA GPUs'}, and there is no GPU here: "
-            f"load it on a machine with such a GPU, or export with target 'cpu' ({told})"
+            f"load it on a machine with such a GPU, or export with target 'cpu' ({listed})"
         )
-    raise RuntimeError(f"{program.path} has CUDA delegates and cannot run here. {told}")
+    raise RuntimeError(f"{program.path} has CUDA delegates and cannot run here. {listed}")
 
 
 def _loading(runtime: str, path: Path) -> AbstractContextManager[None]:
-    """Within it, what a runtime raises about a program becomes one line."""
+    """Context in which an error of a runtime becomes one line that names the program."""
     return said_in_one_line(f"{runtime} cannot load {path}", _NOT_LOADED)
 
 
 def methods_for_this_gpu(program: PteFile) -> dict[str, str]:
-    """Method -> its name in a program with CUDA delegates, each with code for the GPU that is here.
+    """Method -> its name in a program with CUDA delegates, for the GPU of this machine.
 
     Raises:
-        RuntimeError: the program was exported for other architectures; names both.
+        RuntimeError: the program was exported for other architectures only; the message names both.
     """
     capability = gpu_capability()
     methods = pick_methods(program.method_names, capability)
@@ -257,7 +263,7 @@ def _libraries(program: PteFile, method: str) -> Iterator[memoryview]:
 
 
 def why_not_executorch(backends: set[str]) -> str:
-    """Empty if ExecuTorch's own runtime can run delegates of these backends here, else the reason why not."""
+    """Empty if ExecuTorch's own runtime can run delegates of these backends here, else the reason."""
     if why := why_not_pybindings():
         return why
     registered = set(_bindings()._get_registered_backend_names())
@@ -268,7 +274,7 @@ def why_not_executorch(backends: set[str]) -> str:
 
 
 def _bindings() -> Any:
-    """ExecuTorch's bindings; call only after `why_not_pybindings` found nothing."""
+    """ExecuTorch's bindings. Call it only if `why_not_pybindings` returns an empty text."""
     return importlib.import_module("executorch.extension.pybindings.portable_lib")
 
 
@@ -278,7 +284,7 @@ class ExecutorchEngine:
     Args:
         program: the .pte.
         ptd: its weights.
-        methods: names of those to load.
+        methods: names of the methods to load.
     """
 
     def __init__(self, program: PteFile, ptd: Path | None, methods: Iterable[str]) -> None:
@@ -289,21 +295,21 @@ class ExecutorchEngine:
         self._load_methods()
 
     def run(self, method: str, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-        """Run a method; inputs from any device, outputs on the CPU."""
+        """Run a method; inputs on any device, outputs on the CPU."""
         self._program.check_inputs(method, inputs)
         self._initial = False
         outputs: Sequence[Any] = self._methods[method].execute([t.detach().cpu().contiguous() for t in inputs])
         return [output if isinstance(output, Tensor) else torch.tensor(output) for output in outputs]
 
     def reset(self) -> None:
-        """Load the methods of the same program again, if one has run: ExecuTorch has no call that restores state."""
+        """Load all methods again if any has run: ExecuTorch has no function that restores state."""
         if not self._initial:
             self._load_methods()
 
     def _load_methods(self) -> None:
-        # Freed first: each holds memory for its intermediate values.
+        # Free the methods first: each has memory for its intermediate values.
         self._methods = {}
-        # `Program.load_method` of executorch.runtime returns what it loaded before; what it wraps loads anew.
+        # `Program.load_method` of executorch.runtime returns a cached method; the object that it wraps loads again.
         bound = self._loaded._program
         # All at once: loading a method writes the initial values of the buffers that it shares with the others.
         method_class = importlib.import_module("executorch.runtime").Method

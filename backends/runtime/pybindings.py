@@ -1,4 +1,4 @@
-"""Says whether ExecuTorch's Python bindings may be run beside the installed torch, without importing them."""
+"""Checks whether ExecuTorch's Python bindings work with the installed torch, without importing them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 
 from executorch_moe.backends.artifact.elf import ElfImage
 
-# The torch that a release's wheels were compiled against. They read at::Tensor objects through C++ inline code, whose
-# layout changes between torch minor versions, and neither the wheel's metadata nor the dynamic linker checks that:
-# 1.5.1 beside torch 2.11 imports, runs, and reads tensors at the wrong offsets.
+# The torch version that the wheels of a release were compiled with. They access at::Tensor objects through inlined C++
+# code, whose layout changes between minor versions of torch. Neither the metadata of the wheel nor the dynamic linker
+# checks the version: 1.5.1 with torch 2.11 imports, runs, and reads tensors at wrong offsets.
 _BUILT_FOR = {(1, 5): (2, 13)}
 _TORCH_LIBRARIES = ("libc10.so", "libtorch_cpu.so", "libtorch_python.so", "libtorch.so")
 # Itanium-mangled names of torch's own namespaces; pybind11's tensor casters live in libtorch_python.
@@ -23,7 +23,7 @@ _TORCH_NAMES = ("3c10", "2at", "5torch")
 
 @functools.cache
 def why_not_pybindings() -> str:
-    """Empty if the bindings match the running torch, else the reason why they must not be run."""
+    """Empty if the bindings match the running torch, else the reason not to use them."""
     try:
         version = importlib.metadata.version("executorch")
     except importlib.metadata.PackageNotFoundError:
@@ -53,7 +53,7 @@ def _minor(version: str) -> tuple[int, int]:
 
 
 def _bindings_library() -> Path | None:
-    # The package, not the extension: finding a submodule imports its parents only.
+    # Find the package, not the extension: finding a submodule imports only its parents.
     spec = importlib.util.find_spec("executorch.extension.pybindings")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for path in sorted(Path(folder).glob("_C*.so")):

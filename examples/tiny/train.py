@@ -1,9 +1,10 @@
-"""Trains the tiny Qwen3-MoE model whose checkpoint lies beside this file.
+"""Trains the tiny Qwen3-MoE model in checkpoint/.
 
     python -m executorch_moe.examples.tiny.train [OUT_DIR]
 
-The text is `pydoc_data.topics`, the language reference that ships with Python itself, so nothing is downloaded.
-One token is one byte. The same Python, torch and CPU give the same checkpoint; another Python's text differs a little.
+The text is `pydoc_data.topics`, the language reference that is part of Python, so that nothing is downloaded. One token
+is one byte. The same Python, torch and CPU give the same checkpoint; the text of other versions of Python differs a
+little.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ SEED = 20
 
 BYTE_VOCABULARY = 256
 BOS, EOS = "<|bos|>", "<|eos|>"
-# 256 bytes and two special tokens, rounded up to a multiple of 8 as tensor cores like it; ids above 257 are never used.
+# 256 bytes and two special tokens, rounded up to a multiple of 8 for tensor cores; ids above 257 are unused.
 VOCABULARY_SIZE = 264
 
 
@@ -62,17 +63,17 @@ def make_config():
 
 
 def byte_symbols() -> list[str]:
-    """The printable stand-in for each byte that byte-level tokenizers use, in the order of the byte's value.
+    """The printable symbol of each byte in byte-level tokenizers, in the order of the bytes.
 
     Source: bytes_to_unicode of OpenAI's GPT-2 encoder.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    stand_ins = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(stand_ins)) for byte in range(256)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
 def save_tokenizer(folder: Path) -> None:
-    """Writes a tokenizer whose id is the byte's value, so that any text comes back as it was."""
+    """Writes a tokenizer whose ids are the values of bytes, so that it reproduces any text."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
@@ -96,7 +97,7 @@ def corpus() -> torch.Tensor:
     from pydoc_data import topics
 
     text = "\n\n".join(topics.topics[name].strip() for name in sorted(topics.topics))
-    # Rules and deep indentation are cheap to predict and, once begun, hard to leave for so small a model.
+    # So small a model predicts long rules and deep indentation easily, and then repeats them.
     text = re.sub(r"([*=~^.-])\1{3,}", r"\1\1\1", text)
     text = re.sub(r" {4,}", "   ", text)
     text = re.sub(r"\n{3,}", "\n\n", text)
@@ -104,21 +105,21 @@ def corpus() -> torch.Tensor:
 
 
 def learning_rate(step: int) -> float:
-    """Linear warm-up, then half a cosine down to zero."""
+    """Linear warm-up, then cosine decay to zero."""
     if step < WARMUP_STEPS:
         return PEAK_LEARNING_RATE * (step + 1) / WARMUP_STEPS
     return PEAK_LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * (step - WARMUP_STEPS) / (STEPS - WARMUP_STEPS)))
 
 
 def train() -> tuple[torch.nn.Module, float]:
-    """Returns the trained model and the mean loss (nats a byte) of the last 50 steps."""
+    """Trains the model; returns it and the mean loss of the last 50 steps, in nats per byte."""
     from transformers import Qwen3MoeForCausalLM
 
     torch.manual_seed(SEED)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     data = corpus()
-    # Trained with the router's load-balancing loss, so that all eight experts are worth keeping.
+    # The load-balancing loss of the router makes the model use all eight experts.
     config = make_config()
     config.output_router_logits = True
     model = Qwen3MoeForCausalLM._from_config(config, attn_implementation="sdpa", experts_implementation="eager")
@@ -151,7 +152,7 @@ def train() -> tuple[torch.nn.Module, float]:
 
 
 def router_balance(router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Switch-style balance loss: experts x sum(share of tokens x mean probability), 1 when balanced."""
+    """Load-balancing loss of Switch Transformer: experts x sum(share of tokens x mean probability), 1 if balanced."""
     total = torch.zeros(())
     for logits in router_logits:
         probabilities = logits.float().softmax(-1)

@@ -1,1 +1,1 @@
-"""Measuring exported models and kernels: the commands `bench` and `tune`."""
+"""Measures exported models and kernels: the commands `bench` and `tune`."""

@@ -1,4 +1,4 @@
-"""Where the time of a decode token goes: kernels of a profile in groups, and what bytes and launches account for."""
+"""Breaks the time of a decode token down by groups of kernels, and compares it with the cost of bytes and launches."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 
-from executorch_moe.export.files import written_aside
+from executorch_moe.backends.atomic_files import atomic_file
 from executorch_moe.export.generate.generator import TextGenerator
 
-# The first rule that finds something in a kernel's name decides. Inductor names a kernel after what it computes.
+# Group and pattern; the first pattern that matches a kernel's name decides. Inductor names kernels after operators.
 RULES: tuple[tuple[str, str], ...] = (
     ("dense", r"moe_one_token_matvec"),
     ("attention", r"moe_one_token_attention"),
     ("experts GEMM1", r"moe_\w*gemm1|_fused_moe_(batched_)?(int8_)?kernel"),
     ("experts GEMM2", r"moe_\w*gemm2|_fused_moe_silu_(batched_)?(int8_)?kernel"),
-    ("experts GEMM1", r"moe_\w*gemm"),  # told apart below: one kernel does both in turn
+    ("experts GEMM1", r"moe_\w*gemm"),  # one kernel computes both GEMMs in turn; `break_down` tells them apart
     ("experts, other", r"moe_sum|moe_quantize|_silu_quantize|_quantize_activations|^triton_per_fused_sum_view"),
     ("attention", r"sdpa"),
     ("routing", r"moe_|topk|fused__softmax__to_copy_prepare_softmax_online(?!.*(where|floor))"),
@@ -36,7 +36,7 @@ _BOTH_GEMMS = re.compile(r"moe_\w*gemm(?![12])")
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel or copy on the GPU; times in microseconds, blocks of its grid (1 for a copy)."""
+    """A kernel or copy on the GPU: start and duration in microseconds, blocks of its grid (1 for a copy)."""
 
     name: str
     start: float
@@ -46,7 +46,7 @@ class Kernel:
 
 @dataclass
 class Share:
-    """One group of kernels, per token: launches, own time (`own_times`), bytes that it has to read if that is known."""
+    """One group of kernels, per token: launches, own time (see `own_times`), and bytes that it must read, if known."""
 
     group: str
     launches: float
@@ -56,13 +56,16 @@ class Share:
 
 @dataclass
 class Breakdown:
-    """A decode token's time.
+    """The time of a decode token, by groups of kernels.
 
     Attributes:
-        steps: tokens that were profiled. token_us: time from token to token, gaps included.
-        shares: by group, longest first. gap_us: time in which no kernel ran.
-        bandwidth: measured bytes/s of a large copy. launch_us: measured time of an empty kernel within a CUDA graph.
-        longest: kernel name -> (launches, own microseconds) per token, of the ten that take longest.
+        steps: number of profiled tokens.
+        token_us: microseconds from token to token, gaps included.
+        shares: groups of kernels, longest first.
+        gap_us: microseconds in which no kernel ran.
+        bandwidth: measured bytes/s of a large copy.
+        launch_us: measured microseconds of an empty kernel within a CUDA graph.
+        longest: kernel name -> (launches, own microseconds) per token, for the ten longest kernels.
     """
 
     steps: int
@@ -80,16 +83,16 @@ class Breakdown:
 
     @property
     def bytes_us(self) -> float:
-        """Time that the known bytes take at the measured bandwidth."""
+        """Microseconds that the known bytes take at the measured bandwidth."""
         return 1e6 * sum(share.nbytes or 0 for share in self.shares) / self.bandwidth
 
     @property
     def accounted(self) -> float:
-        """Part of the token's time that bytes and launches account for."""
+        """Fraction of the token's time that bytes and launches account for."""
         return (self.bytes_us + self.launches * self.launch_us) / self.token_us
 
     def markdown(self) -> str:
-        """The table, what it sums to, and the longest kernels."""
+        """Tables of the groups and of the longest kernels, in Markdown."""
         lines = [
             f"One decode token, mean of {self.steps}: {self.token_us:.0f} us.",
             "",
@@ -117,10 +120,10 @@ class Breakdown:
         return "\n".join(lines)
 
     def plot(self, path: Path, title: str) -> None:
-        """One bar a group, with what its bytes take at the measured bandwidth; written aside, then renamed.
+        """Writes a bar chart of the groups and the time of their bytes at the measured bandwidth; see `atomic_file`.
 
         Raises:
-            ValueError: matplotlib is not installed, or does not know the file's ending.
+            ValueError: matplotlib is not installed, or does not support the file's suffix.
         """
         try:
             from matplotlib.figure import Figure
@@ -136,15 +139,15 @@ class Breakdown:
         axes.set(xlabel=f"microseconds of a decode token ({self.token_us:.0f})", title=title)
         axes.grid(True, axis="x", alpha=0.3)
         axes.legend(loc="lower right")
-        with written_aside(path) as aside:
+        with atomic_file(path) as aside:
             figure.savefig(aside)
 
 
 def group_of(kernel: Kernel) -> str:
-    """The group of a kernel, by its name.
+    """Group of a kernel, by its name and grid.
 
-    A matrix-vector product is a reduction of Inductor's and may bear the name of a norm that it computes on the way. A
-    norm of one token is one block.
+    A matrix-vector product is an Inductor reduction, whose name may include a norm that is fused into it. The norm of
+    one token alone has one block.
     """
     for group, rule in RULES:
         if re.search(rule, kernel.name):
@@ -154,10 +157,10 @@ def group_of(kernel: Kernel) -> str:
 
 
 def read_trace(trace: Mapping[str, Any]) -> list[Kernel]:
-    """Kernels and copies of a trace of torch.profiler, by start.
+    """Kernels and copies in a torch.profiler trace, sorted by start.
 
     Raises:
-        ValueError: it has none.
+        ValueError: the trace has none.
     """
     kernels = [
         Kernel(
@@ -167,15 +170,18 @@ def read_trace(trace: Mapping[str, Any]) -> list[Kernel]:
         if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") and event.get("ph") == "X"
     ]
     if not kernels:
-        raise ValueError("the profile has no GPU kernels: run it where torch.profiler may use CUPTI")
+        raise ValueError("the profile has no GPU kernels: run it where torch.profiler can use CUPTI")
     return sorted(kernels, key=lambda kernel: kernel.start)
 
 
 def own_times(kernels: Iterable[Kernel]) -> list[float]:
-    """Of each kernel, the time that passed while it ran and those before it had ended.
+    """Microseconds in which each kernel ran after all earlier ones had ended.
 
-    They come by start. A launch may start before the one before it has ended and wait for it, so durations overlap; own
-    times do not, and add up to the time in which at least one kernel ran.
+    A kernel may start and wait before the one before it has ended, so that durations overlap. Own times do not overlap,
+    and add up to the time in which at least one kernel ran.
+
+    Args:
+        kernels: sorted by start.
     """
     times, end = [], float("-inf")
     for kernel in kernels:
@@ -188,10 +194,14 @@ def own_times(kernels: Iterable[Kernel]) -> list[float]:
 def break_down(
     kernels: Sequence[Kernel], steps: int, nbytes: Mapping[str, int], bandwidth: float, launch_us: float
 ) -> Breakdown:
-    """Groups the kernels of `steps` decode tokens, which come by start.
+    """Groups the kernels of `steps` decode tokens.
 
     Args:
-        nbytes: group -> bytes that a token has to read.
+        kernels: sorted by start.
+        steps: number of tokens.
+        nbytes: group -> bytes that a token must read.
+        bandwidth: bytes/s of a large copy.
+        launch_us: microseconds of an empty kernel.
     """
     span = kernels[-1].start + kernels[-1].duration - kernels[0].start
     shares: dict[str, Share] = {}
@@ -220,16 +230,16 @@ def break_down(
 
 
 def token_bytes(record: Mapping[str, Any], positions: int) -> dict[str, int]:
-    """Bytes that a decode token has to read, by group, from the export's record; empty if there is none.
+    """Bytes that a decode token must read, by group, from an export's record; empty if the record lacks them.
 
-    The experts that a token is routed to, everything else once but the embedding, and the cache: `positions` of it, or
-    the whole, where attention reads all positions and masks those that are not written yet.
+    A token reads the experts to which it is routed, all other weights except the embedding, and the cache: `positions`
+    of it, or all, if attention reads and masks positions that are not written yet.
     """
     if "active_experts" not in record:
         return {}
     experts = int(record["expert_bytes"] * record["active_experts"])
     read = positions if record.get("cache_reads") == "written" else record.get("max_context", 1)
-    first = int(experts * 2 / 3)  # gate and up of gate, up and down
+    first = int(experts * 2 / 3)  # gate and up, of gate, up and down
     return {
         "experts GEMM1": first,
         "experts GEMM2": experts - first,
@@ -239,14 +249,14 @@ def token_bytes(record: Mapping[str, Any], positions: int) -> dict[str, int]:
 
 
 def measure_bandwidth(device: torch.device, nbytes: int = 1 << 30) -> float:
-    """Bytes/s of a large copy on the device, read plus written: median of nine."""
+    """Bytes/s of a large copy on the device, reads plus writes: median of nine copies."""
     source = torch.empty(nbytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * nbytes / statistics.median(_seconds(lambda: target.copy_(source)) for _ in range(9))
 
 
 def measure_launch(device: torch.device, launches: int = 1000) -> float:
-    """Microseconds of a kernel with next to nothing to do, within a CUDA graph: median of nine."""
+    """Microseconds of an almost empty kernel within a CUDA graph: median of nine replays."""
     x = torch.zeros(32, device=device)
     x.add_(1.0)
     torch.cuda.synchronize(device)
@@ -267,17 +277,23 @@ def _seconds(call: Any) -> float:
 
 
 def check_profile(device: torch.device) -> None:
-    """Check that there is something to profile.
+    """Checks that the device can be profiled.
 
     Raises:
         ValueError: no GPU.
     """
     if device.type != "cuda":
-        raise ValueError(f"a profile is of GPU kernels, and the artifact runs on {device.type}: leave --profile out")
+        raise ValueError(f"--profile shows GPU kernels, but the artifact runs on {device.type}: leave --profile out")
 
 
 def profile_decode(generator: TextGenerator, prompt_ids: list[int], steps: int, record: Mapping[str, Any]) -> Breakdown:
-    """Profiles `steps` decode tokens after a prompt, warm.
+    """Profiles `steps` decode tokens after a prompt and a warm-up.
+
+    Args:
+        generator: the loaded artifact.
+        prompt_ids: token ids.
+        steps: number of tokens to profile.
+        record: the export's record, for `token_bytes`.
 
     Raises:
         ValueError: no GPU, or tokens that do not fit into the cache.

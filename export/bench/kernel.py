@@ -1,4 +1,4 @@
-"""`bench kernel`: one expert layer, ours and others, over shapes, token counts and routings, as a table and a plot."""
+"""`bench kernel`: times implementations of an expert layer over token counts, and shows them as table and plot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from executorch_moe.export.files import written_aside
+from executorch_moe.backends.atomic_files import atomic_file
 from executorch_moe.export.models.upstream_experts import operator
 from executorch_moe.kernels.experts.plan import Options
 from executorch_moe.kernels.measure.compile import CompileJob, compile_ahead
@@ -39,10 +39,10 @@ OURS = {
     **{f"ours-g{g}": Options(path="grouped", group_size_m=g) for g in GROUP_SIZES_M},
     **{f"ours-tile-g{g}": Options(path="grouped", persistent=False, group_size_m=g) for g in GROUP_SIZES_M},
 }
-"""Ours as it comes; without the tables; the grouped path for any number of tokens; one CTA a tile; and these two with
-GROUP_SIZE_M row blocks in a group of the tile order."""
+"""Our kernels: by default, without tuned tables, with the grouped path for any number of tokens, and with one CTA for
+each tile; the last two also with a fixed GROUP_SIZE_M, the row blocks in a group of the tile order."""
 
-# Implementation -> schemes that it has.
+# Implementation -> schemes that it supports.
 IMPLEMENTATIONS = {
     **dict.fromkeys(OURS, ("w4a16", "w4a8", "bf16")),
     "upstream-dec": ("w4a16",),
@@ -61,7 +61,12 @@ FORMATS = ("md", "json")
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. `vs_upstream`: the best upstream time of the same tokens over this one, if measured."""
+    """One measurement.
+
+    Attributes:
+        floor: microseconds over those of the roofline (`floor_us`).
+        vs_upstream: the best time of ExecuTorch's kernels for the same tokens over this one; None if not measured.
+    """
 
     shape: str
     routing: str
@@ -116,21 +121,21 @@ class KernelBenchmark:
             )
 
     def pairs(self) -> list[tuple[str, str]]:
-        """Implementation and scheme of each column to measure."""
+        """Implementation and scheme of each series to measure."""
         return [(i, s) for i in self.implementations for s in self.schemes if s in IMPLEMENTATIONS[i]]
 
     def run(self) -> Iterator[Row]:
-        """Measure; yields a row as soon as it is known. One implementation's weights are on the GPU at a time.
+        """Measures; yields each row as soon as it is known. The GPU holds the weights of one implementation at a time.
 
         Raises:
             ValueError: no GPU.
         """
         if not torch.cuda.is_available():
-            raise ValueError(f"torch {torch.__version__} sees no GPU: run this where kernels can be timed")
+            raise ValueError(f"torch {torch.__version__} finds no GPU: run this on a machine with one")
         shape = parse_shape(self.shape)
         for implementation, _ in self.pairs():
             if implementation in UPSTREAM:
-                operator(UPSTREAM[implementation])  # missing: said before anything is measured
+                operator(UPSTREAM[implementation])  # raises before anything is measured
         compile_ahead(
             [CompileJob(shape, s, tokens, OURS[i]) for i, s in self.pairs() if i in OURS for tokens in self.tokens]
         )
@@ -161,7 +166,7 @@ class KernelBenchmark:
 
 
 def step_of(implementation: str, shape: LayerShape, generator: torch.Generator) -> Step:
-    """One layer of an implementation, with weights of its own if it is not ours."""
+    """A function that runs one layer of an implementation; other implementations than ours make their own weights."""
     if implementation in OURS:
         options = OURS[implementation]
 
@@ -175,7 +180,7 @@ def step_of(implementation: str, shape: LayerShape, generator: torch.Generator) 
 
 
 def parse_shape(text: str) -> LayerShape:
-    """A preset by name, or a shape by numbers.
+    """Parses a preset's name, or sizes as ExTOP_KxHxIxGROUP_SIZE.
 
     Raises:
         ValueError: neither; the message lists the presets.
@@ -195,7 +200,7 @@ def parse_shape(text: str) -> LayerShape:
 
 
 def with_ratios(rows: Iterable[Row]) -> list[Row]:
-    """Rows sorted by tokens, with their ratio to the fastest upstream row of the same tokens."""
+    """Rows sorted by tokens, with `vs_upstream` filled in."""
     rows = list(rows)
     best: dict[int, float] = {}
     for row in rows:
@@ -209,7 +214,7 @@ def with_ratios(rows: Iterable[Row]) -> list[Row]:
 
 
 def header(benchmark: KernelBenchmark) -> str:
-    """GPU, versions and method in one paragraph."""
+    """GPU, versions and method, as one paragraph."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "triton"))
     return (
@@ -221,7 +226,7 @@ def header(benchmark: KernelBenchmark) -> str:
 
 
 def markdown(benchmark: KernelBenchmark, rows: Sequence[Row]) -> str:
-    """Header and table."""
+    """Header and table in Markdown."""
     lines = [
         header(benchmark),
         "",
@@ -238,17 +243,17 @@ def markdown(benchmark: KernelBenchmark, rows: Sequence[Row]) -> str:
 
 
 def as_json(benchmark: KernelBenchmark, rows: Sequence[Row]) -> str:
-    """Everything, for programs."""
+    """Header, settings and rows as JSON."""
     return json.dumps(
         {"method": header(benchmark), "benchmark": asdict(benchmark), "rows": [asdict(row) for row in rows]}, indent=2
     )
 
 
 def plot(benchmark: KernelBenchmark, rows: Sequence[Row], path: Path) -> None:
-    """Microseconds over tokens, one line an implementation and scheme, with the floor; written aside, then renamed.
+    """Plots microseconds over tokens, a line for each implementation and scheme, with the floor; see `atomic_file`.
 
     Raises:
-        ValueError: matplotlib is not installed, or does not know the file's ending.
+        ValueError: matplotlib is not installed, or does not support the file's suffix.
     """
     try:
         from matplotlib.figure import Figure
@@ -266,5 +271,5 @@ def plot(benchmark: KernelBenchmark, rows: Sequence[Row], path: Path) -> None:
     axes.set_title(f"{benchmark.shape}, {benchmark.routing} routing")
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()
-    with written_aside(path) as aside:
+    with atomic_file(path) as aside:
         figure.savefig(aside)

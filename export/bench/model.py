@@ -1,4 +1,4 @@
-"""Prefill and decode speed of an exported model, in the manner of llama-bench."""
+"""Measures prefill and decode speed of an exported model, in the manner of llama-bench."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import torch
 
 from executorch_moe.backends.artifact.files import companion
 from executorch_moe.export.generate.generator import TextGenerator
+from executorch_moe.export.host_memory import size
 from executorch_moe.export.report.metadata import RECORD_SUFFIX
-from executorch_moe.export.report.summary import size
 
 from .breakdown import Breakdown, profile_decode
 
@@ -26,7 +26,7 @@ FORMATS = ("md", "json")
 
 @dataclass
 class Speed:
-    """Tokens a second of one prompt length, one entry a repeat."""
+    """Tokens per second for one prompt length, an entry for each repeat."""
 
     prompt_tokens: int
     new_tokens: int
@@ -36,12 +36,12 @@ class Speed:
 
 @dataclass
 class ModelBenchmark:
-    """What was measured, on what.
+    """Results of a benchmark, with what was measured and how.
 
     Attributes:
-        bytes: size of the artifact's files by suffix, and of the model's parts where the export recorded them.
-        export: the record that the export left beside the artifact, or nothing.
-        peak_bytes: most memory in use: "host" (this process), and "gpu" (weights, cache, temporaries) on a GPU.
+        bytes: bytes of the artifact's files, by suffix, and of the model's parts, if the export recorded them.
+        export: the export's record, empty if the file is missing.
+        peak_bytes: peak memory: "host" (this process), and on a GPU also "gpu" (weights, cache, temporaries).
     """
 
     artifact: str
@@ -58,12 +58,12 @@ class ModelBenchmark:
     breakdown: Breakdown | None = None
 
     def profile_decode(self, generator: TextGenerator, prompt_tokens: int, steps: int) -> None:
-        """Fill `breakdown`; see `breakdown.profile_decode`."""
+        """Profiles decode tokens and sets `breakdown`; see `breakdown.profile_decode`."""
         ids = random_prompt(generator.vocabulary, prompt_tokens)
         self.breakdown = profile_decode(generator, ids, steps, self.export)
 
     def markdown(self) -> str:
-        """A header that names the device and versions, and a table of mean and spread."""
+        """Device, versions and method, and a table of means and standard deviations, in Markdown."""
         lines = [
             f"`{self.artifact}` on {self.device}, runtime: {self.runtime}"
             + (", decode as a CUDA graph" if self.cuda_graph else "")
@@ -87,7 +87,7 @@ class ModelBenchmark:
         return "\n".join(lines)
 
     def model_name(self) -> str:
-        """What was exported and how, as far as it was recorded."""
+        """Model and options of the export from its record, or the artifact's name without one."""
         options = self.export.get("options")
         if not options:
             return self.artifact
@@ -97,7 +97,7 @@ class ModelBenchmark:
         return ", ".join(parts)
 
     def notes(self) -> list[str]:
-        """Sizes, export time and memory."""
+        """Notes on sizes, export time and memory."""
         notes = [f"{name} {size(value)}" for name, value in self.bytes.items()]
         if seconds := self.export.get("seconds"):
             times = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
@@ -108,7 +108,7 @@ class ModelBenchmark:
         return notes
 
     def json(self) -> str:
-        """Everything, with each repeat."""
+        """All fields as JSON."""
         return json.dumps(asdict(self), indent=2)
 
 
@@ -119,7 +119,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """What a reader of a benchmark wants to know about the device."""
+    """Name of the device; for a CPU, architecture and threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
@@ -137,7 +137,7 @@ def versions(distributions: Sequence[str] = ("torch", "triton", "executorch", "e
 
 
 def peak_bytes(device: torch.device) -> dict[str, int]:
-    """Most memory that this process has used so far, on the host and on a GPU."""
+    """Peak memory of this process so far in bytes, on the host and on a GPU."""
     peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     if device.type == "cuda":
         peak["gpu"] = torch.cuda.max_memory_reserved(device)
@@ -145,10 +145,10 @@ def peak_bytes(device: torch.device) -> dict[str, int]:
 
 
 def read_record(pte: Path) -> dict[str, Any]:
-    """What the export wrote beside the artifact; empty if it is not there.
+    """The export's record beside the artifact; empty if the file is missing.
 
     Raises:
-        ValueError: it is no JSON object.
+        ValueError: the file is not a JSON object.
     """
     path = companion(pte, RECORD_SUFFIX)
     if not path.is_file():
@@ -156,14 +156,14 @@ def read_record(pte: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(record, dict):
-            raise ValueError("no object")
+            raise ValueError("not an object")
     except ValueError as error:
-        raise ValueError(f"{path} is no record of an export ({error}): delete it, or export again") from None
+        raise ValueError(f"{path} is not a record of an export ({error}): delete it, or export again") from None
     return record
 
 
 def random_prompt(vocabulary: int, length: int) -> list[int]:
-    """Token ids, the same in each run."""
+    """Random token ids, the same in each run."""
     random = torch.Generator().manual_seed(0)
     return torch.randint(0, vocabulary, (length,), generator=random).tolist()
 
@@ -184,13 +184,13 @@ def benchmark_model(
 
     Args:
         artifact: the `.pte`.
-        prompt_lengths: tokens in the prompt, each at least 1; random ids, the same in each run.
-        new_tokens: tokens generated after each prompt, at least 2; an end-of-text token does not stop it.
-        repeats: runs of each length.
+        prompt_lengths: numbers of tokens in a prompt, at least 1; the ids are random, the same in each run.
+        new_tokens: tokens to generate after each prompt, at least 2; end-of-text tokens are ignored.
+        repeats: runs for each length.
         runtime: as for `executorch_moe.backends.runtime.loader.load`.
         on_repeat: called after each run.
         cuda_graph, prefill_chunk: as for `TextGenerator.load`.
-        generator: the loaded artifact, instead of loading it.
+        generator: the artifact, if it is loaded already.
 
     Raises:
         ValueError: sizes that are not positive or do not fit into the exported cache.

@@ -1,7 +1,7 @@
-"""Other implementations of an expert layer, to time beside ours on the same shapes and routing.
+"""Other implementations of an expert layer, to compare with ours on the same shapes and routing.
 
-Each makes its own random weights in its own layout, on the device: what is compared is time, and time does not depend
-on the values. `step` runs one whole layer, from hidden states and routing to the sum over top_k.
+Each generates random weights in its own layout, on the device: times do not depend on the values. A `Step` runs one
+whole layer, from hidden states and routing to the sum over top_k.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Step = Callable[[LayerInputs], Tensor]
 
 
 def upstream(name: str, shape: LayerShape, generator: torch.Generator) -> Step:
-    """One of ExecuTorch's `triton::fused_moe` family, from the installed wheel.
+    """A layer with one of ExecuTorch's `triton::fused_moe` operators.
 
     Args:
         name: "fused_moe", "fused_moe_batched_gemm" or "fused_moe_batched_gemm_int8".
@@ -41,7 +41,7 @@ def upstream(name: str, shape: LayerShape, generator: torch.Generator) -> Step:
 
 
 def torch_grouped_mm(shape: LayerShape, generator: torch.Generator) -> Step:
-    """`torch._grouped_mm` on bf16 weights, with the routing around it in torch operators."""
+    """A layer with `torch._grouped_mm` on bf16 weights; routing uses plain torch operators."""
     e, h, i = shape.experts, shape.hidden, shape.intermediate
 
     def matrix(n: int, k: int) -> Tensor:

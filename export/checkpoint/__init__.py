@@ -1,1 +1,1 @@
-"""Checkpoints on disk: which stored tensors make which weight, and packing them layer by layer."""
+"""Checkpoints on disk: the stored tensors of each weight, and loading a model whole or packed layer by layer."""

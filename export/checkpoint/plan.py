@@ -1,7 +1,7 @@
-"""A model folder as a plan: which stored tensors make which weight of the model, checked before any is read.
+"""Plans from which stored tensors each weight of a model is made, and checks the plan before it reads them.
 
-The renames and merges are transformers' own (`conversion_mapping`), so every layout that it loads is understood here:
-one matrix an expert, as checkpoints on the Hub have them, and the stacked ones that transformers 5 writes.
+Renames and merges are those of transformers (`conversion_mapping`), so that every layout that transformers loads is
+supported: one matrix for each expert, as in checkpoints on the Hub, and the stacked ones that transformers 5 writes.
 """
 
 from __future__ import annotations
@@ -26,19 +26,24 @@ from . import tied_weights
 from .shards import COMPLETE, ShardReader, Shards, all_finite, listed
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
-# Buffers that older transformers versions wrote and newer ones compute.
+# Buffers that older versions of transformers stored and newer ones compute.
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
-# Layers that predict further tokens (multi-token prediction), which transformers does not run. They are stored behind
-# the decoder layers, and have weights that no decoder layer has, or under a name of their own.
+# Layers for multi-token prediction, which transformers does not run. They are either numbered after the decoder layers,
+# and have weights that decoder layers lack, or have their own name.
 _NUMBERED = re.compile(r"^(?P<list>.*\blayers)\.(?P<number>\d+)\.(?P<rest>.*)$")
 _OF_PREDICTION = re.compile(r"^(eh_proj|enorm|hnorm|shared_head)\.")
 _PREDICTION = re.compile(r"(^|\.)mtp(_layers|_block|_heads)?\.")
 COMPARED_ROWS = 4096
-"""Rows of two stored matrices that are compared at a time."""
+"""Rows of two stored matrices to compare at a time."""
 
 
-def empty_model(folder: Path, dtype: torch.dtype, attention: str) -> nn.Module:
-    """The model of config.json in eval mode, its parameters on the meta device, its buffers as made.
+def meta_model(folder: Path, dtype: torch.dtype, attention: str) -> nn.Module:
+    """Builds the model of a config.json in eval mode, with its parameters on the meta device; buffers have values.
+
+    Args:
+        folder: model folder.
+        dtype: dtype of the parameters.
+        attention: transformers' `attn_implementation`.
 
     Raises:
         ValueError: a configuration that transformers refuses, or see `special_tokens`.
@@ -47,18 +52,18 @@ def empty_model(folder: Path, dtype: torch.dtype, attention: str) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         plain_outputs_(config)
-        # Weights that are stored in fp8 are read as bf16; the model's layers are plain ones.
+        # Weights in fp8 are read as bf16, into plain layers.
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with _parameters_on_meta():
             model: nn.Module = transformers.AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention
             )
-    except Exception as error:  # transformers, its dataclasses and torch each raise their own kinds here
+    except Exception as error:  # transformers, its dataclasses and torch each raise their own classes
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{folder / 'config.json'} makes no model ({reason}): correct it, or take the one that the model was "
-            "published with"
+            f"{folder / 'config.json'} does not make a model ({reason}): correct it, or use the one that the model "
+            "was published with"
         ) from error
     special_tokens(folder, config)
     return model.eval()
@@ -66,14 +71,14 @@ def empty_model(folder: Path, dtype: torch.dtype, attention: str) -> nn.Module:
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Within it, modules are made without memory for parameters; buffers (rotary frequencies) get their values.
+    """A context in which modules get parameters on the meta device, and buffers (rotary frequencies) with values.
 
-    Modules that other threads make meanwhile are left alone.
+    Modules that other threads make at the same time are not affected.
     """
     mine = threading.get_ident()
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
-        if threading.get_ident() != mine:  # hooks are the process's
+        if threading.get_ident() != mine:  # hooks apply to the whole process
             return None
         return nn.Parameter(parameter.to("meta"), requires_grad=False)
 
@@ -86,12 +91,12 @@ def _parameters_on_meta() -> Iterator[None]:
 
 @dataclass
 class Source:
-    """What one weight of the model is made of.
+    """The stored tensors of one weight.
 
     Attributes:
-        target: name in the model. Converters that make several weights of one tensor go by the first.
-        converter: transformers' WeightConverter, None for a tensor that is only renamed.
-        names: the converter's source pattern -> stored tensors, in order (experts by number).
+        target: name of the weight in the model; the first one if a converter makes several weights of one tensor.
+        converter: transformers' WeightConverter; None for a tensor that is only renamed.
+        names: source pattern of the converter -> names of stored tensors, in order (experts by number).
     """
 
     target: str
@@ -99,21 +104,28 @@ class Source:
     names: dict[str, list[str]] = field(default_factory=dict)
 
     def stacks_experts(self) -> bool:
-        """True if stored tensor i of each pattern is expert i: a run of experts is made of a run of tensors."""
+        """True if tensor i of each pattern is expert i, so that a run of experts needs only a run of tensors."""
         first: Any = self.converter.operations[0] if self.converter is not None else None
         return type(first).__name__ == "MergeModulelist" and first.dim == 0
 
     def all_names(self) -> list[str]:
-        """The stored tensors, pattern by pattern."""
+        """Names of all stored tensors, pattern by pattern."""
         return [name for names in self.names.values() for name in names]
 
 
 class CheckpointPlan:
-    """Which stored tensors make which weight of `model`. Making it reads no weights.
+    """Maps the stored tensors to the weights of a model. The constructor reads no weights.
+
+    Attributes:
+        model: the model; its parameters may be on the meta device.
+        shards: the stored tensors.
+        state: name -> weight of the model.
+        sources: name of a weight -> its stored tensors.
+        made: names of the weights that the stored tensors make.
 
     Raises:
-        ValueError: tensors that are missing, that the model has no use for, of another shape or of a type that is no
-            plain float. Each message names the first ones.
+        ValueError: tensors that are missing, unexpected, of another shape, or of a dtype that is not a plain float. The
+            message names the first ones.
     """
 
     def __init__(self, model: nn.Module, shards: Shards) -> None:
@@ -123,7 +135,7 @@ class CheckpointPlan:
         self.made = self._check_shapes()
         self._check_missing()
 
-    # ------------------------------------------------------------------ matching, before anything is read
+    # ------------------------------------------------------------------ matching and checks; reads no weights
 
     def _match(self) -> dict[str, Source]:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -155,19 +167,19 @@ class CheckpointPlan:
         unexpected = [name for name in unexpected if not self._is_ignored(name, "unexpected")]
         if unexpected := [name for name in unexpected if not (_PREDICTION.search(name) or name.startswith(further))]:
             raise ValueError(
-                f"{self.shards.folder} has {_tensors(unexpected)} that {type(model).__name__} has no use for: "
+                f"{self.shards.folder} has {_tensors(unexpected)} that {type(model).__name__} does not use: "
                 "check that config.json and weights are of the same model"
             )
         return sources
 
     def _is_ignored(self, name: str, kind: str) -> bool:
-        """True for names that the model class declares it can do without ("missing"), or ignores ("unexpected")."""
+        """True if the model's class lets `name` be absent (kind "missing") or ignores it (kind "unexpected")."""
         attribute = f"_keys_to_ignore_on_load_{kind}"
         patterns = {p for module in self.model.modules() for p in getattr(module, attribute, None) or ()}
         return bool(_IGNORED.search(name)) or any(re.search(pattern, name) for pattern in patterns)
 
     def _prediction_layers(self, names: list[str]) -> tuple[str, ...]:
-        """Prefixes of stored layers that only predict further tokens; each comes after the model's last layer."""
+        """Prefixes of stored layers for multi-token prediction, numbered after the model's last decoder layer."""
         model: Any = self.model
         found = {
             f"{match['list']}.{match['number']}."
@@ -177,7 +189,7 @@ class CheckpointPlan:
         return tuple(sorted(found))
 
     def _check_shapes(self) -> set[str]:
-        """Makes every weight of tensors without data; returns the names of the weights."""
+        """Makes every weight from meta tensors and compares shapes; returns the names of the weights."""
         made: set[str] = set()
         for source in self.sources.values():
             self._check_experts(source)
@@ -197,7 +209,7 @@ class CheckpointPlan:
         return made
 
     def _check_experts(self, source: Source) -> None:
-        """The stored tensors of a weight: plain floats, of one shape, and none missing between the first and last."""
+        """Checks the stored tensors of a weight: plain floats; for experts, one for each, all of the same shape."""
         for name in source.all_names():
             stored = self.shards.tensors[name]
             if stored.dtype not in _FLOATS and stored.scale is None and self.state[source.target].is_floating_point():
@@ -212,7 +224,7 @@ class CheckpointPlan:
             prefix, _, suffix = pattern.partition("*")
             if not names:
                 raise ValueError(
-                    f"{self.shards.folder} has no tensor {prefix.strip('.')}.*{suffix} for {source.target}: {COMPLETE}"
+                    f"{self.shards.folder} lacks tensors {prefix.strip('.')}.*{suffix} for {source.target}: {COMPLETE}"
                 )
             count = self.state[source.target].shape[0]
             numbers = [int(_expert_number(name, suffix)) for name in names]
@@ -231,7 +243,7 @@ class CheckpointPlan:
                 if shape != shapes[names[0]]:
                     raise ValueError(
                         f"{name} has shape {list(shape)}, but {names[0]} has {list(shapes[names[0]])}: "
-                        "the experts of a layer must have one shape"
+                        "the experts of a layer must have the same shape"
                     )
 
     def _shape(self, name: str) -> tuple[int, ...]:
@@ -247,26 +259,26 @@ class CheckpointPlan:
     # ------------------------------------------------------------------ reading
 
     def targets_below(self, module: str) -> list[str]:
-        """Weights below a module, by the names of their sources."""
+        """Targets of the weights below a module."""
         return [target for target in self.sources if below(target, module)]
 
     def names_below(self, module: str) -> list[str]:
-        """Stored tensors of which the weights below a module are made."""
+        """Names of the stored tensors of the weights below a module."""
         return [name for target in self.targets_below(module) for name in self.sources[target].all_names()]
 
     def can_read_runs(self, target: str) -> bool:
-        """True if `read_experts` reads no more of `target` than it returns."""
+        """True if `read_experts` reads only the experts that it returns."""
         source = self.sources[target]
         return source.converter is None or source.stacks_experts()
 
     def read(self, reader: ShardReader, target: str) -> dict[str, Tensor]:
-        """The weight `target`, and what else is made of the same tensors, as stored (not yet converted in type)."""
+        """Reads the weight `target`, and others that its tensors make, in the stored dtype: name -> tensor."""
         source = self.sources[target]
         tensors = {pattern: [reader.read(name) for name in names] for pattern, names in source.names.items()}
         return self._convert(source, tensors)
 
     def read_experts(self, reader: ShardReader, target: str, run: slice) -> Tensor:
-        """Experts `run` of the stacked weight `target`."""
+        """Reads experts `run` of the stacked weight `target`, in the stored dtype."""
         source = self.sources[target]
         if not self.can_read_runs(target):
             return self.read(reader, target)[target][run]
@@ -286,11 +298,15 @@ class CheckpointPlan:
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
     def load(self, except_below: tuple[str, ...] = ()) -> None:
-        """Reads every weight into the model, in the model's types, but those below some modules."""
+        """Reads all weights into the model, in the model's dtypes, except those below the modules `except_below`.
+
+        Raises:
+            ValueError: NaN, Inf, or values beyond the range of the model's dtype.
+        """
         for target in self.sources:
             if any(below(target, module) for module in except_below):
                 continue
-            # A reader of its own: the file's pages are given back before the next weight is read.
+            # One reader for each weight frees the file's pages before the next weight is read.
             with self.shards.reader() as reader:
                 for name, tensor in self.read(reader, target).items():
                     converted = tensor.to(dtype := self.state[name].dtype, copy=True)
@@ -303,7 +319,7 @@ class CheckpointPlan:
         self.share_weights(self.model)
 
     def share_weights(self, model: nn.Module) -> None:
-        """Makes one weight of those that are one in this checkpoint, in a model whose weights are set."""
+        """Ties the weights of `model` that are tied in this checkpoint; its weights must be set."""
         tied_weights.share(model, self._shared)
 
     @functools.cached_property
@@ -311,7 +327,7 @@ class CheckpointPlan:
         return tied_weights.shared(self.model, self.made, self._are_equal)
 
     def _are_equal(self, first: str, second: str) -> bool:
-        """True for two stored weights that are the same in the model's types."""
+        """True if two stored weights are equal in the model's dtype."""
         dtype, shape = self.state[first].dtype, self.state[first].shape
         if shape != self.state[second].shape:
             return False
@@ -325,12 +341,12 @@ class CheckpointPlan:
 
 
 def below(name: str, module: str) -> bool:
-    """True for the name of a weight below a module."""
+    """True if `name` is below `module`."""
     return name.startswith(f"{module}.")
 
 
 def set_weight(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a tensor in place of a parameter or buffer."""
+    """Replaces a parameter or buffer of a model by a tensor."""
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
     if attribute in module._parameters:

@@ -1,8 +1,8 @@
-"""Safetensors files of a model folder: what is in which file, checked against the index, read tensor by tensor.
+"""Reads the safetensors files of a model folder tensor by tensor, after checking them against the index.
 
-Weights in fp8 with a scale for each block, as DeepSeek-V3 and Qwen3's FP8 models are published, are read as bf16: X is
-stored as float8 e4m3, X_scale_inv holds what each block is to be multiplied by (the name is DeepSeek's), config.json
-the size of a block. Source: `weight_dequant` of DeepSeek-V3's inference code, and transformers' fine-grained FP8.
+Weights in fp8 with a scale for each block are read as bf16. DeepSeek-V3 and Qwen3's FP8 models are published so: X is
+stored as float8 e4m3, X_scale_inv holds the factor of each block (in spite of DeepSeek's name for it), and config.json
+has the size of a block. Source: `weight_dequant` of DeepSeek-V3's inference code, and transformers' fine-grained FP8.
 """
 
 from __future__ import annotations
@@ -19,22 +19,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from executorch_moe.export.models.pretrained import fp8_block, read_config
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-# A file of this name belongs to a set of shards. Others (Mistral's "consolidated.safetensors") are not ours to read.
+# A file with such a name is one of a set of shards. Others (Mistral's "consolidated.safetensors") are ignored.
 _SHARD_NAME = re.compile(r"-\d+-of-\d+\.safetensors$")
 COMPLETE = "download the missing files, or check that config.json and weights are of the same model"
-_TOGETHER = "take index and files from one download"
+_TOGETHER = "use index and files of the same download"
 FP8 = "F8_E4M3"
 _SCALE = "_scale_inv"
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor is stored and what its file's header says of it; `dtype` as safetensors writes it ("BF16").
+    """A tensor in a file, as the file's header describes it.
 
     Attributes:
-        scale: of a weight in fp8, where the scales of its blocks are stored. block: rows and columns of a block.
+        file: name of the file.
+        shape: shape of the tensor.
+        dtype: safetensors' name, such as "BF16".
+        scale: for a weight in fp8, the tensor that holds the scales of its blocks.
+        block: for a weight in fp8, rows and columns of a block.
     """
 
     file: str
@@ -45,22 +51,22 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its values; the first number in a type's name is its bits, as in "BF16" and "F8_E4M3"."""
+        """Bytes of its values. The first number in a dtype's name is its bits, as in "BF16" and "F8_E4M3"."""
         bits = re.search(r"\d+", self.dtype)
         return math.prod(self.shape) * (int(bits[0]) // 8 if bits else 1)
 
 
 class Shards:
-    """The safetensors files of a folder. Making it reads headers only.
+    """The safetensors files of a folder. The constructor reads headers only.
 
     Attributes:
         folder: the folder.
-        tensors: by name, all tensors of all files; scales of fp8 weights are with their weights.
+        tensors: name -> tensor, for all files. Scales of fp8 weights are part of their weights.
 
     Raises:
-        ValueError: no index for several files, an index that cannot be read, a damaged file, an index and files that
-            disagree about a tensor, or scales that do not fit their weight.
-        FileNotFoundError: no weights, or a file that the index names is not there.
+        ValueError: several files without an index, an unreadable index, a damaged file, an index that disagrees with
+            the files, or scales that do not fit their weight.
+        FileNotFoundError: no weights, or a missing file that the index names.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -74,7 +80,7 @@ class Shards:
                 if name in self.tensors:
                     raise ValueError(
                         f"{name} is in {self.tensors[name].file} and in {file} of {folder}: "
-                        "remove the file that is not the model's"
+                        "remove the file that does not belong to the model"
                     )
                 self.tensors[name] = stored
         if index is not None:
@@ -87,19 +93,19 @@ class Shards:
         return sorted({stored.file for stored in self.tensors.values()})
 
     def _pair_scales(self) -> None:
-        """Gives weights in fp8 their scales, which are no tensors of the model."""
+        """Moves the scales of fp8 weights from `tensors` to their weights."""
         for name, stored in list(self.tensors.items()):
             if stored.dtype != FP8 or len(stored.shape) < 2 or (scale := self.tensors.get(name + _SCALE)) is None:
                 continue
             block = fp8_block(read_config(self.folder))
             if block is None:
-                continue  # refused as a type that is not known
+                continue  # CheckpointPlan refuses the dtype
             rows, columns = (-(-size // of) for size, of in zip(stored.shape[-2:], block, strict=True))
             if scale.shape != (*stored.shape[:-2], rows, columns):
                 raise ValueError(
                     f"{name}{_SCALE} of {self.folder} has shape {list(scale.shape)}, but {name} {list(stored.shape)} "
                     f"has {rows} x {columns} blocks of {block[0]} x {block[1]}: "
-                    "check that weight_block_size in config.json is the one of these weights"
+                    "check that weight_block_size in config.json belongs to these weights"
                 )
             self.tensors[name] = replace(stored, scale=scale, block=block)
             del self.tensors[name + _SCALE]
@@ -113,7 +119,7 @@ class Shards:
             )
         if extra := sorted(self.tensors.keys() - index.keys()):
             raise ValueError(
-                f"{self.tensors[extra[0]].file} holds {listed(extra)}, of which {where} says nothing: {_TOGETHER}"
+                f"{self.tensors[extra[0]].file} holds {listed(extra)}, which {where} does not list: {_TOGETHER}"
             )
 
     def _file_of(self, name: str) -> str | None:
@@ -122,30 +128,31 @@ class Shards:
 
     @contextlib.contextmanager
     def reader(self) -> Iterator[ShardReader]:
-        """Open files lazily; at the end they are closed, and the memory that their tensors took is given back once the
-        tensors are gone."""
+        """A reader that opens files on demand. On exit it closes them; their memory is freed with the last tensor."""
         with contextlib.ExitStack() as stack:
             yield ShardReader(self, stack)
 
 
 class ShardReader:
-    """Reads tensors of `Shards`, and refuses NaN and Inf in them. What it returns lies in the mapped file: copy what is
-    to stay."""
+    """Reads tensors of `Shards` and refuses NaN and Inf.
+
+    Tensors are views of the mapped file: copy those that must outlive the reader.
+    """
 
     def __init__(self, shards: Shards, stack: contextlib.ExitStack) -> None:
         self._shards, self._stack = shards, stack
         self._open: dict[str, Any] = {}
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """A tensor, or those rows of its first dimension; weights in fp8 as bf16, which do not lie in the file.
+        """Reads a tensor, or `rows` of its first dimension. Weights in fp8 are converted to bf16, and so copied.
 
         Raises:
-            ValueError: it holds NaN or Inf.
+            ValueError: the tensor has NaN or Inf.
         """
         stored = self._shards.tensors[name]
         if stored.scale is None:
             return self._finite(stored.file, name, self._stored(stored.file, name, rows))
-        # Of a matrix, rows share blocks; stacked matrices do not.
+        # Rows of a matrix share blocks; stacked matrices do not.
         part = rows if len(stored.shape) > 2 else None
         codes = self._stored(stored.file, name, part)
         scale = self._stored(stored.scale.file, name + _SCALE, part).float()
@@ -157,11 +164,11 @@ class ShardReader:
         return weight if rows is None or part is not None else weight[rows]
 
     def _finite(self, file: str, name: str, tensor: Tensor) -> Tensor:
-        """The tensor, if all of its values are finite."""
+        """Returns the tensor; raises if a value is NaN or Inf."""
         if not all_finite(tensor):
             raise ValueError(
                 f"{name} in {self._shards.folder / file} holds NaN or Inf: compare the file's checksum with the "
-                "publisher's; if it is theirs, use another checkpoint"
+                "publisher's; if they are equal, use another checkpoint"
             )
         return tensor
 
@@ -177,56 +184,34 @@ class ShardReader:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """False if a tensor holds NaN or Inf, in one pass over it; tensors of other types than floats hold none."""
+    """False if a tensor has NaN or Inf, found in one pass. True for dtypes other than floats."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     if tensor.dtype.itemsize == 1:
         tensor = tensor.float()
-    # Both ends are NaN where any value is. `isfinite` takes about 20 times as long.
+    # If any value is NaN, minimum and maximum are too. `isfinite` takes about 20 times as long.
     return bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder, which was read before; an unreadable one is empty."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
-def fp8_block(config: dict[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns that share a scale in a model whose weights are stored in fp8, None for another model."""
-    quantization = config.get("quantization_config")
-    if not isinstance(quantization, dict):
-        return None
-    block = quantization.get("weight_block_size")
-    if quantization.get("quant_method") != "fp8" or not isinstance(block, list) or len(block) != 2:
-        return None
-    if not all(isinstance(size, int) and size > 0 for size in block):
-        return None
-    return block[0], block[1]
-
-
 def listed(names: Iterable[str], shown: int = 3) -> str:
-    """A list for a message: the first few names, and how many more there are."""
+    """Formats names for a message: the first few, and the number of others."""
     names = list(names)
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:
-    """Tensor name -> file, None without an index."""
+    """Tensor name -> file name; None if there is no index."""
     path = folder / INDEX_FILE
     if not path.is_file():
         return None
     try:
         index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         if not (isinstance(index, dict) and index and all(isinstance(file, str) for file in index.values())):
-            raise TypeError("weight_map is no table of file names")
+            raise TypeError("weight_map is not a table of file names")
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is no index of weights ({type(error).__name__}: {error}): download it again"
+            f"{path} is not an index of weights ({type(error).__name__}: {error}): download it again"
         ) from None
     return dict(index)
 
@@ -236,20 +221,18 @@ def _single_file(folder: Path) -> str:
     if SINGLE_FILE in found:
         return SINGLE_FILE
     if not found:
-        raise FileNotFoundError(f"{folder} has no *.safetensors: download the model's")
-    raise ValueError(
-        f"{folder} has {listed(found)}, but neither {INDEX_FILE} nor {SINGLE_FILE}: put the model's index there"
-    )
+        raise FileNotFoundError(f"{folder} has no *.safetensors: download those of the model")
+    raise ValueError(f"{folder} has {listed(found)}, but neither {INDEX_FILE} nor {SINGLE_FILE}: add the model's index")
 
 
 def _check_files(folder: Path, files: list[str]) -> None:
     if absent := [file for file in files if not (folder / file).is_file()]:
         raise FileNotFoundError(
-            f"{folder} lacks {listed(absent)} of {len(files)} files that its index names: download them"
+            f"{folder} lacks {listed(absent)} of {len(files)} files that its index lists: download them"
         )
     found = (path.name for path in folder.glob("*.safetensors"))
     if extra := sorted(name for name in found if name not in files and _SHARD_NAME.search(name)):
-        raise ValueError(f"{folder} has {listed(extra)}, which its weights do not name: remove them")
+        raise ValueError(f"{folder} has {listed(extra)}, which do not belong to its weights: remove them")
 
 
 def _read_header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
@@ -257,7 +240,7 @@ def _read_header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
 
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            for name in file.keys():  # noqa: SIM118  safe_open is no mapping
+            for name in file.keys():  # noqa: SIM118  safe_open is not a mapping
                 part = file.get_slice(name)
                 yield name, StoredTensor(path.name, tuple(part.get_shape()), part.get_dtype())
     except SafetensorError as error:

@@ -1,6 +1,6 @@
-"""Model folder -> model with packed experts, layer by layer: never more than the packed model and a few experts.
+"""Loads a model folder layer by layer and packs its experts: memory for the packed model and a few experts.
 
-Experts are read and packed in runs of a few, so that not even one layer is ever in memory unpacked.
+Experts are read and packed a few at a time, so that memory never holds a whole unpacked layer.
 """
 
 from __future__ import annotations
@@ -16,28 +16,30 @@ from torch import Tensor, nn
 
 from executorch_moe.backends.fusion import ExpertLayout, FusedLayer, FusionOptions, NotFusable
 from executorch_moe.backends.fusion.modules import find_experts, kind_of, recognize_module
-from executorch_moe.export.report.sizes import check_sizes
+from executorch_moe.export.models.pretrained import read_config
 from executorch_moe.kernels import SCHEMES, FusedExperts, PackedExperts, pack_experts
-from executorch_moe.kernels.schemes import check_group_size
+from executorch_moe.kernels.schemes import check_layer_group_size
 
-from .plan import CheckpointPlan, below, empty_model
-from .shards import ShardReader, Shards, read_config
+from .plan import CheckpointPlan, below, meta_model
+from .shards import ShardReader, Shards
+from .sizes import check_sizes
 from .work_folder import WorkFolder, manifest_of
 
 RUN_BYTES = 32 << 20
-"""Experts are packed in runs of about this size in bf16, and of a 16th of a layer at most. Packing takes about ten
-times as much for a moment."""
+"""Bytes in bf16 of the experts to pack at a time, but at most a 16th of a layer. Packing takes about ten times as much
+temporary memory."""
 
 
 @dataclass(frozen=True)
-class ExpertLayer:
-    """One layer of the plan.
+class LayerPlan:
+    """The plan for packing one expert layer.
 
     Attributes:
-        name: of its module in the model. family: that module's class.
-        layout: how it is stored and what it computes.
+        name: name of the experts module in the model.
+        family: class name of the module.
+        layout: its storage order and activation.
         num_experts, top_k, hidden_size, intermediate_size: E, top_k, H and I.
-        stored_bytes: of its tensors in the checkpoint.
+        stored_bytes: bytes of its tensors in the checkpoint.
     """
 
     name: str
@@ -51,45 +53,45 @@ class ExpertLayer:
 
     @property
     def exported_name(self) -> str:
-        """How the exported program names the module: the model is an attribute of what is exported."""
+        """Name of the module in the exported program, where the model is the attribute `model`."""
         return f"model.{self.name}"
 
 
 class StreamedModel:
-    """A checked plan to load a model folder with packed experts. Making it reads headers only.
+    """A model folder, checked and ready to be loaded with packed experts. The constructor reads headers only.
 
     Args:
         folder: model folder.
-        dtype: of everything but the experts.
+        dtype: dtype of everything but the experts.
         attention: transformers' `attn_implementation`.
-        fusion: scheme and group size of the experts.
+        fusion: scheme, group size and algorithm of the experts.
 
     Attributes:
-        model: the model, its weights on the meta device until `load`.
-        layers: the expert layers, in order.
+        model: the model; its parameters are on the meta device until `load`.
+        layers: plans of the expert layers, in order.
 
     Raises:
-        ValueError, FileNotFoundError: configuration and weights that are damaged or disagree, a model without experts,
-            or a group size that does not fit.
-        NotImplementedError: experts that are not supported; names module and reason.
+        ValueError, FileNotFoundError: configuration or weights that are damaged or disagree, a model without experts,
+            or a group size that does not divide a width.
+        NotImplementedError: unsupported experts; names module and reason.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype, attention: str, fusion: FusionOptions) -> None:
         self.fusion = fusion
         self.shards = Shards(folder)
         check_sizes(read_config(folder), self.shards)
-        self.model = empty_model(folder, dtype, attention)
+        self.model = meta_model(folder, dtype, attention)
         self.plan = CheckpointPlan(self.model, self.shards)
         self.layers = list(self._expert_layers())
         if not self.layers:
             raise ValueError(
-                f"{type(self.model).__name__} has no experts modules: give a Mixture-of-Experts model's folder"
+                f"{type(self.model).__name__} has no experts modules: pass the folder of a Mixture-of-Experts model"
             )
 
-    def _expert_layers(self) -> Iterator[ExpertLayer]:
+    def _expert_layers(self) -> Iterator[LayerPlan]:
         layouts: dict[tuple[object, ...], ExpertLayout] = {}
         for name, experts in find_experts(self.model):
-            kind = kind_of(experts)  # equal layers are recognized once
+            kind = kind_of(experts)  # layers of one kind are recognized once
             try:
                 if kind not in layouts:
                     layouts[kind] = recognize_module(experts)
@@ -103,18 +105,18 @@ class StreamedModel:
                     "with FusionOptions(require_fused=False)"
                 ) from error
 
-    def _layer(self, name: str, experts: nn.Module, layout: ExpertLayout) -> ExpertLayer:
+    def _layer(self, name: str, experts: nn.Module, layout: ExpertLayout) -> LayerPlan:
         config: Any = self.model.config
         _, down, *_ = layout.canonical(dict(experts.named_parameters()))
         num_experts, hidden, intermediate = down.shape
         if not 1 <= (top_k := config.num_experts_per_tok) <= num_experts:
             raise ValueError(
                 f"num_experts_per_tok={top_k} of config.json must be between 1 and its {num_experts} experts: "
-                "put the number there that the model was trained with"
+                "use the number that the model was trained with"
             )
         _check_group_size(self.fusion, hidden, intermediate)
         stored = [self.shards.tensors[source] for source in self.plan.names_below(name)]
-        return ExpertLayer(
+        return LayerPlan(
             name=name,
             family=type(experts).__name__,
             layout=layout,
@@ -131,15 +133,19 @@ class StreamedModel:
         on_layer: Callable[[FusedLayer], None] | None = None,
         skip: tuple[str, ...] = (),
     ) -> list[FusedLayer]:
-        """Packs the experts and loads everything else into `model`.
+        """Packs the experts and loads all other weights into `model`.
 
         Args:
-            work: keeps packed layers and supplies those that it has; without it they stay in memory.
-            on_layer: called after each layer.
-            skip: modules that are left on the meta device.
+            work: folder that stores packed layers and supplies those of an interrupted export; None keeps packed
+                layers in memory.
+            on_layer: called with the record of each layer.
+            skip: names of modules to leave on the meta device.
 
         Returns:
-            One record a layer.
+            One record for each layer.
+
+        Raises:
+            ValueError: NaN, Inf, or values that a dtype cannot hold.
         """
         records = []
         for layer in self.layers:
@@ -150,7 +156,7 @@ class StreamedModel:
                 known = self._pack(layer)
                 if work is not None:
                     work.save(*known)
-                    known = work.load(layer.exported_name) or known  # mapped, so that it leaves memory
+                    known = work.load(layer.exported_name) or known  # memory-mapped, to free memory
             record, packed = known
             parent, _, attribute = layer.name.rpartition(".")
             setattr(self.model.get_submodule(parent), attribute, FusedExperts(packed, layer.layout.activation))
@@ -160,43 +166,42 @@ class StreamedModel:
         self.plan.load(except_below=(*skip, *(layer.name for layer in self.layers)))
         return records
 
-    def load_empty(self, prepare: Callable[[nn.Module], None] | None = None) -> None:
-        """Puts weights of the right shapes and types into `model`, but no values: enough to trace it.
+    def load_placeholders(self, prepare: Callable[[nn.Module], None] | None = None) -> None:
+        """Gives `model` placeholders: weights with shapes and dtypes but no values, enough to trace it.
 
-        Nothing is read, and memory that nothing writes to is never taken, so this works for a model of any size.
+        It reads no weights, and memory that is never written takes no pages, so that it works for a model of any size.
 
         Args:
-            prepare: changes the model while everything but its experts is on the meta device, where that takes no
-                memory either.
+            prepare: changes the model while everything but its experts is on the meta device.
         """
         for layer in self.layers:
             one = _pack_run(self.fusion, *layer.layout.canonical(self._zeros(layer)))
-            empty = _for_all(one, lambda t: torch.empty(layer.num_experts, *t.shape[1:], dtype=t.dtype))  # noqa: B023
+            placeholders = _for_all(one, lambda t: torch.empty(layer.num_experts, *t.shape[1:], dtype=t.dtype))  # noqa: B023
             parent, _, attribute = layer.name.rpartition(".")
-            experts = FusedExperts(replace(one, **empty), layer.layout.activation)
+            experts = FusedExperts(replace(one, **placeholders), layer.layout.activation)
             setattr(self.model.get_submodule(parent), attribute, experts)
         self.plan.share_weights(self.model)
         if prepare is not None:
             prepare(self.model)
         _fill_with_zeros(self.model)
 
-    def _zeros(self, layer: ExpertLayer) -> dict[str, Tensor]:
-        """Parameters of the first expert of a layer, all zero."""
+    def _zeros(self, layer: LayerPlan) -> dict[str, Tensor]:
+        """Zeros in the shapes of one expert's parameters."""
         experts = self.model.get_submodule(layer.name)
         return {name: torch.zeros(1, *p.shape[1:], dtype=p.dtype) for name, p in experts.named_parameters()}
 
     def manifest(self) -> dict[str, Any]:
-        """What the packed layers depend on, for `WorkFolder`."""
+        """Everything on which the packed layers depend, for `WorkFolder`."""
         return manifest_of(self.shards, asdict(self.fusion))
 
-    def _pack(self, layer: ExpertLayer) -> tuple[FusedLayer, PackedExperts]:
-        """Packs one layer, a run of experts at a time."""
+    def _pack(self, layer: LayerPlan) -> tuple[FusedLayer, PackedExperts]:
+        """Packs one layer, a few experts at a time."""
         count = layer.num_experts
         whole: PackedExperts | None = None
         step = self._run_length(layer)
         for start in range(0, count, step):
             run = slice(start, min(start + step, count))
-            # A reader of its own: the files' pages are given back before the next run is read.
+            # One reader for each run frees the files' pages before the next run is read.
             with self.shards.reader() as reader:
                 weights = layer.layout.canonical(self._read(reader, layer.name, run))
                 try:
@@ -221,15 +226,15 @@ class StreamedModel:
         )
         return record, whole
 
-    def _run_length(self, layer: ExpertLayer) -> int:
-        """Experts that are packed at once: all of them if the checkpoint's tensors cannot be read in parts."""
+    def _run_length(self, layer: LayerPlan) -> int:
+        """Number of experts to pack at a time: all, if the checkpoint's tensors cannot be read in parts."""
         if not all(self.plan.can_read_runs(target) for target in self.plan.targets_below(layer.name)):
             return layer.num_experts
         expert_bytes = 2 * 3 * layer.hidden_size * layer.intermediate_size
         return max(1, min(RUN_BYTES // expert_bytes, layer.num_experts // 16))
 
     def _read(self, reader: ShardReader, module: str, run: slice) -> dict[str, Tensor]:
-        """Parameters of an experts module by their name in it, for some of the experts."""
+        """Reads the parameters of experts `run` of a module: name in the module -> tensor."""
         return {
             target.removeprefix(f"{module}."): self.plan.read_experts(reader, target, run)
             for target in self.plan.targets_below(module)
@@ -237,7 +242,7 @@ class StreamedModel:
 
 
 def _fill_with_zeros(model: nn.Module) -> None:
-    """Puts zeros in the place of tensors on the meta device; those that are shared stay so."""
+    """Replaces tensors on the meta device by zeros; shared tensors remain shared."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
         for name, tensor in module._parameters.items():
@@ -251,7 +256,7 @@ def _fill_with_zeros(model: nn.Module) -> None:
 
 
 def _zeros(like: Tensor) -> Tensor:
-    """Zeros on the CPU that take memory only where they are written; torch.zeros writes them all."""
+    """Zeros on the CPU whose pages are allocated on the first write; torch.zeros writes all of them."""
     if like.numel() == 0:
         return torch.empty(like.shape, dtype=like.dtype)
     return torch.frombuffer(mmap.mmap(-1, like.numel() * like.element_size()), dtype=like.dtype).reshape(like.shape)
@@ -259,8 +264,7 @@ def _zeros(like: Tensor) -> Tensor:
 
 def _check_group_size(fusion: FusionOptions, hidden_size: int, intermediate_size: int) -> None:
     if SCHEMES[fusion.scheme].packed:
-        check_group_size(fusion.group_size, hidden_size, "hidden size H")
-        check_group_size(fusion.group_size, intermediate_size, "intermediate size I")
+        check_layer_group_size(fusion.group_size, hidden_size, intermediate_size)
 
 
 def _pack_run(
@@ -271,7 +275,7 @@ def _pack_run(
     down_bias: Tensor | None,
     first_expert: int = 0,
 ) -> PackedExperts:
-    """Some experts of a layer, from number `first_expert` on."""
+    """Packs some experts of a layer, of which the first has number `first_expert`."""
     return pack_experts(
         gate_up,
         down,

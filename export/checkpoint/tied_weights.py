@@ -1,7 +1,7 @@
-"""Weights that a model shares under several names: which of them a checkpoint stores decides, as in transformers.
+"""Tied weights: a weight that a model uses under several names. As in transformers, the stored names decide.
 
-config.json may say that output layer and embedding are one matrix. A checkpoint may store it under either name, or
-under both: then they are one only if they are equal.
+config.json may tie the output layer to the embedding. A checkpoint may store the matrix under either name. If it stores
+both, they are tied only if they are equal.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 
 
 def groups(model: nn.Module) -> list[list[str]]:
-    """Names that config.json makes one weight, by weight; the name that the others refer to comes first."""
+    """Groups of names that config.json ties; the name to which the others refer comes first."""
     pairs: dict[str, str] = dict(model.all_tied_weights_keys)  # type: ignore[arg-type]
     found: dict[str, list[str]] = {}
     for name, source in pairs.items():
@@ -22,16 +22,17 @@ def groups(model: nn.Module) -> list[list[str]]:
 
 
 def supplied(model: nn.Module, stored: Collection[str]) -> set[str]:
-    """Names that a checkpoint need not store: another name of the same weight is stored."""
+    """Tied names of which at least one is stored, so that the checkpoint may lack the others."""
     return {name for group in groups(model) for name in group if not set(group).isdisjoint(stored)}
 
 
 def shared(model: nn.Module, stored: Collection[str], equal: Callable[[str, str], bool]) -> dict[str, str]:
-    """Name -> the stored name whose weight it shares, for all names that share one.
+    """Name -> stored name whose weight it shares.
 
     Args:
-        stored: names of weights that the checkpoint stores.
-        equal: says whether two stored weights are the same.
+        model: a transformers model.
+        stored: names of weights in the checkpoint.
+        equal: true if two stored weights have the same values.
     """
     found: dict[str, str] = {}
     for group in groups(model):
@@ -42,19 +43,19 @@ def shared(model: nn.Module, stored: Collection[str], equal: Callable[[str, str]
 
 
 def share(model: nn.Module, names: dict[str, str]) -> None:
-    """Makes one weight of each pair of names, in place. Weights that config.json alone makes one stay apart."""
+    """Ties the weights of each pair of names, in place; unties those that differ in the checkpoint."""
     whole: Any = model
     for name, source in names.items():
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, whole.get_parameter(source))
     apart = any(len({names.get(name, name) for name in group}) > 1 for group in groups(model))
     if apart:
-        # Else the next `tie_weights`, of whoever calls it, makes one of them.
+        # Otherwise a later call of `tie_weights` would tie them.
         whole.config.tie_word_embeddings = False
 
 
 def untied_remedy(model: nn.Module, missing: Collection[str], stored: Collection[str]) -> str | None:
-    """What to do about missing weights that the model's class could share with stored ones, None for others."""
+    """Remedy for missing weights that the model's class can tie to stored ones; None for other weights."""
     pairs = getattr(model, "_tied_weights_keys", None)
     pairs = dict(pairs) if isinstance(pairs, dict) else {}
     partners = pairs | {source: name for name, source in pairs.items()}
@@ -62,6 +63,6 @@ def untied_remedy(model: nn.Module, missing: Collection[str], stored: Collection
         return None
     pair = " and ".join(f"{name} is {partners[name]}" for name in missing)
     return (
-        f"set tie_word_embeddings to true in config.json if {pair} in this model (its config.json says that they are "
-        "two), else download the model again"
+        f"set tie_word_embeddings to true in config.json if {pair} in this model (config.json does not tie them), "
+        "else download the model again"
     )

@@ -218,9 +218,9 @@ def show_result(text: str, out: Path | None) -> None:
     if out is None:
         typer.echo(text)
         return
-    from executorch_moe.export.files import write_aside
+    from executorch_moe.backends.atomic_files import write_text
 
-    write_aside(out, text + "\n")
+    write_text(out, text + "\n")
 
 
 def check_pte(artifact: Path) -> None:

@@ -225,7 +225,7 @@ def run_check(options: ExportOptions, verbose: bool) -> int:
 def run_export(options: ExportOptions, report: Path | None, verbose: bool) -> None:
     """Exports in this process and shows the summary."""
     from executorch_moe.backends.artifact.inspect import inspect_artifact
-    from executorch_moe.export.files import write_aside
+    from executorch_moe.backends.atomic_files import write_text
     from executorch_moe.export.pipeline import export_model
     from executorch_moe.export.report.inspection import kernels_table, report_json, sizes_table
 
@@ -237,4 +237,4 @@ def run_export(options: ExportOptions, report: Path | None, verbose: bool) -> No
         console.print(sizes_table(inspect_artifact(options.pte)))
     console.print(summary.table())
     if report is not None:
-        write_aside(report, report_json(summary.report.json(), summary.compiled, options.pte) + "\n")
+        write_text(report, report_json(summary.report.json(), summary.compiled, options.pte) + "\n")

@@ -1,1 +1,1 @@
-"""Generating text with an exported model."""
+"""Generates text with an exported model."""

@@ -1,4 +1,4 @@
-"""Text from an exported model: prompt checks, prefill, the decode loop, and how long each took."""
+"""Generates text with an exported model: prompt checks, prefill and the decode loop, with times."""
 
 from __future__ import annotations
 
@@ -28,21 +28,28 @@ from executorch_moe.export.report.metadata import (
 from .text_stream import TextStream as TextStream
 
 if TYPE_CHECKING:
+    from executorch_moe.backends.artifact.ptd import MakeWeights
     from executorch_moe.backends.artifact.pte import PteFile
-    from executorch_moe.backends.cuda.placeholders import MakeWeights
     from executorch_moe.backends.runtime.loader import LoadedProgram
 
 METHODS = ("prefill", "decode")
 WARMUP_DECODE_STEPS = 4
-"""ExecuTorch captures a CUDA graph on the fourth call of a method; what comes before is slower and is not counted."""
-
+"""ExecuTorch captures a CUDA graph on the fourth call of a method; earlier calls are slower and are not measured."""
 
 Pick = Callable[[Tensor, int], Tensor]
+"""(input_ids int64 [1, T], position of the first) -> the next token, int64 [1, 1], both on the device."""
 
 
 @dataclass
 class Generation:
-    """Tokens of one run and the time they took."""
+    """Tokens of one run and their times.
+
+    Attributes:
+        prompt_tokens: length of the prompt.
+        tokens: new token ids.
+        prefill_seconds: time to the first new token. decode_seconds: time of all others.
+        stopped_by: "end of text", "max_new_tokens", or "length N" if the default limit was reached.
+    """
 
     prompt_tokens: int
     tokens: list[int] = field(default_factory=list)
@@ -52,12 +59,12 @@ class Generation:
 
     @property
     def prefill_rate(self) -> float:
-        """Prompt tokens a second, up to and including the first new token."""
+        """Prompt tokens per second; the time includes the first new token."""
         return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else float("nan")
 
     @property
     def decode_rate(self) -> float:
-        """New tokens a second, the first not counted: it comes out of prefill."""
+        """New tokens per second without the first, which prefill returns."""
         steps = len(self.tokens) - 1
         return steps / self.decode_seconds if steps > 0 and self.decode_seconds else float("nan")
 
@@ -69,10 +76,12 @@ class TextGenerator:
         """Wraps a loaded program and a `tokenizers.Tokenizer`.
 
         Args:
-            prefill_chunk: most tokens of a prompt that one call takes; None: the whole prompt.
+            program: a program of `executorch-moe export`.
+            tokenizer: its tokenizer.
+            prefill_chunk: most prompt tokens in one call of prefill; None: the whole prompt.
 
         Raises:
-            ValueError: the program was not exported by `executorch-moe export`, or a chunk of no tokens.
+            ValueError: another program, or a chunk below 1.
         """
         if prefill_chunk is not None and prefill_chunk < 1:
             raise ValueError(f"prefill_chunk={prefill_chunk} must be at least 1: try 512")
@@ -80,12 +89,12 @@ class TextGenerator:
         if missing:
             raise ValueError(
                 f"the program has the methods {', '.join(program.method_names) or 'none'}, "
-                f"but not {', '.join(missing)}: give a .pte that `executorch-moe export` made"
+                f"but not {', '.join(missing)}: pass a .pte that `executorch-moe export` made"
             )
         self.program = program
         self.tokenizer = tokenizer
         self.prefill_chunk = prefill_chunk
-        # Artifacts of before methods could pick tokens do not say what they return.
+        # Artifacts of older versions lack this method; their methods return logits.
         says = "get_method_output" in program.constant_names
         self.output = str(program.constant("get_method_output")) if says else "logits"
         self.max_context = int(program.constant("get_max_context_len"))
@@ -105,9 +114,10 @@ class TextGenerator:
         prefill_chunk: int | None = None,
         verify: bool = True,
     ) -> TextGenerator:
-        """Opens NAME.pte with NAME.ptd and NAME.tokenizer.json beside it.
+        """Loads NAME.pte with NAME.ptd and NAME.tokenizer.json, which must be in the same folder.
 
         Args:
+            pte: path of the .pte, with or without the suffix.
             runtime: as for `executorch_moe.backends.runtime.loader.load`.
             cuda_graph: replay decode as a CUDA graph.
             prefill_chunk: see `__init__`.
@@ -115,7 +125,7 @@ class TextGenerator:
 
         Raises:
             FileNotFoundError: one of the three files is missing.
-            ValueError: a file is damaged or belongs to something else, or the runtime cannot run it here.
+            ValueError: a file is damaged or belongs to another export, or no runtime on this machine can run it.
         """
         from executorch_moe.backends.artifact.files import companion
         from executorch_moe.backends.artifact.pte import PteFile
@@ -127,7 +137,7 @@ class TextGenerator:
                 f"artifact={str(pte)!r} is not a file: give the .pte that `executorch-moe export` made"
             )
         beside = companion(pte, TOKENIZER_SUFFIX)
-        _check_there(beside)
+        _check_exists(beside)
         opened = PteFile(pte, verify=verify)
         check_tokenizer(opened, beside)
         tokenizer = read_tokenizer(beside)
@@ -140,12 +150,12 @@ class TextGenerator:
         """Token ids of a prompt.
 
         Raises:
-            ValueError: an empty prompt, one that is no text, or a token that the model does not have.
+            ValueError: a prompt that is empty or not valid UTF-8, or a token outside the model's vocabulary.
         """
         check_text(prompt)
         ids: list[int] = self.tokenizer.encode(prompt).ids
         if not ids:
-            raise ValueError(f"prompt={prompt!r} has no tokens: give at least one character")
+            raise ValueError(f"prompt={prompt!r} has no tokens: pass at least one character")
         if max(ids) >= self.vocabulary:
             raise ValueError(
                 f"the prompt has token {max(ids)} but the model's vocabulary ends at {self.vocabulary - 1}: "
@@ -154,12 +164,12 @@ class TextGenerator:
         return ids
 
     def check_length(self, prompt_tokens: int, max_new_tokens: int | None) -> int:
-        """How many tokens may be generated: `max_new_tokens`, or what fits into the cache if it is None (128 at most).
+        """Number of tokens to generate: `max_new_tokens`, or if None, as many as fit into the cache, 128 at most.
 
         Raises:
-            ValueError: the prompt or the tokens asked for do not fit into the exported cache.
+            ValueError: the prompt or the new tokens do not fit into the exported cache.
         """
-        # The last new token is never fed back, so it needs no place in the cache.
+        # The last new token is not an input of another call, so it needs no position in the cache.
         room = self.max_context - prompt_tokens + 1
         if prompt_tokens > self.max_context:
             raise ValueError(
@@ -193,23 +203,24 @@ class TextGenerator:
         on_token: Callable[[int], None] | None = None,
         ignore_eos: bool = False,
     ) -> Generation:
-        """Generates from an empty cache and times it.
+        """Generates tokens after a prompt, from an empty cache, and measures the time.
 
-        Prefill waits for its token. Decode waits for each token if somebody looks at it (end of text, `on_token`); else
-        tokens stay on the device, each the input of the next call, and the last one is waited for.
+        The host waits for the token of prefill. In decode it waits for each token, to compare it with the end-of-text
+        tokens and call `on_token`. With `ignore_eos` and without `on_token`, tokens stay on the device, each the input
+        of the next call, and the host waits for the last one only.
 
         Args:
             prompt_ids: token ids, at least one.
-            max_new_tokens: None takes what fits, 128 at most.
-            sampler: greedy by default.
+            max_new_tokens: see `check_length`.
+            sampler: sampling settings; None: greedy.
             on_token: called with each new token; its time is not counted.
-            ignore_eos: go on after an end-of-text token, for benchmarks.
+            ignore_eos: continue after an end-of-text token, for benchmarks.
 
         Raises:
-            ValueError: nothing to start from, or more tokens than the exported cache holds; the runtime is not called.
+            ValueError: an empty prompt, or more tokens than fit into the exported cache; nothing is run.
         """
         if not prompt_ids:
-            raise ValueError("prompt_ids is empty: give at least one token")
+            raise ValueError("prompt_ids is empty: pass at least one token")
         limit = self.check_length(len(prompt_ids), max_new_tokens)
         result = Generation(prompt_tokens=len(prompt_ids))
         tokens = self.stream(prompt_ids, sampler)
@@ -238,9 +249,9 @@ class TextGenerator:
             result.decode_seconds += time.perf_counter() - start
 
     def stream(self, prompt_ids: list[int], sampler: Sampler | None = None) -> Iterator[Tensor]:
-        """Tokens after a prompt, int64 [1, 1] on the device, from an empty cache; each `next` makes one.
+        """Tokens after a prompt, int64 [1, 1] on the device, from an empty cache; each `next` generates one.
 
-        The caller counts: nothing here knows where the cache ends (`check_length` does).
+        The caller must not generate more tokens than `check_length` allows.
         """
         self.program.reset()
         return self._tokens(prompt_ids, self._picker(sampler or Sampler()))
@@ -255,24 +266,28 @@ class TextGenerator:
             token = pick(token, position)
 
     def warm_up(self, prompt_tokens: int) -> None:
-        """Runs both methods at the size to come, so that one-time costs are not in the times."""
+        """Runs both methods with a prompt of this length, so that later times exclude one-time costs."""
         steps = min(WARMUP_DECODE_STEPS + 1, self.max_context - prompt_tokens + 1)
         self.generate([0] * prompt_tokens, steps, ignore_eos=True)
 
     def _picker(self, sampler: Sampler) -> Pick:
-        """(input_ids [1, T], position of the first) -> the next token, int64 [1, 1], both on the device."""
+        """Binds sampling settings to a function from input ids to the next token.
+
+        Raises:
+            ValueError: a temperature above 0 for an artifact that only returns the likeliest token.
+        """
         device = self.program.device
         settings = sampler.inputs(device) if self.output == "token" else ()
         if self.output == "greedy" and sampler.temperature > 0:
             raise ValueError(
-                f"temperature={sampler.temperature} is not for this artifact, which always takes the likeliest token: "
-                "leave it out, or export with --output token"
+                f"temperature={sampler.temperature} does not apply to this artifact, which always returns the "
+                "likeliest token: omit it, or export with --output token"
             )
 
         def pick(input_ids: Tensor, position: int) -> Tensor:
             end = position + input_ids.shape[1]
             cache_position = torch.arange(position, end, dtype=torch.int64, device=device)
-            # prefill was exported for 2 tokens and more.
+            # prefill was exported for at least 2 tokens.
             method = "prefill" if input_ids.shape[1] > 1 else "decode"
             (out,) = self.program.run(method, input_ids, cache_position, *settings)
             return out if self.output != "logits" else torch.tensor([[sampler(out, end)]], device=device)
@@ -281,17 +296,17 @@ class TextGenerator:
 
 
 def pte_path(artifact: Path) -> Path:
-    """The .pte that is meant by its name with or without the ending, as `inspect` takes it."""
+    """Path of the .pte of an artifact that is named with or without the suffix."""
     from executorch_moe.backends.artifact.files import artifact_paths
 
     return artifact if artifact.is_file() else artifact_paths(artifact).pte
 
 
 def check_text(prompt: str) -> None:
-    """Check that a prompt is text: Python keeps bytes of a command line that are not UTF-8 as lone surrogates.
+    """Checks that a prompt is valid Unicode: Python turns invalid UTF-8 of a command line into lone surrogates.
 
     Raises:
-        ValueError: it is not.
+        ValueError: a lone surrogate.
     """
     try:
         prompt.encode()
@@ -302,7 +317,7 @@ def check_text(prompt: str) -> None:
 
 
 def synthetic_weights(program: PteFile, device: torch.device) -> MakeWeights | None:
-    """What makes the weights of a synthetic model that was exported without them; None for other artifacts."""
+    """Function that generates the weights of a synthetic model exported without them; None for other artifacts."""
     if MADE_FROM not in program.constant_names:
         return None
     with said_in_one_line(f"{MADE_FROM} of the artifact cannot be read", COPY_AGAIN, ValueError):
@@ -311,10 +326,10 @@ def synthetic_weights(program: PteFile, device: torch.device) -> MakeWeights | N
 
 
 def check_tokenizer(program: PteFile, path: Path) -> None:
-    """Check that a tokenizer.json is the one of the export; artifacts of before it was recorded pass.
+    """Checks that a tokenizer.json belongs to the export; artifacts of older versions have no digest and pass.
 
     Raises:
-        ValueError: it is another one.
+        ValueError: it does not.
     """
     if TOKENIZER_DIGEST not in program.constant_names:
         return
@@ -326,10 +341,10 @@ def check_tokenizer(program: PteFile, path: Path) -> None:
 
 
 def read_tokenizer(path: Path) -> Any:
-    """A `tokenizers.Tokenizer` from a tokenizer.json.
+    """Reads a tokenizer.json as a `tokenizers.Tokenizer`.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: the file is missing.
         ModuleNotFoundError: the tokenizers package is missing.
         ValueError: the file is not a tokenizer.
     """
@@ -337,14 +352,14 @@ def read_tokenizer(path: Path) -> Any:
         from tokenizers import Tokenizer
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "tokenizers is not installed: text needs it; pip install 'executorch-moe[hf]'"
+            "text needs the package tokenizers, which is not installed: pip install 'executorch-moe[hf]'"
         ) from None
-    _check_there(path)
+    _check_exists(path)
     with said_in_one_line(f"{path} is not a tokenizer", "copy the tokenizer.json of the same export", ValueError):
-        return Tokenizer.from_file(str(path))  # the bindings raise plain Exception
+        return Tokenizer.from_file(str(path))  # the bindings raise Exception itself
 
 
-def _check_there(tokenizer: Path) -> None:
+def _check_exists(tokenizer: Path) -> None:
     if not tokenizer.is_file():
         raise FileNotFoundError(
             f"{tokenizer} is missing: copy it beside the .pte (an export writes .pte, .ptd and .tokenizer.json)"

@@ -1,5 +1,8 @@
-"""Text of tokens as they come. It equals the text of all tokens decoded at once, except that a byte-fallback decoder
-turns a whole run of bytes into U+FFFD if the run is not valid UTF-8: bytes already returned stay as they were."""
+"""Decodes tokens to text as they are generated.
+
+The text equals that of all tokens decoded together, with one exception: a byte-fallback decoder turns a whole run of
+bytes into U+FFFD if the run is not valid UTF-8, but text that was returned before is not taken back.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,18 @@ from typing import Any
 
 _UNKNOWN = "\ufffd"
 _HELD = 3
-"""Bytes that a character may lack its end after; decoders write each, or all of them together, as U+FFFD."""
+"""Most bytes of an incomplete character; decoders write U+FFFD for each byte, or one for all."""
 _LONGEST = 32
+"""Most tokens without the end of a character before the window is cut."""
 _CONTEXT = 8
-"""After _LONGEST tokens none of which ends with a character, the window is cut to the last _CONTEXT."""
+"""Tokens to which the window is cut then."""
 
 
 class TextStream:
-    """Turns tokens into text as they come; holds back bytes of a character that is not whole yet.
+    """Turns tokens into text one by one; holds back the bytes of an incomplete character.
 
-    A window of the last tokens is decoded with each new one, because a token's text depends on those before it:
-    a character may be cut into several tokens, and some decoders drop the space of the first word.
+    With each new token it decodes a window of the last tokens, because a token's text depends on those before it: a
+    character may consist of several tokens, and some decoders drop the space before the first word.
     """
 
     def __init__(self, tokenizer: Any, prompt_ids: Sequence[int] = ()) -> None:
@@ -26,22 +30,22 @@ class TextStream:
 
         Args:
             tokenizer: a `tokenizers.Tokenizer`.
-            prompt_ids: tokens of the prompt, whole characters.
+            prompt_ids: token ids of the prompt; they must end with a complete character.
         """
         self.tokenizer = tokenizer
         self.ids: list[int] = list(prompt_ids)
-        # The window starts at `start`; `shown` of its text was returned. A character ends at `whole`.
+        # The window starts at token `start`; the part `shown` of its text was returned. A character ends at `whole`.
         self.start = 0
         self.whole = len(self.ids)
         self.shown = self._decode(self.ids)
 
     def push(self, token: int) -> str:
-        """The new text that `token` completes, often a part of a word, sometimes nothing yet."""
+        """Adds a token; returns the text that it completes, which may be empty."""
         self.ids.append(token)
         text = self._decode(self.ids[self.start :])
         settled = _settled(text)
         if not settled.startswith(self.shown):
-            # Byte-fallback decoders write U+FFFD for all bytes of a run that is not whole, those shown before too.
+            # Byte-fallback decoders write U+FFFD for all bytes of an incomplete run, including those shown before.
             if text.endswith(_UNKNOWN) and len(self.ids) - self.whole <= _HELD:
                 return ""
             self._restart()
@@ -55,7 +59,7 @@ class TextStream:
         return new
 
     def end(self) -> str:
-        """What was held back."""
+        """Returns the text that was held back."""
         text = self._decode(self.ids[self.start :])
         if not text.startswith(self.shown):
             self._restart()
@@ -64,17 +68,17 @@ class TextStream:
         return new
 
     def _restart(self) -> None:
-        """A window without context, after the last whole character that was shown."""
+        """Restarts the window after the last complete character, without context."""
         self.start, self.shown = self.whole, ""
 
     def _move_window(self) -> None:
-        """The text since the last whole character becomes the context, unless it is empty: special tokens have none."""
+        """Makes the tokens since the last complete character the context, unless they have no text (special tokens)."""
         if last := self._decode(self.ids[self.whole :]):
             self.start, self.shown = self.whole, last
         self.whole = len(self.ids)
 
     def _cut_window(self, text: str) -> str:
-        """The window becomes the last few tokens, if their text ends as its own does; returns what is shown now."""
+        """Cuts the window to the last few tokens, if that does not change the end of its text; returns text to show."""
         start = len(self.ids) - _CONTEXT
         last = self._decode(self.ids[start:])
         known = last.lstrip(_UNKNOWN)
@@ -82,7 +86,7 @@ class TextStream:
             self.start = self.whole = start
             self.shown = _settled(last)
             return ""
-        # Bytes without any character among so many are no text.
+        # So many bytes without a complete character are not text: show them as they are decoded.
         new = text[len(self.shown) :]
         self.start = self.whole = len(self.ids)
         self.shown = ""
@@ -94,7 +98,7 @@ class TextStream:
 
 
 def _settled(text: str) -> str:
-    """The text without what may become another character with the next token."""
+    """The text without an incomplete character at its end."""
     end = len(text)
     while end > 0 and len(text) - end < _HELD and text[end - 1] == _UNKNOWN:
         end -= 1

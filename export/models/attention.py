@@ -1,8 +1,8 @@
-"""Attention for CUDA targets: with grouped key/value heads as they are, and with few kernels around it.
+"""Attention for CUDA targets: grouped key/value heads without copies, and one projection for query, key and value.
 
-Under a mask, transformers repeats key/value heads in memory: with 32 query and 4 key/value heads, that writes and reads
-the whole cache eight times over for each token. ExecuTorch's Triton kernels, which replace the operator on CUDA, take
-grouped heads directly.
+With an attention mask, transformers repeats key/value heads in memory: with 32 query and 4 key/value heads, it writes
+and reads eight copies of the whole cache for each token. ExecuTorch's Triton kernels, which replace the operator on
+CUDA, take grouped heads directly.
 
 Letters: T tokens, D head_dim, C positions in the cache.
 """
@@ -32,12 +32,12 @@ def grouped_attention(
     s_aux: Tensor | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface.
+    """Scaled dot-product attention behind transformers' attention interface.
 
     Args:
         query: [B, heads, T, head_dim]. key, value: [B, key_value_heads, C, head_dim].
-        attention_mask: bool [B, 1, T, C], true = may be seen. None: causal attention, unless `is_causal` or the
-            module's attribute of that name is false; `sdpa_mask` leaves a mask out that would say no more.
+        attention_mask: bool [B, 1, T, C], true where attention is allowed. None: causal attention, unless
+            `is_causal`, or else the module's attribute of that name, is false; `sdpa_mask` omits a purely causal mask.
         keywords: see `keywords.HARMLESS`.
 
     Returns:
@@ -45,7 +45,7 @@ def grouped_attention(
 
     Raises:
         NotImplementedError: attention sinks (`s_aux`).
-        ValueError: an argument that is unknown or asks for something else.
+        ValueError: an unknown argument, or a value that would change the result.
     """
     check("grouped_attention", keywords)
     if s_aux is not None:
@@ -58,7 +58,7 @@ def grouped_attention(
         attn_mask=attention_mask,
         dropout_p=dropout,
         scale=scaling,
-        # One token sees the whole cache.
+        # A single token attends to the whole cache.
         is_causal=causal and query.shape[2] > 1,
         enable_gqa=True,
     )
@@ -66,14 +66,15 @@ def grouped_attention(
 
 
 class MergedAttention(nn.Module):
-    """Takes the place of Qwen3-MoE's attention: one projection for query, key and value.
+    """Replaces Qwen3-MoE's attention: one projection for query, key and value.
 
-    Written so that Inductor makes one kernel of norm, rotation and writing to the cache: both halves of a head are read
-    from the projection, none from a normalized copy. It rounds once, after the rotation, in place of twice.
+    Both halves of a head are read from the projection, not from a normalized copy, so that Inductor fuses norm,
+    rotation and the cache write into one kernel. The result is rounded once, after the rotation; transformers rounds
+    after the norm too.
     """
 
     def __init__(self, attention: Any) -> None:
-        """Takes the weights of a `Qwen3MoeAttention` over."""
+        """Takes over the weights of a `Qwen3MoeAttention`."""
         super().__init__()
         self.layer_idx, self.scaling, self.head_dim = attention.layer_idx, attention.scaling, attention.head_dim
         self.sliding_window, self.is_causal = attention.sliding_window, attention.is_causal
@@ -93,28 +94,28 @@ class MergedAttention(nn.Module):
         attention_mask: Tensor | None,
         **keywords: Any,
     ) -> tuple[Tensor, None]:
-        """transformers' interface of an attention module: hidden_states [1, T, H] -> [1, T, H], and None.
+        """hidden_states [1, T, H] -> [1, T, H], and None, as transformers' attention modules return them.
 
         Raises:
-            ValueError: an argument that is unknown or asks for something else, see `keywords.take_cache`.
+            ValueError: an unknown argument, or a value that would change the result; see `keywords.take_cache`.
         """
         cache = take_cache(type(self).__name__, keywords)
         shape = hidden_states.shape[:-1]
         qkv = self.qkv_proj(hidden_states).view(*shape, self.heads + 2 * self.kv_heads, 2, self.head_dim // 2)
-        turned = self.heads + self.kv_heads
+        rotated = self.heads + self.kv_heads
         # [1, T, D] -> [1, T, 1, 2, D/2]. The rotation of (a, b) is (a cos - b sin, b cos + a sin).
         cos, sin = (part.to(torch.float32).unflatten(-1, (1, 2, -1)) for part in position_embeddings)
         sin = sin * torch.tensor([[-1.0], [1.0]], device=sin.device)
-        query = self._normed_and_turned(qkv[:, :, : self.heads], self.q_norm, cos, sin)
-        key = self._normed_and_turned(qkv[:, :, self.heads : turned], self.k_norm, cos, sin)
-        value = qkv[:, :, turned:].flatten(-2).transpose(1, 2)
+        query = self._norm_and_rotate(qkv[:, :, : self.heads], self.q_norm, cos, sin)
+        key = self._norm_and_rotate(qkv[:, :, self.heads : rotated], self.k_norm, cos, sin)
+        value = qkv[:, :, rotated:].flatten(-2).transpose(1, 2)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         out, _weights = grouped_attention(self, query, key, value, attention_mask, scaling=self.scaling)
         return self.o_proj(out.flatten(-2)), None
 
-    def _normed_and_turned(self, x: Tensor, norm: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[1, T, heads, 2, D/2] -> [1, heads, T, D]; norm [2, D/2], cos and sin fp32 [1, T, 1, 2, D/2]."""
+    def _norm_and_rotate(self, x: Tensor, norm: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [1, T, heads, 2, D/2] -> [1, heads, T, D]; norm [2, D/2], cos and sin fp32 [1, T, 1, 2, D/2]."""
         dtype, x, norm = x.dtype, x.to(torch.float32), norm.to(torch.float32)
         scale = torch.rsqrt(x.pow(2).mean((-2, -1), keepdim=True) + self.eps)
         x = x * scale * norm * cos + x.flip(-2) * scale * norm.flip(-2) * sin
@@ -122,7 +123,7 @@ class MergedAttention(nn.Module):
 
 
 def _merged(linears: list[nn.Linear]) -> nn.Linear:
-    """One linear layer that computes several, one after the other in its outputs."""
+    """Concatenates linear layers into one, whose outputs are theirs in order."""
     weight = torch.cat([linear.weight.detach() for linear in linears])
     merged = nn.Linear(weight.shape[1], weight.shape[0], bias=linears[0].bias is not None, device="meta")
     merged.weight = nn.Parameter(weight, requires_grad=False)
@@ -132,7 +133,7 @@ def _merged(linears: list[nn.Linear]) -> nn.Linear:
 
 
 def merge_attention_(module: nn.Module) -> nn.Module:
-    """Replaces every Qwen3-MoE attention of a model, or of a layer, by `MergedAttention`, in place; others stay."""
+    """Replaces each Qwen3-MoE attention of a model or layer by `MergedAttention`, in place; returns `module`."""
     for name, child in list(module.named_modules()):
         if type(child).__name__ == "Qwen3MoeAttention":
             owner, _, attribute = name.rpartition(".")
@@ -141,7 +142,7 @@ def merge_attention_(module: nn.Module) -> nn.Module:
 
 
 def register() -> str:
-    """Makes it known to transformers; returns the name for `attn_implementation`.
+    """Registers `grouped_attention` in transformers; returns its name for `attn_implementation`.
 
     Raises:
         RuntimeError: see `require_transformers`.

@@ -14,26 +14,29 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from torch.export import Dim, ExportedProgram
 
-from executorch_moe.export.quantize.dense import OneTokenLinears
+from executorch_moe.export.host_memory import size, total_memory
 
 from .keywords import cache_name, check
+from .linears import OneTokenLinears
 from .pretrained import plain_outputs_
 from .sampling import Sampler, greedy, sample
 
 MIN_CONTEXT = 8
 KINDS = ("full_attention", "sliding_attention")
-"""Of attention, in transformers' names. A layer with a window has a cache of all positions too, and another mask."""
+"""Supported kinds of attention, in transformers' names. A layer with a sliding window caches all positions too; only
+its mask differs."""
 CHANGING_ROPE = ("dynamic", "longrope")
-"""RoPE types whose frequencies are chosen anew by the length of the text, which a traced method cannot do."""
+"""RoPE types whose frequencies depend on the length of the text, which a traced method cannot follow."""
 EXAMPLE_TOKENS = 1024
-"""Prefill is traced with a prompt of one less, which nothing divides: compilers size their tiles by it."""
+"""Prefill is traced with one token less: compilers size their tiles by this length, and an odd one keeps them from
+assuming divisibility."""
 
 
 class StaticKVCache(nn.Module):
     """Keys and values of all layers as named buffers `key_L` and `value_L`, each [1, heads, C, width].
 
-    For latent attention the latents and the rotated part of the keys, which all heads share, are what is kept.
-    Named buffers are what lets two exported methods share one cache: runtimes match mutated buffers by name.
+    Latent attention caches the latents and the rotated part of the keys, which all heads share.
+    Two exported methods share one cache because runtimes match mutated buffers by name.
     """
 
     def __init__(
@@ -47,20 +50,20 @@ class StaticKVCache(nn.Module):
                 self.register_buffer(f"{kind}_{layer}", zeros, persistent=True)
 
     def at(self, cache_position: Tensor) -> CacheView:
-        """The cache as transformers' attention layers want it, for writing at `cache_position` [T]."""
+        """The cache as transformers' attention layers expect it, for writing at `cache_position` int64 [T]."""
         return CacheView(self, cache_position)
 
     def reset(self) -> None:
-        """Back to zeros."""
+        """Fills the cache with zeros."""
         for buffer in self.buffers():
             buffer.zero_()
 
 
 class CacheView:
-    """What attention layers of transformers ask of a cache: `update` writes the new rows and returns the whole cache.
+    """The cache interface of transformers' attention layers: `update` writes new rows and returns the whole cache.
 
-    The positions are the caller's, so nothing here counts tokens: transformers' own StaticCache keeps a counter, which
-    would be one more mutated buffer and one more thing to reset.
+    The caller passes the positions. transformers' StaticCache counts tokens itself, and its counter would be one more
+    mutated buffer to share and reset.
     """
 
     is_compileable = True
@@ -79,10 +82,10 @@ class CacheView:
         """key, value [1, heads, T, width] -> the layer's whole cache, [1, heads, C, width] each.
 
         Args:
-            kwargs: keyword arguments of the attention layer, which transformers passes on from 5.24 on.
+            kwargs: keyword arguments of the attention layer; transformers passes them since 5.24.
 
         Raises:
-            ValueError: an argument that is unknown or asks for something else, see `keywords.check`.
+            ValueError: an unknown argument, or a value that would change the result; see `keywords.check`.
         """
         check(f"{type(self).__name__}.update", {**(kwargs or {}), **keywords})
         keys, values = self.layer(layer_idx)
@@ -92,7 +95,7 @@ class CacheView:
 
 
 class CausalLM(nn.Module):
-    """Model plus cache; `forward` is what both methods compute."""
+    """A causal language model with its cache; both exported methods compute `forward`."""
 
     def __init__(self, model: nn.Module, max_context: int) -> None:
         """Wraps `model` (a transformers `*ForCausalLM`), keeping its device and dtype; see `plain_outputs_`.
@@ -108,7 +111,7 @@ class CausalLM(nn.Module):
         self.model = model
         self.cache_name = cache_name(model)
         self.max_context = max_context
-        # Of a norm: matrices may be quantized.
+        # The dtype of a norm: matrices may be quantized.
         dtype = next(parameter.dtype for parameter in model.parameters() if parameter.dim() == 1)
         heads, key_width, value_width = cache_sizes(model)
         self.kv_cache = StaticKVCache(config.num_hidden_layers, heads, max_context, (key_width, value_width), dtype)
@@ -119,23 +122,23 @@ class CausalLM(nn.Module):
 
         Args:
             input_ids: int64 [1, T].
-            cache_position: int64 [T], the position of each token; every position below the first was written before.
+            cache_position: int64 [T], the position of each token; all positions before the first must be in the cache.
 
         Returns:
             fp32 [1, V].
 
         Raises:
-            ValueError: a position outside [0, C); what is exported does not check.
+            ValueError: a position outside [0, C). Exported methods do not check this.
         """
         return self.logits(input_ids, cache_position, 1)[:, -1].float()
 
     def logits(self, input_ids: Tensor, cache_position: Tensor, last: int) -> Tensor:
-        """[1, last, V] after the last so many tokens, [1, T, V] for 0; arguments as for `forward`."""
+        """Logits after the last `last` tokens, [1, last, V], or after all, [1, T, V], if it is 0; see `forward`."""
         check_positions(cache_position, self.max_context)
         masks = {kind: self._mask(kind, cache_position) for kind in self.kinds}
         output = self.model(
             input_ids=input_ids,
-            # 4-D masks are used as they are; models whose layers differ take one for each kind.
+            # transformers uses 4-D masks unchanged; a model with several kinds of layers takes one mask for each kind.
             attention_mask=masks if len(masks) > 1 else masks[self.kinds[0]],
             position_ids=cache_position[None],
             use_cache=True,
@@ -145,9 +148,10 @@ class CausalLM(nn.Module):
         return output.logits  # type: ignore[no-any-return]
 
     def _mask(self, kind: str, cache_position: Tensor) -> Tensor:
-        """[1, 1, T, C] for layers of a kind: bool, true = may be seen, or what eager attention adds to the scores."""
-        # A query sees the positions up to its own, all of which are written; the rest of the cache holds zeros or what
-        # a longer, earlier text left there.
+        """Mask [1, 1, T, C] for one kind of layer: bool, true where attention is allowed, or for eager attention the
+        values that are added to the scores."""
+        # A query attends to positions up to its own, all of which are written. The rest of the cache holds zeros or
+        # rows of an earlier, longer text.
         positions, own = torch.arange(self.max_context, device=cache_position.device)[None, :], cache_position[:, None]
         mask = positions <= own
         if kind == "sliding_attention":
@@ -157,17 +161,17 @@ class CausalLM(nn.Module):
         return mask[None, None]
 
     def reset(self) -> None:
-        """Forgets the text: the cache back to its initial values."""
+        """Clears the cache."""
         self.kv_cache.reset()
 
 
 def check_context(config: Any, max_context: int) -> None:
-    """Check that `CausalLM` can hold a model with a cache of this size.
+    """Checks that `CausalLM` supports a model with a cache of this size.
 
     Raises:
-        ValueError: `max_context` below 8 or beyond the positions that the model was made for.
-        NotImplementedError: attention that is neither full nor of a sliding window, or positions that are encoded in
-            another way in longer texts.
+        ValueError: `max_context` below 8 or above the model's max_position_embeddings.
+        NotImplementedError: attention other than full or sliding-window, or RoPE frequencies that depend on the length
+            of the text.
     """
     limit = config.max_position_embeddings
     if limit < MIN_CONTEXT:
@@ -186,16 +190,41 @@ def check_context(config: Any, max_context: int) -> None:
         )
     if changing := sorted(rope_types(config) & set(CHANGING_ROPE)):
         raise NotImplementedError(
-            f"RoPE of type {', '.join(changing)} is not supported, its frequencies change with the length of the text: "
+            f"RoPE of type {', '.join(changing)} is not supported: its frequencies depend on the length of the text; "
             "use a model with another rope_type (default, linear, llama3, yarn)"
         )
 
 
-def cache_sizes(model: nn.Module) -> tuple[int, int, int]:
-    """Heads that a layer's cache has, and the widths of a key and of a value.
+def check_cache(config: Any, max_context: int, item_bytes: int) -> None:
+    """Checks that a KV cache fits into this machine's memory, in which the export allocates it.
+
+    Args:
+        config: transformers' configuration.
+        max_context: positions in the cache.
+        item_bytes: bytes of one element.
 
     Raises:
-        NotImplementedError: latent attention that caches what it expands the latents to, as older transformers' does.
+        ValueError: it does not fit; gives the bytes needed and available.
+    """
+    layers = config.num_hidden_layers  # layers with a sliding window cache all positions too
+    if rank := getattr(config, "kv_lora_rank", None):
+        width = rank + config.qk_rope_head_dim
+    else:
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        width = 2 * config.num_key_value_heads * head
+    needed, available = layers * width * max_context * item_bytes, total_memory()
+    if available and needed > available:
+        raise ValueError(
+            f"max_context={max_context} needs a KV cache of {size(needed)}, but this machine has {size(available)} of "
+            f"memory: use at most {available * max_context // needed}, or export on a machine with more memory"
+        )
+
+
+def cache_sizes(model: nn.Module) -> tuple[int, int, int]:
+    """Number of heads in a layer's cache, width of a key, width of a value.
+
+    Raises:
+        NotImplementedError: latent attention of an older transformers, which caches expanded keys and values.
     """
     config: Any = model.config
     if rank := getattr(config, "kv_lora_rank", None):
@@ -210,7 +239,7 @@ def cache_sizes(model: nn.Module) -> tuple[int, int, int]:
 
 
 class SamplingLM(CausalLM):
-    """`CausalLM` whose methods pick the next token themselves: eight bytes come back and not a whole vocabulary."""
+    """`CausalLM` that samples the next token on the device: a method returns 8 bytes instead of V logits."""
 
     def forward(  # type: ignore[override]
         self, input_ids: Tensor, cache_position: Tensor, temperature: Tensor, top_p: Tensor, seed: Tensor
@@ -229,7 +258,7 @@ class SamplingLM(CausalLM):
 
 
 class GreedyLM(CausalLM):
-    """`CausalLM` whose methods return the likeliest token, int64 [1, 1]: a choice of one kernel, without settings."""
+    """`CausalLM` that returns the likeliest token, int64 [1, 1]; it takes no sampling settings."""
 
     def forward(self, input_ids: Tensor, cache_position: Tensor) -> Tensor:
         """The likeliest next token; arguments as for `CausalLM`."""
@@ -237,14 +266,14 @@ class GreedyLM(CausalLM):
 
 
 BY_OUTPUT: dict[str, type[CausalLM]] = {"token": SamplingLM, "greedy": GreedyLM, "logits": CausalLM}
-"""What the methods return -> the module that is exported."""
+"""Output of the methods -> module to export."""
 
 
 def check_positions(cache_position: Tensor, max_context: int) -> None:
-    """Check positions in a cache, except while they are traced.
+    """Checks positions in a cache; does nothing while a method is traced.
 
     Raises:
-        ValueError: one is negative, or not below `max_context`. Negative ones would be written at the cache's end.
+        ValueError: a position below 0, which would index from the cache's end, or not below `max_context`.
     """
     if torch.compiler.is_compiling() or is_fake(cache_position) or not cache_position.numel():
         return
@@ -257,26 +286,26 @@ def check_positions(cache_position: Tensor, max_context: int) -> None:
 
 
 def attention_kinds(config: Any) -> list[str]:
-    """The kinds of attention that a model's layers have. Some configurations give a window that no layer uses."""
+    """Kinds of attention among a model's layers. `layer_types` decides: a configuration may set an unused window."""
     if kinds := getattr(config, "layer_types", None):
         return sorted(set(kinds))
     return ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
 
 
 def rope_types(config: Any) -> set[str]:
-    """How a model's layers encode positions, in transformers' names; some configurations say it for kinds of layers."""
+    """RoPE types of a model's layers, in transformers' names; some configurations set one for each kind of layer."""
     parameters = getattr(config, "rope_parameters", None) or {}
     parts = [part for part in (parameters, *parameters.values()) if isinstance(part, dict)]
     return {part["rope_type"] for part in parts if "rope_type" in part}
 
 
 def export_methods(module: CausalLM, *, one_token_linears: bool = False) -> dict[str, ExportedProgram]:
-    """Exports `module` as `prefill` (T from 2 to C, dynamic) and `decode` (T = 1).
+    """Exports `module` as `prefill` (dynamic T from 2 to C) and `decode` (T = 1).
 
-    Both programs refer to weights and cache by the same qualified names, so that a runtime can share them.
+    Both programs name weights and cache alike, so that a runtime can share them.
 
     Args:
-        one_token_linears: trace linear layers of one row as matrix-vector products; see `dense.matvec`. For CUDA.
+        one_token_linears: trace linear layers of one row as matrix-vector products (`linears.matvec`). For CUDA.
     """
     device = module.kv_cache.key_0.device
     module.eval()
@@ -290,7 +319,7 @@ def export_methods(module: CausalLM, *, one_token_linears: bool = False) -> dict
     if isinstance(module, SamplingLM):
         dynamic |= {"temperature": None, "top_p": None, "seed": None}
     with torch.no_grad(), OneTokenLinears() if one_token_linears else contextlib.nullcontext():
-        # strict=False: transformers' decorators and kernel hooks are plain Python that the tracer need not understand.
+        # strict=False: the strict tracer does not handle transformers' decorators and kernel hooks.
         return {
             "prefill": torch.export.export(
                 module, example(min(EXAMPLE_TOKENS, module.max_context) - 1), dynamic_shapes=dynamic, strict=False

@@ -1,6 +1,7 @@
-"""A decoder layer that does one token in few launches: two operators of ours round the experts, no kernels between.
+"""A Qwen3-MoE decoder layer with a fused path for decoding one token.
 
-With more tokens it is transformers' layer.
+For one token, two operators compute everything before the experts, and no other kernel runs between them:
+`one_token_attention` and `one_token_router`. For several tokens the layer computes what transformers' layer does.
 """
 
 from __future__ import annotations
@@ -10,24 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from executorch_moe.export.quantize.dense import Int8Linear, is_one_token
 from executorch_moe.kernels.decode.op import fits_one_token
 
 from .attention import MergedAttention
 from .causal_lm import CacheView
 from .keywords import take_cache
+from .linears import Int8Linear, is_one_token
 from .router import TopKFirstRouter
 
 
-class StreamlinedLayer(nn.Module):
-    """Takes the place of a Qwen3-MoE decoder layer whose attention and router were replaced; the names stay.
+class OneTokenDecoderLayer(nn.Module):
+    """Replaces a Qwen3-MoE decoder layer that has a `MergedAttention` and a `TopKFirstRouter`; keeps the names.
 
-    For one token the layers hand on two tensors: the experts' output is added by the next layer's first kernel. Only
-    the last of consecutive such layers adds it itself (`last`).
+    For one token, a layer returns the residual stream and the experts' output as two tensors: the first kernel of the
+    next layer adds them. The last of consecutive such layers adds them itself.
+
+    Attributes:
+        last: the layer returns the sum.
     """
 
     def __init__(self, layer: Any) -> None:
-        """Takes the submodules of a layer over."""
+        """Takes over the submodules of a `Qwen3MoeDecoderLayer`."""
         super().__init__()
         self.self_attn, self.mlp = layer.self_attn, layer.mlp
         self.input_layernorm, self.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
@@ -40,23 +44,31 @@ class StreamlinedLayer(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **keywords: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """transformers' interface of a decoder layer; hidden_states [1, T, H], or what `_one_token` returned.
+        """Computes the layer behind transformers' interface of a decoder layer.
+
+        Args:
+            hidden_states: float [1, T, H], or the two tensors that the layer before returned for one token.
+            attention_mask: as for `grouped_attention`.
+            position_embeddings: cosines and sines, [1, T, D] each.
+
+        Returns:
+            [1, T, H], or for one token, unless the layer is the `last`, two tensors whose sum that is.
 
         Raises:
-            ValueError: an argument that is unknown or asks for something else, see `keywords.take_cache`.
+            ValueError: an unknown argument, or a value that would change the result; see `keywords.take_cache`.
         """
         cache = take_cache(type(self).__name__, keywords)
         hidden, update = hidden_states if isinstance(hidden_states, tuple) else (hidden_states, None)
         assert position_embeddings is not None
-        if self._does_one_token(hidden, cache):
+        if self._takes_one_token_path(hidden, cache):
             hidden, update = self._one_token(hidden, update, position_embeddings, cache)
             return hidden + update if self.last else (hidden, update)
-        assert update is None, "layers of one model all do one token in one way"
+        assert update is None, "consecutive layers must take the same path"
         normed = self.input_layernorm(hidden)
         hidden = hidden + self.self_attn(normed, position_embeddings, attention_mask, cache=cache)[0]
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
-    def _does_one_token(self, hidden: Tensor, cache: Any) -> bool:
+    def _takes_one_token_path(self, hidden: Tensor, cache: Any) -> bool:
         return (
             is_one_token(hidden)
             and hidden.dtype == torch.bfloat16
@@ -69,10 +81,10 @@ class StreamlinedLayer(nn.Module):
     def _one_token(
         self, hidden: Tensor, update: Tensor | None, position_embeddings: tuple[Tensor, Tensor], cache: CacheView
     ) -> tuple[Tensor, Tensor]:
-        """hidden and update bf16 [1, 1, H], to be added up -> the same of the next layer."""
+        """hidden and update, bf16 [1, 1, H], whose sum is the layer's input -> the same pair for the next layer."""
         attention, norm, router = self.self_attn, self.post_attention_layernorm, self.mlp.gate
         key, value = cache.layer(attention.layer_idx)
-        cos, sin = (part[..., : attention.head_dim // 2] for part in position_embeddings)  # both halves are equal
+        cos, sin = (part[..., : attention.head_dim // 2] for part in position_embeddings)  # the two halves are equal
         hidden, out, new = torch.ops.executorch_moe.one_token_attention(
             hidden, update, self.input_layernorm.weight, *(_weights(attention.qkv_proj) or ()), attention.q_norm,
             attention.k_norm, cos, sin, cache.cache_position, key, value, attention.scaling, attention.eps,
@@ -86,7 +98,7 @@ class StreamlinedLayer(nn.Module):
 
 
 def _weights(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and scale of a linear layer that the operators take, None for another."""
+    """Weight and scale (None for bf16) of a linear layer that the one-token operators take, None for other layers."""
     if isinstance(linear, Int8Linear) and linear.bias is None:
         return linear.qdata, linear.scale
     if type(linear) is nn.Linear and linear.bias is None:
@@ -94,24 +106,27 @@ def _weights(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     return None
 
 
-def streamline_layers_(module: nn.Module) -> nn.Module:
-    """Replaces every layer whose attention and router were replaced, in place; marks those that add up themselves."""
+def replace_decoder_layers_(module: nn.Module) -> nn.Module:
+    """Replaces each decoder layer whose attention and router were replaced before, in place; sets `last`.
+
+    Returns `module`; other layers are left alone.
+    """
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             for index, layer in enumerate(child):
                 if _fits(layer):
-                    child[index] = StreamlinedLayer(layer)
+                    child[index] = OneTokenDecoderLayer(layer)
             for layer, following in zip(child, [*child[1:], None], strict=True):
-                if isinstance(layer, StreamlinedLayer):
+                if isinstance(layer, OneTokenDecoderLayer):
                     layer.last = not _takes_two(following)
         else:
-            streamline_layers_(child)
+            replace_decoder_layers_(child)
     return module
 
 
 def _takes_two(layer: nn.Module | None) -> bool:
     """True for a layer that accepts (hidden states, update) from the layer before it when decoding one token."""
-    return isinstance(layer, StreamlinedLayer) and not layer.self_attn.sliding_window
+    return isinstance(layer, OneTokenDecoderLayer) and not layer.self_attn.sliding_window
 
 
 def _fits(layer: nn.Module) -> bool:

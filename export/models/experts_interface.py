@@ -1,7 +1,8 @@
-"""transformers' own registry: `experts_implementation="executorch_moe"`.
+"""An experts implementation in transformers' registry: `experts_implementation="executorch_moe"`.
 
-A model loaded with it computes its experts in PyTorch, one expert at a time, and exports them as one node a layer, at
-any length and without the temporary copies of `batched_mm`. Our partitioners fuse such a node like any expert region.
+A model loaded with it computes its experts in PyTorch, one expert at a time. It exports each expert layer as one node,
+for any number of tokens and without the temporary copies of `batched_mm`. Our partitioners fuse this node like any
+other experts.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from .pretrained import require_transformers
 
 NAME = "executorch_moe"
 _TRANSFORMERS_MOE = "transformers.integrations.moe"
-"""Module that defines the default gate of transformers' experts classes."""
+"""The module of transformers that defines the default gate of its experts classes."""
 
 
 @torch.library.custom_op("executorch_moe::experts", mutates_args=())
@@ -33,7 +34,7 @@ def experts(
     alpha: float,
     limit: float,
 ) -> Tensor:
-    """Experts on unpacked weights, as transformers stores them; stands in an exported program until it is fused.
+    """Experts on unpacked weights, in the layout of transformers. A partitioner replaces the node by a fused one.
 
     Args:
         hidden_states: float [T, H].
@@ -77,17 +78,18 @@ def _(hidden_states: Tensor, *args: object) -> Tensor:
 
 
 def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Forward of an experts module of transformers.
+    """`forward` of a transformers experts module through `experts`: [T, H] -> [T, H].
 
     Raises:
-        NotImplementedError: experts without gate, with a norm or a gating of their own, or with another activation.
+        NotImplementedError: experts without a gate, with a norm after each expert, their own gate function, or an
+            activation other than SiLU.
     """
     kind = type(module).__name__
     clamped = hasattr(module, "alpha") and hasattr(module, "limit")
     gate: Any = getattr(type(module), "_apply_gate", None)
     if not clamped and gate is not None and gate.__module__ != _TRANSFORMERS_MOE:
         raise NotImplementedError(
-            f"{kind} gates in a way of its own ({gate.__qualname__}), but experts_implementation={NAME!r} computes "
+            f"{kind} has its own gate function ({gate.__qualname__}), but experts_implementation={NAME!r} computes "
             "silu(gate) * up: use experts_implementation='grouped_mm'"
         )
     activation = type(getattr(module, "act_fn", None)).__name__
@@ -97,10 +99,10 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
             f"{kind} uses activation {activation}, but experts_implementation={NAME!r} computes silu(gate) * up: "
             "use experts_implementation='grouped_mm'"
         )
-    # Experts of transformers 5.17 have no attribute for the norm.
+    # In transformers 5.17, experts lack has_post_expert_norm.
     if not module.has_gate or getattr(module, "has_post_expert_norm", False):
         raise NotImplementedError(
-            f"{kind} has no gate, or a norm after each expert: use experts_implementation='grouped_mm'"
+            f"{kind} lacks a gate or has a norm after each expert: use experts_implementation='grouped_mm'"
         )
     out: Tensor = experts(
         hidden_states,
@@ -120,7 +122,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
 
 
 def register() -> None:
-    """Make `experts_implementation="executorch_moe"` known to transformers.
+    """Registers `experts_implementation="executorch_moe"` in transformers.
 
     Raises:
         RuntimeError: see `require_transformers`.

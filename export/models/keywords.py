@@ -1,8 +1,7 @@
-"""The keyword arguments with which transformers calls layers, attention, and caches: one place for our replacements.
+"""Checks the keyword arguments that transformers passes to our replacements of its layers, attention and caches.
 
-A module or function that takes the place of one of transformers must not ignore an argument that it does not know: a
-renamed or new one may change the result. `check` accepts an argument by its name and value.
-The table covers transformers 5.17 to 5.24.
+A replacement must not ignore an argument that it does not know: a renamed or new one may change the result. `check`
+accepts an argument by name and value. The table covers transformers 5.17 to 5.24.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 from torch import nn
 
 CACHE_NAMES = ("cache", "past_key_values")
-"""Names of the cache argument: `cache` from transformers 5.24 on, `past_key_values` before."""
+"""Names of the cache argument: `cache` since transformers 5.24, `past_key_values` before."""
 
 Accepts = Callable[[Any], bool]
 
@@ -36,19 +35,19 @@ def _causal(value: Any) -> bool:
 
 
 HARMLESS: Mapping[str, Accepts] = {
-    # The rotation comes as position_embeddings, which transformers computed from these.
+    # transformers computes position_embeddings from these, and passes both.
     "position_ids": _anything,
-    # A cache that is given is used, whatever this says; so do transformers' own layers.
+    # A cache that is passed is used regardless, as in transformers' layers.
     "use_cache": _anything,
-    # The mask holds the window; transformers leaves the mask out only where the text is shorter than the window.
+    # The mask includes the window; transformers omits the mask only if the text is shorter than the window.
     "sliding_window": _anything,
     # Our modules compute causal attention.
     "is_causal": _causal,
-    # Outputs that our modules do not compute.
+    # Extra outputs, which our modules do not compute.
     "output_attentions": _no,
     "output_hidden_states": _no,
     "output_router_logits": _no,
-    # Several texts in one row, training, attention with further terms.
+    # Packed sequences, training, and attention with extra terms.
     "cu_seq_lens_q": _none,
     "cu_seq_lens_k": _none,
     "max_length_q": _none,
@@ -58,14 +57,14 @@ HARMLESS: Mapping[str, Accepts] = {
     "position_bias": _none,
     "softcap": _none,
 }
-"""Keyword -> whether a value changes nothing of what our modules compute."""
+"""Keyword -> predicate: true for values that do not change what our modules compute."""
 
 
 def check(owner: str, keywords: Mapping[str, Any]) -> None:
-    """Check the keyword arguments of a call that the signature of the called function does not name.
+    """Checks keyword arguments that the called function's signature does not name.
 
     Args:
-        owner: what was called, for the message.
+        owner: the called function or class, for the message.
         keywords: the arguments.
 
     Raises:
@@ -79,15 +78,15 @@ def check(owner: str, keywords: Mapping[str, Any]) -> None:
             )
         if not HARMLESS[name](value):
             raise ValueError(
-                f"{owner} was called with {name}={_shown(value)}, which it does not compute: leave the argument out"
+                f"{owner} was called with {name}={_shown(value)}, which it does not support: omit the argument"
             )
 
 
 def take_cache(owner: str, keywords: Mapping[str, Any]) -> Any:
-    """The cache among such arguments, under either name, or None; the others are checked.
+    """Returns the cache among keyword arguments, under either name, or None; checks the others.
 
     Raises:
-        ValueError: see `check`; or two caches.
+        ValueError: two caches, or see `check`.
     """
     check(owner, {name: value for name, value in keywords.items() if name not in CACHE_NAMES})
     caches = [keywords[name] for name in CACHE_NAMES if keywords.get(name) is not None]
@@ -97,10 +96,10 @@ def take_cache(owner: str, keywords: Mapping[str, Any]) -> Any:
 
 
 def cache_name(model: nn.Module) -> str:
-    """The name that the forward method of a transformers model has for its cache.
+    """Name of the cache argument of a transformers model's `forward`.
 
     Raises:
-        ValueError: it has neither name.
+        ValueError: `forward` has neither argument.
     """
     parameters = inspect.signature(model.forward).parameters
     for name in CACHE_NAMES:
@@ -110,5 +109,5 @@ def cache_name(model: nn.Module) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value in a message; a tensor by its shape."""
+    """Formats a value for a message; a tensor as its shape."""
     return f"tensor {list(value.shape)}" if hasattr(value, "shape") else repr(value)

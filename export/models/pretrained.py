@@ -1,4 +1,4 @@
-"""Reads a Hugging Face model folder: configuration, weights and tokenizer, from disk only."""
+"""Reads configuration and tokenizer of a Hugging Face model folder. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -7,28 +7,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from executorch_moe.backends.versions import check_versions
-from executorch_moe.export.checkpoint.shards import COMPLETE, Shards, all_finite, fp8_block, listed, read_config
-from executorch_moe.export.report.sizes import check_sizes
 
-# model_type of config.json. Any model's experts are fused by our partitioners; these fit `CausalLM` as well.
+# Values of model_type in config.json that `CausalLM` supports. The partitioners fuse the experts of any model.
 SUPPORTED_MODEL_TYPES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "glm4_moe", "gpt_oss", "deepseek_v3")
 WITH_SINKS = ("gpt_oss",)
-"""Of these, those whose attention has a sink for each head."""
+"""Model types whose attention has a sink for each head."""
 WITH_LATENTS = ("deepseek_v3",)
-"""Of these, those whose attention has keys and values of different widths, made of latents."""
+"""Model types with latent attention, whose keys and values differ in width."""
 TINY = "tiny"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def require_transformers() -> Any:
-    """The transformers package, silenced.
+    """Imports transformers and silences its log and progress bars.
 
     Raises:
-        RuntimeError: it or a package that this package requires is missing or has a version outside its range.
+        RuntimeError: a required package is missing, or its version is outside the supported range.
     """
     check_versions("transformers", "tokenizers", "safetensors")
     import transformers
@@ -39,13 +34,13 @@ def require_transformers() -> Any:
 
 
 def resolve(model: str | Path) -> Path:
-    """The folder that `model` names; "tiny" is the model that comes with this package.
+    """Path of a model folder; "tiny" names the model that is part of this package.
 
     Raises:
-        FileNotFoundError: no such folder, or a folder without config.json or weights.
+        FileNotFoundError: the folder, its config.json or its weights are missing.
     """
     if str(model) == TINY:
-        # Found by name, not imported: the examples are a layer above this one.
+        # By name and not by import: export may not import examples.
         return Path(str(importlib.resources.files("executorch_moe.examples.tiny") / "checkpoint"))
     folder = Path(model)
     remedy = "give a folder with config.json and *.safetensors (nothing is downloaded), or 'tiny'"
@@ -58,11 +53,11 @@ def resolve(model: str | Path) -> Path:
 
 
 def check_supported(folder: Path) -> dict[str, Any]:
-    """The parsed config.json of a supported model.
+    """Reads config.json and checks that its model is supported.
 
     Raises:
-        ValueError: config.json is unreadable, or of a model without experts.
-        NotImplementedError: another architecture, or weights that are quantized already, but for fp8 in blocks.
+        ValueError: config.json is unreadable, or the model has no experts.
+        NotImplementedError: an unsupported architecture, or quantized weights other than fp8 in blocks.
     """
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -70,12 +65,12 @@ def check_supported(folder: Path) -> dict[str, Any]:
         method = dict(config.get("quantization_config") or {}).get("quant_method")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{folder / 'config.json'} is no model configuration ({type(error).__name__}: {error}): "
-            "take the one that the model was published with"
+            f"{folder / 'config.json'} is not a model configuration ({type(error).__name__}: {error}): "
+            "use the one that the model was published with"
         ) from None
     if not any("expert" in key for key in _all_keys(config)):
         raise ValueError(
-            f"model_type={kind!r} in {folder / 'config.json'} is no Mixture-of-Experts model (no experts in its "
+            f"model_type={kind!r} in {folder / 'config.json'} is not a Mixture-of-Experts model (no experts in its "
             f"configuration): use a model of type {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
     if kind not in SUPPORTED_MODEL_TYPES:
@@ -90,11 +85,33 @@ def check_supported(folder: Path) -> dict[str, Any]:
     return config
 
 
-def plain_outputs_(config: Any) -> None:
-    """Changes a configuration of transformers so that the model returns logits in an output object, and nothing else.
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder; empty if it is unreadable, which `check_supported` reports."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
-    Fine-tuned checkpoints keep what their training asked for, for example `output_router_logits`: with it a model also
-    computes a loss, of the routers of all layers, which cannot be traced with a cache.
+
+def fp8_block(config: dict[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of a block that shares one scale, for weights stored in fp8; None for other models."""
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict):
+        return None
+    block = quantization.get("weight_block_size")
+    if quantization.get("quant_method") != "fp8" or not isinstance(block, list) or len(block) != 2:
+        return None
+    if not all(isinstance(size, int) and size > 0 for size in block):
+        return None
+    return block[0], block[1]
+
+
+def plain_outputs_(config: Any) -> None:
+    """Changes a transformers configuration, in place: the model is to return only logits, in an output object.
+
+    Fine-tuned checkpoints keep flags of their training. With `output_router_logits`, for example, a model also computes
+    a loss over the routers of all layers, which cannot be traced with a cache.
     """
     for name in ("output_router_logits", "output_attentions", "output_hidden_states"):
         if getattr(config, name, None):
@@ -104,10 +121,10 @@ def plain_outputs_(config: Any) -> None:
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
-    """generation_config.json of a model folder, empty if there is none.
+    """generation_config.json of a model folder; empty if the file does not exist.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the file is damaged.
     """
     path = folder / "generation_config.json"
     if not path.is_file():
@@ -118,23 +135,24 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
             raise TypeError(f"a {type(config).__name__}")
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{path} is no generation configuration ({type(error).__name__}: {error}): download it again, or remove it"
+            f"{path} is not a generation configuration ({type(error).__name__}: {error}): download it again, or "
+            "remove it"
         ) from None
     return config
 
 
 def special_tokens(folder: Path | None, config: Any) -> tuple[list[int], int | None]:
-    """The tokens that end a text, and the one that begins it, None if there is none.
+    """End-of-text tokens of a model, and its begin-of-text token or None.
 
-    As in transformers, generation_config.json decides where it says something, else config.json: chat models often end
-    a turn with a token that config.json does not name.
+    As in transformers, generation_config.json takes precedence over config.json: chat models often end a turn with a
+    token that only the former names.
 
     Args:
-        folder: of the model; None for one without files.
-        config: the model's configuration in transformers.
+        folder: the model folder; None for a model without files.
+        config: transformers' configuration of the model.
 
     Raises:
-        ValueError: something that is no token, or a damaged generation_config.json.
+        ValueError: an invalid token, or a damaged generation_config.json.
     """
     generation = {} if folder is None else read_generation_config(folder)
 
@@ -143,13 +161,13 @@ def special_tokens(folder: Path | None, config: Any) -> tuple[list[int], int | N
         if value is None:
             where, value = "config.json", getattr(config, name, None)
         found = [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
-        # Configurations without a token may say -1.
+        # Some configurations write -1 for "no token".
         found = [token for token in dict.fromkeys(found) if token != -1]
         for token in found:
             if type(token) is not int or token < 0:
                 raise ValueError(
-                    f"{name}={value!r} of {where} must be a token's number or a list of them: correct it, or download "
-                    "the model again"
+                    f"{name}={value!r} of {where} must be a token id or a list of token ids: correct it, or "
+                    "download the model again"
                 )
         return found
 
@@ -158,70 +176,23 @@ def special_tokens(folder: Path | None, config: Any) -> tuple[list[int], int | N
 
 
 def _all_keys(config: dict[str, Any]) -> set[str]:
-    """Keys of a configuration and of the configurations in it."""
+    """Keys of a configuration, with those of nested configurations."""
     inner = [_all_keys(value) for value in config.values() if isinstance(value, dict)]
     return {*config, *(key for keys in inner for key in keys)}
 
 
-def check_loadable(folder: Path) -> None:
-    """Check that `load_model` reads weights of this format.
-
-    Raises:
-        NotImplementedError: weights in fp8, which only `StreamedModel` reads.
-    """
-    if fp8_block(read_config(folder)) is not None:
-        raise NotImplementedError(
-            f"the weights in {folder} are in fp8, which only --experts ours reads: leave --experts out"
-        )
-
-
-def load_model(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
-    """The model on the CPU in `dtype`, in eval mode; `attention` is transformers' `attn_implementation`.
-
-    Raises:
-        ValueError: the weights are unreadable or do not fit the configuration.
-        NotImplementedError: weights in fp8, which only `StreamedModel` reads.
-    """
-    transformers = require_transformers()
-    check_loadable(folder)
-    check_sizes(read_config(folder), Shards(folder))
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        plain_outputs_(config)
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, local_files_only=True, attn_implementation=attention,
-            output_loading_info=True,
-        )  # fmt: skip
-    except Exception as error:  # safetensors, transformers and torch each raise their own kinds here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"the weights in {folder} cannot be loaded ({reason}): check that config.json and weights are of the same "
-            "model and whole"
-        ) from error
-    special_tokens(folder, config)
-    if missing := sorted(found["missing_keys"]):  # which transformers fills with random numbers
-        raise ValueError(f"{folder} lacks {listed(missing)}: {COMPLETE}")
-    for name, tensor in model.state_dict().items():
-        if not all_finite(tensor):
-            raise ValueError(
-                f"{name} in {folder} holds NaN or Inf: compare the files' checksums with the publisher's; if they are "
-                "theirs, use another checkpoint"
-            )
-    return model.eval()
-
-
 def tokenizer_json(folder: Path) -> str:
-    """The tokenizer as the text of a `tokenizer.json`.
+    """Text of the model's `tokenizer.json`, converted from another format if need be.
 
     Raises:
-        ValueError: the folder has no tokenizer that can be written as one file.
+        ValueError: no tokenizer, or one that cannot be written as one file.
     """
     transformers = require_transformers()
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"
     try:
-        # Without any file of its own, AutoTokenizer makes an empty tokenizer of the model's kind.
+        # AutoTokenizer makes an empty tokenizer if the folder has no tokenizer file.
         if not any((folder / name).is_file() for name in TOKENIZER_FILES):
             raise FileNotFoundError(f"none of {', '.join(TOKENIZER_FILES)}")
         if path.is_file():

@@ -9,27 +9,27 @@ from torch import Tensor, nn
 
 
 class TopKFirstRouter(nn.Module):
-    """Takes the place of a `Qwen3MoeTopKRouter` that renormalizes: the same experts and weights.
+    """Replaces a `Qwen3MoeTopKRouter` that renormalizes; gives the same experts and weights.
 
-    exp(a) / sum of all, renormalized over the chosen, is exp(a) / sum of the chosen: the softmax over all experts, a
-    kernel of its own, falls away.
+    A softmax over all experts, renormalized over the chosen ones, equals a softmax over the chosen ones. This saves the
+    kernel of the softmax over all experts.
     """
 
     def __init__(self, router: Any) -> None:
-        """Takes the weight of a router over."""
+        """Takes over the weight of a router."""
         super().__init__()
         self.top_k, self.hidden_dim = router.top_k, router.hidden_dim
         self.weight = router.weight
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[..., H] -> logits [T, E], weights [T, top_k] and experts int64 [T, top_k]."""
+        """hidden_states [..., H] -> logits [T, E], weights [T, top_k] and expert ids int64 [T, top_k]."""
         logits = nn.functional.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
         chosen, experts = torch.topk(logits.to(torch.float32), self.top_k, dim=-1)
         return logits, chosen.softmax(-1).to(logits.dtype), experts
 
 
 def replace_routers_(module: nn.Module) -> nn.Module:
-    """Replaces every Qwen3-MoE router that renormalizes, in place; others stay as they are."""
+    """Replaces each Qwen3-MoE router that renormalizes, in place; returns `module`."""
     for name, child in list(module.named_modules()):
         if type(child).__name__ == "Qwen3MoeTopKRouter" and child.norm_topk_prob:
             owner, _, attribute = name.rpartition(".")

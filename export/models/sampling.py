@@ -1,7 +1,7 @@
-"""Picking the next token on the device: greedy, temperature and top-p as plain tensor operators without random state.
+"""Sampling the next token on the device: greedy, temperature and top-p, in plain tensor operators.
 
-An exported program cannot carry a random generator, and its result must not depend on how often it was called. So the
-noise of a token is a hash of (seed, position, token): the same seed gives the same text, on every runtime.
+An exported program cannot hold a random generator, and its result must not depend on earlier calls. So the noise of a
+token is a hash of (seed, position, token): the same seed gives the same text in every runtime.
 
 Letters: V vocabulary.
 """
@@ -16,21 +16,22 @@ import torch
 from torch import Tensor
 
 _WORD = 0xFFFFFFFF
-# Where the two keys of a draw start: the first 64 bits of the golden ratio's fraction.
+# Start values of the two keys of a draw: the first 64 bits of the golden ratio's fraction.
 _STARTS = (0x9E3779B9, 0x7F4A7C15)
 _BELOW_ONE = 1.0 - 2.0**-24
 _WAYS = 16
 _ROUNDS = 4
 _WIDTHS = (512, 256, 128, 64)
 STEPS_PER_UNIT = 256
-"""Logits that differ by less than 1 / STEPS_PER_UNIT count as equally likely where the nucleus ends. Those of a bf16
-model are no finer, above 0.5; the grid has 16**4 steps, so that logits 256 below the best count as equal too."""
+"""Logits that differ by less than 1 / STEPS_PER_UNIT count as equal at the end of the nucleus. Logits of a bf16 model
+above 0.5 have no finer steps. The grid has 16**4 steps, so that all logits 256 below the best and less count as equal.
+"""
 
 
 def hash32(x: Tensor) -> Tensor:
-    """A bijection of 32-bit numbers that looks random; int64 tensors with values in [0, 2**32), in and out.
+    """Hashes 32-bit numbers by a bijection: int64 in [0, 2**32) -> int64 in [0, 2**32).
 
-    Multipliers are below 2**31, so that no product leaves int64.
+    The multipliers are below 2**31, so that products fit into int64.
     Source: C. Wellons, "Prospecting for Hash Functions", lowbias32 with the constants 21f0aaad, 735a2d97.
     """
     x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _WORD
@@ -39,7 +40,7 @@ def hash32(x: Tensor) -> Tensor:
 
 
 def gumbel_noise(seed: Tensor, position: Tensor, vocabulary: int) -> Tensor:
-    """Independent standard Gumbel variables for the tokens of one position.
+    """Independent standard Gumbel noise for each token of the vocabulary at one position.
 
     Args:
         seed: int64 [1], not negative. position: int64 [1], not negative.
@@ -49,8 +50,8 @@ def gumbel_noise(seed: Tensor, position: Tensor, vocabulary: int) -> Tensor:
         fp32 [V].
     """
     words = _token_words(seed, position, torch.arange(vocabulary, device=seed.device))
-    # -log1p(-u) keeps the precision of small u, which decides the draw: those tokens have the largest noise. fp32 would
-    # round the largest words to u = 1, whose noise is -inf: a nucleus of one token could then lose it.
+    # -log1p(-u) keeps the precision of small u: these give the largest noise, which decides the draw. The clamp keeps
+    # the largest words from being rounded to u = 1, whose noise is -inf: a nucleus of one token could lose that token.
     uniform = ((words.to(torch.float32) + 0.5) * 2.0**-32).clamp(max=_BELOW_ONE)
     return -torch.log(-torch.log1p(-uniform))
 
@@ -58,8 +59,9 @@ def gumbel_noise(seed: Tensor, position: Tensor, vocabulary: int) -> Tensor:
 def _token_words(seed: Tensor, position: Tensor, tokens: Tensor) -> Tensor:
     """A 32-bit word for each token, int64 [V]; seed and position are int64 [1].
 
-    Two keys, each a hash of seed and position from its own start: with one key, tokens and positions that hash to the
-    same word would meet (the hash of 0 is 0), and many pairs of seeds would have the same noise at shifted positions.
+    It uses two keys, hashes of seed and position with different start values. With one key, different pairs of token
+    and position would give the same word (the hash of 0 is 0), and many pairs of seeds would give the same noise at
+    shifted positions.
     """
     low, high, at = seed & _WORD, (seed >> 32) & _WORD, position & _WORD
     first, second = (hash32(hash32(hash32(low ^ start) ^ high) ^ at) for start in _STARTS)
@@ -67,18 +69,18 @@ def _token_words(seed: Tensor, position: Tensor, tokens: Tensor) -> Tensor:
 
 
 def nucleus(below: Tensor, weights: Tensor, top_p: Tensor) -> Tensor:
-    """The most likely tokens whose probabilities first reach `top_p`, and those as likely as the last of them.
+    """Mask of the smallest set of most likely tokens whose probabilities reach `top_p`, with ties of the last one.
 
-    No sort: a sort of a whole vocabulary takes longer than the rest of the choice. The logit where the nucleus ends is
-    found in four rounds, each of which sums the weights above 16 candidates.
+    It does not sort: sorting a whole vocabulary takes longer than all other steps. Four rounds find the logit at which
+    the nucleus ends; each sums the weights above 16 candidates.
 
     Args:
-        below: fp32 [V], how far each logit is below the largest.
-        weights: fp32 [V], in proportion to the probabilities, which fall as `below` rises.
-        top_p: fp32 [1] in (0, 1]; 1 takes all.
+        below: fp32 [V], the largest logit minus each logit.
+        weights: fp32 [V], proportional to the probabilities.
+        top_p: fp32 [1] in (0, 1]; 1 allows all tokens.
 
     Returns:
-        bool [V], true for at least the likeliest token.
+        bool [V]; the likeliest token is always included.
     """
     # Whole numbers below 2**16, which fp32 holds exactly; 0 is the likeliest token.
     key = (below * STEPS_PER_UNIT).clamp(max=float(_WAYS**_ROUNDS - 1)).floor()
@@ -89,15 +91,15 @@ def nucleus(below: Tensor, weights: Tensor, top_p: Tensor) -> Tensor:
         last = end + ways * width - 1.0
         reached = torch.where(key[None, :] <= last[:, None], weights[None, :], 0.0).sum(1)
         short = (reached < wanted).to(torch.float32).sum(0, keepdim=True)
-        # Rounding may leave the sum of all below what is wanted.
+        # By rounding, the sum of all weights may be less than `wanted`.
         end = end + short.clamp(max=_WAYS - 1.0) * width
     return (key <= end) | (top_p >= 1.0)
 
 
 def greedy(logits: Tensor) -> Tensor:
-    """The likeliest token: fp32 [1, V] -> int64 [1, 1]; of equally likely ones the first.
+    """The likeliest token, the first one of ties: fp32 [1, V] -> int64 [1, 1].
 
-    In two steps where the vocabulary can be cut into rows: one reduction to a single number is one block of a GPU.
+    If a row width divides V, it reduces rows first: a reduction to a single number runs in one block of the GPU.
     """
     width = next((width for width in _WIDTHS if logits.shape[-1] % width == 0), 1)
     if logits.shape[-1] <= _WIDTHS[0] or width == 1:
@@ -108,15 +110,15 @@ def greedy(logits: Tensor) -> Tensor:
 
 
 def sample(logits: Tensor, position: Tensor, temperature: Tensor, top_p: Tensor, seed: Tensor) -> Tensor:
-    """The next token: the likeliest at temperature 0, else drawn from softmax(logits / temperature) within the nucleus.
+    """The next token: the likeliest at temperature 0, else a draw from softmax(logits / temperature) in the nucleus.
 
     Args:
         logits: fp32 [1, V].
-        position: int64 [1], where the token will stand.
+        position: int64 [1], the position of the new token.
         temperature: fp32 [1], 0 or above. top_p: fp32 [1] in (0, 1]. seed: int64 [1], 0 or above.
 
     Returns:
-        int64 [1, 1]: may be fed back as it is.
+        int64 [1, 1], the input_ids of the next call.
     """
     row = logits[0]
     below = row.max() - row
@@ -128,18 +130,21 @@ def sample(logits: Tensor, position: Tensor, temperature: Tensor, top_p: Tensor,
 
 
 def fresh_seed() -> int:
-    """A seed from the system's random numbers, short enough to be typed again."""
+    """A random seed from the system, below 2**32 so that it is easy to type."""
     return secrets.randbelow(1 << 32)
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """How tokens are picked; checked when made.
+    """Sampling settings, checked on construction.
 
     Attributes:
-        temperature: 0 always takes the likeliest token.
-        top_p: only the most likely tokens that together reach this probability are drawn from.
-        seed: of the draw. The same seed gives the same text.
+        temperature: 0 always gives the likeliest token.
+        seed: of the draws; the same seed gives the same text.
+        top_p: tokens are drawn from the smallest set of most likely tokens that reaches this probability.
+
+    Raises:
+        ValueError: a value outside its range.
     """
 
     temperature: float = 0.0
@@ -155,7 +160,7 @@ class Sampler:
             raise ValueError(f"seed={self.seed} must be a whole number between 0 and 2**63 - 1: choose another")
 
     def inputs(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """temperature, top_p, seed as `sample` and exported methods take them."""
+        """temperature, top_p and seed as inputs of `sample` and of exported methods."""
         return (
             torch.tensor([self.temperature], dtype=torch.float32, device=device),
             torch.tensor([self.top_p], dtype=torch.float32, device=device),
@@ -163,6 +168,6 @@ class Sampler:
         )
 
     def __call__(self, logits: Tensor, position: int = 0) -> int:
-        """The token that an exported method would pick from fp32 [1, V], computed on the CPU."""
+        """Samples from logits fp32 [1, V] on the CPU as an exported method does; `position` is the new token's."""
         at = torch.tensor([position])
         return int(sample(logits.float().cpu(), at, *self.inputs(torch.device("cpu"))))

@@ -1,10 +1,11 @@
-"""Qwen3-MoE models of any shape with random weights, for measuring speed: `synthetic:qwen3-30b-a3b`.
+"""Qwen3-MoE models of any shape with random weights, to measure speed: `synthetic:qwen3-30b-a3b`.
 
-Weights are made on the spot, layer by layer; experts are made packed, so that the model never exists in bf16.
+Weights are generated layer by layer. Experts are generated as packed codes, so that the model never exists in bf16.
 """
 
 from __future__ import annotations
 
+import shutil
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -15,10 +16,10 @@ import torch
 from torch import nn
 
 from executorch_moe.backends.cuda.placeholders import LEAST_BYTES
-from executorch_moe.export.report.sizes import check_synthetic
+from executorch_moe.export.host_memory import size, total_memory
 from executorch_moe.kernels import FusedExperts
 from executorch_moe.kernels.measure.timing import random_packed
-from executorch_moe.kernels.schemes import K_BLOCK, check_group_size, get_scheme
+from executorch_moe.kernels.schemes import K_BLOCK, check_layer_group_size, get_scheme
 from executorch_moe.kernels.shapes import LayerShape
 
 from .pretrained import require_transformers
@@ -30,7 +31,11 @@ MakeExperts: TypeAlias = "Callable[[LayerShape, str, Device, torch.Generator], n
 
 @dataclass(frozen=True)
 class SyntheticModel:
-    """Shape of a Qwen3-MoE model; `top_k` of `experts` experts of width `intermediate` in each of `layers` layers."""
+    """Sizes of a Qwen3-MoE model: each of `layers` layers uses `top_k` of `experts` experts of width `intermediate`.
+
+    Raises:
+        ValueError: a size below 1, or sizes that do not fit together.
+    """
 
     name: str
     layers: int
@@ -51,7 +56,7 @@ class SyntheticModel:
         for name in ("hidden", "intermediate"):
             if getattr(self, name) % K_BLOCK:
                 raise ValueError(
-                    f"{name}={getattr(self, name)} must be a multiple of {K_BLOCK}: random codes have no padding"
+                    f"{name}={getattr(self, name)} must be a multiple of {K_BLOCK}, because random codes are not padded"
                 )
         if self.top_k > self.experts:
             raise ValueError(f"top_k={self.top_k} must be at most experts={self.experts}")
@@ -61,7 +66,7 @@ class SyntheticModel:
             raise ValueError(f"vocabulary={self.vocabulary} must be at least {MIN_VOCABULARY}, for the byte tokenizer")
 
     def weight_bytes(self, bits: float) -> int:
-        """About how many bytes its weights have, with `bits` for each weight of an expert and bf16 for all else."""
+        """Estimated bytes of all weights: `bits` for each weight of an expert, bf16 for the rest."""
         experts = self.experts * 3 * self.hidden * self.intermediate
         attention = 2 * (self.heads + self.kv_heads) * self.head_dim * self.hidden + self.experts * self.hidden
         return int(self.layers * (experts * bits / 8 + 2 * attention)) + 2 * 2 * self.vocabulary * self.hidden
@@ -78,8 +83,12 @@ class SyntheticModel:
         )  # fmt: skip
 
 
+MAX_LAYERS = 1000
+"""Limit for a synthetic model. Tracing takes seconds a layer; the largest published models have about 130."""
+LARGEST_GPU = 1 << 40
+"""Bytes, more than any GPU has. It limits artifacts whose weights are generated on the GPU that loads them."""
 MIN_VOCABULARY = 264
-"""The tokenizer of the tiny model, which synthetic ones borrow: bytes and a few marks."""
+"""Tokens of the tiny model's tokenizer, which synthetic models use: bytes and a few special tokens."""
 
 PRESETS = {
     model.name: model
@@ -91,15 +100,15 @@ PRESETS = {
 
 
 def is_synthetic(model: str) -> bool:
-    """True for a name that `parse` reads, rather than a folder."""
+    """True for a synthetic model's name, which `parse` reads; false for a folder."""
     return model.startswith(PREFIX)
 
 
 def parse(model: str, layers: int | None = None) -> SyntheticModel:
-    """`synthetic:PRESET[,FIELD=NUMBER...]`, as synthetic:qwen3-30b-a3b,experts=64; `layers` replaces that field.
+    """Parses `synthetic:PRESET[,FIELD=NUMBER...]`, as synthetic:qwen3-30b-a3b,experts=64; `layers` overrides a field.
 
     Raises:
-        ValueError: no such preset or field, or sizes that do not fit together.
+        ValueError: an unknown preset or field, or sizes that do not fit together.
     """
     name, *changes = model.removeprefix(PREFIX).split(",")
     if name not in PRESETS:
@@ -119,13 +128,46 @@ def parse(model: str, layers: int | None = None) -> SyntheticModel:
 def check_room(
     model: SyntheticModel, scheme: str, group_size: int, out: Path | None = None, *, placeholder_weights: bool = False
 ) -> None:
-    """Check that a model can be made here, and written to `out`; see `sizes.check_synthetic`.
+    """Checks that a model fits into this machine's memory and, if `out` is given, its disk; see `check_synthetic`.
 
     Raises:
-        ValueError: unknown scheme, or a model that is too large.
+        ValueError: an unknown scheme, or a model that is too large.
     """
     bits = 4 + 16 / max(group_size, 1) if get_scheme(scheme).packed else 16
     check_synthetic(model, PRESETS.get(model.name, model), bits, out, placeholder_weights)
+
+
+def check_synthetic(
+    model: SyntheticModel, preset: SyntheticModel, bits: float, out: Path | None, placeholder_weights: bool
+) -> None:
+    """Checks that a synthetic model can be generated and written on this machine.
+
+    Args:
+        preset: the preset that `model` is based on.
+        bits: bits of an expert's weight.
+        out: the file to write; None if nothing is written.
+        placeholder_weights: weights are not written, but generated on the GPU that loads the artifact.
+
+    Raises:
+        ValueError: too many layers or bytes; names the field that differs most from the preset, and the bytes needed
+            and available.
+    """
+    if model.layers > MAX_LAYERS:
+        raise ValueError(f"layers={model.layers} of {model.name} is more than can be traced: use at most {MAX_LAYERS}")
+    needed = model.weight_bytes(bits)
+    limits = {"any GPU has": LARGEST_GPU} if placeholder_weights else {"of this machine's memory": total_memory()}
+    if not placeholder_weights and out is not None:
+        folder = next(parent for parent in out.absolute().parents if parent.exists())
+        limits[f"free in {folder}"] = shutil.disk_usage(folder).free
+    names = ("layers", "hidden", "experts", "intermediate", "heads", "kv_heads", "head_dim", "vocabulary")
+    name = max(names, key=lambda field: getattr(model, field) / getattr(preset, field))
+    for what, available in limits.items():
+        if available and needed > available:
+            more = f"more than {what}" if placeholder_weights else f"more than the {size(available)} {what}"
+            raise ValueError(
+                f"{name}={getattr(model, name)} of {model.name} makes a model of about {size(needed)}, {more}: "
+                "use a smaller one"
+            )
 
 
 def build(
@@ -140,28 +182,30 @@ def build(
     make_experts: MakeExperts | None = None,
     prepare: Callable[[nn.Module], object] | None = None,
 ) -> nn.Module:
-    """The model in eval mode, experts already packed.
+    """Builds a synthetic model in eval mode, with packed experts.
 
-    The same seed gives the same weights on one kind of device, and a layer's do not depend on the number of layers.
+    On one kind of device, the same seed gives the same weights. A layer's weights do not depend on the number of
+    layers.
 
     Args:
-        scheme: of the experts. group_size: weights that share a scale; ignored by scheme bf16.
-        dtype: of everything but the experts.
+        scheme: packing of the experts.
+        group_size: expert weights that share a scale; ignored by scheme bf16.
+        dtype: dtype of everything but the experts.
         attention: transformers' `attn_implementation`.
-        device: where weights are made; "meta" makes none, and gives memory on the CPU: zeros where it is small,
-            else what nothing was written to.
-        make_experts: (shape, scheme, device, generator) -> experts module; by default `FusedExperts`.
-        prepare: called with each decoder layer, and last with the model, once it has its weights: the place to quantize
-            what is not experts before the next layer is made.
+        device: where weights are generated. "meta" generates none: the model gets CPU memory, which is uninitialized
+            for large tensors and zero for small ones.
+        make_experts: (shape, scheme, device, generator) -> experts module; None makes `FusedExperts`.
+        prepare: called with each decoder layer, and at the end with the model, as soon as its weights exist. It may
+            quantize other weights before the next layer is generated.
 
     Raises:
-        ValueError: unknown scheme, a group size that does not fit, or a model that does not fit into memory.
+        ValueError: an unknown scheme, a group size that does not divide the widths, or a model that does not fit into
+            memory.
     """
     if torch.device(device).type != "cuda":
         check_room(model, scheme, group_size, placeholder_weights=device == "meta")
     if get_scheme(scheme).packed:
-        check_group_size(group_size, model.hidden, "hidden")
-        check_group_size(group_size, model.intermediate, "intermediate")
+        check_layer_group_size(group_size, model.hidden, model.intermediate)
     transformers = require_transformers()
     config = model.config()
     with torch.device("meta"):
@@ -181,24 +225,24 @@ def build(
         net.to_empty(device="cpu")
         for tensor in net.state_dict().values():
             if tensor.nbytes < LEAST_BYTES:
-                tensor.zero_()  # it is written to the file: the same bytes each time
-    net.model.rotary_emb = type(net.model.rotary_emb)(config)  # a table on the CPU, no weight
+                tensor.zero_()  # it is written to the file, which must be reproducible
+    net.model.rotary_emb = type(net.model.rotary_emb)(config)  # a table on the CPU, not a weight
     return net.eval()
 
 
 def fused_experts(shape: LayerShape, scheme: str, device: Device, generator: torch.Generator) -> nn.Module:
-    """Our experts on random codes."""
+    """`FusedExperts` on random codes."""
     return FusedExperts(random_packed(shape, scheme, str(device), generator))
 
 
 def _generator(device: Device, seed: int, what: str) -> torch.Generator:
-    # 32 bits: the generator ignores higher ones.
+    # 32 bits: the generator ignores higher bits.
     generator = torch.Generator("cpu" if device == "meta" else device)
     return generator.manual_seed(zlib.crc32(f"{seed} {what}".encode()))
 
 
 def _fill(module: nn.Module, device: Device, seed: int, prefix: str) -> None:
-    """Give every parameter that has no values yet some: norms 1, matrices of gain 1 (embeddings: variance 1)."""
+    """Initializes parameters on the meta device: norms 1, matrices of gain 1, embeddings of variance 1."""
     for name, parameter in list(module.named_parameters()):
         if not parameter.is_meta:
             continue

@@ -1,4 +1,4 @@
-"""Experts on ExecuTorch's own `triton::fused_moe` operators, to measure ours against in one and the same model."""
+"""Experts on ExecuTorch's own `triton::fused_moe` operators, to compare with ours in the same model."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from executorch_moe.kernels.packing.rounding import quantize_int4
 from executorch_moe.kernels.shapes import LayerShape
 
 PREFILL = {"w4a16": "fused_moe_batched_gemm", "w4a8": "fused_moe_batched_gemm_int8"}
-"""Scheme -> operator for many tokens; for one token they have `fused_moe` only."""
+"""Scheme -> ExecuTorch's operator for several tokens. For one token there is only `fused_moe`."""
 
 
 @dataclass
 class UpstreamWeights:
-    """Codes int8 [E, N, K/2], even k in the low nibble, value = nibble - 8; scale bf16 [E, N, K/group_size]."""
+    """Weights in ExecuTorch's layout: codes int8 [E, N, K/2] and scale bf16 [E, N, K/group_size].
+
+    The low nibble of a byte has the even k. value = (nibble - 8) * scale.
+    """
 
     w13: Tensor
     w13_scale: Tensor
@@ -31,9 +34,9 @@ class UpstreamWeights:
 
 
 class UpstreamMoE(nn.Module):
-    """Takes the place of an experts module, as `FusedExperts` does; gate rows first, then up rows, silu(gate) * up.
+    """Replaces an experts module as `FusedExperts` does; gate rows come first in w13, then up rows; silu(gate) * up.
 
-    Not named `*Experts`, and scales kept 2-D: it is no region for our partitioners to fuse.
+    Our partitioners must not fuse it: its name does not end in `Experts`, and its scales are 2-D.
     """
 
     activation = "silu"
@@ -43,7 +46,7 @@ class UpstreamMoE(nn.Module):
         """Wraps packed weights.
 
         Raises:
-            ValueError: a scheme without an operator of theirs, or an executorch without these operators.
+            ValueError: ExecuTorch has no operator for the scheme, or the installed version has none of these operators.
         """
         super().__init__()
         if scheme not in PREFILL:
@@ -58,7 +61,7 @@ class UpstreamMoE(nn.Module):
         self.register_buffer("w2_scale", weights.w2_scale.flatten(0, 1))
 
     def packed(self) -> UpstreamWeights:
-        """The weights in the shapes that the operators take; nothing is copied."""
+        """The weights in the operators' shapes, without copies."""
 
         def by_expert(scale: Tensor) -> Tensor:
             return scale.unflatten(0, (self.num_experts, -1))
@@ -66,7 +69,7 @@ class UpstreamMoE(nn.Module):
         return UpstreamWeights(self.w13, by_expert(self.w13_scale), self.w2, by_expert(self.w2_scale))
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """As `FusedExperts.forward`, on CUDA only."""
+        """Computes what `FusedExperts.forward` does. CUDA only."""
         one = isinstance(hidden_states.shape[0], int) and hidden_states.shape[0] == 1
         w = self.packed()
         out: Tensor = (self.decode if one else self.prefill)(
@@ -77,20 +80,20 @@ class UpstreamMoE(nn.Module):
 
 
 def operator(name: str) -> Any:
-    """One of their operators from the installed wheel.
+    """One of ExecuTorch's operators, by name.
 
     Raises:
-        ValueError: the installed executorch has none of that name.
+        ValueError: the installed executorch has no such operator.
     """
     try:
-        # By path: the package has a function of the module's name.
+        # By path: in the package, the module's name refers to a function.
         return getattr(importlib.import_module("executorch.backends.cuda.triton.kernels.fused_moe"), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"the installed executorch has no {name} ({error}): install executorch 1.5.1") from None
 
 
 def pack(gate_up: Tensor, down: Tensor, group_size: int) -> UpstreamWeights:
-    """float [E, 2I, H] and [E, H, I] -> the codes and scales that our packing has, in their order."""
+    """gate_up float [E, 2I, H], down [E, H, I] -> the codes and scales of our packing, in ExecuTorch's layout."""
 
     def matrix(weight: Tensor) -> tuple[Tensor, Tensor]:
         codes, scale = quantize_int4(weight, group_size)
@@ -101,8 +104,8 @@ def pack(gate_up: Tensor, down: Tensor, group_size: int) -> UpstreamWeights:
     return UpstreamWeights(w13, s13, w2, s2)
 
 
-def empty_weights(experts: int, hidden: int, intermediate: int, group_size: int) -> UpstreamWeights:
-    """Weights without values, on the CPU: enough to trace a model."""
+def placeholder_weights(experts: int, hidden: int, intermediate: int, group_size: int) -> UpstreamWeights:
+    """Uninitialized weights on the CPU, with which a model can be traced."""
 
     def matrix(n: int, k: int) -> tuple[Tensor, Tensor]:
         codes = torch.empty(experts, n, k // 2, dtype=torch.int8)
@@ -113,7 +116,7 @@ def empty_weights(experts: int, hidden: int, intermediate: int, group_size: int)
 
 
 def random_weights(shape: LayerShape, device: str, generator: torch.Generator) -> UpstreamWeights:
-    """Random codes, made on the device; a uniform nibble has a standard deviation of 4.6."""
+    """Random weights, generated on the device; a uniform nibble has a standard deviation of 4.6."""
     e, h, i, g = shape.experts, shape.hidden, shape.intermediate, shape.group_size
 
     def matrix(n: int, k: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Quantizing a model in place: experts, linear layers and embeddings."""
+"""Quantizes a model in place: experts, linear layers and embeddings."""
 
 from .experts import quantize_experts_
 

@@ -1,4 +1,4 @@
-"""Quantizes what is not experts: the weights of linear layers and embeddings, through torchao's tensors."""
+"""Weight-only INT8 and INT4 for linear layers and embeddings, in torchao's tensors, for the CPU target."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from .dense import KINDS
 
 
 def quantize_dense_(model: nn.Module, dense: str) -> nn.Module:
-    """Replaces, in place, the weight of every `nn.Linear` and `nn.Embedding` by one of 8 or 4 bits.
+    """Quantizes, in place, the weight of each `nn.Linear` and `nn.Embedding` to 8 or 4 bits.
 
-    Weights only, symmetric, nearest code, one scale for 32 neighbors along the input. Layers that share a weight share
-    the quantized one. Experts and routers of transformers' MoE models are neither linears nor embeddings and stay.
+    Quantization is symmetric, to the nearest code, with one scale for 32 neighbors along the input. Layers that share a
+    weight share the quantized one. Experts and routers of transformers' MoE models are other modules and are left
+    alone.
 
     Args:
-        model: on any device, weights of any float dtype.
-        dense: "int8": torchao's `IntxUnpackedToInt8Tensor`, one byte a code (on CUDA targets, "int8" is another format:
-            see `dense.stored_formats`); "int4": ExecuTorch's
-            `ExportableInt4Tensor`, two codes a byte; "none": nothing is done.
+        model: a model on any device, with weights of any float dtype.
+        dense: "int8": torchao's `IntxUnpackedToInt8Tensor`, one code a byte (CUDA targets have another int8 format, see
+            `dense.stored_formats`). "int4": ExecuTorch's `ExportableInt4Tensor`, two codes a byte. "none": no change.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: an unknown name, or a layer whose width is not a multiple of 32; the model is left as it was then.
+        ValueError: an unknown kind, or a layer whose width is not a multiple of 32. The model is unchanged.
     """
     if dense not in KINDS:
         raise ValueError(f"dense={dense!r} is unknown: use one of {', '.join(KINDS)}")
@@ -43,7 +43,7 @@ def quantize_dense_(model: nn.Module, dense: str) -> nn.Module:
 
 
 def check_widths(model: nn.Module, dense: str) -> None:
-    """Check the layers that `quantize_dense_` replaces; shapes are enough, so the weights may be on the meta device.
+    """Checks the layers that `quantize_dense_` would quantize. Weights may be on the meta device.
 
     Raises:
         ValueError: a layer whose width is not a multiple of 32.
@@ -57,12 +57,12 @@ def check_widths(model: nn.Module, dense: str) -> None:
 
 
 def _layers(model: nn.Module) -> list[tuple[str, nn.Linear | nn.Embedding]]:
-    """What is quantized, by name."""
+    """The layers to quantize, with their names."""
     return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Embedding))]
 
 
 def stored_bytes(weight: Tensor) -> int:
-    """Bytes that a parameter takes; a quantized one says what its float values would take."""
+    """Bytes of a parameter's storage; `nbytes` of a torchao tensor is that of its float values."""
     tensor: Any = weight
     parts = getattr(tensor, "tensor_data_names", None)
     return sum(getattr(tensor, part).nbytes for part in parts) if parts else weight.nbytes
@@ -72,13 +72,13 @@ def _quantize(weight: Tensor, dense: str) -> Tensor:
     from executorch.extension.llm.export import ExportableInt4Tensor
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
-    # In fp32: torchao chooses scales and codes in the dtype that it is given.
+    # In fp32, because torchao computes scales and codes in the dtype of its input.
     bits = {"int8": torch.int8, "int4": torch.int4}[dense]
     tensor: Any = IntxUnpackedToInt8Tensor.from_hp(weight.float(), (1, DENSE_GROUP_SIZE), bits)
     if dense == "int4":
         tensor = ExportableInt4Tensor.from_intx_unpacked_to_int8_tensor(tensor)
     result: Any = tensor.to(dtype=weight.dtype)
     for part in ("scale", "zero_point"):
-        # Transposed with one row, they count as contiguous but have strides that ExecuTorch takes for another order.
+        # Transposed tensors of one row count as contiguous, but ExecuTorch takes their strides for another order.
         setattr(result, part, getattr(result, part).clone(memory_format=torch.contiguous_format))
     return result  # type: ignore[no-any-return]

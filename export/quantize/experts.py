@@ -1,4 +1,4 @@
-"""Swaps the experts modules of an eager model for fused experts on packed weights."""
+"""Replaces the experts modules of an eager model by fused experts on packed weights."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .int4_tensors import is_quantized, pack_executorch_experts, pack_quantized
 
 
 class ExecutorchExperts(FusedExperts):
-    """Fused experts in the place of `FusedMoEExperts` of ExecuTorch's models, called as that is."""
+    """Fused experts with the `forward` signature of `FusedMoEExperts` in ExecuTorch's models."""
 
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, top_k: int
     ) -> Tensor:
-        """[T, H] -> [T, H]; weights and ids are [T, top_k].
+        """hidden_states [T, H], topk_weights and topk_ids [T, top_k] -> [T, H].
 
         Raises:
-            ValueError: ids of another width than `top_k`.
+            ValueError: topk_ids has a width other than `top_k`.
         """
         if topk_ids.shape[1] != top_k:
             raise ValueError(f"topk_ids has {topk_ids.shape[1]} columns, but top_k={top_k}: pass [T, top_k]")
@@ -35,28 +35,29 @@ class ExecutorchExperts(FusedExperts):
 def quantize_experts_(
     model: nn.Module, scheme: str = "w4a16", group_size: int = 32, algorithm: str = "minmax"
 ) -> nn.Module:
-    """Replaces, in place, every experts module by `FusedExperts` on weights packed for `scheme`.
+    """Replaces, in place, each experts module by `FusedExperts` on weights packed for `scheme`.
 
-    Which modules are experts, how they store their weights and which activation they have is found out as by the
-    partitioners: each is run on random weights and must agree with the fp32 oracle. Routers and all other layers stay
-    as they are. Weights that are 4-bit codes already keep them: torchao's and ExecuTorch's tensors (see
-    `int4_tensors`) and the experts of ExecuTorch's own models; `group_size` and `algorithm` are not used for those.
+    It recognizes experts, their layout and their activation as the partitioners do: each module is run on random
+    weights and must agree with the fp32 oracle. Routers and other layers are left alone.
+    4-bit weights keep their codes: tensors of torchao and ExecuTorch (see `int4_tensors`), and the experts of
+    ExecuTorch's own models. For these, `group_size` and `algorithm` are ignored.
 
     Args:
-        model: a Mixture-of-Experts model, on any device; weights of any float dtype.
+        model: a Mixture-of-Experts model on any device, with weights of any float dtype.
         scheme: "w4a16", "w4a8" or "bf16".
-        group_size: weights that share one scale; must divide the hidden and the expert width. Ignored by scheme bf16.
-        algorithm: "minmax" or "hqq", see `kernels.rounding`. Ignored by scheme bf16.
+        group_size: weights along K that share one scale; must divide the hidden and the expert width. Ignored by scheme
+            bf16.
+        algorithm: "minmax" or "hqq", see `kernels.packing.rounding`. Ignored by scheme bf16.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: an unknown scheme or algorithm, a group size that does not fit, 4-bit weights that the scheme cannot
-            hold, or a model without experts or with fused ones.
-        NotImplementedError: experts that compute something else, or tensors of another kind. In both cases the model is
-            left as it was.
+        ValueError: an unknown scheme or algorithm, a group size that does not divide a width, 4-bit weights that the
+            scheme cannot store, or a model without experts or with fused ones.
+        NotImplementedError: experts that compute another function, or unsupported tensors.
         RuntimeError: see `check_versions`.
+        After an error, the model is unchanged.
     """
     check_versions()
     get_scheme(scheme)
@@ -79,7 +80,7 @@ def quantize_experts_(
 
 
 def _why_none(model: nn.Module) -> str:
-    """Why a model has no experts to quantize."""
+    """Error message for a model without experts to quantize."""
     kind = type(model).__name__
     for name, module in model.named_modules():
         if isinstance(module, FusedExperts):
@@ -88,7 +89,7 @@ def _why_none(model: nn.Module) -> str:
 
 
 def holds_codes(module: nn.Module) -> bool:
-    """True for experts whose weights were quantized elsewhere."""
+    """True for experts whose weights are 4-bit codes already."""
     return _is_executorch(module) or any(is_quantized(parameter) for parameter in module.parameters())
 
 

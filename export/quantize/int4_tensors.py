@@ -1,14 +1,14 @@
-"""4-bit weights that were quantized elsewhere -> codes of this package, without rounding them again.
+"""Converts 4-bit weights of torchao and ExecuTorch to codes of this package, without rounding them again.
 
-| from | codes | value |
+| source | codes | value |
 |---|---|---|
-| torchao `Int4Tensor`, int8 data | signed nibbles | q * scale + zero_point |
-| the same class as ExecuTorch fills it, uint8 data; its `ExportableInt4Tensor` | unsigned | (q - zero_point) * scale |
+| torchao `Int4Tensor` with int8 data | signed nibbles | q * scale + zero_point |
+| `Int4Tensor` with uint8 data, as ExecuTorch makes it; `ExportableInt4Tensor` | unsigned | (q - zero_point) * scale |
 | torchao `IntxUnpackedToInt8Tensor` of int4 | one int8 a code | (q - zero_point) * scale |
 | ExecuTorch's packed experts | unsigned nibbles | (q - 8) * scale |
 
-Of two nibbles in a byte, the low one is the even K. Codes are kept as they are. Scales and zero points are stored as
-bf16: those that are wider are rounded to it.
+The low nibble of a byte has the even k. Codes keep their values. Scales and zero points are rounded to bf16 if they are
+wider.
 
 Source: torchao/quantization/quantize_/workflows (int4, intx), executorch/extension/llm/export (int4.py,
 quant/quantize.py) and executorch/backends/cuda/triton/kernels/fused_moe.py.
@@ -38,15 +38,15 @@ def int4_codes(weight: Tensor | Sequence[Tensor]) -> Int4Codes:
     """Codes of a quantized weight.
 
     Args:
-        weight: one of the tensors in the module's table, [N, K] or [E, N, K], or a sequence of E tensors [N, K], which
-            are stacked. Quantization of activations that a tensor asks for is not part of its codes.
+        weight: a tensor of the module's table, [N, K] or [E, N, K], or a sequence of E tensors [N, K], which are
+            stacked. Activation quantization that a tensor requests is ignored.
 
     Returns:
-        Int4Codes with q [N, K] or [E, N, K].
+        Int4Codes with q int8 [N, K] or [E, N, K].
 
     Raises:
-        ValueError: groups that do not run along K, or tensors whose shapes disagree.
-        NotImplementedError: another kind of tensor, another number of bits, or weights scaled per input channel.
+        ValueError: groups along a dimension other than K, or tensors of different shapes.
+        NotImplementedError: another class of tensor, another number of bits, or scales for each input channel.
     """
     if not isinstance(weight, Tensor):
         return _stack([int4_codes(one) for one in weight])
@@ -54,7 +54,7 @@ def int4_codes(weight: Tensor | Sequence[Tensor]) -> Int4Codes:
     kind = type(weight).__name__
     if kind not in ACCEPTED:
         raise NotImplementedError(
-            f"{kind} is no 4-bit tensor that can be packed: use {', '.join(ACCEPTED)}, or pass the float weights"
+            f"{kind} cannot be packed as a 4-bit tensor: use {', '.join(ACCEPTED)}, or pass the float weights"
         )
     if getattr(tensor, "act_pre_scale", None) is not None:
         raise NotImplementedError(
@@ -80,7 +80,7 @@ def executorch_codes(packed: Tensor, scale: Tensor) -> Int4Codes:
         scale: float [E, N, K/group_size].
 
     Raises:
-        ValueError: shapes or a dtype that this layout does not have.
+        ValueError: shapes or a dtype that do not fit this layout.
     """
     fits = packed.dim() == 3 and scale.dim() == 3 and packed.shape[:2] == scale.shape[:2] and scale.shape[2] > 0
     if packed.dtype not in (torch.int8, torch.uint8) or not fits or 2 * packed.shape[2] % scale.shape[2]:
@@ -94,12 +94,12 @@ def executorch_codes(packed: Tensor, scale: Tensor) -> Int4Codes:
 def pack_executorch_experts(
     w1: Tensor, w1_scale: Tensor, w2: Tensor, w2_scale: Tensor, *, scheme: str = "w4a16"
 ) -> PackedExperts:
-    """Experts in the layout of ExecuTorch's fused MoE kernels, packed for ours.
+    """Packs experts in the layout of ExecuTorch's fused MoE kernels for ours.
 
     Args:
-        w1: int8 [E, 2I, H/2], gate rows first. w1_scale: [E, 2I, H/group_size].
-        w2: int8 [E, H, I/2]. w2_scale: [E, H, I/group_size].
-        scheme: "w4a16", or "w4a8" if its scales are as `pack_codes` wants them.
+        w1: int8 [E, 2I, H/2], gate rows first. w1_scale: float [E, 2I, H/group_size].
+        w2: int8 [E, H, I/2]. w2_scale: float [E, H, I/group_size].
+        scheme: "w4a16", or "w4a8" if the scales meet the requirements of `pack_codes`.
 
     Raises:
         ValueError: see `executorch_codes` and `pack_codes`.
@@ -108,15 +108,15 @@ def pack_executorch_experts(
 
 
 def pack_quantized(layout: ExpertLayout, parameters: Mapping[str, Tensor], scheme: str) -> PackedExperts:
-    """Experts of a module whose weights are quantized already, packed with the codes that they have.
+    """Packs a module's quantized experts with their own codes.
 
     Args:
         layout: how the module stores its experts.
-        parameters: by name, as in `layout`; weights as `int4_codes` takes them, biases as floats.
+        parameters: name in `layout` -> weight that `int4_codes` accepts, or float bias.
         scheme: "w4a16" or "w4a8".
 
     Raises:
-        ValueError: weights that are stored [E, in, out], some that are not quantized, or see `pack_codes`.
+        ValueError: weights stored [E, in, out], weights that are only partly quantized, or see `pack_codes`.
         NotImplementedError: see `int4_codes`.
     """
     names = (*layout.gate_up, layout.down)
@@ -147,17 +147,17 @@ def pack_quantized(layout: ExpertLayout, parameters: Mapping[str, Tensor], schem
 
 
 def _check_groups(kind: str, weight: Tensor, block_size: Sequence[int], qdata: Tensor, codes_a_byte: int = 1) -> None:
-    """Groups run along the last dimension, and so do the codes of a byte."""
+    """Checks that groups, and the codes of a byte, run along the last dimension."""
     wide = (*qdata.shape[:-1], qdata.shape[-1] * codes_a_byte)
     if any(size != 1 for size in block_size[:-1]) or wide != tuple(weight.shape) or weight.dim() not in (2, 3):
         raise ValueError(
             f"{kind} {list(weight.shape)} has block_size={list(block_size)} and data {list(qdata.shape)}: only groups "
-            "along the last dimension of [N, K] or [E, N, K] can be packed; quantize before any transposition"
+            "along the last dimension of [N, K] or [E, N, K] can be packed; quantize before transposing"
         )
 
 
 def _nibbles(packed: Tensor, signed: bool) -> Tensor:
-    """[..., K/2] bytes, even K in the low nibble -> int8 [..., K] in [-8, 7]; unsigned codes lose 8."""
+    """[..., K/2] bytes, even k in the low nibble -> int8 [..., K] in [-8, 7]; subtracts 8 from unsigned codes."""
     byte = packed.view(torch.uint8)
     both = torch.stack((byte & 0xF, byte >> 4), -1).flatten(-2)
     return ((both ^ 8 if signed else both).to(torch.int8) - 8).contiguous()
@@ -169,12 +169,12 @@ def _affine(q: Tensor, scale: Tensor, zero_point: Tensor) -> Int4Codes:
 
 
 def _with_zero(q: Tensor, scale: Tensor, zero: Tensor) -> Int4Codes:
-    """Zero points that are all zero are none."""
+    """Drops zero points if all are zero."""
     return Int4Codes(q, scale.bfloat16().contiguous(), zero.bfloat16().contiguous() if zero.any() else None)
 
 
 def _alike(codes: Sequence[Int4Codes]) -> list[Int4Codes]:
-    """One group size for all, and zero points for all or none; values stay."""
+    """Gives all codes the same group size, and zero points to all or none; keeps the values."""
     group_size = math.gcd(*(code.group_size for code in codes))
     same = [code.regrouped(group_size) for code in codes]
     if all(code.zero is None for code in same):
@@ -186,7 +186,9 @@ def _stack(codes: Sequence[Int4Codes]) -> Int4Codes:
     shapes = {tuple(code.q.shape) for code in codes}
     if len(shapes) != 1 or len(next(iter(shapes))) != 2:
         found = ", ".join(str(list(shape)) for shape in sorted(shapes)) or "none"
-        raise ValueError(f"the experts' weights have shapes {found}: pass one 2-D tensor an expert, all of one shape")
+        raise ValueError(
+            f"the experts' weights have shapes {found}: pass one 2-D tensor for each expert, all of the same shape"
+        )
     same = _alike(codes)
     zeros = [code.zero for code in same if code.zero is not None]
     return Int4Codes(

@@ -11,9 +11,8 @@ from rich.table import Table
 
 from executorch_moe.backends.artifact.inspect import ArtifactReport, MethodReport, inspect_artifact
 from executorch_moe.backends.cuda.cross.report import OUR_PREFIX, CrossCompileReport
+from executorch_moe.export.host_memory import size as readable
 from executorch_moe.kernels.gpus import find_models
-
-from .sizes import size as readable
 
 
 def kernels_table(compiled: CrossCompileReport) -> Table:

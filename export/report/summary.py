@@ -15,13 +15,13 @@ from torch import nn
 from executorch_moe.backends.cuda.cross.report import CrossCompileReport
 from executorch_moe.backends.cuda.generated_kernels import AccessReport
 from executorch_moe.backends.fusion import FusionReport
+from executorch_moe.export.host_memory import size
 from executorch_moe.export.options import ExportOptions
 from executorch_moe.export.quantize.dense import stored_formats
 from executorch_moe.export.quantize.dense_torchao import stored_bytes
 from executorch_moe.kernels import SCHEMES
 
 from .metadata import stored_options
-from .sizes import size
 
 
 @dataclass

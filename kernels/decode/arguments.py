@@ -1,6 +1,6 @@
-"""Arguments of `one_token_attention`, `one_token_router` and `one_token_linear`, and the one check of each.
+"""Arguments of `one_token_attention`, `one_token_router` and `one_token_linear`, and their checks.
 
-The operators, their fakes and their CPU kernels share the checks, which read nothing but sizes, types and devices.
+The operators, their fakes and their CPU kernels share the checks, which depend only on shapes, dtypes and devices.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ import torch
 from torch import Tensor
 
 HEAD_DIMS = (32, 64, 128, 256)
-"""Tensor cores take halves of a head, powers of two from 16 on."""
+"""Supported sizes of a head. Tensor cores take half a head at a time, a power of two of at least 16."""
 MAX_EXPERTS = 1024
-"""The ranking is one program's work, quadratic in the experts."""
+"""One program ranks all experts, and its work is quadratic in their number."""
 MAX_HIDDEN = 8192
-"""The router's program holds a few whole rows in registers."""
+"""A program of the router holds a few whole rows in registers."""
 FLOATS = (torch.bfloat16, torch.float32, torch.float16)
 UNFUSED = "or compute this layer with transformers' modules"
 
 
 def fits_one_token(head_dim: int, hidden: int, experts: int) -> bool:
-    """True for a layer that the operators can do."""
+    """True if the operators support a layer of these sizes."""
     return head_dim in HEAD_DIMS and hidden <= MAX_HIDDEN and experts <= MAX_EXPERTS
 
 
 class AttentionArguments(NamedTuple):
-    """Arguments of `one_token_attention`, in its order."""
+    """Arguments of `op.one_token_attention`, in its order; its docstring gives shapes and dtypes."""
 
     hidden: Tensor
     update: Tensor | None
@@ -46,7 +46,7 @@ class AttentionArguments(NamedTuple):
 
 
 class RouteArguments(NamedTuple):
-    """Arguments of `one_token_router`, in its order."""
+    """Arguments of `op.one_token_router`, in its order; its docstring gives shapes and dtypes."""
 
     x: Tensor
     weight: Tensor
@@ -59,7 +59,7 @@ class RouteArguments(NamedTuple):
 
 
 def check_one_token_attention(arguments: AttentionArguments) -> None:
-    """Check every argument of `one_token_attention`; shapes and dtypes as in its docstring.
+    """Check every argument of `one_token_attention` against its docstring.
 
     Raises:
         ValueError: a dtype, shape, device, layout or value that the operator does not accept.
@@ -67,7 +67,7 @@ def check_one_token_attention(arguments: AttentionArguments) -> None:
     hidden, update, norm, weight, scale, q_norm, k_norm, cos, sin, position, key, value, scaling, eps = arguments
     h = _check_row("hidden", hidden)
     if update is not None:
-        _check_shape("update", update, hidden.shape, "it is what the layer before adds to hidden")
+        _check_shape("update", update, hidden.shape, "it is the output of the previous layer's experts")
         _check_dtype("update", update, (torch.bfloat16,))
     _check_numbers("norm", norm, h, "one weight for each of the H elements of hidden")
     for name, cache in (("key", key), ("value", value)):
@@ -82,7 +82,7 @@ def check_one_token_attention(arguments: AttentionArguments) -> None:
         raise ValueError(f"key has heads of D={head_dim}, expected one of {HEAD_DIMS}: use such a model, {UNFUSED}")
     if context * head_dim >= 2**31:
         raise ValueError(
-            f"key has C={context} of D={head_dim}, expected less than 2^31 elements a head: shorten the cache"
+            f"key has C={context} positions of D={head_dim}, expected fewer than 2^31 numbers a head: shorten the cache"
         )
     _check_matrix("weight", weight, scale, h)
     rows = weight.shape[0]
@@ -90,7 +90,7 @@ def check_one_token_attention(arguments: AttentionArguments) -> None:
     if rows % head_dim or heads < 1 or heads % kv_heads:
         raise ValueError(
             f"weight has {rows} rows, expected (heads + 2 * kv_heads) * D with kv_heads={kv_heads}, D={head_dim} and "
-            "heads a multiple of kv_heads: put the projections of query, key and value below each other"
+            "heads a multiple of kv_heads: concatenate the projections of query, key and value in this order"
         )
     for name, t in (("q_norm", q_norm), ("k_norm", k_norm)):
         _check_numbers(name, t, head_dim, "one weight for each of the D elements of a head")
@@ -105,20 +105,20 @@ def check_one_token_attention(arguments: AttentionArguments) -> None:
 
 
 def check_position(position: Tensor, context: int) -> None:
-    """Check the value of `one_token_attention`'s position, where it can be read without waiting for a device.
+    """Check the value of `one_token_attention`'s position, which is possible on the CPU only.
 
     Raises:
-        ValueError: it is negative, or behind the cache.
+        ValueError: it is negative or greater than `context`.
     """
     if not 0 <= int(position) <= context:
         raise ValueError(
             f"position={int(position)} must be from 0 to the C={context} positions of the cache: "
-            "count the tokens of the text, or use a larger cache"
+            "pass the number of tokens before this one, or use a larger cache"
         )
 
 
 def check_one_token_router(arguments: RouteArguments) -> None:
-    """Check every argument of `one_token_router`; shapes and dtypes as in its docstring.
+    """Check every argument of `one_token_router` against its docstring.
 
     Raises:
         ValueError: a dtype, shape, device, layout or value that the operator does not accept.
@@ -148,7 +148,7 @@ def check_one_token_router(arguments: RouteArguments) -> None:
 
 
 def check_one_token_linear(x: Tensor, weight: Tensor, scale: Tensor | None) -> None:
-    """Check every argument of `one_token_linear`; shapes and dtypes as in its docstring.
+    """Check every argument of `one_token_linear` against its docstring.
 
     Raises:
         ValueError: a dtype, shape, device or layout that the operator does not accept.
@@ -176,7 +176,7 @@ def _check_shape(name: str, t: Tensor, expected: tuple[int, ...], remedy: str) -
 
 
 def _check_row(name: str, t: Tensor) -> int:
-    """Checks bf16 [1, 1, columns] and returns the columns."""
+    """Checks a bf16 tensor [1, 1, columns] and returns the number of columns."""
     _check_dtype(name, t, (torch.bfloat16,))
     if t.dim() != 3 or tuple(t.shape[:2]) != (1, 1) or t.shape[2] < 1:
         raise ValueError(f"{name} has shape {list(t.shape)}, expected [1, 1, columns]: pass one token of one text")
@@ -184,14 +184,14 @@ def _check_row(name: str, t: Tensor) -> int:
 
 
 def _check_numbers(name: str, t: Tensor, count: int, remedy: str) -> None:
-    """Checks floats of any shape by their number."""
+    """Checks a float tensor of any shape by its number of elements."""
     _check_dtype(name, t, FLOATS)
     if t.numel() != count:
         raise ValueError(f"{name} has shape {list(t.shape)}, expected {count} elements: pass {remedy}")
 
 
 def _check_matrix(name: str, weight: Tensor, scale: Tensor | None, columns: int) -> None:
-    """Checks int8 or bf16 [N, columns] and its scales, fp32 [N]."""
+    """Checks a weight, int8 or bf16 [N, columns], and its scales, fp32 [N] or None."""
     _check_dtype(name, weight, (torch.int8, torch.bfloat16))
     if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != columns:
         raise ValueError(
@@ -204,11 +204,11 @@ def _check_matrix(name: str, weight: Tensor, scale: Tensor | None, columns: int)
 
 def _check_eps(eps: float) -> None:
     if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps={eps} must be a finite number, 0 or more: pass the norm's own, as 1e-6")
+        raise ValueError(f"eps={eps} must be a finite number, 0 or more: pass that of the norm, as 1e-6")
 
 
 def _check_layout(first: str, where: Tensor, arguments: dict[str, object], stored: tuple[str, ...]) -> None:
-    """Checks that all tensors are on one device, and that weights and caches are contiguous."""
+    """Checks that all tensors are on one device, and that weights and caches (`stored`) are contiguous."""
     for name, t in arguments.items():
         if not isinstance(t, Tensor):
             continue

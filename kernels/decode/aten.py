@@ -1,4 +1,4 @@
-"""`one_token_attention`, `one_token_router` and `one_token_linear` in plain ATen: for the CPU, run and traced."""
+"""`one_token_attention`, `one_token_router` and `one_token_linear` in ATen, for running and tracing on the CPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .arguments import AttentionArguments, RouteArguments
 
 
 def one_token_attention_aten(arguments: AttentionArguments) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator in plain ATen: fp32, rounded where the kernels round."""
+    """`op.one_token_attention` in ATen: fp32, rounded to bf16 where the kernels round."""
     hidden, update, norm, weight, scale, q_norm, k_norm, cos, sin, position, key, value, scaling, eps = arguments
     summed = hidden.clone() if update is None else hidden + update
     x = summed.float()
@@ -19,43 +19,43 @@ def one_token_attention_aten(arguments: AttentionArguments) -> tuple[Tensor, Ten
     _, kv_heads, context, head_dim = key.shape
     rows = qkv.reshape(-1, head_dim).float()
     heads = rows.shape[0] - 2 * kv_heads
-    wave = cos.flatten().float(), sin.flatten().float()
-    query = _normed_and_turned(rows[:heads], q_norm.flatten().float(), *wave, eps).to(hidden.dtype)
-    new_key = _normed_and_turned(rows[heads : heads + kv_heads], k_norm.flatten().float(), *wave, eps).to(hidden.dtype)
+    angles = cos.flatten().float(), sin.flatten().float()
+    query = _norm_and_rotate(rows[:heads], q_norm.flatten().float(), *angles, eps).to(hidden.dtype)
+    new_key = _norm_and_rotate(rows[heads : heads + kv_heads], k_norm.flatten().float(), *angles, eps).to(hidden.dtype)
     new_value = rows[heads + kv_heads :].to(hidden.dtype)
     keys = torch.cat([key[0].float(), new_key[:, None].float()], 1)  # [kv_heads, C + 1, D]
     values = torch.cat([value[0].float(), new_value[:, None].float()], 1)
     scores = query.float().unflatten(0, (kv_heads, -1)) @ keys.transpose(1, 2) * scaling
     at = torch.arange(context + 1, device=key.device)
-    seen = (at < position) | (at == context)
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-    # What was not written may be anything, NaN as well.
-    out = weights @ values.masked_fill(~seen[:, None], 0.0)
+    visible = (at < position) | (at == context)
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    # Cache positions that were not written may hold NaN.
+    out = weights @ values.masked_fill(~visible[:, None], 0.0)
     new = torch.stack([new_key, new_value])[:, None, :, None]
     return summed, out.to(hidden.dtype).reshape(1, 1, -1), new
 
 
-def _normed_and_turned(x: Tensor, norm: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+def _norm_and_rotate(x: Tensor, norm: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * norm
     low, high = x.chunk(2, -1)
     return torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
 
 
 def one_token_router_aten(arguments: RouteArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operator in plain ATen: fp32, rounded where the kernel rounds."""
+    """`op.one_token_router` in ATen: fp32, rounded to bf16 where the kernels round."""
     x, weight, scale, residual, norm, router, top_k, eps = arguments
     y = x.float() @ weight.float().T
     out = (y if scale is None else y * scale).to(x.dtype) + residual
     row = out[0].float()
     normed = (row * torch.rsqrt(row.pow(2).mean(-1, keepdim=True) + eps) * norm.float()).to(x.dtype)
     logits = (normed.float() @ router.float().T).to(x.dtype).float()
-    # Sorted and stable: of equal logits the lower expert comes first. NaN ranks as infinity.
+    # A stable sort puts the lower of experts with equal logits first. NaN ranks as infinity.
     ranked = logits.masked_fill(logits != logits, torch.inf)
     order = torch.sort(ranked, dim=-1, descending=True, stable=True).indices[:, :top_k]
     return out, normed, logits.gather(-1, order).softmax(-1), order
 
 
 def one_token_linear_aten(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-    """The operator in plain ATen: fp32, rounded at the end."""
+    """`op.one_token_linear` in ATen: fp32, rounded to bf16 at the end."""
     y = x.float() @ weight.float().T
     return (y if scale is None else y * scale).to(x.dtype)

@@ -1,12 +1,13 @@
-"""What stands around the experts of a decoder layer, for one token: two operators of two launches each, and one of one.
+"""Kernels for decoding one token: everything in a decoder layer except the experts.
 
-A decode step at batch 1 is a chain of short kernels, each of which costs its launch. `one_token_attention` is norm, the
-projection of query, key and value, their norm and rotation, and attention over the cache; `one_token_router` is the output
-projection with the residual, norm, the router's product, top-k and the softmax; `one_token_linear` is a matrix-vector
-product alone. In the first two, the last program of the second launch to arrive puts together what all of them wrote,
-in fixed order: the same input gives the same bits. What counts the arrivals is set to zero by the first launch.
+A decode step at batch 1 is a chain of short kernels, and each launch costs time. So each operator fuses several steps:
+    one_token_attention  norm; projection of query, key and value; their norm and rotation; attention over the cache
+    one_token_router     output projection plus residual; norm; router; top-k; softmax
+    one_token_linear     a matrix-vector product
+The first two take two launches. In the second one, the last program to finish combines the results of all programs in a
+fixed order, so the same input gives the same bits. The first launch sets the counter of finished programs to zero.
 
-Letters: H hidden size, D head_dim, G query heads to a key/value head, C positions in the cache, E experts.
+Letters: H hidden size, D head_dim, G query heads of a key/value head, C positions of the cache, E experts.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def dot_bytes(a, b, PTX: tl.constexpr):
 
 @triton.jit
 def two_bytes(x, unit, SIZE: tl.constexpr):
-    """fp32 [SIZE] as 256 * high + low units, int8 both: words of four highs and of four lows, int32 [SIZE/4] each."""
-    # Adding 1.5 * 2^23 leaves the nearest integer in the lowest bits.
+    """fp32 [SIZE] as 256 * high + low units, int8 both: words of four highs, and of four lows, int32 [SIZE/4] each."""
+    # Adding 1.5 * 2^23 puts the nearest integer into the lowest bits.
     units = (x / unit + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
     high = (units + 128) >> 8
     low = units - (high << 8)
@@ -53,16 +54,17 @@ def load_pieces(
     w_ptr, row, first,
     N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Columns from `first` on of BLOCK_N rows from `row` on, of a matrix [N, K], in pieces: [STEPS, BLOCK_N, BLOCK_K].
+    """STEPS * BLOCK_K columns, from `first` on, of BLOCK_N rows, from `row` on, of a matrix [N, K].
 
-    Loaded as a matrix of STEPS * BLOCK_N rows, which warps take in turn: all pieces of a row are one warp's, and
-    nothing is summed across warps. Loaded as three dimensions, Triton 3.7 gives warps to the pieces.
+    Returns [STEPS, BLOCK_N, BLOCK_K]. Loaded as a matrix of STEPS * BLOCK_N rows, which Triton distributes over warps:
+    one warp gets all pieces of a row, so nothing is summed across warps. With a load of three dimensions, Triton 3.7
+    distributes the pieces over warps.
     """
     index = tl.arange(0, STEPS * BLOCK_N)
     near = index % BLOCK_N
     columns = first + (index // BLOCK_N)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     inside = (row + near < N)[:, None] & (columns < K)
-    # 64 bits for the first row only: a vocabulary's matrix may have more elements than 32 bits count.
+    # 64 bits for the first row only: the matrix of a vocabulary may have more elements than 32 bits can address.
     w = tl.load(w_ptr + row.to(tl.int64) * K + (near[:, None] * K + columns), mask=inside, other=0)
     return w.reshape(STEPS, BLOCK_N, BLOCK_K)
 
@@ -70,7 +72,7 @@ def load_pieces(
 @triton.jit
 def moe_one_token_matvec(
     x_ptr,  # bf16 [K]
-    add_ptr,  # bf16 [K], HAS_ADD only: x + add is what is multiplied
+    add_ptr,  # bf16 [K], HAS_ADD only: added to x
     norm_ptr,  # bf16 [K], HAS_NORM only: weight of the RMS norm
     w_ptr,  # int8 or bf16 [N, K]
     scale_ptr,  # fp32 [N], HAS_SCALE only
@@ -78,7 +80,7 @@ def moe_one_token_matvec(
     sum_ptr,  # bf16 [K], HAS_NORM only: x + add
     out_ptr,  # bf16 [N]
     arrivals_ptr,  # int32 [NUM_ARRIVALS], set to zero
-    position_ptr, key_ptr, value_ptr,  # HAS_AHEAD only: what the next launch reads without waiting for this one
+    position_ptr, key_ptr, value_ptr,  # HAS_AHEAD only: the next launch reads them before its wait
     EPS: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr, BLOCK_K: tl.constexpr,
     NUM_ARRIVALS: tl.constexpr,
@@ -87,9 +89,9 @@ def moe_one_token_matvec(
 ):  # fmt: skip
     """out = W @ norm(x + add) * scale + residual; program i does rows [i * BLOCK_N, (i + 1) * BLOCK_N).
 
-    The norm's factor is one number, so it is applied to the sums. A chunk of K is STEPS pieces of BLOCK_K; the piece of
-    a row is a warp's, so no product is summed across warps. int8 weights stay as they are: x comes as 16-bit integers,
-    in units of the chunk's largest / 32512, which is finer than bf16 is for numbers from 1/64 of that on.
+    The norm's factor is one number, so it is applied to the sums. A chunk of K is STEPS pieces of BLOCK_K; one warp has
+    all pieces of a row, so nothing is summed across warps. int8 weights are multiplied as int8: x becomes 16-bit
+    integers in units of the chunk's largest value / 32512, which is finer than bf16 for values from 1/64 of it on.
     """
     INT8: tl.constexpr = (w_ptr.dtype.element_ty == tl.int8) & (K % 4 == 0)
     CHUNK: tl.constexpr = STEPS * BLOCK_K
@@ -112,7 +114,7 @@ def moe_one_token_matvec(
         inside = offs_k < K
         if HAS_NORM:
             norm = tl.load(norm_ptr + offs_k, mask=inside, other=0.0)
-        if chunk == 0:  # the first weights are on their way by now
+        if chunk == 0:  # the loads of the first weights are in flight
             if HAS_SCALE:
                 scale = tl.load(scale_ptr + offs_n, mask=rows, other=0.0)
             zero = launches_before(True, PTX)
@@ -151,7 +153,7 @@ def moe_one_token_matvec(
         arrivals = tl.arange(0, NUM_ARRIVALS)
         tl.store(arrivals_ptr + arrivals, tl.zeros_like(arrivals), mask=(arrivals >= 0) & (program == 0))
     if HAS_AHEAD and program == 0:
-        # Whoever orders the launches sees by this that they must be written before this one.
+        # Inductor orders launches by their reads and writes: these reads keep writes to the cache before this launch.
         tl.load(position_ptr + zero, volatile=True)
         tl.load(key_ptr + zero, volatile=True)
         tl.load(value_ptr + zero, volatile=True)
@@ -159,16 +161,16 @@ def moe_one_token_matvec(
 
 @triton.jit
 def load_halves(ptr, HALF: tl.constexpr):
-    """A vector of a head as two halves, fp32 [1, D/2] each."""
+    """A vector of one head as two halves, fp32 [1, D/2] each."""
     offs = tl.arange(0, HALF)[None, :]
     return tl.load(ptr + offs).to(tl.float32), tl.load(ptr + HALF + offs).to(tl.float32)
 
 
 @triton.jit
-def normed_and_turned(
+def norm_and_rotate(
     low, high, norm_low, norm_high, cos_ptr, sin_ptr, EPS: tl.constexpr, HALF: tl.constexpr, PTX: tl.constexpr
 ):  # fmt: skip
-    """RMS norm and rotation of rows given as two halves, fp32 [R, D/2] each; rounded to bf16 once, held as fp32.
+    """RMS norm and rotation of rows in two halves, fp32 [R, D/2] each; rounded to bf16 once and returned as fp32.
 
     The rotation of (a, b) is (a cos - b sin, b cos + a sin).
     """
@@ -229,17 +231,16 @@ def moe_one_token_attention(
 
     The last part is the token itself, whose key and value are not in the cache yet.
 
-    `position`, the keys and the values are read before the wait. That is allowed because they are complete before this
-    kernel can start, wherever they come from (an earlier step's or prefill's write to the cache, a kernel that computes
-    the position):
-    1. The operator's first launch, `moe_one_token_matvec`, takes the three tensors too and reads them behind its wait
-       (HAS_AHEAD). Whoever orders launches by their arguments, as Inductor does, puts each write to them before that
-       launch, or, if it belongs to this token, behind this kernel, which reads them as well.
-    2. Launches between `moe_one_token_matvec` and this kernel, if Inductor puts any there, therefore write none of them.
-    3. This kernel starts when all programs of the launch before it have ended or have called `launch_dependents`. Our
-       kernels call that behind their own wait, and others never call it. So by then every launch before the one before
-       it has ended, and its writes are visible: `moe_one_token_matvec` is that one, or has itself ended, and all launches
-       before `moe_one_token_matvec` have ended in both cases.
+    `position`, keys and values are read before the wait. That is safe because they are complete before this kernel can
+    start, whatever wrote them (the cache update of an earlier step or of prefill, a kernel that computes the position):
+    1. The operator's first launch, `moe_one_token_matvec`, also takes the three tensors and reads them after its wait
+       (HAS_AHEAD). Inductor orders launches by their arguments, so each write to them comes before that launch, or, if
+       it belongs to this token, after this kernel, which reads them too.
+    2. So launches that Inductor may put between `moe_one_token_matvec` and this kernel write none of them.
+    3. This kernel starts when all programs of the previous launch have ended or have called `launch_dependents`. Our
+       kernels call it after their own wait; others never call it. So by then all launches before the previous one have
+       ended, and their writes are visible. `moe_one_token_matvec` is the previous launch or has ended; in both cases
+       all launches before it have ended.
     """
     head, part = tl.program_id(0), tl.program_id(1)
     D: tl.constexpr = 2 * HALF
@@ -248,7 +249,7 @@ def moe_one_token_attention(
     real = group < GROUPS
     offs_h, offs_d = tl.arange(0, HALF), tl.arange(0, D)
 
-    # The first keys and values are on their way before the query is.
+    # The first keys and values are loaded before the wait for the query.
     length = tl.minimum(tl.load(position_ptr), C).to(tl.int32)  # positions in the cache
     key_ptr += head.to(tl.int64) * (C * D)
     value_ptr += head.to(tl.int64) * (C * D)
@@ -261,7 +262,7 @@ def moe_one_token_attention(
     cos_ptr += zero
     sin_ptr += zero
     arrivals_ptr += zero
-    # What is stored may be known before the wait: its address is not.
+    # Only the address keeps stores of constants after the wait.
     new_ptr += zero
     partial_ptr += zero
     max_ptr += zero
@@ -271,7 +272,7 @@ def moe_one_token_attention(
     q_rows = (head * GROUPS + group)[:, None] * D + offs_h[None, :]
     q_low = tl.load(qkv_ptr + q_rows, mask=real[:, None], other=0.0).to(tl.float32)
     q_high = tl.load(qkv_ptr + q_rows + HALF, mask=real[:, None], other=0.0).to(tl.float32)
-    q_low, q_high = normed_and_turned(q_low, q_high, norm_low, norm_high, cos_ptr, sin_ptr, EPS, HALF, PTX)
+    q_low, q_high = norm_and_rotate(q_low, q_high, norm_low, norm_high, cos_ptr, sin_ptr, EPS, HALF, PTX)
 
     rows = part * HEADS + head * GROUPS + group
     if part == SPLITS:
@@ -279,7 +280,7 @@ def moe_one_token_attention(
         new_low = tl.load(qkv_ptr + k_rows).to(tl.float32)
         new_high = tl.load(qkv_ptr + k_rows + HALF).to(tl.float32)
         norm_low, norm_high = load_halves(k_norm_ptr, HALF)
-        new_low, new_high = normed_and_turned(new_low, new_high, norm_low, norm_high, cos_ptr, sin_ptr, EPS, HALF, PTX)
+        new_low, new_high = norm_and_rotate(new_low, new_high, norm_low, norm_high, cos_ptr, sin_ptr, EPS, HALF, PTX)
         new_v = tl.load(qkv_ptr + (HEADS + KV_HEADS + head) * D + offs_d)
         new_rows = head * D + offs_h[None, :]
         tl.store(new_ptr + new_rows, to_bf16(new_low, PTX))
@@ -300,7 +301,7 @@ def moe_one_token_attention(
             scores = dot_bf16(q_low_bf16, k_low.trans(), tl.zeros((G_PAD, BLOCK_T), dtype=tl.float32), PTX)
             scores = dot_bf16(q_high_bf16, k_high.trans(), scores, PTX) * SCALING
             scores = tl.where(seen[None, :], scores, -float("inf"))
-            higher = tl.maximum(best, tl.max(scores, axis=1))  # finite: a block has a position that is seen
+            higher = tl.maximum(best, tl.max(scores, axis=1))  # finite: each block has a valid position
             weights = tl.exp(scores - higher[:, None])
             shrink = tl.exp(best - higher)
             total = total * shrink + tl.sum(weights, axis=1)
@@ -311,11 +312,11 @@ def moe_one_token_attention(
         tl.store(partial_ptr + rows[:, None] * D + offs_d[None, :], acc, mask=real[:, None])
         tl.store(max_ptr + rows, best, mask=real)
         tl.store(sum_ptr + rows, total, mask=real)
-    tl.debug_barrier()  # all threads' stores before the one thread's release
+    tl.debug_barrier()  # the stores of all threads must precede the release by one thread
     arrived = tl.atomic_add(arrivals_ptr + head, 1, sem="acq_rel", scope="gpu")
     if arrived == SPLITS:
-        # A thread has the same numbers of every part, so nothing is summed across threads, and all loads can be on
-        # their way at once. .cg: it was written by others.
+        # A thread has the same elements of every part, so nothing is summed across threads, and all loads can be in
+        # flight at once. .cg: other multiprocessors wrote this; L1 may be stale, L2 is not.
         query = head * GROUPS + tl.arange(0, G_POW2)
         mine = tl.arange(0, G_POW2) < GROUPS
         highest = tl.full((G_POW2,), -float("inf"), dtype=tl.float32)
@@ -350,10 +351,10 @@ def moe_one_token_router(
     H: tl.constexpr, E: tl.constexpr, E_POW2: tl.constexpr, TOP_K: tl.constexpr, BLOCK_E: tl.constexpr,
     STEPS: tl.constexpr, BLOCK_H: tl.constexpr, RANK_BLOCK: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """RMS norm, logits of BLOCK_E experts a program, then top-k and the softmax over the chosen by the last program.
+    """RMS norm and logits, BLOCK_E experts a program; the last program does top-k and the softmax over the chosen ones.
 
-    Logits are rounded to bf16, as a linear layer gives them; of equal ones the lower expert comes first. NaN ranks as
-    infinity: TOP_K different experts are chosen whatever the logits are, and the weights are NaN.
+    Logits are rounded to bf16, as a linear layer does; of experts with equal logits, the lower one comes first. NaN
+    ranks as infinity: TOP_K different experts are chosen for any logits, and the weights are NaN.
     """
     program = tl.program_id(0)
     PROGRAMS: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
@@ -381,7 +382,7 @@ def moe_one_token_router(
     if arrived == PROGRAMS - 1:
         expert = tl.arange(0, E_POW2)
         mine = tl.load(logits_ptr + expert, mask=expert < E, other=-float("inf"), cache_modifier=".cg")
-        # The place of an expert is how many come before it: one comparison with all, no chain of top_k maxima.
+        # An expert's place is the number of experts before it: one comparison with all, no chain of top_k maxima.
         rank = tl.where(mine == mine, mine, float("inf"))
         place = tl.zeros((E_POW2,), dtype=tl.int32)
         for first in tl.static_range(0, E_POW2, RANK_BLOCK):

@@ -1,4 +1,4 @@
-"""`one_token_attention`, `one_token_router` and `one_token_linear` as kernel launches; the kernels are in one_token.py."""
+"""`one_token_attention`, `one_token_router` and `one_token_linear` as launches of the kernels in kernels.py."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 import triton
 from torch import Tensor
 
-from executorch_moe.kernels.gpus import gpu_of
+from executorch_moe.kernels.gpus import Gpu, gpu_of
 from executorch_moe.kernels.launch import Launch
-from executorch_moe.kernels.tuning.configs import INTERPRETER_GPU, Gpu
+from executorch_moe.kernels.tuning.configs import INTERPRETER_GPU
 
 from .arguments import AttentionArguments, RouteArguments
 from .kernels import moe_one_token_attention, moe_one_token_matvec, moe_one_token_router
 
 ROUTER_ROWS = 4
-"""Experts of one program of the router."""
+"""Experts that a program of the router handles."""
 POSITIONS = 128
-"""Positions that a program of attention takes at a time."""
+"""Positions that a program of attention handles at a time."""
 MAX_CELLS = 16384
-"""Numbers that a program holds at once."""
+"""Numbers that a program can hold in registers at a time."""
 
 
 def run_one_token_linear(
@@ -32,7 +32,7 @@ def run_one_token_linear(
     gpu: Gpu | None = None,
     submit: Callable[[Launch], None] = Launch.run,
 ) -> Tensor:
-    """One launch; `gpu` and `submit` as for `plan.run_fused_experts`."""
+    """One launch; `gpu` and `submit` as in `experts.plan.run_fused_experts`."""
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
     submit(_matvec(x, None, None, weight, scale, None, out, out, None, 0.0, _ptx(gpu or _gpu(x))))
@@ -45,7 +45,7 @@ def run_one_token_attention(
     gpu: Gpu | None = None,
     submit: Callable[[Launch], None] = Launch.run,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Two launches; `gpu` and `submit` as for `plan.run_fused_experts`."""
+    """Two launches; `gpu` and `submit` as in `experts.plan.run_fused_experts`."""
     hidden, update, norm, weight, scale, q_norm, k_norm, cos, sin, position, key, value, scaling, eps = arguments
     hidden, update = hidden.contiguous(), None if update is None else update.contiguous()
     q_norm, k_norm, cos, sin = (t.contiguous() for t in (q_norm, k_norm, cos, sin))
@@ -103,7 +103,7 @@ def run_one_token_attention(
 def run_one_token_router(
     arguments: RouteArguments, *, gpu: Gpu | None = None, submit: Callable[[Launch], None] = Launch.run
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Two launches; `gpu` and `submit` as for `plan.run_fused_experts`."""
+    """Two launches; `gpu` and `submit` as in `experts.plan.run_fused_experts`."""
     x, weight, scale, residual, norm, router, top_k, eps = arguments
     x, residual = x.contiguous(), residual.contiguous()
     ptx = _ptx(gpu or _gpu(x))
@@ -145,15 +145,15 @@ def run_one_token_router(
 
 
 def row_pieces(columns: int, itemsize: int) -> tuple[int, int]:
-    """How many pieces a row is read in, a power of two, and columns of one: each thread of a warp reads 16 bytes."""
+    """Number of pieces of a row, a power of two, and columns of a piece: 16 bytes for each thread of a warp."""
     piece = min(512 // itemsize, triton.next_power_of_2(columns))
     return triton.next_power_of_2(-(-columns // piece)), piece
 
 
 def splits_of(gpu: Gpu, kv_heads: int, width: int) -> int:
-    """Parts of the cache for each head, a power of two: programs for half of the multiprocessors.
+    """Number of parts of the cache for each head, a power of two: programs for half of the multiprocessors.
 
-    No more than the last program can hold, which puts `width` numbers of each part together.
+    At most as many as the last program can combine; it holds `width` numbers of each part.
     """
     most = max(1, min(MAX_CELLS // width, gpu.num_sms // (2 * kv_heads)))
     return 1 << (most.bit_length() - 1)
@@ -185,9 +185,9 @@ def _matvec(
     ptx: int,
     ahead: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Launch:
-    """weight @ norm(x + add) * scale + residual; absent arguments are filled with a tensor that is never read."""
+    """weight @ norm(x + add) * scale + residual. For arguments that are None, a tensor that the kernel never reads."""
     n, k = weight.shape
-    # Rows of a program: enough programs to fill a large GPU at least once. Weights of a chunk: 128 a thread.
+    # Rows of a program: few enough that the programs fill a large GPU. Weights of a chunk: 128 a thread.
     block_n = 8 if n > 4096 else 4
     steps, block_k = row_pieces(k, weight.dtype.itemsize)
     steps = min(steps, max(1, MAX_CELLS // (block_k * block_n)))

@@ -1,15 +1,16 @@
-"""`one_token_attention`, `one_token_router`, `one_token_linear`: schemas, fakes, CPU kernels. See one_token_launches.py for CUDA.
+"""The operators `one_token_attention`, `one_token_router` and `one_token_linear`, their fakes and their CPU kernels.
 
-None writes to its arguments: the new key and value come back, and the caller puts them into the cache.
+None of them writes to its arguments. Attention returns the new key and value, and the caller writes them to the cache.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.library import triton_op
 
-from executorch_moe.kernels.inference_only import inference_only
+from executorch_moe.kernels.inference_only import inference_operator
 
 from .arguments import (
     AttentionArguments,
@@ -22,87 +23,64 @@ from .arguments import (
 from .arguments import fits_one_token as fits_one_token
 from .aten import one_token_attention_aten, one_token_linear_aten, one_token_router_aten
 from .launches import run_one_token_attention, run_one_token_linear, run_one_token_router
-from .launches import splits_of as splits_of
 
 
-@triton_op("executorch_moe::one_token_attention", mutates_args={})
-def one_token_attention(
-    hidden: Tensor,
-    update: Tensor | None,
-    norm: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    q_norm: Tensor,
-    k_norm: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+@inference_operator("one_token_attention", AttentionArguments)
+def one_token_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Norm, one projection of query, key and value, their norm and rotation, attention over the cache, for one token.
 
     Args:
-        hidden: bf16 [1, 1, H], or what is to be added to `update` to give it.
-        update: bf16 [1, 1, H] or None: the experts' output, which the layer before has not added yet.
-        norm: bf16 [H]. q_norm, k_norm: bf16, D elements.
-        weight: int8 or bf16 [(heads + 2 * kv_heads) * D, H]. scale: fp32, one for each row, or None.
-        cos, sin: float, D/2 elements: of the first half of a head, whose angles are those of the second half too.
-        position: int64 [1]; positions before it are read from the cache.
-        key, value: bf16 [1, kv_heads, C, D].
-        scaling: of the scores. eps: of the norms.
+        hidden: bf16 [1, 1, H]; the input is hidden + update.
+        update: bf16 [1, 1, H] or None: output of the previous layer's experts, if it is not added to `hidden` yet.
+        norm: float, H elements. q_norm, k_norm: float, D elements. fp32, bf16 or fp16.
+        weight: int8 or bf16 [(heads + 2 * kv_heads) * D, H], query, key and value projections. scale: fp32, one for
+            each row, or None.
+        cos, sin: float, D/2 elements, for the first half of a head; the second half has the same angles.
+        position: int64 [1]; attention reads the positions before it from the cache.
+        key, value: bf16 [1, kv_heads, C, D], the cache.
+        scaling: factor of the scores. eps: of the norms.
 
     Returns:
-        hidden + update, bf16 [1, 1, H]; attention's result, bf16 [1, 1, heads * D]; this token's key and value, bf16
-        [2, 1, kv_heads, 1, D].
+        hidden + update, bf16 [1, 1, H]; the result of attention, bf16 [1, 1, heads * D]; this token's key and value,
+        bf16 [2, 1, kv_heads, 1, D].
 
     Raises:
         ValueError: see `check_one_token_attention`; on the CPU also a position outside [0, C].
+        NotImplementedError: backward.
     """
-    arguments = AttentionArguments(
-        hidden, update, norm, weight, scale, q_norm, k_norm, cos, sin, position, key, value, scaling, eps
-    )
+    arguments = AttentionArguments(*args, **kwargs)
     check_one_token_attention(arguments)
-    if hidden.device.type == "cpu":  # opened while tracing for the CPU
+    if arguments.hidden.device.type == "cpu":  # only while tracing for the CPU
         return one_token_attention_aten(arguments)
     return run_one_token_attention(arguments)
 
 
-@triton_op("executorch_moe::one_token_router", mutates_args={})
-def one_token_router(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    residual: Tensor,
-    norm: Tensor,
-    router: Tensor,
-    top_k: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A projection with the residual, norm, and the routing of the result, for one token.
+@inference_operator("one_token_router", RouteArguments)
+def one_token_router(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A projection plus residual, its RMS norm, and the router's choice of experts for it, for one token.
 
     Args:
-        x: bf16 [1, 1, K]. residual: bf16 [1, 1, H]. norm: bf16 [H].
+        x: bf16 [1, 1, K]. residual: bf16 [1, 1, H]. norm: float, H elements.
         weight: int8 or bf16 [H, K]. scale: fp32 [H] or None.
-        router: bf16 [E, H]. top_k: experts of a token.
+        router: bf16 [E, H]. top_k: experts of a token. eps: of the norm.
 
     Returns:
-        The projection plus residual, bf16 [1, 1, H]; its norm, bf16 [1, H]; routing weights, fp32 [1, top_k], which sum
-        to 1; experts, int64 [1, top_k], which differ and are within [0, E) even where logits are NaN.
+        Projection plus residual, bf16 [1, 1, H]; its norm, bf16 [1, H]; routing weights, fp32 [1, top_k], which sum to
+        1; experts, int64 [1, top_k]. The experts differ from each other and are in [0, E) even if logits are NaN.
 
     Raises:
         ValueError: see `check_one_token_router`.
+        NotImplementedError: backward.
     """
-    arguments = RouteArguments(x, weight, scale, residual, norm, router, top_k, eps)
+    arguments = RouteArguments(*args, **kwargs)
     check_one_token_router(arguments)
-    return one_token_router_aten(arguments) if x.device.type == "cpu" else run_one_token_router(arguments)
+    on_cpu = arguments.x.device.type == "cpu"
+    return one_token_router_aten(arguments) if on_cpu else run_one_token_router(arguments)
 
 
-@triton_op("executorch_moe::one_token_linear", mutates_args={})
+@inference_operator("one_token_linear")
 def one_token_linear(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-    """A linear layer of one token.
+    """A linear layer for one token: x @ weight.T * scale.
 
     Args:
         x: bf16 [..., K], one row. weight: int8 or bf16 [N, K]. scale: fp32 [N] or None.
@@ -112,6 +90,7 @@ def one_token_linear(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
 
     Raises:
         ValueError: see `check_one_token_linear`.
+        NotImplementedError: backward.
     """
     check_one_token_linear(x, weight, scale)
     return one_token_linear_aten(x, weight, scale) if x.device.type == "cpu" else run_one_token_linear(x, weight, scale)
@@ -165,7 +144,3 @@ def _(*args):  # type: ignore[no-untyped-def]
 def _(x, weight, scale):  # type: ignore[no-untyped-def]
     check_one_token_linear(x, weight, scale)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-for operator in (one_token_attention, one_token_router, one_token_linear):
-    inference_only(operator)

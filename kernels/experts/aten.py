@@ -1,4 +1,4 @@
-"""`fused_experts` in ATen: the eager CPU kernel, and a traceable form for runtimes without the Triton kernels."""
+"""`fused_experts` in ATen: the eager CPU kernel, and a traceable form for exports to the CPU."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ from executorch_moe.kernels.schemes import (
 
 
 def quantize_activations(x: Tensor, act_group: int) -> Tensor:
-    """Round activations to int8 codes times one scale a group, as the W4A8 kernels do; returns fp32 [..., K].
+    """Round activations to int8 codes times one scale a group, as the kernels of w4a8 do.
 
     Args:
         x: float [..., K].
-        act_group: consecutive values that share a scale, the last of a row may be fewer; 0 returns `x` unchanged in
-            fp32. A group's scale is at least 1 / `max_scale_ratio` of the largest of its row.
+        act_group: number of consecutive values that share a scale; the last group of a row may be shorter. A group's
+            scale is at least the largest of its row divided by `max_scale_ratio`. 0: no rounding.
+
+    Returns:
+        fp32 [..., K].
     """
     x = x.to(torch.float32)
     if act_group == 0:
@@ -42,7 +45,7 @@ def quantize_activations(x: Tensor, act_group: int) -> Tensor:
 
 
 def _activate(projected: Tensor, activation: str) -> Tensor:
-    """[..., 2*Ip] with gate and up rows in runs of 8 -> the gated activation, [..., Ip]."""
+    """Gate and up rows in alternating runs of 8, [..., 2*Ip] -> the gated activation, [..., Ip]."""
     *lead, n = projected.shape
     runs = projected.reshape(*lead, n // (2 * GATE_UP_GRANULE), 2, GATE_UP_GRANULE)
     gate, up = runs.select(-2, 0), runs.select(-2, 1)
@@ -54,7 +57,7 @@ def _activate(projected: Tensor, activation: str) -> Tensor:
 
 
 def _expert_ffn(x: Tensor, w13: ExpertMatrix, w2: ExpertMatrix, arguments: ExpertArguments) -> Tensor:
-    """Batched expert: x fp32 [B, M, Hp], packed matrices of B experts -> fp32 [B, M, Hp]."""
+    """B experts at a time: x fp32 [B, M, Hp], packed matrices of the B experts -> fp32 [B, M, Hp]."""
     kind = get_scheme(arguments.scheme)
 
     def project(x: Tensor, matrix: ExpertMatrix, gemm: int) -> Tensor:
@@ -69,9 +72,13 @@ def _expert_ffn(x: Tensor, w13: ExpertMatrix, w2: ExpertMatrix, arguments: Exper
 def fused_experts_aten(arguments: ExpertArguments) -> Tensor:
     """`fused_experts` as a static graph of ATen operators that ExecuTorch's CPU runtime has.
 
-    Two forms, by what is cheaper and known at trace time: a fixed number of pairs below E gathers the experts it needs
-    (decode); else every expert runs on every token and the routing weights, zero for experts not chosen, select. Peak
-    memory is one dequantized layer in fp32 (or top_k of its experts).
+    If the number of pairs is known at trace time and below E (decode), the graph gathers the experts of each pair.
+    Otherwise every expert runs on every token, and the results are summed with the routing weights, which are zero for
+    experts that a token did not choose. Peak memory is the dequantized fp32 weights of one layer, or of the gathered
+    experts.
+
+    Returns:
+        bf16 [T, H].
     """
     hidden_states, topk_ids, topk_weights = arguments[:3]
     num_tokens, h = hidden_states.shape
@@ -101,7 +108,7 @@ def fused_experts_aten(arguments: ExpertArguments) -> Tensor:
 
 
 def fused_experts_cpu(arguments: ExpertArguments) -> Tensor:
-    """Eager CPU kernel: one dequantized expert at a time, only experts that have tokens."""
+    """Eager CPU kernel: dequantizes one expert at a time, and only experts that have tokens. Returns bf16 [T, H]."""
     hidden_states, topk_ids, topk_weights = arguments[:3]
     h = hidden_states.shape[1]
     x = pad(hidden_states.float(), (0, round_up(h, K_BLOCK) - h))
@@ -113,6 +120,6 @@ def fused_experts_cpu(arguments: ExpertArguments) -> Tensor:
         one = slice(expert, expert + 1)
         w13, w2 = (arguments.matrix(gemm).map(lambda t: t[one]) for gemm in (1, 2))  # noqa: B023 used at once
         y = _expert_ffn(x[token].unsqueeze(0), w13, w2, arguments)
-        # A token chooses an expert at most once in practice; index_add_ stays right if ids repeat.
+        # index_add_ is also right if a token names an expert twice.
         out.index_add_(0, token, topk_weights[token, slot].float()[:, None] * y[0])
     return out[:, :h].to(hidden_states.dtype).contiguous()

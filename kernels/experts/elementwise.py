@@ -1,4 +1,4 @@
-"""Passes over activations around the GEMMs: int8 quantization before, the sum over top_k after."""
+"""Passes over activations: int8 quantization before a GEMM, and the sum over top_k after GEMM2."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def moe_quantize_rows(
     K: tl.constexpr, KP: tl.constexpr, ACT_GROUP: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS_POW2: tl.constexpr,
     MAX_RATIO: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Quantize one row: q = round-half-even(x / scale), scale of a group = max |x| / 127, but at least that of the
-    row's largest group / MAX_RATIO.
+    """Quantize one row to int8: q = round-half-even(x / scale).
 
-    Each token once, whatever its number of experts; the GEMM gathers the quantized rows. The middle two of every four
-    values are swapped, as in the packed weights (packing.py).
+    A group's scale is max |x| / 127, but at least the largest scale of its row / MAX_RATIO.
+    Each token is quantized once, and the GEMM gathers its row for each of its experts. The middle two of every four
+    values are swapped, as in the packed weights (packing/fragments.py).
     """
     x_ptr += launches_before(False, PTX)
     row = tl.program_id(0).to(tl.int64)
@@ -30,7 +30,7 @@ def moe_quantize_rows(
     largest = tl.max(tl.abs(x), axis=1)
     largest = tl.maximum(largest, tl.max(largest, axis=0) / MAX_RATIO)
     scale = tl.maximum(largest / 127.0, 1e-12)
-    # Adding and taking away 1.5 * 2^23 rounds to the nearest even integer in fp32.
+    # Adding and subtracting 1.5 * 2^23 rounds to the nearest even integer in fp32.
     q = (x / scale[:, None] + 12582912.0) - 12582912.0
     swapped = q.reshape(GROUPS_POW2, ACT_GROUP // 4, 2, 2).permute(0, 1, 3, 2).reshape(GROUPS_POW2, ACT_GROUP)
     tl.store(q_ptr + row * KP + offs, swapped.to(tl.int8), mask=offs < KP)
@@ -39,12 +39,12 @@ def moe_quantize_rows(
 
 @triton.jit
 def moe_sum_pairs(
-    y_ptr,  # bf16 [P, H]: weighted expert outputs, undefined for dropped pairs
+    y_ptr,  # bf16 [P, H]: weighted expert outputs; undefined for dropped pairs
     topk_ids_ptr,  # int32 or int64 [P]
     out_ptr,  # bf16 [T, H]
     H: tl.constexpr, TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, BLOCK_H: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Sum a token's top_k pair outputs in fp32, always in the order of its choices."""
+    """Sum a token's top_k pair outputs in fp32, in the order of its choices."""
     zero = launches_before(False, PTX)
     y_ptr += zero
     topk_ids_ptr += zero

@@ -1,7 +1,7 @@
 """The few-token GEMM kernel: GEMM1 and GEMM2 without routing lists.
 
-Each program finds the rows of its tile from the expert ids (a cache line or two), which saves a launch. Letters: see
-tile.py.
+Each program finds the rows of its tile itself from the expert ids, which are one or two cache lines. That saves the
+launch of routing. tile.py explains the letters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .tile import gemm_tile
 def chosen_experts(
     topk_ids_ptr, num_tokens, TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, TOKENS: tl.constexpr
 ):  # fmt: skip
-    """int32 [TOKENS]: bit i of a token is set if its choice i is an expert that is there."""
+    """int32 [TOKENS]: bit i of a token is set if its choice i is a valid expert, in [0, E)."""
     token = tl.arange(0, TOKENS)
     chosen = tl.zeros((TOKENS,), dtype=tl.int32)
     for slot in tl.static_range(TOP_K):
@@ -35,9 +35,9 @@ def sum_pairs_of_block(
     H: tl.constexpr, TOP_K: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_N: tl.constexpr,
     TOKENS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Sum over top_k (and the parts of K) for BLOCK_N columns of all tokens, in fixed order.
+    """Sum over top_k (and the parts of K) for BLOCK_N columns of all tokens, in a fixed order.
 
-    y: fp32 [SPLIT_K, P, H]. chosen: int32 [TOKENS], bit i of a token if its choice i is an expert that is there.
+    y: fp32 [SPLIT_K, P, H]. chosen: int32 [TOKENS] of `chosen_experts`.
     """
     token = tl.arange(0, TOKENS)
     offs = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -47,7 +47,7 @@ def sum_pairs_of_block(
         valid = (((chosen >> slot) & 1) != 0)[:, None] & (offs < H)[None, :]
         for split in tl.static_range(SPLIT_K):
             row = split * num_pairs + pair
-            # .cg: what other multiprocessors wrote is in L2.
+            # .cg: other multiprocessors wrote this; L1 may be stale, L2 is not.
             acc += tl.load(y_ptr + row[:, None] * H + offs[None, :], mask=valid, other=0.0, cache_modifier=".cg")
     wanted = (token < num_tokens)[:, None] & (offs < H)[None, :]
     tl.store(out_ptr + token[:, None] * H + offs[None, :], to_bf16(acc, PTX), mask=wanted)
@@ -64,7 +64,7 @@ def moe_few_tokens_gemm(
     y_ptr,  # GEMM1: bf16 [P, OUT_COLS]; GEMM2: fp32 [SPLIT_K, P, OUT_COLS]. In pair order
     pair_weight_ptr,  # float [P] routing weights, GEMM2 only
     topk_ids_ptr,  # int32 or int64 [P]
-    arrivals_ptr,  # int32 [N/BLOCK_N of GEMM2]: programs of an n block that are done; GEMM1 sets them to zero
+    arrivals_ptr,  # int32 [N/BLOCK_N of GEMM2]: finished programs of each n block; GEMM1 sets them to zero
     out_ptr,  # bf16 [T, OUT_COLS], GEMM2 only
     num_tokens,
     NUM_ARRIVALS: tl.constexpr, NUM_EXPERTS: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr,
@@ -74,11 +74,11 @@ def moe_few_tokens_gemm(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr, NUM_STAGES: tl.constexpr,
     UNROLL: tl.constexpr, SCALE_AFTER: tl.constexpr, SHORT: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """The same GEMMs without routing lists: program (n block, pair, part of K) does the row block that its pair leads.
+    """GEMM1 or GEMM2 without routing lists: program (n block, pair, part of K) does the row block that its pair leads.
 
-    PAIRS and TOKENS: powers of two from P and T on. SHORT: so few programs that they leave most of the GPU idle.
-    GEMM2 also sums over top_k: the last program of an n block to arrive adds what all of them wrote, in fixed order, so
-    the bits do not depend on which one it is.
+    PAIRS and TOKENS: the next powers of two of P and T. SHORT: the launch has so few programs that most of the GPU is
+    idle. GEMM2 also sums over top_k: the last program of an n block to finish adds the results of all of them in a
+    fixed order, so the bits do not depend on which program is last.
     """
     n_block, first_pair, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_pairs = num_tokens * TOP_K
@@ -87,13 +87,13 @@ def moe_few_tokens_gemm(
         topk_ids_ptr += zero
     expert = tl.load(topk_ids_ptr + first_pair).to(tl.int64)
     all_pairs = tl.arange(0, PAIRS)
-    if TOKENS == 1:  # whose experts differ: each pair leads. (One that is named twice is read twice, no more.)
+    if TOKENS == 1:  # a token's experts differ, so each pair leads; one that is named twice is only read twice
         before = 0
         leads = (expert >= 0) & (expert < NUM_EXPERTS)
     else:
         ids = tl.load(topk_ids_ptr + all_pairs, mask=all_pairs < num_pairs, other=-1)
         before, leads = leads_row_block(ids, expert, first_pair, NUM_EXPERTS, PAIRS, BLOCK_M)
-    if GEMM == 2:  # GEMM1 has waited for the experts, so they may be read, and these weights asked for, while it runs
+    if GEMM == 2:  # GEMM1 has waited for the expert ids, so they can be read and weights prefetched while it runs
         if SHORT and W_BITS == 4 and leads:
             fetch_weights(w_ptr, expert, n_block, split, N, KP, BLOCK_N, SPLIT_K)
         if SHORT:
@@ -101,7 +101,7 @@ def moe_few_tokens_gemm(
         zero = launches_before(SHORT, PTX)
     x_ptr += zero
     arrivals_ptr += zero
-    # A part of K that has no blocks stores zeros, which are known before the wait: their address is not.
+    # A part of K without blocks stores constant zeros: only the address keeps that store after the wait.
     y_ptr += zero
     out_ptr += zero
     if GEMM == 1:
@@ -125,7 +125,7 @@ def moe_few_tokens_gemm(
             GEMM, BLOCK_M, BLOCK_N, SPLIT_K, NUM_STAGES, UNROLL, SCALE_AFTER, True, PTX,
         )  # fmt: skip
     if GEMM == 2:
-        tl.debug_barrier()  # all threads' stores before the one thread's release
+        tl.debug_barrier()  # the stores of all threads must precede the release by one thread
         arrived = tl.atomic_add(arrivals_ptr + n_block, 1, sem="acq_rel", scope="gpu")
         if arrived == num_pairs * SPLIT_K - 1:
             if not SHORT:

@@ -1,6 +1,6 @@
-"""The grouped GEMM kernel: GEMM1 and GEMM2 over the row blocks that routing.py wrote to memory.
+"""The grouped GEMM kernel: GEMM1 and GEMM2 over the row blocks that routing wrote to memory.
 
-Letters: see tile.py.
+tile.py explains the letters.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ def moe_grouped_gemm(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_SIZE_M: tl.constexpr, NUM_STAGES: tl.constexpr,
     UNROLL: tl.constexpr, SCALE_AFTER: tl.constexpr, PERSISTENT: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """GEMM1 (gate+up with the activation) or GEMM2 (down with the routing weight) over the row blocks of routing.py.
+    """GEMM1 (gate+up with the activation) or GEMM2 (down with the routing weight) over the row blocks of routing.
 
-    PERSISTENT: any number of programs walk the tile list to the count on the device. Else program i does tile i, and
-    the grid must cover every tile. A tile is computed the same way in both, so the results are equal bit for bit.
+    PERSISTENT: any number of programs step through the tile list, whose length is read from memory. Otherwise program i
+    does tile i, and the grid must cover all tiles. Both compute a tile the same way, so the results are bit-identical.
 
-    WIDE_X: x has more elements than 32-bit offsets reach.
-    With less than PAIRS_FROM or more than PAIRS_TO pairs there is nothing to do: another launch, with tiles of another
-    height, is the one for that many.
+    WIDE_X: x has more elements than 32-bit offsets can address.
+    With fewer than PAIRS_FROM or more than PAIRS_TO pairs the kernel does nothing: another launch, with tiles of
+    another height, is for that number of pairs.
     """
     wanted = (num_pairs >= PAIRS_FROM) & (num_pairs <= PAIRS_TO)
-    # All the rest is behind the number of tiles that is read here.
+    # Everything below depends on the number of tiles, which is read after the wait.
     num_row_blocks = tl.load(num_row_blocks_ptr + launches_before(False, PTX), mask=wanted, other=0)
     num_tiles = num_row_blocks * (N // BLOCK_N)
     start = tl.program_id(0)
-    # One CTA per tile is the same loop with a stride that ends it after one tile.
+    # Without PERSISTENT, this step ends the loop after one tile.
     step = tl.num_programs(0) if PERSISTENT else tl.maximum(num_tiles, 1)
     for tile in tl.range(start, num_tiles, step):
         row_block, n_block = grouped_tile(tile, num_row_blocks, N // BLOCK_N, GROUP_SIZE_M)

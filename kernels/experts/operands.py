@@ -1,6 +1,6 @@
-"""Weight operands of the tensor-core mainloop: packed weights from memory, decoded into the registers of an MMA.
+"""Weight operands of the tensor-core mainloop: packed weights are loaded and decoded into the registers of an MMA.
 
-The packed layout (packing/fragments.py) is in the order of those registers.
+The packed layout (packing/fragments.py) has the order of those registers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def load_weight_block(w_ptr, kb, offs_n, N: tl.constexpr, W_BITS: tl.constexpr, 
 def fetch_weights(
     w_ptr, expert, n_block, split, N: tl.constexpr, KP: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr
 ):  # fmt: skip
-    """Bring a tile's packed weights, the first blocks of K, into L2: they are read, and thrown away."""
+    """Prefetch a tile's packed weights, up to the first eight K blocks, into L2: loads without a use."""
     KB: tl.constexpr = (KP // 128 + SPLIT_K - 1) // SPLIT_K
     words_ptr = w_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + expert * (N * KP // 8)
     offs = n_block * BLOCK_N * 16 + tl.arange(0, BLOCK_N * 16)
@@ -45,12 +45,12 @@ def fetch_weights(
 
 @triton.jit
 def broadcast_groups(s0, s1, s2, s3, INT8_ORDER: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Words of `load_groups` -> bf16 [BN, 32] for the nibbles 0..3 of the halfwords at that place."""
+    """Words of `load_groups` -> bf16 [BN, 32] for nibbles 0..3 of the halfword in the same place."""
     s0 = tl.broadcast_to(bf16_rows_of_pairs(s0, BLOCK_N)[:, None], (BLOCK_N, 32))
     s1 = tl.broadcast_to(bf16_rows_of_pairs(s1, BLOCK_N)[:, None], (BLOCK_N, 32))
     s2 = tl.broadcast_to(bf16_rows_of_pairs(s2, BLOCK_N)[:, None], (BLOCK_N, 32))
     s3 = tl.broadcast_to(bf16_rows_of_pairs(s3, BLOCK_N)[:, None], (BLOCK_N, 32))
-    if INT8_ORDER:  # nibbles alternate between the halves of the K block, columns from 16 on are the odd quarters
+    if INT8_ORDER:  # nibbles alternate between the halves of the K block; columns from 16 on are the odd quarters
         even_quarter = (tl.arange(0, 32) < 16)[None, :]
         low = tl.where(even_quarter, s0, s1)
         high = tl.where(even_quarter, s2, s3)
@@ -79,7 +79,7 @@ def weight_operand(
 ):  # fmt: skip
     """Decode int16 [BN, 32] into the bf16 operand [BN, 128]. Register moves only, no shuffles.
 
-    s0..s3, z0..z3: words of `load_groups`, scales and zeros. K is in natural order, or in that of `k_order`.
+    s0..s3, z0..z3: words of `load_groups`, scales and zeros. Columns are in natural order, or in that of `k_order`.
     """
     s0, s1, s2, s3 = broadcast_groups(s0, s1, s2, s3, INT8_ORDER, BLOCK_N)
     if HAS_ZERO:
@@ -93,17 +93,17 @@ def weight_operand(
 
 @triton.jit
 def code_operand(raw, BLOCK_N: tl.constexpr, PTX: tl.constexpr):
-    """`weight_operand` without scales: the codes -8..7 as bf16, exact."""
+    """`weight_operand` without scales: the codes -8..7 as bf16. Exact."""
     w0, w1, w2, w3 = decode_codes(natural_halfwords(raw, BLOCK_N), PTX)
     return join_quarters(w0, w1, w2, w3, BLOCK_N)
 
 
 @triton.jit
 def k_order(INT8_ORDER: tl.constexpr, COLUMNS: tl.constexpr):
-    """Position in its K block of each of the first columns of `weight_operand`: int32 [COLUMNS]."""
+    """Position in the K block of the first COLUMNS columns of `weight_operand`: int32 [COLUMNS]."""
     i = tl.arange(0, COLUMNS)
     if INT8_ORDER:
-        # Column (n, c, h, t, l) of the bf16 fragments holds k = (n % 2, c, h, t, n // 2, l) of the int8 ones.
+        # Column (n, c, h, t, l) of bf16 fragments holds k = (n % 2, c, h, t, n // 2, l) of int8 fragments.
         k = ((i >> 5) & 1) * 64 + ((i >> 3) & 3) * 16 + ((i >> 1) & 3) * 4 + (i >> 6) * 2 + (i & 1)
         return tl.max_contiguous(tl.multiple_of(k, 2), 2)
     else:

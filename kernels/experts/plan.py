@@ -1,4 +1,4 @@
-"""From the operator's arguments to kernel launches: which path, which buffers, which configuration."""
+"""From the operator's arguments to kernel launches: path, buffers and configurations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from executorch_moe.kernels.arguments import ExpertArguments
 from executorch_moe.kernels.gpus import Gpu, gpu_of
-from executorch_moe.kernels.launch import Launch as Launch
+from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.schemes import max_scale_ratio, round_up
 from executorch_moe.kernels.tuning.choose import (
     MAX_PAIRS,
@@ -33,16 +33,21 @@ from .problem import cdiv, needs_wide_offsets
 from .routing import moe_route_count, moe_route_scatter
 
 SHORT_WAVE = 3
-"""Programs of a multiprocessor up to which few-token launches are made for latency."""
+"""Few-token launches with at most this many programs a multiprocessor are optimized for latency."""
 
 
 def check_config(config: GemmConfig, gemm: int, n: int) -> None:
+    """Check that the tiles of GEMM `gemm` divide its N weight rows.
+
+    Raises:
+        ValueError: they do not.
+    """
     if n % config.block_n:
         raise ValueError(f"block_n={config.block_n} must divide N={n} of GEMM{gemm}: use block_n=128")
 
 
 def tile_constants(config: GemmConfig, constants: dict[str, Any]) -> dict[str, Any]:
-    """Constexprs of a configuration that both kernels share."""
+    """Constexprs of a configuration that both GEMM kernels share."""
     return {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -93,7 +98,7 @@ def run_few_tokens(p: Problem) -> Tensor:
                     "PAIRS": triton.next_power_of_2(p.num_pairs),
                     "TOKENS": triton.next_power_of_2(p.num_tokens),
                     "STRIDE_X": int(x.shape[1]),
-                    "ACT_GROUP": 0,  # a launch less, and more exact: here bytes are what counts
+                    "ACT_GROUP": 0,  # int8 takes one more launch and is less exact; weight bytes limit few tokens
                     "SPLIT_K": parts,
                     "SHORT": programs <= SHORT_WAVE * p.gpu.num_sms,
                 },
@@ -105,7 +110,7 @@ def run_few_tokens(p: Problem) -> Tensor:
 
 @dataclass
 class Routing:
-    """What routing leaves on the device; see routing.py."""
+    """The lists that routing writes on the device; see routing.py."""
 
     sorted_pair_ids: Tensor
     expert_offsets: Tensor
@@ -114,19 +119,22 @@ class Routing:
     num_row_blocks: Tensor
 
     def pointers(self) -> dict[str, Any]:
-        """The lists as the kernels name them."""
+        """The lists by the parameter names of the kernels."""
         return {f"{name}_ptr": tensor for name, tensor in vars(self).items()}
 
 
 def max_row_blocks(num_pairs: Any, num_experts: int, block_m: int) -> Any:
-    """Upper bound of the row blocks of any routing: every expert may end in a partial block."""
+    """Upper bound of the number of row blocks for any routing: each expert may end in a partial block."""
     bound = num_pairs // block_m + num_experts
     return min(bound, num_pairs) if isinstance(num_pairs, int) else bound
 
 
 def route_chunk(num_pairs: Any) -> int:
-    """Pairs that one routing program ranks: one program while that is enough, then a balance between ranking a chunk
-    (quadratic in its size) and summing the counts of all chunks (each program reads them all)."""
+    """Number of pairs that one routing program ranks.
+
+    One program for up to 256 pairs. Above, a balance between ranking a chunk, which is quadratic in its size, and
+    summing the counts of all chunks, which each program does.
+    """
     if not isinstance(num_pairs, int):
         return 256
     if num_pairs <= 256:
@@ -136,7 +144,7 @@ def route_chunk(num_pairs: Any) -> int:
 
 @dataclass(frozen=True)
 class Heights:
-    """Rows of a row block: block_m, or block_m_few with up to `few` pairs, or block_m_many with more than `many`."""
+    """Rows of a row block: block_m; block_m_few for up to `few` pairs; block_m_many for more than `many` pairs."""
 
     block_m: int
     few: int = -1
@@ -146,7 +154,7 @@ class Heights:
 
     @staticmethod
     def of(variants: tuple[Variant, ...]) -> Heights:
-        """Heights that serve up to three variants."""
+        """Heights for one, two or three variants."""
         heights = [v.gemm1.block_m for v in variants]
         if len(variants) == 1:
             return Heights(heights[0])
@@ -157,7 +165,7 @@ class Heights:
 
     @property
     def least(self) -> int:
-        """Of those that can occur, the smallest: it makes the most row blocks."""
+        """The smallest height that can occur; it gives the most row blocks."""
         found = [self.block_m]
         found += [self.block_m_few] if self.few >= 0 else []
         found += [self.block_m_many] if self.many < MAX_PAIRS else []
@@ -165,7 +173,7 @@ class Heights:
 
 
 def run_routing(p: Problem, heights: Heights) -> Routing:
-    """Two launches (one for few pairs); the row-block list is for tiles of these heights."""
+    """Two launches, or one for few pairs. The row-block list is for tiles of these heights."""
     e_pow2 = max(32, triton.next_power_of_2(p.num_experts))
     chunk = route_chunk(p.num_pairs)
     num_chunks = cdiv(p.num_pairs, chunk)
@@ -219,7 +227,7 @@ def run_routing(p: Problem, heights: Heights) -> Routing:
 
 
 def quantize_rows(p: Problem, x: Tensor, rows: Any, k: int, act_group: int) -> tuple[Tensor, Tensor]:
-    """One launch: int8 codes [rows, Kp] and fp32 scales [rows, Kp/act_group rounded up] of bf16 [rows, k]."""
+    """One launch: bf16 [rows, k] -> int8 codes [rows, Kp] and fp32 scales [rows, ceil(Kp / act_group)]."""
     k_pad = round_up(k, 128)
     groups = cdiv(k_pad, act_group)
     groups_pow2 = triton.next_power_of_2(groups)
@@ -248,7 +256,7 @@ def quantize_rows(p: Problem, x: Tensor, rows: Any, k: int, act_group: int) -> t
 def run_grouped_gemm(
     p: Problem, gemm: int, variants: tuple[Variant, ...], x: Tensor, rows: Any, out: Tensor, r: Routing
 ) -> None:
-    """GEMM1 or GEMM2 over the row blocks that routing wrote; a launch for each variant, of which one finds work."""
+    """GEMM1 or GEMM2 over the row blocks of routing: one launch for each variant, of which all but one do nothing."""
     constants = p.constants(gemm)
     act_group = p.scheme.act_group(gemm)
     scale = x
@@ -294,7 +302,11 @@ def run_grouped_gemm(
 
 
 def forced_variants(p: Problem) -> tuple[Variant, ...]:
-    """The variants to run: as chosen, or with the configurations that the options force."""
+    """The variants to run: those of the options, else those of the tables or heuristics.
+
+    Raises:
+        ValueError: forced configurations of both GEMMs differ in block_m.
+    """
     if p.options.variants is not None:
         return p.options.variants
     pairs = p.num_pairs if isinstance(p.num_pairs, int) else None
@@ -338,11 +350,12 @@ def run_fused_experts(
     gpu: Gpu | None = None,
     submit: Callable[[Launch], None] = Launch.run,
 ) -> Tensor:
-    """Run the expert layer with the Triton kernels; the operator, `op.fused_experts`, has checked the arguments.
+    """Run the expert layer with the Triton kernels. The arguments must be checked; `op.fused_experts` does that.
 
     Args:
-        options: forced choices. gpu: target instead of the tensors' device.
-        submit: what to do with each launch; the default runs it.
+        arguments: of the operator.
+        options: forced choices. gpu: to configure kernels for; None is the GPU of the tensors.
+        submit: called with each launch; the default runs it.
 
     Returns:
         bf16 [T, H].

@@ -14,13 +14,13 @@ from executorch_moe.kernels.arguments import ExpertArguments
 from executorch_moe.kernels.gpus import Gpu
 from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.packing.fragments import fragment_order
-from executorch_moe.kernels.schemes import get_activation, get_scheme, round_up
+from executorch_moe.kernels.schemes import K_BLOCK, get_activation, get_scheme
 from executorch_moe.kernels.shapes import LayerShape
 from executorch_moe.kernels.tuning.choose import Variant
 from executorch_moe.kernels.tuning.configs import GemmConfig
 
 OFFSETS_32_BITS = 2**32
-"""Elements that a GEMM addresses with unsigned 32-bit offsets. Offsets of 64 bits take twice the registers."""
+"""Elements that a GEMM can address with unsigned 32-bit offsets. 64-bit offsets take twice the registers."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,9 @@ class Options:
     Attributes:
         path: "grouped" or "few_tokens".
         persistent: False runs the one-CTA-per-tile schedule.
-        gemm1, gemm2: tile configurations. variants: of the grouped path, in place of them.
-        group_size_m: of the tile order, in place of the configuration's. tables: False leaves the choice to heuristics.
+        gemm1, gemm2: tile configurations. variants: of the grouped path; replace gemm1 and gemm2.
+        group_size_m: row blocks of a group in the tile order; replaces that of the configurations.
+        tables: False ignores the tuning tables.
     """
 
     path: str | None = None
@@ -45,7 +46,12 @@ class Options:
 
 @dataclass
 class Problem:
-    """The operator's arguments with the sizes that every launch needs."""
+    """The operator's arguments with the sizes that every launch needs.
+
+    Attributes:
+        ptx: compute capability for inline PTX, 0 under Triton's interpreter.
+        submit: called with each launch; the default runs it.
+    """
 
     arguments: ExpertArguments
     gpu: Gpu
@@ -57,20 +63,20 @@ class Problem:
         self.hidden_states, self.topk_ids, self.topk_weights = (t.contiguous() for t in self.arguments[:3])
         self.scheme = get_scheme(self.arguments.scheme)
         self.num_tokens = self.hidden_states.shape[0]
-        # int(): kernels are compiled for these, so a size that is traced as a symbol becomes a number here.
+        # int(): kernels are compiled for these sizes, so symbols of a trace become numbers.
         self.h, self.top_k = int(self.hidden_states.shape[1]), int(self.topk_ids.shape[1])
         self.num_pairs = self.num_tokens * self.top_k
         self.num_experts, w2 = int(self.arguments.w13.shape[0]), self.arguments.w2
-        self.h_pad = round_up(self.h, 128)
-        self.i_pad = int(w2.shape[1] * 128 if self.scheme.packed else w2.shape[2])
+        self.i_pad = int(w2.shape[1] * K_BLOCK if self.scheme.packed else w2.shape[2])
         self.group_size = self.arguments.group_size if self.scheme.packed else 0
-        self.layer = LayerShape(self.num_experts, self.top_k, self.h_pad, self.i_pad, self.group_size)
+        self.layer = LayerShape(self.num_experts, self.top_k, self.h, self.i_pad, self.group_size).padded()
+        self.h_pad = self.layer.hidden
 
     def empty(self, shape: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.hidden_states.device)
 
     def weights(self, gemm: int) -> dict[str, Any]:
-        """Pointer arguments of one GEMM's weights; absent ones are filled with a tensor that is never read."""
+        """Pointer arguments of one GEMM's weights. For those that are None, a tensor that the kernel never reads."""
         w, scale, zero, bias = self.arguments.matrix(gemm)
         return {
             "w_ptr": w,
@@ -80,12 +86,13 @@ class Problem:
         }
 
     def constants(self, gemm: int) -> dict[str, Any]:
-        """Constexprs that both mainloops share."""
+        """Constexprs that both GEMM kernels share."""
         matrix = self.arguments.matrix(gemm)
+        n, k_pad = self.layer.rows_and_k(gemm)
         return {
-            "N": 2 * self.i_pad if gemm == 1 else self.h_pad,
+            "N": n,
             "K": self.h if gemm == 1 else self.i_pad,
-            "KP": self.h_pad if gemm == 1 else self.i_pad,
+            "KP": k_pad,
             "OUT_COLS": self.i_pad if gemm == 1 else self.h,
             "TOP_K": self.top_k,
             "GROUP": self.group_size or 128,
@@ -104,9 +111,11 @@ def cdiv(a: Any, b: int) -> Any:
 
 
 def needs_wide_offsets(rows: Any, columns: int) -> bool:
-    """True if [rows, columns] may have more elements than 32-bit offsets reach.
+    """True if [rows, columns] may have more elements than 32-bit offsets can address.
 
-    rows: a number, or the symbol of a traced program, of which the bounds of its dimension are known.
+    Args:
+        rows: a number, or a symbol of a traced program, which knows the bounds of its dimension.
+        columns: a number.
     """
     fits = rows * columns <= OFFSETS_32_BITS
     return not (fits if isinstance(fits, bool) else statically_known_true(fits))

@@ -1,11 +1,11 @@
-"""Routing on the device: pairs sorted by expert, the list of row blocks and how many there are. No host read.
+"""Routing on the device, without reads by the host: pairs sorted by expert, and the list of row blocks.
 
 A pair is one (token, expert choice); pair i belongs to token i // top_k. Two launches, both deterministic:
-  1. `moe_route_count`: each program counts the experts of one chunk of pairs. Left out if there is one chunk.
-  2. `moe_route_scatter`: each program sums the counts of all chunks (the total gives the experts' offsets, the chunks
-     before its own its starting places), ranks its pairs by comparing each with those before it, and writes them to
-     their places. The programs share the writing of the row-block list.
-The sort is stable. Pairs whose id lies outside [0, E) are counted nowhere and appear in no list.
+  1. `moe_route_count`: each program counts the experts of one chunk of pairs. Skipped if there is only one chunk.
+  2. `moe_route_scatter`: each program sums the counts of all chunks for the experts' offsets, and those of the chunks
+     before its own for its first places. It ranks its pairs by comparing each with all earlier ones, and writes them to
+     their places. The programs share the work of writing the row-block list.
+The sort is stable. Pairs with an id outside [0, E) are not counted and appear in no list.
 
 Worked example: top_k = 1, ids = [2, 0, 2, 9, 2], E = 3, BLOCK_M = 2
   sorted_pair_ids = [1, 0, 2, 4, -]   expert_offsets = [0, 1, 1, 4]
@@ -22,17 +22,17 @@ from executorch_moe.kernels._device import launches_before
 
 @triton.jit
 def valid_experts(ids, NUM_EXPERTS: tl.constexpr):
-    """Experts as int32, -1 for pairs to drop. An id beyond 32 bits must not wrap into range.
+    """Expert ids as int32, -1 for pairs to drop. An id beyond 32 bits must not wrap into range.
 
-    Takes ids and not their address: torch takes a pointer for written to if it goes into a function whose result goes
-    into the address of a store.
+    Takes ids instead of their address: torch takes a pointer for written if it is passed to a function whose result
+    becomes part of the address of a store.
     """
     return tl.where((ids >= 0) & (ids < NUM_EXPERTS), ids, -1).to(tl.int32)
 
 
 @triton.jit
 def count_experts(ids, E_POW2: tl.constexpr):
-    """int32 [E_POW2]: how often each expert occurs in `ids`."""
+    """int32 [E_POW2]: number of occurrences of each expert in `ids`."""
     return tl.histogram(tl.maximum(ids, 0), E_POW2, mask=ids >= 0)
 
 
@@ -68,13 +68,13 @@ def moe_route_scatter(
 ):  # fmt: skip
     """Place the pairs of chunk `program_id(0)` and write this program's share of the row-block list.
 
-    A row block has BLOCK_M rows, BLOCK_M_FEW with up to FEW pairs, BLOCK_M_MANY with more than MANY: a program that was
-    exported for any number of tokens finds its tile height here.
+    A row block has BLOCK_M rows; BLOCK_M_FEW for up to FEW pairs, BLOCK_M_MANY for more than MANY. So programs that
+    were exported for any number of tokens choose their tile height here.
     """
     zero = launches_before(False, PTX)
     topk_ids_ptr += zero
     chunk_counts_ptr += zero
-    # Without chunks, the totals were known before the wait: the addresses are not.
+    # With one chunk, the totals do not depend on the wait. The addresses of the stores must.
     sorted_pair_ids_ptr += zero
     expert_offsets_ptr += zero
     block_expert_ptr += zero
@@ -88,7 +88,7 @@ def moe_route_scatter(
         total = count_experts(ids, E_POW2)
         before = tl.zeros((E_POW2,), dtype=tl.int32)
     else:
-        # A thread has the same expert in every chunk, so nothing is summed across threads.
+        # A thread has the same experts in every chunk, so nothing is summed across threads.
         total = tl.zeros((E_POW2,), dtype=tl.int32)
         before = tl.zeros((E_POW2,), dtype=tl.int32)
         for first in range(0, num_chunks, COUNT_BLOCK):
@@ -101,7 +101,7 @@ def moe_route_scatter(
     ends = tl.cumsum(total, axis=0)
     starts = ends - total
 
-    # How many pairs of the chunk before this one chose the same expert, RANK_BLOCK of them at a time: the comparison
+    # Rank: number of earlier pairs of the chunk with the same expert. RANK_BLOCK pairs at a time, because a comparison
     # of all with all would not fit the registers.
     rank = tl.zeros((CHUNK,), dtype=tl.int32)
     for first in tl.range(0, CHUNK, RANK_BLOCK, num_stages=4):
@@ -119,7 +119,7 @@ def moe_route_scatter(
         tl.store(expert_offsets_ptr + experts, starts, mask=experts < NUM_EXPERTS)
         tl.store(expert_offsets_ptr + NUM_EXPERTS, tl.sum(total, axis=0))
         tl.store(num_row_blocks_ptr, tl.sum(blocks, axis=0))
-    # Block b of every expert at once; the programs take turns, so that one hot expert is no long loop.
+    # Block b of every expert at once. The programs take turns, so that one hot expert does not make a long loop.
     for b in range(chunk, tl.max(blocks, axis=0), num_chunks):
         has = b < blocks
         tl.store(block_expert_ptr + first_block + b, experts, mask=has)
@@ -128,15 +128,15 @@ def moe_route_scatter(
 
 @triton.jit
 def leads_row_block(ids, expert, first_pair, NUM_EXPERTS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Routing for few pairs, by each program for itself: does pair `first_pair` lead a row block?
+    """Routing for few pairs, which each program does for itself: whether pair `first_pair` leads a row block.
 
-    The pairs of an expert form row blocks of BLOCK_M in their order; the first of each block leads it.
+    The pairs of an expert, in order, form row blocks of BLOCK_M; the first pair of a block leads it.
 
     Args:
-        ids: experts of all pairs, [PAIRS], a power of two from P on, -1 behind. expert: int64, that of `first_pair`.
+        ids: experts of all pairs, [PAIRS], padded with -1 to a power of two. expert: int64, that of `first_pair`.
 
     Returns:
-        How many pairs before this one chose the expert, and whether this one leads.
+        The number of earlier pairs with the same expert, and whether this pair leads.
     """
     same = valid_experts(ids, NUM_EXPERTS).to(tl.int64) == expert
     before = tl.sum((same & (tl.arange(0, PAIRS) < first_pair)).to(tl.int32), axis=0)
@@ -147,7 +147,7 @@ def leads_row_block(ids, expert, first_pair, NUM_EXPERTS: tl.constexpr, PAIRS: t
 def rows_of_leader(
     ids, expert, before, NUM_EXPERTS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr
 ):  # fmt: skip
-    """The row block that a pair leads: pairs int32 [BLOCK_M] (0 where masked) and their mask."""
+    """The row block that a pair leads: its pairs, int32 [BLOCK_M], 0 where masked, and their mask."""
     same = valid_experts(ids, NUM_EXPERTS).to(tl.int64) == expert
     rank = tl.where(same, tl.cumsum(same.to(tl.int32), axis=0) - 1 - before, -1)
     chosen = rank[None, :] == tl.arange(0, BLOCK_M)[:, None]

@@ -1,10 +1,10 @@
-"""One output tile of the tensor-core mainloop, for every scheme, both GEMMs, few tokens and many.
+"""One output tile of the tensor-core mainloop, for all schemes and both GEMMs, few tokens and many.
 
-Weights are the M side of the MMA: a tile is BLOCK_N weight rows by BLOCK_M tokens, so the few tokens that an expert has
-sit on the flexible side of the instruction, and decoded weights go from registers into it without a trip through
-shared memory.
+Weights are the M side of the MMA: a tile is BLOCK_N weight rows by BLOCK_M tokens. So the tokens of an expert, often
+few, are on the side of the instruction with flexible size, and weights are decoded in registers and multiplied from
+there, not from shared memory.
 
-Letters: P pairs (token, expert), M tokens of one tile, N weight rows, K reduction, Kp K padded to 128.
+Letters: P pairs (token, expert), M tokens of one tile, N weight rows, K reduction, Kp: K padded to a multiple of 128.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def dot_f32(w, x, acc, PTX: tl.constexpr):
 
 @triton.jit
 def done_with_registers(acc, PTX: tl.constexpr):
-    """The product's sums, fp32; behind this its first operand's registers may be written to.
+    """Returns the sums of a product, fp32, and waits until the registers of its first operand may be written.
 
-    Left alone, Triton lets wgmmas of a K block (3.6: up to seven) run on into the next iteration, which decodes its
-    weights into the registers that they still read: on an H200 one tile in some 500,000 came out wrong. What uses the
-    sums waits for them.
+    Without this, Triton lets wgmmas of a K block (3.6: up to seven) run into the next iteration, which decodes weights
+    into the registers that they still read: on an H200, one tile in about 500,000 was wrong. Inline assembly that uses
+    the sums makes the compiler wait for them.
     """
     if PTX:
         return tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
@@ -49,13 +49,13 @@ def done_with_registers(acc, PTX: tl.constexpr):
 
 @triton.jit
 def dot_quarters(raw, x_ptr, inside, zero, INT8_ORDER: tl.constexpr, BLOCK_N: tl.constexpr, PTX: tl.constexpr):
-    """`code_operand` times x [BM, 128].T, as four products that do not wait for each other.
+    """`code_operand` times x [BM, 128].T, as two independent chains of two products.
 
-    With few tokens, the chain of MMAs on one accumulator is most of the time that a K block takes.
+    With few tokens, the chain of MMAs on one accumulator takes most of the time of a K block.
 
     x_ptr: [BM, 32], addresses of the first quarter, in `k_order`. zero: fp32 [BN, BM].
     """
-    # Where the other quarters' columns are from those of the first, by `k_order`.
+    # Offsets of the other quarters' columns from those of the first, by `k_order`.
     ODD: tl.constexpr = 64 if INT8_ORDER else 32
     LATER: tl.constexpr = 2 if INT8_ORDER else 64
     w0, w1, w2, w3 = decode_codes(natural_halfwords(raw, BLOCK_N), PTX)
@@ -68,9 +68,9 @@ def dot_quarters(raw, x_ptr, inside, zero, INT8_ORDER: tl.constexpr, BLOCK_N: tl
 
 @triton.jit
 def rescale_sums(acc, scale_ptr):
-    """int32 sums [BN, BM] in units of one activation group's scale -> in units of the next one's.
+    """Converts int32 sums [BN, BM] from units of one activation group's scale to units of the next one's.
 
-    scale_ptr: [BM], where the next group's scale of each row is.
+    scale_ptr: [BM], addresses of the next group's scale of each row.
     """
     ratio = tl.load(scale_ptr - 1) / tl.load(scale_ptr)
     return (acc.to(tl.float32) * ratio[None, :]).to(tl.int32)
@@ -89,23 +89,23 @@ def gemm_tile(
 ):  # fmt: skip
     """One output tile: BLOCK_N weight rows of one expert by up to BLOCK_M of its tokens.
 
-    expert: int64. pair, x_row, out_row: int32 [BM], of each row its pair, its row in x and its row in out, 0 where
-    mask_m is not set. Such rows are loaded as zeros, which costs no memory traffic, and are never stored.
-    split: which of the SPLIT_K parts of K. FEW: of few tokens, where the time is the chain of waits of each program.
+    expert: int64. pair, x_row, out_row: int32 [BM], each row's pair, row in x and row in out; 0 where mask_m is False.
+    Those rows are loaded as zeros, without memory traffic, and never stored.
+    split: which of the SPLIT_K parts of K. FEW: few tokens, where latency within each program decides the time.
     """
     INT8: tl.constexpr = ACT_GROUP > 0
     SEGMENTS: tl.constexpr = (KP + ACT_GROUP - 1) // ACT_GROUP if INT8 else 1
     KB: tl.constexpr = (KP // 128 + SPLIT_K - 1) // SPLIT_K  # K blocks of a part
     offs_n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Rows are held as 32-bit offsets to a base that all share, where these reach: wider ones take twice the registers.
+    # Rows are 32-bit offsets to a shared base if those suffice: 64-bit offsets take twice the registers.
     x_offs = x_row.to(tl.int64 if WIDE_X else tl.uint32) * STRIDE_X
     if INT8:
         x_scale_rows = x_scale_ptr + x_row.to(tl.int64) * SEGMENTS
     w_ptr += expert * ((N * KP) if W_BITS == 16 else (N * KP // 2))
-    # Behind the groups' multipliers, int8 fragments have the rows' scales.
+    # For int8 fragments, the rows' scales follow the multipliers of the groups.
     s_ptr = w_scale_ptr + expert * ((KP // GROUP + INT8_ORDER) * N)
     z_ptr = w_zero_ptr + expert * (KP // GROUP * N)
-    # Padded columns are masked by the K block, which four quarters at one mask cannot be.
+    # Padded columns need a mask for each K block, but the four quarters share one mask.
     QUARTERS: tl.constexpr = FEW and SCALE_AFTER and W_BITS == 4 and not INT8 and K == KP
     if QUARTERS:
         offs_k = k_order(INT8_ORDER, 32)
@@ -115,7 +115,7 @@ def gemm_tile(
         offs_k = k_order(INT8_ORDER, 128)
 
     EARLY: tl.constexpr = GEMM == 2 and FEW
-    if EARLY:  # what is needed last is asked for first
+    if EARLY:  # loaded before the loop, so that the epilogue does not wait for it
         pair_weight = tl.load(pair_weight_ptr + pair, mask=mask_m, other=0.0).to(tl.float32)
 
     first = split * KB
@@ -126,7 +126,7 @@ def gemm_tile(
         end = last if segment == SEGMENTS - 1 else (segment + 1) * (ACT_GROUP // 128)
         if segment > 0:
             acc = rescale_sums(acc, x_scale_rows + segment)
-        # Scales of the next block are fetched one iteration ahead: they are too narrow for the asynchronous copies.
+        # Scales are loaded one iteration ahead, because they are too narrow for asynchronous copies.
         if W_BITS == 4:
             begin = start if SPLIT_K == 1 else tl.minimum(start, KP // 128 - 1)  # the last part may be empty
             s0, s1, s2, s3 = load_groups(s_ptr, begin, n_block, N, GROUP, BLOCK_N)
@@ -139,7 +139,7 @@ def gemm_tile(
             ahead = tl.minimum(kb + 1, KP // 128 - 1)
             if K == KP or INT8:  # rows of int8 are padded
                 inside = mask_m[:, None]
-            else:  # the padded weights are zero, but what lies behind the row may be NaN
+            else:  # padded weights are zero, but memory after the row may hold NaN
                 inside = mask_m[:, None] & (kb * 128 + offs_k < K)[None, :]
             x_block = x_ptr + kb * 128 + (x_offs[:, None] + offs_k[None, :])
             if QUARTERS:
@@ -150,7 +150,7 @@ def gemm_tile(
             if W_BITS == 16:
                 acc = dot_f32(raw, x, acc, PTX)
             elif INT8:
-                # Half a block at a time: fewer registers hold operands, so that more programs are resident.
+                # Half a block at a time: operands take fewer registers, so more programs are resident.
                 x_high = tl.load(x_block + 64, mask=inside, other=0)
                 low, high = int8_operands(raw, s0, s1, s2, s3, BLOCK_N, PTX)
                 acc = tl.dot(low, x.trans(), acc, out_dtype=tl.int32)
@@ -177,7 +177,7 @@ def gemm_tile(
         bias = tl.load(bias_ptr + expert * N + offs_n)
         acc += (bias if SPLIT_K == 1 else tl.where(split == 0, bias, 0.0))[:, None]
     if GEMM == 1:
-        # gate and up rows alternate in runs of 8: rows r and r + 8 of an accumulator belong to one thread.
+        # Gate and up rows alternate in runs of 8: one thread has rows r and r + 8 of an accumulator.
         gate, up = tl.split(acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1))
         value = gated_activation(gate, up, ACTIVATION).reshape(BLOCK_N // 2, BLOCK_M)
         offs_o = n_block * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)

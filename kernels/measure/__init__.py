@@ -1,1 +1,6 @@
-"""Measuring kernels: timing one expert layer, compiling for GPUs that are not present, writing tuning tables."""
+"""Measuring kernels.
+
+timing   time of one expert layer on a GPU, with random weights and routing
+compile  registers, spills and shared memory of kernels, for GPUs that need not be present
+tune     times configurations and writes the tables of `tuning`
+"""

@@ -1,4 +1,4 @@
-"""Compiling every kernel for GPUs that are not here: registers, spills and shared memory without a device."""
+"""Compiles kernels for GPUs that need not be present, and reports registers, spills and shared memory."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from executorch_moe.kernels.experts.plan import Launch, Options, run_fused_experts
+from executorch_moe.kernels.experts.plan import Options, run_fused_experts
 from executorch_moe.kernels.gpus import Gpu, GpuModel, gpu_of
-from executorch_moe.kernels.schemes import K_BLOCK, round_up
+from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.shapes import LayerShape
 
 from .timing import random_packed
@@ -39,11 +39,11 @@ _POINTERS = {
 
 @dataclass(frozen=True)
 class KernelReport:
-    """What the compiler made of one kernel for one target.
+    """Resources of one compiled kernel.
 
     Attributes:
-        kernel: its name. capability: e.g. 90. constants: the constexprs that tell the variants apart.
-        shared: bytes of dynamic shared memory. registers: of a thread. spill_bytes: of local memory a thread.
+        kernel: its name. capability: 90 for sm_90. constants: the constexprs that distinguish its variants.
+        shared: dynamic shared memory, bytes. registers: of a thread. spill_bytes: local memory of a thread, bytes.
         num_warps: of a program.
     """
 
@@ -56,10 +56,10 @@ class KernelReport:
     num_warps: int
 
     def programs_per_sm(self, gpu: GpuModel) -> int:
-        """Programs of this kernel that are resident on one multiprocessor at a time."""
+        """Number of programs of this kernel that can be resident on one multiprocessor."""
         threads = 32 * self.num_warps
-        registers = self.num_warps * -(-self.registers * 32 // 256) * 256  # handed out to a warp by the 256
-        # 1 KB a block is the system's, and a multiprocessor has one block's limit and that.
+        registers = self.num_warps * -(-self.registers * 32 // 256) * 256  # allocated to a warp in units of 256
+        # The system takes 1 KB of each block. A multiprocessor has the limit of one block plus that 1 KB.
         shared = (gpu.max_shared + 1024) // (self.shared + 1024)
         return min(65536 // registers, shared, gpu.max_threads_per_sm // threads)
 
@@ -68,27 +68,21 @@ def record_launches(
     gpu: Gpu,
     scheme: str,
     tokens: int,
-    experts: int,
-    top_k: int,
-    h: int,
-    i: int,
-    group_size: int,
+    shape: LayerShape,
     options: Options,
     activation: str = "silu",
     bias: bool = False,
 ) -> list[Launch]:
-    """Launches of one expert layer for a GPU that need not be here, on tensors without storage."""
-    shape = LayerShape(experts, top_k, h, i, group_size)
+    """Launches of one expert layer, on meta tensors, for a GPU that need not be present."""
     packed = random_packed(shape, scheme, "meta", torch.Generator())
     with torch.device("meta"):
         if bias:
-            rows, columns = 2 * round_up(i, K_BLOCK), round_up(h, K_BLOCK)
-            packed = packed.with_tensors(
-                {"w13_bias": torch.empty(experts, rows), "w2_bias": torch.empty(experts, columns)}
-            )
-        x = torch.empty(tokens, h, dtype=torch.bfloat16)
-        ids = torch.empty(tokens, top_k, dtype=torch.int64)
-        weights = torch.empty(tokens, top_k)
+            rows = (shape.padded().rows_and_k(gemm)[0] for gemm in (1, 2))
+            biases = (torch.empty(shape.experts, n) for n in rows)
+            packed = packed.with_tensors(dict(zip(("w13_bias", "w2_bias"), biases, strict=True)))
+        x = torch.empty(tokens, shape.hidden, dtype=torch.bfloat16)
+        ids = torch.empty(tokens, shape.top_k, dtype=torch.int64)
+        weights = torch.empty(tokens, shape.top_k)
         launches: list[Launch] = []
         arguments = packed.arguments(x, ids, weights, activation)
         run_fused_experts(arguments, options=options, gpu=gpu, submit=launches.append)
@@ -114,7 +108,7 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], An
 
 
 def cuobjdump(cubin: bytes, option: str) -> str:
-    """What the cuobjdump that Triton ships prints of a cubin: "-sass" its instructions, "-res-usage" its registers."""
+    """Output of Triton's cuobjdump for a cubin: its instructions with "-sass", its registers with "-res-usage"."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     handle, path = tempfile.mkstemp(suffix=".cubin")
     try:
@@ -126,7 +120,7 @@ def cuobjdump(cubin: bytes, option: str) -> str:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and local memory bytes of the one kernel of a cubin."""
+    """Registers and local memory bytes of a thread, for the only kernel of a cubin."""
     text = cuobjdump(cubin, "-res-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if found is None:
@@ -135,17 +129,17 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def compile_kernel(launch: Launch, capability: int) -> Any:
-    """Triton's compiled kernel of one launch for a capability; needs no GPU."""
+    """Compile one launch for a capability, without a GPU. Returns Triton's compiled kernel."""
     signature, constants, attributes = _signature(launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.num_warps})
 
 
 def compile_launch(launch: Launch, capability: int) -> KernelReport:
-    """Compile one launch for a capability; needs no GPU.
+    """Compile one launch for a capability, without a GPU, and report its resources.
 
     Raises:
-        RuntimeError: the kernel does not compile, with the compiler's reason as cause.
+        RuntimeError: Triton cannot compile the kernel, or cuobjdump prints no resource usage.
     """
     compiled = compile_kernel(launch, capability)
     registers, spill_bytes = _resources(compiled.asm["cubin"])
@@ -163,7 +157,7 @@ def compile_launch(launch: Launch, capability: int) -> KernelReport:
 
 @dataclass(frozen=True)
 class CompileJob:
-    """One expert layer whose kernels are to be compiled: sizes, scheme, number of tokens and options."""
+    """An expert layer whose kernels are compiled ahead."""
 
     shape: LayerShape
     scheme: str
@@ -172,7 +166,11 @@ class CompileJob:
 
 
 def compile_ahead(jobs: Sequence[CompileJob], on_done: Callable[[], None] = lambda: None) -> None:
-    """Fill Triton's cache for the GPU of this machine, on all cores: compiling takes longer than timing."""
+    """Fill Triton's cache for the GPU of this machine, on all cores, because compiling takes longer than timing.
+
+    Args:
+        jobs: layers to compile. on_done: called after each job.
+    """
     gpu = gpu_of(torch.cuda.current_device())
     workers = max(1, min((os.cpu_count() or 2) - 1, len(jobs)))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
@@ -182,7 +180,5 @@ def compile_ahead(jobs: Sequence[CompileJob], on_done: Callable[[], None] = lamb
 
 def _fill_cache(work: tuple[Gpu, CompileJob]) -> None:
     gpu, job = work
-    s = job.shape
-    sizes = (job.tokens, s.experts, s.top_k, s.hidden, s.intermediate, s.group_size)
-    for launch in record_launches(gpu, job.scheme, *sizes, job.options):
+    for launch in record_launches(gpu, job.scheme, job.tokens, job.shape, job.options):
         launch.kernel.warmup(**launch.args, **launch.constexprs, **launch.options, grid=launch.grid)

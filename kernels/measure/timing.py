@@ -1,7 +1,8 @@
-"""Timing one expert layer on a GPU: shapes, routing, cold weights, CUDA graph, median, and the floor to compare with.
+"""Times one expert layer on a GPU, and computes the lower bound to compare with.
 
-The method: a CUDA graph runs several layers that differ in weights and routing, so that weights never sit in L2; after
-warm-up the graph is replayed and timed with events; the figure is the median over the replays, divided by the layers.
+Method: a CUDA graph runs several layers that differ in weights and routing, so that weights are never in L2. After a
+warm-up, the graph is replayed and timed with events. The result is the median over the replays, divided by the number
+of layers.
 """
 
 from __future__ import annotations
@@ -15,38 +16,48 @@ import torch
 from torch import Tensor
 
 from executorch_moe.kernels.arguments import ExpertArguments
-from executorch_moe.kernels.experts.plan import Launch, Options, run_fused_experts
+from executorch_moe.kernels.experts.plan import Options, run_fused_experts
+from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.packing.experts import PackedExperts
-from executorch_moe.kernels.packing.fragments import fragment_order, interleave_gate_up
+from executorch_moe.kernels.packing.fragments import (
+    deinterleave_gate_up,
+    dequantize,
+    fragment_order,
+    interleave_gate_up,
+)
 from executorch_moe.kernels.reference import reference_experts
-from executorch_moe.kernels.schemes import get_scheme, round_up
+from executorch_moe.kernels.schemes import get_scheme
 from executorch_moe.kernels.shapes import LayerShape
 
 H200_FLOPS = 790e12
-"""bf16 FLOP/s that an 8192^3 matrix product reached on random data on an H200."""
+"""bf16 FLOP/s of an 8192^3 matrix product on random data, measured on an H200."""
 H200_BYTES = 4.3e12
-"""Bytes/s of a large device-to-device copy on an H200, read plus written."""
+"""Bytes/s, read plus written, of a large device-to-device copy, measured on an H200."""
 
 
 def random_packed(shape: LayerShape, scheme: str, device: str, generator: torch.Generator) -> PackedExperts:
-    """A packed layer of random codes, made on the device without ever holding the weights in bf16.
+    """A packed layer of random codes, made on the device without the weights in bf16.
 
-    Padding is worth nothing, as in layers that `pack_experts` makes: the kernels rely on it.
+    Padding dequantizes to zero, as after `pack_experts`; the kernels rely on it.
+
+    Args:
+        shape: sizes of the layer, not padded. scheme: name of the scheme.
+        device: also "meta". generator: on that device.
     """
-    e, h, i, g = shape.experts, round_up(shape.hidden, 128), round_up(shape.intermediate, 128), shape.group_size
+    padded, kind, g = shape.padded(), get_scheme(scheme), shape.group_size
+    e = shape.experts
 
-    kind = get_scheme(scheme)
-
-    def matrix(gemm: int, n: int, k: int) -> tuple[Tensor, Tensor | None]:
+    def matrix(gemm: int) -> tuple[Tensor, Tensor | None]:
+        n, k = padded.rows_and_k(gemm)
         rows, columns = padding_of(shape, gemm, device)
         if not kind.packed:
             w = torch.empty(e, n, k, dtype=torch.bfloat16, device=device)
             return w.normal_(0, k**-0.5, generator=generator).masked_fill_(rows[:, None] | columns, 0), None
-        # Whole words: on a CPU eight times as fast as byte by byte.
+        # Whole words: on a CPU eight times as fast as single bytes.
         words = torch.empty(e, k // 128, n, 8, dtype=torch.int64, device=device)
         w = words.random_(-(2**63), None, generator=generator).view(torch.uint8)
         scale = torch.rand(e, k // g, n, device=device, generator=generator) * 0.5 + 0.75
-        # Rows r and r + 8 of 16 are next to each other in the scales; a group is padding or it is not.
+        # Rows r and r + 8 of 16 are adjacent in the scales. A group is all padding or none.
         pairs = rows.reshape(n // 16, 2, 8).transpose(1, 2).reshape(n)
         scale.masked_fill_(columns[::g, None] | pairs, 0)
         # A uniform signed nibble has a standard deviation of 4.6.
@@ -55,17 +66,17 @@ def random_packed(shape: LayerShape, scheme: str, device: str, generator: torch.
             return w, torch.cat(((12 * scale).round(), torch.full_like(scale[:, :1], unit / 12)), dim=1).bfloat16()
         return w, (scale * unit).bfloat16()
 
-    (w13, s13), (w2, s2) = matrix(1, 2 * i, h), matrix(2, h, i)
+    (w13, s13), (w2, s2) = matrix(1), matrix(2)
     return PackedExperts(
         w13, w2, s13, s2, None, None, None, None, scheme, g if s13 is not None else 0, shape.hidden, shape.intermediate
     )
 
 
 def padding_of(shape: LayerShape, gemm: int, device: str) -> tuple[Tensor, Tensor]:
-    """Which rows, in packed order, and which columns of a GEMM's weights are padding: bool [N] and bool [K]."""
-    h_pad, i_pad = round_up(shape.hidden, 128), round_up(shape.intermediate, 128)
-    h = torch.arange(h_pad, device=device) >= shape.hidden
-    i = torch.arange(i_pad, device=device) >= shape.intermediate
+    """Padding of a GEMM's weights: bool [N] for the rows, in packed order, and bool [K] for the columns."""
+    padded = shape.padded()
+    h = torch.arange(padded.hidden, device=device) >= shape.hidden
+    i = torch.arange(padded.intermediate, device=device) >= shape.intermediate
     return (interleave_gate_up(i.repeat(2)[None])[0], h) if gemm == 1 else (h, i)
 
 
@@ -75,7 +86,10 @@ def random_routing(
     """Distinct experts for each token, int64 [T, top_k], and softmax weights, fp32 [T, top_k].
 
     Args:
-        routing: "uniform"; "zipf" (expert r chosen in proportion to 1 / (r + 1)^1.2); "hot" (all to the same top_k).
+        routing: "uniform"; "zipf" (expert r in proportion to 1 / (r + 1)^1.2); "hot" (all tokens to the same top_k).
+
+    Raises:
+        ValueError: unknown routing.
     """
     rank = torch.arange(1, shape.experts + 1, device=device, dtype=torch.float32)
     if routing == "uniform":
@@ -95,7 +109,7 @@ def random_routing(
 
 @dataclass
 class LayerInputs:
-    """One layer's weights, tokens and routing, ready for the operator."""
+    """Weights, tokens and routing of one layer. `packed` is None for a layer with weights of another implementation."""
 
     packed: PackedExperts | None
     hidden_states: Tensor
@@ -104,7 +118,7 @@ class LayerInputs:
 
     def args(self) -> ExpertArguments:
         p = self.packed
-        assert p is not None, "a layer without weights of ours"
+        assert p is not None, "this layer has no packed weights"
         return p.arguments(self.hidden_states, self.topk_ids, self.topk_weights)
 
     def run(self, options: Options = Options(), submit: Callable[[Launch], None] = Launch.run_now) -> Tensor:
@@ -112,13 +126,11 @@ class LayerInputs:
 
     @functools.cached_property
     def answer(self) -> Answer:
-        """What to compare results with, computed once."""
+        """The expected results, computed once."""
         return Answer(self)
 
     def dequantized(self, expert: int) -> tuple[Tensor, Tensor]:
         """fp32 gate_up [2I, H] and down [H, I] of one expert."""
-        from executorch_moe.kernels.packing.fragments import deinterleave_gate_up, dequantize
-
         p, at = self.packed, slice(expert, expert + 1)
         assert p is not None
         s13 = None if p.w13_scale is None else p.w13_scale[at]
@@ -130,14 +142,14 @@ class LayerInputs:
 
 
 class Answer:
-    """What two tokens of a layer should come out as: enough to see that what was timed is right.
+    """Expected results of the first and the last token of a layer, to check kernels that are timed.
 
     Attributes:
-        rows: which tokens. expected: fp32 [len(rows), H], in fp32 from the dequantized weights.
+        rows: indices of the tokens. expected: fp32 [len(rows), H], computed in fp32 from the dequantized weights.
     """
 
     LARGEST_ERROR = 0.03
-    """Relative L2: more than any scheme rounds, and far less than anything that is out of order."""
+    """Relative L2 error: above the rounding errors of all schemes, and far below any wrong result."""
 
     def __init__(self, layer: LayerInputs) -> None:
         self.rows = sorted({0, len(layer.hidden_states) - 1})
@@ -153,10 +165,13 @@ class Answer:
         )
 
     def check(self, out: Tensor, what: str) -> None:
-        """`out` is the layer's result, [T, H].
+        """Check the layer's result.
+
+        Args:
+            out: [T, H]. what: name of what was run, for the error.
 
         Raises:
-            RuntimeError: it is wrong; names `what` was run.
+            RuntimeError: the result is wrong.
         """
         error = float((out[self.rows].float() - self.expected).norm() / self.expected.norm())
         if not error <= self.LARGEST_ERROR:
@@ -174,7 +189,7 @@ def make_layers(
     device: str = "cuda",
     seed: int = 0,
 ) -> list[LayerInputs]:
-    """`count` layers that differ in weights, tokens and routing."""
+    """`count` layers with different random weights, tokens and routing."""
     g = torch.Generator(device).manual_seed(seed)
     layers = []
     for _ in range(count):
@@ -186,14 +201,14 @@ def make_layers(
 def with_tokens(
     packed: PackedExperts | None, shape: LayerShape, tokens: int, routing: str, generator: torch.Generator
 ) -> LayerInputs:
-    """Fresh tokens and routing on the generator's device, for weights that exist already (None: somebody else's)."""
+    """New tokens and routing on the generator's device for existing weights (None: of another implementation)."""
     device = generator.device.type
     x = torch.randn(tokens, shape.hidden, device=device, generator=generator).bfloat16()
     return LayerInputs(packed, x, *random_routing(tokens, shape, routing, device, generator))
 
 
 def work(shape: LayerShape, scheme: str, layers: list[LayerInputs]) -> tuple[float, float]:
-    """FLOPs of a layer and bytes of the weights that its tokens touch, mean over the layers."""
+    """FLOPs of a layer, and bytes of the weights that its tokens need: the mean over the layers."""
     tokens = layers[0].hidden_states.shape[0]
     touched = statistics.mean(int(layer.topk_ids.unique().numel()) for layer in layers)
     flops = 2.0 * tokens * shape.top_k * 3 * shape.hidden * shape.intermediate
@@ -202,13 +217,13 @@ def work(shape: LayerShape, scheme: str, layers: list[LayerInputs]) -> tuple[flo
 
 
 def floor_us(shape: LayerShape, scheme: str, layers: list[LayerInputs]) -> float:
-    """Fastest a layer could run: the larger of FLOPs and touched weight bytes over the measured H200 ceilings."""
+    """Lower bound of a layer's time in microseconds: from its FLOPs and weight bytes, and the rates of an H200."""
     flops, nbytes = work(shape, scheme, layers)
     return 1e6 * max(flops / H200_FLOPS, nbytes / H200_BYTES)
 
 
 def time_graph(steps: list[Callable[[], object]], replays: int = 25) -> float:
-    """Microseconds a step: median over the replays of one CUDA graph of all steps, divided by their number."""
+    """Microseconds of a step: the median over replays of one CUDA graph of all steps, divided by their number."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

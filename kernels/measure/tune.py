@@ -1,7 +1,8 @@
-"""Finding configurations by measuring, for the tables that `tables.py` reads.
+"""Finds tile configurations by measuring, for the tables of tuning/tables.py.
 
-The GEMMs of a layer are timed one by one, in the way of benchmark.py, for each candidate; the best of each are kept for
-a number of tokens (few tokens), or for each tile height, of which the one with the smallest sum wins (grouped path).
+The GEMMs of a layer are timed separately for each candidate, by the method of timing.py. For few tokens, the fastest
+configuration of each GEMM is kept for each number of tokens. For the grouped path, it is kept for each tile height, and
+the height with the smallest sum of both GEMMs is taken.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import Any
 
 import torch
 
-from executorch_moe.kernels.experts.plan import Launch, Options
+from executorch_moe.kernels.experts.plan import Options
 from executorch_moe.kernels.gpus import Gpu, gpu_of
+from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.schemes import Scheme, get_scheme
 from executorch_moe.kernels.shapes import LayerShape
 from executorch_moe.kernels.tuning.configs import GemmConfig, fit
@@ -39,12 +41,12 @@ HEIGHTS = {
     256: (64, 128, 256),
     512: (128, 256),
 }
-"""Tile heights worth trying, by mean pairs of an expert."""
+"""Tile heights to try, by mean number of pairs of an expert."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One configuration to time: of GEMM `gemm` on a path, at a number of tokens."""
+    """One configuration to time, for GEMM `gemm` of a path ("few_tokens" or "grouped") and a number of tokens."""
 
     path: str
     tokens: int
@@ -53,17 +55,17 @@ class Trial:
 
 
 def few_token_candidates(layer: LayerShape, gemm: int, tokens: int) -> Iterator[GemmConfig]:
-    """Configurations of the few-token path that are worth timing."""
+    """Configurations to time for the few-token path."""
     n, k = layer.rows_and_k(gemm)
-    # Shorter parts pay while there are few programs.
+    # Short parts of K pay off while there are few programs.
     least = 2 if tokens <= 2 else 14
     splits = [s for s in (1, 2, 3, 4, 8) if s == 1 or (gemm == 2 and k // 128 >= least * s)]
     tiles: tuple[tuple[int, int], ...] = ((64, 2), (64, 4), (128, 4))
-    if tokens <= 2:  # few programs: smaller ones spread more evenly over the multiprocessors
+    if tokens <= 2:  # few programs: small ones spread more evenly over the multiprocessors
         tiles = ((32, 2), *tiles)
-    if tokens >= 4:  # more rows a warp: fewer instructions a weight, fewer programs
+    if tokens >= 4:  # more rows for each warp: fewer instructions for each weight, fewer programs
         tiles += ((128, 2), (256, 4))
-    # A program has few K blocks: with all of them on their way at once it waits for memory once.
+    # A program has few K blocks. With all loads in flight at once, it waits for memory only once.
     pipelines: tuple[tuple[int, int], ...] = ((3, 1), (4, 1), (2, 2), (3, 2))
     if tokens <= 4:
         pipelines += ((2, 1), (4, 2))
@@ -75,19 +77,19 @@ def few_token_candidates(layer: LayerShape, gemm: int, tokens: int) -> Iterator[
 
 
 def grouped_candidates(scheme: Scheme, layer: LayerShape, gemm: int, height: int) -> Iterator[GemmConfig]:
-    """Configurations of the grouped path for a tile height that are worth timing."""
+    """Configurations to time for the grouped path and a tile height."""
     n, _ = layer.rows_and_k(gemm)
     tiles: tuple[tuple[int, int], ...] = (
         ((256, 4), (128, 4), (256, 8)) if height == 16 else ((128, 4), (256, 8), (128, 8))
     )
     if height == 256:
-        tiles = ((128, 8),)  # four warps have no registers for it
+        tiles = ((128, 8),)  # four warps have too few registers
     scaling = (True,) if height == 16 else (False, True) if height < 128 else (False,)
     if not scheme.packed or scheme.act_group(gemm):
-        scaling = (False,)  # it means nothing there
+        scaling = (False,)  # scale_after has no effect
     ctas = (2, 4) if height == 16 else (1, 2, 3) if height < 128 else (1, 2) if height == 128 else (1,)
     depths = (2, 3) if height == 256 else (3, 4)
-    # With many row blocks of an expert their order matters: it decides what is still in L2.
+    # If an expert has many row blocks, their order decides what is still in L2.
     groups = (1, 8, 32) if height >= 128 else (8,)
     for (block_n, warps), stages, after, per_sm, group in itertools.product(tiles, depths, scaling, ctas, groups):
         if n % block_n == 0:
@@ -98,8 +100,11 @@ class Tuner:
     """Tunes one layer on the GPU of this machine.
 
     Attributes:
-        shape, scheme: the layer. layers: how many with different weights one measurement goes through.
-        replays: that the median of a measurement is taken of.
+        shape, scheme: of the layer. layer: its padded sizes, the key in the tables.
+        replays: number of replays that the median of a measurement is taken over.
+
+    Args:
+        layers: number of layers with different weights in a measurement.
     """
 
     def __init__(self, shape: LayerShape, scheme: str, layers: int = 3, replays: int = 10) -> None:
@@ -111,7 +116,7 @@ class Tuner:
         self._packed = [random_packed(shape, scheme, "cuda", self._seeded) for _ in range(layers)]
 
     def trials(self) -> list[Trial]:
-        """Everything that will be timed."""
+        """All trials that `run` times."""
         found = []
         for tokens in FEW_TOKENS:
             for gemm in (1, 2):
@@ -128,8 +133,8 @@ class Tuner:
         return [t for t in found if fit(t.config, self.scheme, t.gemm, self.gpu) == t.config]
 
     def jobs(self, trials: list[Trial]) -> list[CompileJob]:
-        """What has to be compiled for the trials, each kernel once."""
-        # Neither the grid nor, on the grouped path, the number of tokens is compiled in.
+        """The compilations that the trials need, each kernel once."""
+        # Kernels do not depend on the grid, and on the grouped path not on the number of tokens.
         distinct = {
             (t.path, t.tokens if t.path == "few_tokens" else 0, t.gemm, replace(t.config, ctas_per_sm=1)): t
             for t in trials
@@ -137,7 +142,7 @@ class Tuner:
         return [CompileJob(self.shape, self.scheme.name, t.tokens, _options(t)) for t in distinct.values()]
 
     def run(self, on_trial: Callable[[Trial, float], None] = lambda trial, us: None) -> TunedLayer:
-        """Time all trials and keep the best; `on_trial` is told each time in microseconds."""
+        """Time all trials and keep the fastest. `on_trial` is called with each trial and its time in microseconds."""
         times: dict[tuple[str, int, int], list[tuple[float, GemmConfig]]] = {}
         for (path, tokens), trials in itertools.groupby(self.trials(), key=lambda t: (t.path, t.tokens)):
             inputs = self._inputs(tokens)
@@ -170,7 +175,7 @@ class Tuner:
             out = layer.run(_options(trial), submit=record)
             if layer is inputs[0]:
                 layer.answer.check(out, str(trial))
-            if trial.path == "few_tokens":  # GEMM2 ends with a sum that GEMM1 has to arm: time both
+            if trial.path == "few_tokens":  # GEMM2 needs the counters that GEMM1 sets to zero: time both
                 steps.append(partial(_run_all, launches))
             else:
                 steps.append(next(x for x in launches if x.constexprs.get("GEMM") == trial.gemm).run_now)
@@ -192,7 +197,7 @@ class Tuner:
         return TunedRow(ratio, gemm1, gemm2)
 
     def _few_that_win(self, few: list[TunedRow], grouped: list[TunedRow]) -> list[TunedRow]:
-        """Rows up to the token count from which the grouped path, as a whole, is faster."""
+        """The rows for numbers of tokens below the first one at which the whole grouped path is faster."""
         kept = []
         for row in few:
             ratio = row.up_to * self.shape.top_k / self.shape.experts
@@ -216,7 +221,7 @@ def _time_of(timed: tuple[float, GemmConfig]) -> float:
 
 
 def _options(trial: Trial) -> Options:
-    """The trial's configuration for its GEMM, and a plain one of the same height for the other."""
+    """Options with the trial's configuration for its GEMM, and a simple one of the same height for the other."""
     if trial.path == "few_tokens":
         plain = GemmConfig(trial.config.block_m, 64, 1, num_warps=2, scale_after=True)
     else:
@@ -226,7 +231,7 @@ def _options(trial: Trial) -> Options:
 
 
 def _merged(rows: list[TunedRow]) -> Iterator[TunedRow]:
-    """Neighbours with equal configurations as one row."""
+    """Merges adjacent rows with equal configurations."""
     for row, following in itertools.pairwise([*rows, None]):
         assert row is not None
         if following is None or (row.gemm1, row.gemm2) != (following.gemm1, following.gemm2):
@@ -234,7 +239,7 @@ def _merged(rows: list[TunedRow]) -> Iterator[TunedRow]:
 
 
 def entry(layer: LayerShape, scheme: Scheme, tuned: TunedLayer) -> dict[str, Any]:
-    """A layer as it stands in a table's `layers`."""
+    """The entry of a layer in a table's `layers`."""
 
     def rows(found: tuple[TunedRow, ...]) -> list[dict[str, Any]]:
         return [{"up_to": row.up_to, "gemm1": asdict(row.gemm1), "gemm2": asdict(row.gemm2)} for row in found]
@@ -243,16 +248,21 @@ def entry(layer: LayerShape, scheme: Scheme, tuned: TunedLayer) -> dict[str, Any
 
 
 def with_entry(text: str | None, made_by: dict[str, str], new: dict[str, Any]) -> str:
-    """A table (its text, or None) with an entry put in or replaced; one configuration a line.
+    """The text of a table with an entry added or replaced, one configuration a line.
+
+    Args:
+        text: of the table; None for a new one. made_by: GPU, versions and command. new: result of `entry`.
 
     Raises:
-        ValueError: the text is no table.
+        ValueError: the text is not a table.
     """
     try:
         layers = [] if text is None else json.loads(text)["layers"]
         layers = [old for old in layers if old["layer"] != new["layer"]]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"this is no configuration table ({error}): delete the file, or give another --out") from None
+        raise ValueError(
+            f"this is not a configuration table ({error}): delete the file, or pass another --out"
+        ) from None
     layers.append({**new, "made_by": made_by})
     lines = ['{"layers": [']
     for index, layer in enumerate(layers):

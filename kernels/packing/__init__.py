@@ -1,6 +1,21 @@
-"""Expert weights in the layout that the kernels read: `rounding` to 4 bits, `fragments` (the layout), `experts`."""
+"""Expert weights in the layout that the kernels read.
 
-from .experts import TENSORS, PackedExperts, pack_codes, pack_experts, stack_experts, unpack_experts
+rounding   weights -> 4-bit codes with scales and zero points (min-max, HQQ)
+fragments  the layout: the order of packed values in memory, and conversions both ways
+experts    `PackedExperts`: packing, unpacking and stacking the experts of a layer
+"""
+
+from executorch_moe.kernels.arguments import TENSORS
+
+from .experts import PackedExperts, pack_codes, pack_experts, stack_experts, unpack_experts
+from .fragments import (
+    deinterleave_gate_up,
+    dequantize,
+    fragment_order,
+    interleave_gate_up,
+    pack_int4,
+    unpack_int4,
+)
 from .rounding import ALGORITHMS, Int4Codes, quantize_int4
 
 __all__ = [
@@ -8,9 +23,15 @@ __all__ = [
     "TENSORS",
     "Int4Codes",
     "PackedExperts",
+    "deinterleave_gate_up",
+    "dequantize",
+    "fragment_order",
+    "interleave_gate_up",
     "pack_codes",
     "pack_experts",
+    "pack_int4",
     "quantize_int4",
     "stack_experts",
     "unpack_experts",
+    "unpack_int4",
 ]

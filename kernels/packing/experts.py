@@ -1,35 +1,33 @@
-"""Packing the weights of an expert layer, and back. `fragments` documents the layout."""
+"""Packing and unpacking the weights of an expert layer; `fragments` documents the layout."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.nn.functional import pad
 
-from executorch_moe.kernels.arguments import ExpertArguments
-from executorch_moe.kernels.schemes import K_BLOCK, check_group_size, get_scheme, round_up
+from executorch_moe.kernels.arguments import TENSORS, ExpertArguments
+from executorch_moe.kernels.schemes import K_BLOCK, check_layer_group_size, get_scheme, round_up
 
 from .fragments import deinterleave_gate_up, dequantize, fragment_order, interleave_gate_up, pack_int4
 from .rounding import Int4Codes, check_algorithm, round_weights
 
-TENSORS = ("w13", "w2", "w13_scale", "w2_scale", "w13_zero", "w2_zero", "w13_bias", "w2_bias")
-"""What a packed layer consists of, in the operator's argument order."""
-
 
 @dataclass
 class PackedExperts:
-    """Weights of one expert layer in the packed layout, with what is needed to call the operator.
+    """Weights of one expert layer in the packed layout, and the other arguments of the operator that belong to them.
 
     Attributes:
         w13: packed gate and up projection. uint8 [E, Hp/128, 2*Ip, 64], or bf16 [E, 2*Ip, Hp] for scheme bf16.
         w2: packed down projection. uint8 [E, Ip/128, Hp, 64], or bf16 [E, Hp, Ip] for scheme bf16.
-        w13_scale, w2_scale: bf16 [E, K/group_size, N], None for scheme bf16. w13_scale of scheme w4a8 has multiples of
-            the rows' scales, and those in one more group: [E, K/group_size + 1, N].
+        w13_scale, w2_scale: bf16 [E, K/group_size, N], None for scheme bf16. In scheme w4a8, w13_scale holds multiples
+            of the rows' scales, and the rows' scales as one more group: [E, K/group_size + 1, N].
         w13_zero, w2_zero: bf16, shaped like the scales, or None. Added after scaling: value = q * scale + zero.
         w13_bias, w2_bias: fp32 [E, 2*Ip] in packed row order and fp32 [E, Hp], or None.
         scheme, group_size: as passed to `pack_experts`; group_size is 0 for scheme bf16.
@@ -61,13 +59,19 @@ class PackedExperts:
         self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, activation: str = "silu"
     ) -> ExpertArguments:
         """The operator's arguments with these weights."""
+        weights: Any = self.tensors()
         return ExpertArguments(
-            hidden_states, topk_ids, topk_weights, self.w13, self.w2, self.w13_scale, self.w2_scale,
-            self.w13_zero, self.w2_zero, self.w13_bias, self.w2_bias, self.scheme, activation, self.group_size,
-        )  # fmt: skip
+            hidden_states,
+            topk_ids,
+            topk_weights,
+            **weights,
+            scheme=self.scheme,
+            activation=activation,
+            group_size=self.group_size,
+        )
 
     def with_tensors(self, tensors: Mapping[str, Tensor | None]) -> PackedExperts:
-        """A copy with other tensors, by field name; it shares those that are not named."""
+        """A copy with some tensors replaced, by field name; it shares the others."""
         return replace(self, **tensors)  # type: ignore[arg-type]
 
     def to(self, device: torch.device | str) -> PackedExperts:
@@ -80,8 +84,10 @@ class PackedExperts:
 
 
 def _pack_matrix(codes: Int4Codes, order: str, n_pad: int, k_pad: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Pad q [E, N, K] and its groups [E, N, K/g] to n_pad and k_pad, then pack; groups become [E, Kp/g, Np] in pairs
-    of rows, those of the rows' own scales included if there are any."""
+    """Pads codes q [E, N, K] and their groups [E, N, K/g] to n_pad and k_pad, then packs both.
+
+    Scales and zeros become [E, Kp/g, Np] in pairs of rows; rows' own scales, if there are any, are one more group.
+    """
     n, k = codes.q.shape[1:]
     q = pad(codes.q, (0, k_pad - k, 0, n_pad - n))
 
@@ -127,7 +133,7 @@ def _check_weights(gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None, d
 
 
 def _check_floats(**tensors: Tensor | None) -> None:
-    """Integers would be packed as if they were values, and of complex numbers only the real part."""
+    """Refuses integers, which would be packed as if they were values, and complex numbers, which would lose a part."""
     for name, t in tensors.items():
         if t is not None and not t.is_floating_point():
             raise ValueError(
@@ -137,15 +143,17 @@ def _check_floats(**tensors: Tensor | None) -> None:
 
 
 def _check_finite(expert: int, **tensors: Tensor | Int4Codes | None) -> None:
-    """Check what was rounded, which is less to read than the weights: a scale is finite only if all of its group is.
+    """Checks the scales of rounded weights: a scale is finite only if all weights of its group are.
+
+    Scales are fewer than weights, so this is faster than a check of the weights.
 
     Raises:
-        ValueError: NaN or Inf, of which rounding would make a group of NaN; names the first tensor with one.
+        ValueError: NaN or Inf, which would make a whole group NaN. The message names the first tensor that has one.
     """
     for name, rounded in tensors.items():
         if isinstance(rounded, Int4Codes):
             rounded = rounded.scale if rounded.row_scale is None else rounded.row_scale
-        # Of weights without values (meta, fake) nothing can be said. Both ends are NaN where any value is.
+        # Meta and fake tensors have no values to check. aminmax returns NaN if any value is NaN.
         if rounded is None or rounded.is_meta or is_fake(rounded):
             continue
         if not torch.stack(rounded.aminmax()).isfinite().all():
@@ -174,25 +182,24 @@ def pack_experts(
         down: float [E, H, I].
         scheme: "w4a16", "w4a8" or "bf16".
         group_size: weights that share one scale; divides H and I. Ignored by scheme bf16.
-        algorithm: "minmax" or "hqq", see `rounding`; hqq gives zero points where the scheme takes them (w4a16).
+        algorithm: "minmax" or "hqq", see `rounding`. hqq chooses zero points if the scheme supports them (w4a16).
             Ignored by scheme bf16.
         gate_up_bias, down_bias: float [E, 2I] and [E, H], or None.
-        first_expert: number of the first one in its layer, for errors that name an expert.
+        first_expert: index in its layer of the first expert, for error messages.
 
     Returns:
         PackedExperts on the device of `gate_up`.
 
     Raises:
-        ValueError: unknown scheme or algorithm, shapes or devices that disagree, weights that are no floats or hold NaN
-            or Inf, or a group size that is unsupported or does not divide K.
+        ValueError: unknown scheme or algorithm; shapes or devices that do not match; weights that are not floats or
+            hold NaN or Inf; a group size that is unsupported or does not divide K.
     """
     kind = get_scheme(scheme)
     check_algorithm(algorithm)
     _check_weights(gate_up, down, gate_up_bias, down_bias)
     _check_floats(gate_up=gate_up, down=down, gate_up_bias=gate_up_bias, down_bias=down_bias)
     if kind.packed:
-        check_group_size(group_size, gate_up.shape[2], "hidden size H")
-        check_group_size(group_size, down.shape[2], "intermediate size I")
+        check_layer_group_size(group_size, gate_up.shape[2], down.shape[2])
 
     def one(e: int) -> PackedExperts:
         w13, w2 = gate_up[e], down[e]
@@ -221,21 +228,21 @@ def pack_codes(
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
 ) -> PackedExperts:
-    """Pack experts that are 4-bit codes already: nothing is rounded.
+    """Pack experts that are already 4-bit codes, without rounding.
 
     Args:
         gate_up: codes [E, 2I, H], gate rows first, then up rows.
-        down: codes [E, H, I]. Group sizes that differ are brought to their greatest common divisor, which is exact.
-        scheme: "w4a16", or "w4a8" for codes without zero points whose `gate_up` scales are 1 to 16 times that of their
-            row, as a single one a row is.
+        down: codes [E, H, I]. If the group sizes differ, both become their greatest common divisor, which is exact.
+        scheme: "w4a16", or "w4a8" for codes without zero points. For w4a8, the `gate_up` scales of a row must be 1 to
+            16 times one scale; a single scale a row always is.
         gate_up_bias, down_bias: float [E, 2I] and [E, H], or None.
 
     Returns:
-        PackedExperts on the device of `gate_up`. One side's missing zero points become zeros.
+        PackedExperts on the device of `gate_up`. If only one matrix has zero points, those of the other are zeros.
 
     Raises:
-        ValueError: unknown scheme or one without codes, shapes or devices that disagree, a group size that is
-            unsupported, or zero points or scales that w4a8 does not have.
+        ValueError: unknown scheme, or scheme bf16; shapes or devices that do not match; an unsupported group size; zero
+            points or scales that w4a8 cannot represent.
     """
     kind = get_scheme(scheme)
     if not kind.packed:
@@ -243,12 +250,11 @@ def pack_codes(
     _check_weights(gate_up.q, down.q, gate_up_bias, down_bias)
     if not kind.takes_zeros and not (gate_up.zero is None and down.zero is None):
         raise ValueError(
-            f"scheme={scheme} multiplies in int8 and takes no zero points, and these weights have some: use w4a16, or "
-            "quantize the original weights anew"
+            f"scheme={scheme} multiplies in int8 and takes no zero points, but these weights have some: use w4a16, or "
+            "quantize the original weights again"
         )
     group_size = math.gcd(gate_up.group_size, down.group_size)
-    check_group_size(group_size, gate_up.q.shape[2], "hidden size H")
-    check_group_size(group_size, down.q.shape[2], "intermediate size I")
+    check_layer_group_size(group_size, gate_up.q.shape[2], down.q.shape[2])
     if (gate_up.zero is None) != (down.zero is None):
         gate_up, down = _with_zero(gate_up), _with_zero(down)
     if kind.row_scaled(1):
@@ -265,11 +271,11 @@ def pack_codes(
 
 
 def stack_experts(parts: Iterable[PackedExperts], num_experts: int) -> PackedExperts:
-    """Experts of one layer after each other, with one part and the result in memory at a time.
+    """Concatenate experts of one layer, with one part and the result in memory at a time.
 
     Args:
-        parts: one or more experts each, of the same sizes, scheme and optional tensors.
-        num_experts: how many they are together.
+        parts: one or more experts each; all with the same sizes, scheme and optional tensors.
+        num_experts: the sum over all parts.
     """
     whole: PackedExperts | None = None
     start = 0
@@ -284,7 +290,7 @@ def stack_experts(parts: Iterable[PackedExperts], num_experts: int) -> PackedExp
             if to is not None and t is not None:
                 to[start : start + part.num_experts] = t
         start += part.num_experts
-    assert whole is not None and start == num_experts, f"{start} experts came, {num_experts} were announced"
+    assert whole is not None and start == num_experts, f"got {start} experts, expected {num_experts}"
     return whole
 
 
@@ -295,7 +301,7 @@ def _with_zero(codes: Int4Codes) -> Int4Codes:
 def _pack_floats(
     gate_up: Tensor, down: Tensor, scheme: str, gate_up_bias: Tensor | None, down_bias: Tensor | None
 ) -> PackedExperts:
-    """Experts of a scheme without codes; arguments as checked."""
+    """Packs experts of scheme bf16; the arguments are checked."""
     h, i = gate_up.shape[2], down.shape[2]
     h_pad, i_pad = round_up(h, K_BLOCK), round_up(i, K_BLOCK)
     w13 = pad(_pad_gate_up(gate_up.bfloat16(), i_pad), (0, h_pad - h)).contiguous()
@@ -307,7 +313,7 @@ def _pack_floats(
 def _pack_codes(
     gate_up: Int4Codes, down: Int4Codes, scheme: str, gate_up_bias: Tensor | None, down_bias: Tensor | None
 ) -> PackedExperts:
-    """Experts of a 4-bit scheme; arguments as checked, with one group size."""
+    """Packs experts of a 4-bit scheme; the arguments are checked and have one group size."""
     h, i = gate_up.q.shape[2], down.q.shape[2]
     h_pad, i_pad = round_up(h, K_BLOCK), round_up(i, K_BLOCK)
     rows = gate_up.map(lambda t: _pad_gate_up(t, i_pad))
@@ -328,7 +334,7 @@ def _pack_biases(
 
 
 def unpack_experts(packed: PackedExperts) -> tuple[Tensor, Tensor]:
-    """Dequantized weights of a packed layer in the layout that `pack_experts` takes.
+    """Dequantized weights of a packed layer, in the layout of the arguments of `pack_experts`.
 
     Returns:
         gate_up fp32 [E, 2I, H] and down fp32 [E, H, I].

@@ -1,24 +1,25 @@
-"""The layout of packed expert weights (layout version 3): the order of values in memory, and conversions both ways.
+"""The layout of packed expert weights (version 3): the order of values in memory, and conversions both ways.
 
-Two matrices an expert: `w13` = gate and up projections, N = 2I rows over K = H; `w2` = down projection, N = H rows over
-K = I. I and H are padded to multiples of 128 with zeros (which add nothing), written Ip and Hp below.
+Each expert has two matrices: `w13`, gate and up projections, N = 2I rows and K = H columns; `w2`, the down projection,
+N = H rows and K = I columns. I and H are padded with zeros to multiples of 128; the padded sizes are written Ip and Hp.
 
-Rows of `w13`: gate and up rows alternate in runs of 8: packed row 16b + j is gate row 8b + j for j < 8, else up row
-8b + j - 8. An MMA accumulator gives a thread rows r and r + 8, so gate and up of one element meet in one thread.
+Rows of `w13`: gate and up rows alternate in runs of 8. Packed row 16b + j is gate row 8b + j for j < 8, else up row
+8b + j - 8. A thread holds rows r and r + 8 of an MMA accumulator, so it has gate and up of the same element.
 
 4-bit schemes, uint8 [E, K/128, N, 64]: the 128 values of one row in one K block are 64 consecutive bytes, and the rows
-of a block follow each other. Values are signed nibbles q in [-8, 7], value = q * scale (+ zero). Inside the 64 bytes,
-thread t of the 4 that share an MMA row owns the 16 bytes from 16t on: exactly the values of its operand fragments.
+of a block are consecutive. Codes q are signed nibbles in [-8, 7]; value = q * scale (+ zero). Four threads share an MMA
+row; thread t of them reads the 16 bytes from 16t on, which are exactly the values of its operand fragments.
     w4a16 (bf16 fragments, m16k16):  k = 32s + 16c + 8h + 2t + l  ->  byte 16t + 8c + 4h + 2l + s // 2, nibble s % 2
     w4a8  (int8 fragments, m16k32):  k = 64s + 32c + 16h + 4t + 2m + l ->  byte 16t + 8c + 4h + 2l + m, nibble s
-    (s, c, h, m, l in range; nibble 0 is the low one)
-The middle two of every four int8 values are swapped, in the weights here and in the activations when they are
-quantized: the product is the same, and the bf16 decoder finds neighbors where it looks for them, so that few tokens
-can be multiplied in bf16.
-Scales, and the optional zeros, bf16 [E, K/group_size, N]: n contiguous, as a tile reads a run of rows at one group, and
-within runs of 16 in the order 0, 8, 1, 9, ... 7, 15: rows r and r + 8, whose sums one thread has, share a 32-bit word.
-Of int8 fragments, a scale is an integer multiple, 0 (padding) to 16, of its row's scale, and the rows' scales follow
-those of the groups: bf16 [E, K/group_size + 1, N]. A code times its multiple is an int8 value.
+    (s, c, h, t, m, l are the digits of k; nibble 0 is the low one)
+In int8 order, the middle two of every four values are swapped, in weights and in quantized activations. The product
+is the same, and the bf16 decoder finds neighboring values where it expects them, so that few tokens can be
+multiplied in bf16 with the same weights.
+Scales and optional zeros are bf16 [E, K/group_size, N], n contiguous, because a tile reads a run of rows of one group.
+Within runs of 16 rows the order is 0, 8, 1, 9, ... 7, 15: rows r and r + 8, whose sums are in one thread, share a
+32-bit word.
+For int8 fragments, a group's scale is an integer multiple, 1 to 16 (0 in padding), of its row's scale. The rows' scales
+follow those of the groups: bf16 [E, K/group_size + 1, N]. A code times its multiple fits int8.
 
 bf16 scheme, bf16 [E, N, K]: rows as above, K contiguous.
 
@@ -34,7 +35,7 @@ from executorch_moe.kernels.schemes import GATE_UP_GRANULE, K_BLOCK, Scheme, get
 
 
 def interleave_gate_up(rows: Tensor) -> Tensor:
-    """Reorder [E, 2*Ip, ...] from gate rows then up rows to runs of 8 of each in turn."""
+    """Reorder [E, 2*Ip, ...] from gate rows then up rows to alternating runs of 8 rows."""
     e, n = rows.shape[:2]
     tail = rows.shape[2:]
     return rows.reshape(e, 2, n // (2 * GATE_UP_GRANULE), GATE_UP_GRANULE, *tail).transpose(1, 2).reshape(e, n, *tail)
@@ -69,7 +70,7 @@ def pack_int4(q: Tensor, scheme: str) -> Tensor:
 
 
 def unpack_int4(packed: Tensor, scheme: str) -> Tensor:
-    """Codes of a packed matrix as fp32; plain ATen operators only, so that it can be traced into an exported program.
+    """Codes of a packed matrix as fp32. Uses ATen operators only, so that an exported program can contain it.
 
     Args:
         packed: uint8 [E, K/128, N, 64].
@@ -94,7 +95,7 @@ def dequantize(packed: Tensor, scale: Tensor | None, zero: Tensor | None, scheme
 
     Args:
         packed: w13 or w2 of `PackedExperts`.
-        scale, zero: bf16 [E, K/group_size, N] or None; with the rows' own scales behind them for "w4a8".
+        scale, zero: bf16 [E, K/group_size, N] or None. For "w4a8", scale ends with the rows' scales as one more group.
         scheme: fragment order of the packed matrix, "w4a16" or "w4a8".
 
     Returns:
@@ -120,6 +121,6 @@ def dequantize(packed: Tensor, scale: Tensor | None, zero: Tensor | None, scheme
 
 
 def fragment_order(scheme: Scheme | str, gemm: int) -> str:
-    """Fragment order of a matrix: int8 fragments where GEMM `gemm` (1 or 2) of the scheme multiplies in int8."""
+    """Fragment order of a matrix: "w4a8" if GEMM `gemm` (1 or 2) of the scheme multiplies in int8, else "w4a16"."""
     kind = get_scheme(scheme) if isinstance(scheme, str) else scheme
     return "w4a8" if kind.act_group(gemm) else "w4a16"

@@ -1,19 +1,19 @@
 """Rounding weights to 4 bits: the nearest code under a min-max scale, and half-quadratic quantization (HQQ).
 
-Both give codes q in [-8, 7] with one scale, and for some schemes one zero point, for `group_size` neighbors of a row:
-value = q * scale (+ zero). Scales and zero points are rounded to bf16 before codes are chosen, so that a code is the
-nearest one for what is stored.
+Both give codes q in [-8, 7]. Each group of `group_size` neighbors in a row has one scale, and in some schemes one zero
+point: value = q * scale (+ zero). Scales and zero points are rounded to bf16 before the codes are chosen, so that each
+code is the nearest one for the stored scale and zero point.
 
-Where the kernels multiply in int8, a group's scale is a multiple, 1 to 16, of its row's scale.
+For int8 products, a group's scale is a multiple, 1 to 16, of its row's scale.
 
     minmax  scale = largest absolute value / 7, no zero point
-    hqq     starts there, or with zero points from the group's minimum and maximum, and then alternates: split off what
-            looks like outliers, fit scale and zero point to the rest, choose codes. A group keeps its best round.
+    hqq     starts from minmax, or with zero points from each group's minimum and maximum. Each round separates
+            outliers, fits scale and zero point to the rest, and chooses codes. A group keeps its best round.
 
-Source: H. Badri and A. Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023. Two changes. Theirs
-fits the zero point alone, under a fixed scale; here the scale is fitted with it, or alone where the scheme has no zero
-point. And residuals are measured in units of the group's first scale, so that the result does not depend on the
-weights' magnitude.
+Source: H. Badri and A. Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023. Two differences:
+the paper fits only the zero point, under a fixed scale; here the scale is fitted too, or alone if the scheme has no
+zero points. And residuals are measured in units of the group's first scale, so that the result does not depend on the
+magnitude of the weights.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ ALGORITHMS = ("minmax", "hqq")
 
 Q_MIN, Q_MAX = -8, 7
 
-# The l_p norm, p < 1, that HQQ minimises over residuals, and the weight of the split with its growth. p and the growth
-# are the paper's. Residuals lie within half a code: weights of 1 and 10 gave larger errors than 3, and 20 rounds gain
-# less than 1% over 10 (normal and Student-t weights, groups of 64).
+# HQQ minimizes the l_p norm of the residuals, p < 1. BETA weighs the separation of outliers and grows by KAPPA. p and
+# KAPPA are the paper's. Residuals are at most half a code: BETA = 1 and 10 gave larger errors than 3, and 20 rounds
+# gain less than 1% over 10 (normal and Student-t weights, groups of 64).
 HQQ_NORM = 0.7
 HQQ_BETA = 3.0
 HQQ_KAPPA = 1.01
 HQQ_ROUNDS = 10
 
-# Weights that are rounded at once: fp32 temporaries of 1 MB stay in cache, and give torch's threads enough to share.
+# Weights that are rounded at a time: fp32 temporaries of 1 MB fit the cache and are enough work for torch's threads.
 _CHUNK_ELEMENTS = 1 << 18
 
 
@@ -49,8 +49,8 @@ class Int4Codes:
     Attributes:
         q: int8 [..., N, K] in [-8, 7].
         scale: bf16 [..., N, K/group_size]. With row_scale, integers from 1 to 16.
-        zero: bf16, shaped like scale, or None for no zero points.
-        row_scale: bf16 [..., N, 1], or None for 1.
+        zero: bf16, shaped like scale; None without zero points.
+        row_scale: bf16 [..., N, 1]; None means 1.
     """
 
     q: Tensor
@@ -67,13 +67,13 @@ class Int4Codes:
         return self.map(lambda t: t[index])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Int4Codes:
-        """The same function applied to codes, scales and zero points: for what changes rows only."""
+        """Applies a function that only reorders or selects rows to codes, scales and zero points."""
         zero = None if self.zero is None else function(self.zero)
         row_scale = None if self.row_scale is None else function(self.row_scale)
         return Int4Codes(function(self.q), function(self.scale), zero, row_scale)
 
     def regrouped(self, group_size: int) -> Int4Codes:
-        """The same values with a smaller group size that divides the present one."""
+        """The same values with a smaller group size, which must divide the current one."""
         times = self.group_size // group_size
         if times == 1:
             return self
@@ -84,7 +84,7 @@ class Int4Codes:
         """The same values with scales that are multiples of one scale a row.
 
         Raises:
-            ValueError: the scales are no such multiples.
+            ValueError: the scales are not such multiples.
         """
         if self.row_scale is not None:
             return self
@@ -133,8 +133,8 @@ def round_weights(
         weight: float [..., N, K].
         group_size: consecutive K values that share a scale; divides K.
         algorithm: "minmax" or "hqq". The same weights give the same codes.
-        zeros: let hqq choose zero points too. minmax has none.
-        row_scaled: scales become multiples of a row's scale, and there are no zero points.
+        zeros: whether hqq chooses zero points; minmax never does.
+        row_scaled: make scales multiples of one scale a row; no zero points.
 
     Returns:
         Int4Codes with q [..., N, K].
@@ -165,8 +165,11 @@ def round_weights(
 
 
 def _round_scales(weight: Tensor, codes: Int4Codes) -> Int4Codes:
-    """Codes of weights [N, K] under multiples of one scale a row: of those next to a group's scale, the multiple with
-    the smallest squared error. The largest scale of a row is the largest multiple."""
+    """Rounds the scales of codes for weights [N, K] to multiples of one scale a row, and chooses the codes again.
+
+    The row's scale makes its largest group scale MAX_MULTIPLE. Of the multiples next to a group's scale, the one with
+    the smallest squared error is taken.
+    """
     grouped, scale = weight.float().unflatten(-1, (-1, codes.group_size)), codes.scale.float()
     row_scale = (scale.amax(-1, keepdim=True) / MAX_MULTIPLE).bfloat16()
     row_scale = torch.where(row_scale == 0, torch.ones_like(row_scale), row_scale)
@@ -202,15 +205,15 @@ def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 def quantize_hqq(weight: Tensor, group_size: int, zeros: bool) -> Int4Codes:
     """Half-quadratic quantization along the last dimension.
 
-    Minimises sum(|weight - q * scale - zero| ** p) of each group over codes, scale and, with `zeros`, zero point.
+    Minimizes sum(|weight - q * scale - zero| ** p) of each group over codes, scale and, with `zeros`, zero point.
 
     Args:
         weight: float [..., N, K].
         group_size: consecutive K values that share a scale; divides K.
-        zeros: fit zero points; else there are none.
+        zeros: whether to fit zero points.
 
     Returns:
-        Int4Codes; in no group worse, in that norm, than the min-max codes it starts from.
+        Int4Codes. The norm of no group is larger than with the min-max codes that it starts from.
     """
     grouped = weight.float().unflatten(-1, (-1, group_size))
     scale, zero = _min_max(grouped, zeros)
@@ -236,7 +239,7 @@ def quantize_hqq(weight: Tensor, group_size: int, zeros: bool) -> Int4Codes:
                 None if best_zero is None or stored[1] is None else torch.where(better, stored[1], best_zero),
             )
             best_loss = torch.where(better, loss, best_loss)
-        # The paper's soft threshold for the l_p norm: what of a residual counts as an outlier.
+        # The paper's soft threshold for the l_p norm: the part of a residual that counts as an outlier.
         outliers = residual.sign() * (size - power / size / beta).clamp(min=0)
         scale, zero = _fit(q, grouped - outliers * unit, scale, zeros)
         beta *= HQQ_KAPPA
@@ -245,7 +248,7 @@ def quantize_hqq(weight: Tensor, group_size: int, zeros: bool) -> Int4Codes:
 
 
 def _min_max(grouped: Tensor, zeros: bool) -> tuple[Tensor, Tensor | None]:
-    """Scale, and zero point or None, with which the codes just span each group [..., G, group_size]."""
+    """Scale, and zero point or None, for which the codes exactly span each group [..., G, group_size]."""
     if not zeros:
         return grouped.abs().amax(-1) / Q_MAX, None
     low, high = grouped.aminmax(dim=-1)
@@ -266,10 +269,10 @@ def _values(q: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
 
 
 def _fit(q: Tensor, target: Tensor, scale: Tensor, zeros: bool) -> tuple[Tensor, Tensor | None]:
-    """Least-squares scale (and zero point) for given codes; `scale` where the codes do not determine one."""
+    """Least-squares scale (and zero point) for given codes; keeps `scale` where the codes do not determine one."""
     middle = q.mean(-1, keepdim=True) if zeros else torch.zeros_like(scale)[..., None]
-    centred = q - middle
-    power = centred.square().sum(-1)
-    fitted = (centred * target).sum(-1) / torch.where(power == 0, torch.ones_like(power), power)
+    centered = q - middle
+    power = centered.square().sum(-1)
+    fitted = (centered * target).sum(-1) / torch.where(power == 0, torch.ones_like(power), power)
     scale = torch.where((power == 0) | (fitted <= 0), scale, fitted)
     return scale, target.mean(-1) - scale * middle[..., 0] if zeros else None

@@ -1,1 +1,6 @@
-"""Tile configurations of an expert layer: checked-in tables by GPU and layer, else a heuristic."""
+"""Tile configurations of an expert layer.
+
+configs  `GemmConfig`, and the largest one that fits a GPU's shared memory
+tables   the checked-in tables in tuned/, by GPU and layer
+choose   which configurations a layer runs with: those of the tables, else of a heuristic
+"""

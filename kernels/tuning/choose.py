@@ -1,4 +1,4 @@
-"""Which configurations an expert layer runs with: from the checked-in tables, else by a heuristic."""
+"""Chooses the tile configurations of an expert layer: from the checked-in tables, else by heuristics."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from .configs import GemmConfig, fit
 from .tables import TunedLayer, find_table
 
 MAX_PAIRS = 2**31 - 1
+"""Largest number of pairs of token and expert in a call; routing counts them in 32 bits."""
 MAX_VARIANTS = 3
-"""Each costs two launches that find nothing to do."""
+"""Each variant costs two launches, and those of all but one do nothing."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Configurations of both GEMMs for a range of P = T * top_k, ends included."""
+    """Configurations of both GEMMs for P = T * top_k from `pairs_from` to `pairs_to`, both included."""
 
     pairs_from: int
     pairs_to: int
@@ -29,9 +30,11 @@ class Variant:
 def few_token_configs(
     gpu: Gpu, scheme: Scheme, layer: LayerShape, num_tokens: int, tables: bool = True
 ) -> tuple[GemmConfig, GemmConfig] | None:
-    """Configurations of the few-token path, or None where the grouped path is faster.
+    """Configurations of both GEMMs for the few-token path, or None if the grouped path is faster.
 
-    tables: False leaves the choice to the heuristics.
+    Args:
+        layer: with padded sizes. num_tokens: T.
+        tables: False ignores the tables.
     """
     table = find_table(gpu, scheme, layer) if tables else None
     if table is not None:
@@ -47,16 +50,22 @@ def few_token_configs(
 def grouped_variants(
     gpu: Gpu, scheme: Scheme, layer: LayerShape, num_pairs: int | None, tables: bool = True
 ) -> tuple[Variant, ...]:
-    """Variants of the grouped path that cover `num_pairs`, or (None: known at run time only) any number of pairs."""
+    """Variants of the grouped path.
+
+    Args:
+        layer: with padded sizes.
+        num_pairs: P, or None if it is known at run time only; then the variants cover any number of pairs.
+        tables: False ignores the tables.
+    """
     rows = _grouped_rows(gpu, scheme, layer, tables)
     if num_pairs is not None:
         _, gemm1, gemm2 = next(row for row in rows if num_pairs <= row[0])
         return (Variant(0, MAX_PAIRS, gemm1, gemm2),)
-    # One variant for each tile height; of its rows that for the most pairs, where there is most to lose.
+    # One variant for each tile height: its row for the most pairs, where a wrong choice costs most.
     last = {gemm1.block_m: (up_to, gemm1, gemm2) for up_to, gemm1, gemm2 in rows}
-    if len(last) > MAX_VARIANTS and max(last) > 128:  # two tiles of half the height take little longer
+    if len(last) > MAX_VARIANTS and max(last) > 128:  # two tiles of half the height are almost as fast
         del last[max(last)]
-    while len(last) > MAX_VARIANTS:  # heights are powers of two: the next one is never far from the best
+    while len(last) > MAX_VARIANTS:  # heights are powers of two: the next one is almost as fast
         del last[sorted(last)[1]]
     kept = sorted(last.values(), key=lambda row: row[0])
     variants = []
@@ -72,7 +81,7 @@ def _fitted(
     gemm1: GemmConfig, gemm2: GemmConfig, scheme: Scheme, gpu: Gpu, one_height: bool = False
 ) -> tuple[GemmConfig, GemmConfig]:
     gemm1, gemm2 = fit(gemm1, scheme, 1, gpu), fit(gemm2, scheme, 2, gpu)
-    if one_height and gemm1.block_m != gemm2.block_m:  # both walk the same row blocks
+    if one_height and gemm1.block_m != gemm2.block_m:  # both GEMMs use the same row blocks
         height = min(gemm1.block_m, gemm2.block_m)
         gemm1, gemm2 = replace(gemm1, block_m=height), replace(gemm2, block_m=height)
     return gemm1, gemm2
@@ -81,7 +90,7 @@ def _fitted(
 def _grouped_rows(
     gpu: Gpu, scheme: Scheme, layer: LayerShape, tables: bool
 ) -> list[tuple[int, GemmConfig, GemmConfig]]:
-    """(most pairs, GEMM1, GEMM2), ascending, the last without an end; both GEMMs of a row have one tile height."""
+    """Ascending rows (most pairs, GEMM1, GEMM2), up to MAX_PAIRS. Both GEMMs of a row have the same tile height."""
     table: TunedLayer | None = find_table(gpu, scheme, layer) if tables else None
     if table is not None:
         rows = [(entry.up_to * layer.experts, entry.gemm1, entry.gemm2) for entry in table.grouped]
@@ -94,10 +103,10 @@ def _grouped_rows(
     return [(int(up_to), *_fitted(gemm1, gemm2, scheme, gpu, one_height=True)) for up_to, gemm1, gemm2 in rows]
 
 
-# ------------------------------------------------------------- heuristics, from sweeps of the qwen35 shape on an H200
+# ------------------------------------------------------- heuristics, from measurements of the qwen35 shape on an H200
 
 HEURISTIC_HEIGHTS = ((20, 16), (96, 64), (1e6, 128))
-"""(most pairs an expert on average, tile height)."""
+"""(largest mean number of pairs of an expert, tile height)."""
 
 
 def heuristic_gemm(gpu: Gpu, scheme: Scheme, layer: LayerShape, gemm: int, block_m: int) -> GemmConfig:
@@ -105,16 +114,16 @@ def heuristic_gemm(gpu: Gpu, scheme: Scheme, layer: LayerShape, gemm: int, block
     n, _ = layer.rows_and_k(gemm)
     warps = 4 if gpu.capability >= 90 else 8
     if block_m == 16:
-        # Weights stream past a few tokens: tall tiles, so that each token row is read by few programs.
+        # Few tokens, many weights: tiles of many weight rows, so that few programs read each token row.
         tall = gpu.capability >= 90 and scheme.packed and n % 256 == 0
         return GemmConfig(16, 256 if tall else 128, num_warps=4, num_stages=3, ctas_per_sm=4, scale_after=True)
     if block_m == 128 and not (gpu.capability == 90 and scheme.packed):
-        warps = 8  # four would spill
+        warps = 8  # four spill registers
     return GemmConfig(block_m, 128, num_warps=warps, num_stages=3, ctas_per_sm=2)
 
 
 def heuristic_few_tokens(gpu: Gpu, scheme: Scheme, layer: LayerShape, num_tokens: int) -> tuple[GemmConfig, GemmConfig]:
-    """Configurations of the few-token path: small tiles, enough programs to fill the GPU."""
+    """Configurations of the few-token path: small tiles, so that the programs fill the GPU."""
     block_m = 8 if num_tokens <= 8 else 16
     found = []
     for gemm in (1, 2):
@@ -123,7 +132,7 @@ def heuristic_few_tokens(gpu: Gpu, scheme: Scheme, layer: LayerShape, num_tokens
         split_k = 1
         while gemm == 2 and programs * split_k < 2 * gpu.num_sms and k // K_BLOCK >= 16 * split_k:
             split_k *= 2
-        # Two K blocks at a time shorten a program, but take registers and shared memory from others.
+        # Two K blocks at a time shorten a program, but leave fewer registers and less shared memory to others.
         unroll = 2 if programs * split_k <= 4 * gpu.num_sms else 1
         config = GemmConfig(block_m, 64, 1, 2, 3, unroll, split_k=split_k, scale_after=True)
         found.append(fit(config, scheme, gemm, gpu))
@@ -131,5 +140,5 @@ def heuristic_few_tokens(gpu: Gpu, scheme: Scheme, layer: LayerShape, num_tokens
 
 
 def heuristic_few_tokens_limit(layer: LayerShape) -> int:
-    """Largest T of the few-token path: each of its programs looks at all pairs, which grows with their square."""
+    """Largest T of the few-token path: each of its programs reads all pairs, so its work is quadratic in T."""
     return max(1, 64 // layer.top_k)

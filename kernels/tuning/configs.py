@@ -1,4 +1,4 @@
-"""Tile configurations: what one is, and what of it fits a GPU."""
+"""Tile configurations, and how they are reduced to fit a GPU."""
 
 from __future__ import annotations
 
@@ -8,23 +8,27 @@ from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED, Gpu
 from executorch_moe.kernels.schemes import K_BLOCK, Scheme
 
 GROUP_SIZES_M = (1, 8, 16, 32)
-"""Row blocks that a group of the tile order may hold."""
+"""Allowed numbers of row blocks in a group of the tile order."""
 
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """One tile configuration of the grouped GEMM.
+    """Tile configuration of one GEMM.
 
     Attributes:
-        block_m: tokens of a tile. block_n: weight rows of a tile (GEMM1: gate and up rows together).
-        group_size_m: row blocks of a group in the tile order.
-        num_warps, num_stages: of the compiled kernel and its software pipeline.
-        unroll: K blocks of one step of the software pipeline.
-        ctas_per_sm: programs that the persistent grid starts on each multiprocessor.
-        split_k: parts of K that different programs take; few-token GEMM2 only, which sums over pairs anyway.
-        scale_after: multiply the scale into the accumulator after each K block, not into the decoded weights: fewer
-            instructions a weight, more an output, so it pays for small block_m. Only for symmetric W4A16 weights with
-            group_size >= 128; otherwise it is ignored.
+        block_m: tokens of a tile, a power of two of at least 8.
+        block_n: weight rows of a tile (GEMM1: gate and up rows together), 32, 64, 128 or 256.
+        group_size_m: row blocks of a group in the tile order, one of GROUP_SIZES_M.
+        num_warps: of a program. num_stages: of the software pipeline. unroll: K blocks of one of its steps.
+        ctas_per_sm: programs of the persistent grid for each multiprocessor.
+        split_k: number of parts of K, each done by a different program. Only for GEMM2 of the few-token path, which
+            sums over pairs anyway.
+        scale_after: multiply the accumulator by the scale after each K block, instead of the decoded weights. It takes
+            fewer instructions for each weight and more for each output, so it pays off for small block_m. Only for
+            W4A16 weights without zero points and with group_size >= 128; otherwise it is ignored.
+
+    Raises:
+        ValueError: block_m, block_n or group_size_m is not an allowed value.
     """
 
     block_m: int
@@ -47,23 +51,23 @@ class GemmConfig:
 
 
 INTERPRETER_GPU = Gpu(90, 4, MAX_DYNAMIC_SHARED[90])
-"""Stands in for a GPU under Triton's interpreter: few programs, so that each walks many tiles."""
+"""The GPU that Triton's interpreter is configured for: few multiprocessors, so that each program does many tiles."""
 
 
 def pipeline_bytes(config: GemmConfig, scheme: Scheme, gemm: int) -> int:
-    """Shared memory of the software pipeline's buffers, bytes: activations and raw weights of each stage."""
+    """Bytes of shared memory for the software pipeline: activations and packed weights of each stage."""
     x_bytes = 1 if scheme.act_group(gemm) else 2
     stage = K_BLOCK * (config.block_m * x_bytes + config.block_n * scheme.weight_bits // 8)
     return config.num_stages * config.unroll * stage
 
 
 def fit(config: GemmConfig, scheme: Scheme, gemm: int, gpu: Gpu) -> GemmConfig:
-    """The configuration with as many stages, then as small a tile, as the GPU's shared memory asks for.
+    """Reduce a configuration until it fits the GPU's shared memory: first unrolling and stages, then the tile.
 
     Raises:
-        ValueError: not even the smallest tile fits.
+        ValueError: the smallest tile does not fit.
     """
-    # The epilogue's transposition and barriers take a little beside the pipeline.
+    # The epilogue's transposition and barriers need a little shared memory too.
     budget = gpu.max_shared - 4096
     while pipeline_bytes(config, scheme, gemm) > budget:
         if config.unroll > 1:

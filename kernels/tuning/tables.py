@@ -1,7 +1,7 @@
-"""The checked-in configuration tables: one file a GPU, written by `executorch-moe tune`.
+"""The checked-in configuration tables: one JSON file for each GPU, written by `executorch-moe tune`.
 
-A file is JSON: what made it (GPU, versions, command), and a list of layers, each with its key (sizes and scheme) and
-two lists of configurations: `few_tokens` by T, `grouped` by the mean number of pairs of an expert, T * top_k / E.
+A file has a list of layers. Each has its key (sizes and scheme), `made_by` (GPU, versions, command), and two lists of
+configurations: `few_tokens` by T, and `grouped` by the mean number of pairs of an expert, T * top_k / E.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FOLDER = Path(__file__).parent / "tuned"
 
 @dataclass(frozen=True)
 class TunedRow:
-    """Configurations up to (and including) a number of tokens, or of pairs an expert."""
+    """Configurations for up to `up_to` tokens (few_tokens) or mean pairs of an expert (grouped), included."""
 
     up_to: float
     gemm1: GemmConfig
@@ -32,24 +32,24 @@ class TunedRow:
 
 @dataclass(frozen=True)
 class TunedLayer:
-    """What was found for one layer on one GPU; rows ascend."""
+    """Configurations of one layer on one GPU, in ascending rows."""
 
     few_tokens: tuple[TunedRow, ...]
     grouped: tuple[TunedRow, ...]
 
 
 def table_path(gpu: Gpu) -> Path:
-    """File of a GPU: parts with the same architecture and number of multiprocessors share it."""
+    """File of a GPU. Products with the same architecture and number of multiprocessors share it."""
     return FOLDER / f"sm_{gpu.capability}_{gpu.num_sms}_sms.json"
 
 
 def layer_key(scheme: Scheme, layer: LayerShape) -> dict[str, Any]:
-    """What identifies a layer in a table."""
+    """Key of a layer with padded sizes in a table."""
     return {"scheme": scheme.name, **asdict(layer)}
 
 
 def find_table(gpu: Gpu, scheme: Scheme, layer: LayerShape) -> TunedLayer | None:
-    """The table's entry for a layer; None if there is no table for this GPU, or no entry."""
+    """The table entry of a layer; None if the GPU has no table, or the table no such entry."""
     return _read(table_path(gpu)).get(_frozen(layer_key(scheme, layer)))
 
 

@@ -13,10 +13,10 @@ CONTEXT = 32
 
 
 class CachedExperts(torch.nn.Module):
-    """Experts whose outputs go to a cache, as in a KV cache; returns the sum over the cache plus a call counter.
+    """Experts that write their outputs to a cache, like a KV cache; returns the cache plus a call counter.
 
-    Routing comes in as inputs: a router's GEMM rounds differently in every library, which would hide whether the
-    experts themselves are equal bit for bit.
+    Routing is an input: the GEMM of a router rounds differently in every library, which would hide whether the experts
+    themselves are equal bit for bit.
     """
 
     def __init__(self, scheme: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> None:
@@ -44,7 +44,7 @@ def inputs(tokens: int, dtype: torch.dtype = torch.bfloat16, start: int = 0, see
 
 
 def methods(module: CachedExperts, dtype: torch.dtype = torch.bfloat16) -> dict[str, ExportedProgram]:
-    """prefill with dynamic T in 2..CONTEXT, and decode with T=1, on the same buffers."""
+    """Export prefill (dynamic T in 2..CONTEXT) and decode (T=1) on the same buffers."""
     tokens = Dim("T", min=2, max=CONTEXT)
     return {
         "prefill": export(module, inputs(5, dtype), dynamic_shapes=tuple({0: tokens} for _ in range(4))),

@@ -1,4 +1,4 @@
-"""Artifacts that several test files read, each exported once a session; a summary of bit-equality."""
+"""Artifacts for several test files, each exported once in a session, and a summary of bit equality."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BITS = "delegates against eager"
 
 @pytest.fixture
 def note_bits(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
-    """Adds a line to the summary that follows the tests: passing tests print nothing otherwise."""
+    """Add a line to the summary after the tests: passing tests print nothing."""
     return functools.partial(record_property, BITS)
 
 

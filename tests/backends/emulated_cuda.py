@@ -1,7 +1,7 @@
-"""CudaBackend made to compile for the CPU, so that the delegate host runs in CI on a real AOTInductor delegate.
+"""Makes CudaBackend compile for the CPU, so that the delegate host runs in CI with a real AOTInductor delegate.
 
-Everything is ExecuTorch's and ours (partitioner, weight collector, .pte, .ptd, host); only AOTInductor's target and the
-container class differ from a GPU machine. No Triton, hence no fused experts.
+All code is that of ExecuTorch and of this package (partitioner, weight collector, .pte, .ptd, host). Only the target of
+AOTInductor and the container class differ from a GPU machine. There is no Triton, so there are no fused experts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _OPTIONS = {
 
 
 class Stateful(torch.nn.Module):
-    """A weight, a cache that starts at zero, and a counter that does not."""
+    """A weight, a cache that starts at zero, and a counter that starts at three."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def stateful_programs(seed: int = 0) -> tuple[Stateful, dict[str, ExportedProgra
 
 @contextlib.contextmanager
 def cuda_backend_on_cpu() -> Iterator[None]:
-    """CudaBackend's preprocess compiles for the CPU inside this context."""
+    """Context in which CudaBackend's preprocess compiles for the CPU."""
 
     def options(cls: type, compile_specs: Any) -> dict[str, Any]:
         return dict(_OPTIONS)
@@ -88,7 +88,7 @@ def cuda_backend_on_cpu() -> Iterator[None]:
 
 
 def lower_emulated(programs: dict[str, ExportedProgram], constants: dict | None = None) -> ExecutorchProgramManager:
-    """What `lower(programs, "cuda", constants)` does, for the CPU."""
+    """`lower(programs, "cuda", constants)`, but for the CPU."""
     with cuda_backend_on_cpu(), own_outputs(), torch.no_grad():
         edge = to_edge_transform_and_lower(
             programs,
@@ -101,7 +101,7 @@ def lower_emulated(programs: dict[str, ExportedProgram], constants: dict | None 
 
 
 def open_cpu_container(library: Path, device: torch.device):
-    """AOTInductor's runner for the CPU."""
+    """Open AOTInductor's runner for the CPU."""
     folder = Path(torch.__file__).parent / "lib"
     for name in ("libc10.so", "libtorch_cpu.so"):
         ctypes.CDLL(str(folder / name), mode=ctypes.RTLD_GLOBAL)

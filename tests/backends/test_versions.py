@@ -1,4 +1,4 @@
-"""Installed packages against this package's own requirements, where a Python caller meets them first."""
+"""Installed packages are compared with the requirements, in every function that a Python caller starts with."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_every_requirement_is_checked() -> None:
     pins = {pin.name: pin for pin in versions.pins()}
     assert {"torch", "executorch", "torchao", "triton", "transformers"} <= pins.keys()
     assert pins["transformers"].optional and not pins["torch"].optional
-    # Of the extras only `hf`, and each package has a range with two ends but for this one.
+    # Only the extra `hf` is checked. Each package except this one has a range with two ends.
     assert "pytest" not in pins
     for pin in pins.values():
         assert pin.name == "packaging" or len(Requirement(pin.wanted).specifier) == 2, pin
@@ -53,7 +53,7 @@ def test_a_python_caller_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     ):
         CALLS[name]()
     monkeypatch.undo()
-    # An optional package that is not used does not matter.
+    # An unused optional package does not matter.
     with_version(monkeypatch, "transformers", "4.0")
     with pytest.raises((ValueError, FileNotFoundError)):
         CALLS[name]()

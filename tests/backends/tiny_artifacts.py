@@ -1,4 +1,4 @@
-"""The smallest artifacts: a linear layer for the CPU target, with a constant method of every kind."""
+"""The smallest artifact: a linear layer for the CPU target, with a constant method of every type."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CONSTANTS = {"get_vocab_size": 7, "get_eos_ids": [1, 2], "name": "tiny", "rope_t
 
 
 def export_linear(path: Path, *, seed: int = 0, width: int = 3) -> Artifact:
-    """A linear layer, saved as `path`.pte and `path`.ptd."""
+    """Export a linear layer to `path`.pte and `path`.ptd."""
     torch.manual_seed(seed)
     program = export(torch.nn.Linear(4, width), (torch.randn(2, 4),))
     return save(lower({"forward": program}, "cpu", CONSTANTS), path)

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from executorch_moe.examples.big_checkpoint import Shape, in_own_process, write_checkpoint
+from executorch_moe.examples.big_checkpoint import ModelShape, in_own_process, write_checkpoint
 
 pytest.importorskip("transformers")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory since a moment is known on Linux only")
 def test_memory_stays_below_the_packed_model_and_one_layer(tmp_path: Path) -> None:
-    shape = Shape(
+    shape = ModelShape(
         layers=5, num_experts=64, hidden_size=512, intermediate_size=256, heads=4, key_value_heads=2, head_dim=64,
         vocab_size=512,
     )  # fmt: skip

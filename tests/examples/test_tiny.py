@@ -9,7 +9,8 @@ import torch
 from transformers import AutoTokenizer
 
 from executorch_moe.examples.tiny import train
-from executorch_moe.export.models.pretrained import load_model, resolve
+from executorch_moe.export.checkpoint.whole import load_model
+from executorch_moe.export.models.pretrained import resolve
 
 
 @pytest.fixture(scope="module")

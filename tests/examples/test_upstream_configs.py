@@ -37,11 +37,11 @@ def test_what_autotuning_kept_is_read_by_the_kernels_name() -> None:
 
 
 def test_the_landed_file_is_one_that_an_export_takes() -> None:
-    landed = Path(__file__).parents[1] / "results" / "2026-11-23-h200-kernel-configs.json"
+    landed = Path(__file__).parents[2] / "benchmarks" / "results" / "2026-11-23-h200-kernel-configs.json"
     assert {"_fused_moe_kernel", "_fused_moe_batched_kernel", "_sdpa_fwd_kernel"} <= read_configs(landed).keys()
 
 
 def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
-    with mock.patch.object(torch.cuda, "is_available", lambda: False), pytest.raises(SystemExit, match="sees no GPU"):
+    with mock.patch.object(torch.cuda, "is_available", lambda: False), pytest.raises(SystemExit, match="finds no GPU"):
         upstream_configs.main(tmp_path / "configs.json")
     assert list(tmp_path.iterdir()) == []

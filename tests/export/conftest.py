@@ -38,7 +38,7 @@ def tiny_options(out: Path | None, scheme: str, target: str, dtype: str) -> Expo
 
 @pytest.fixture(scope="session")
 def executorch_runtime() -> None:
-    """For tests that run a program in ExecuTorch's own runtime."""
+    """Skips tests that need ExecuTorch's own runtime if it is missing."""
     if why := why_not_pybindings():
         pytest.skip(why)
 
@@ -60,8 +60,8 @@ def exported(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Callab
 def artifact(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Callable[[str, Cell], Path]:
     """artifact(way, cell) -> the .pte of a cell of the matrix, exported "here", on this GPU, or "elsewhere".
 
-    "elsewhere" is from the folder that EXECUTORCH_MOE_CROSS names if that has it, or else an export for this GPU's
-    architecture that does not look at the GPU.
+    "elsewhere" is taken from the folder that EXECUTORCH_MOE_CROSS names, if it has the file; otherwise it is an export
+    for this GPU's architecture that does not use the GPU.
     """
 
     def get(way: str, cell: Cell) -> Path:
@@ -84,10 +84,10 @@ def eager_model(scheme: str, target: str, dtype: str = "auto") -> CausalLM:
 
 @torch.no_grad()
 def eager_greedy(model: CausalLM, prompt_ids: list[int], new_tokens: int) -> list[int]:
-    """Greedy tokens after a prompt, called as the exported methods are: the prompt at once, then token by token.
+    """Greedy tokens after a prompt, with the calls of exported methods: the whole prompt, then token by token.
 
-    An exported prefill is for any length, and so has the experts' grouped path only; eager would take the few-token
-    path for short prompts, which rounds elsewhere.
+    An exported prefill takes any length, and so has only the experts' grouped path. Eager would take the few-token path
+    for short prompts, which rounds at other places.
     """
     model.reset()
     device = next(model.parameters()).device

@@ -1,4 +1,4 @@
-"""Tiny random models of several families, and what each is there for."""
+"""Tiny random models of several families, each with the reason to test it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FEW = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 @dataclass(frozen=True)
 class Family:
-    """A model family: class prefix in transformers, and its options beside COMMON."""
+    """A model family: class prefix in transformers, and its options in addition to COMMON."""
 
     name: str
     prefix: str
@@ -43,10 +43,10 @@ class Family:
     def model(
         self, experts: str = "grouped_mm", dtype: torch.dtype = torch.float32, attention: str | None = None
     ) -> nn.Module:
-        """Random weights; those of the experts are such that 4 bits with group size 32 hold them exactly.
+        """A model with random weights; those of the experts are exact in 4 bits with group size 32.
 
         Args:
-            experts, attention: transformers' `experts_implementation` and `attn_implementation`; None: its choice.
+            experts, attention: transformers' `experts_implementation` and `attn_implementation`; None: default.
         """
         import transformers
 
@@ -153,9 +153,9 @@ def export_logits(model: nn.Module, strict: bool = False, dynamic: bool = True, 
 
 @torch.no_grad()
 def operations(program: Any) -> list[tuple[str, ...]]:
-    """What a program computes, for comparison: each call with its arguments, values by number, inputs by name.
+    """Operations of a program, to compare programs: each call with its arguments, values by number, inputs by name.
 
-    Inputs that nothing reads and names of nodes are left out.
+    It omits unused inputs and names of nodes.
     """
     program = program.run_decompositions()
     signature = program.graph_signature

@@ -1,4 +1,4 @@
-"""Problems that every kernel path must get right, and the oracle's answer for each."""
+"""Problems that every kernel path must solve, with the reference's result for each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from executorch_moe.kernels.reference import reference_experts
 
 @dataclass(frozen=True)
 class Case:
-    """One problem; `why` says what it is there for."""
+    """One problem; `why` is the reason for it."""
 
     why: str
     tokens: int
@@ -57,7 +57,7 @@ ZERO_CASE = Case("zero points", tokens=13, hidden=256, zero=True)
 
 @dataclass
 class Problem:
-    """Inputs of a case and the fp32 answer."""
+    """Inputs of a case and the fp32 result."""
 
     packed: PackedExperts
     hidden_states: Tensor
@@ -72,7 +72,7 @@ class Problem:
 
 
 def routing_of(case: Case) -> Tensor:
-    """int64 [T, top_k] expert ids, distinct for each token unless dropped."""
+    """Expert ids, int64 [T, top_k]; those of a token differ unless they are dropped."""
     if case.routing == "hot":
         return torch.full((case.tokens, case.top_k), case.experts - 1)
     ids = torch.stack([torch.randperm(case.experts)[: case.top_k] for _ in range(case.tokens)])
@@ -86,7 +86,7 @@ def routing_of(case: Case) -> Tensor:
 
 
 def make(case: Case, scheme: str) -> Problem:
-    """Random weights, tokens and routing of a case; the answer is for the dequantized weights."""
+    """Random weights, tokens and routing of a case; the expected result is that of the dequantized weights."""
     torch.manual_seed(1)
     e, h, i = case.experts, case.hidden, case.intermediate
     gate_up = torch.randn(e, 2 * i, h) / h**0.5
@@ -106,13 +106,13 @@ def make(case: Case, scheme: str) -> Problem:
 
 
 def zero_points(scale: Tensor | None) -> Tensor:
-    """Random ones for these scales; padding stays worth nothing: its scale and zero are zero."""
+    """Random zero points for these scales; in padding, scale and zero point stay zero."""
     assert scale is not None
     return torch.where(scale == 0, 0.0, torch.randn(scale.shape) * 0.02).bfloat16()
 
 
 def stored_bias(packed: PackedExperts) -> Tensor:
-    """The packed gate-up bias back in gate-then-up order, fp32 [E, 2*Ip]."""
+    """The gate-up bias of a packed layer in gate-then-up order, fp32 [E, 2*Ip]."""
     assert packed.w13_bias is not None
     return deinterleave_gate_up(packed.w13_bias)
 
@@ -124,5 +124,5 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float(difference / norm) if norm > 0 else float(difference)
 
 
-# The bounds: bf16 rounding of inputs, intermediate, pair outputs and result; for 4 bits also of the decoded weights.
+# Error bounds: bf16 rounding of inputs, intermediate, pair outputs and result; for 4 bits also of decoded weights.
 BOUNDS = {"bf16": 4.0e-3, "w4a16": 4.5e-3, "w4a8": 1.2e-2}

@@ -1,4 +1,4 @@
-"""A summary of what the compiler made of the kernels: passing tests print nothing otherwise."""
+"""Prints a summary of compiled kernels, which passing tests would not show."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels that run both forms of a decoder side by side."""
+"""Kernels that run both forms of a decoder, PTX and portable."""
 
 from __future__ import annotations
 

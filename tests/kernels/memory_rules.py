@@ -1,17 +1,17 @@
-"""What kernels may do to memory, checked while Triton's interpreter runs them.
+"""Checks the memory accesses of kernels while Triton's interpreter runs them.
 
-A GPU's memcheck sees an address outside an allocation; most of what goes wrong between programs and launches it sees
-only if the timing is unlucky. Here programs run one after the other, so every access can be held against rules:
+On a GPU, memcheck finds addresses outside of allocations, but most races between programs and launches only with
+unlucky timing. Here programs run one after the other, so every access can be checked against these rules:
 
-  bounds      Each byte that is read or written belongs to a tensor that the launch was given.
-  written     What comes from `torch.empty` is not read before a kernel has written it.
-  races       Two programs of a launch touch a byte, one of them writing, only if atomics put them in order: the first
-              one's threads meet at a barrier, it releases (acq_rel, scope gpu), and the other acquires.
-  overlap     A launch may start while the one before runs (`launches_before`). Before its wait a program writes
-              nothing, and reads nothing that the launch before writes. Every program waits: else the launch behind
-              could start while the one before this one still runs.
+  bounds      Each byte that is read or written belongs to a tensor argument of the launch.
+  written     Memory of `torch.empty` is not read before a kernel has written it.
+  races       If two programs of a launch access a byte and one of them writes, atomics order them: the threads of the
+              first one meet at a barrier, it releases (acq_rel, scope gpu), and the second one acquires.
+  overlap     A launch may start while the previous one runs (`launches_before`). Before its wait, a program writes
+              nothing and reads nothing that the previous launch writes. Every program waits: otherwise the next launch
+              could start while the previous one still runs.
 
-Programs can be run in any order (`shuffle`), in which the results must be equal bit for bit.
+Programs can run in any order (`shuffle`), and the results must be bit-identical.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
 GUARD = 4096
-"""Bytes before and after a tensor's copy, so that what lies outside one is not inside another."""
+"""Bytes before and after the copy of a tensor, so that addresses outside of it belong to no other tensor."""
 
 NOBODY, SEVERAL = -1, -2
 
@@ -40,12 +40,12 @@ class MemoryRuleError(AssertionError):
 
 @dataclass
 class Shadow:
-    """What is known of each byte of a storage, over all launches."""
+    """State of each byte of a storage, over all launches."""
 
-    storage: Any  # held, so that its address is not given to another
+    storage: Any  # a reference, so that its address is not reused
     size: int
-    written: np.ndarray | None = None  # of torch.empty's: whether a kernel wrote it
-    written_by: np.ndarray | None = None  # the last launch that did
+    written: np.ndarray | None = None  # for torch.empty: whether a kernel wrote the byte
+    written_by: np.ndarray | None = None  # the last launch that wrote the byte
 
     def __post_init__(self) -> None:
         self.written_by = np.full(self.size, -1, dtype=np.int32)
@@ -53,7 +53,7 @@ class Shadow:
 
 @dataclass
 class Region:
-    """A storage as one launch sees it: a copy between guards, and who of the launch touched which byte when."""
+    """A storage during one launch: a copy between guards, and the programs and times of accesses to each byte."""
 
     name: str
     copy: Tensor
@@ -73,11 +73,11 @@ class Program:
 
     waited: bool = False
     barrier_time: int = 0
-    knows: dict[int, int] = field(default_factory=dict)  # program -> up to which time its accesses are before ours
+    knows: dict[int, int] = field(default_factory=dict)  # program -> time up to which its accesses precede ours
 
 
 class MemoryRules:
-    """State of the check; `check_memory` is what tests use."""
+    """State of the check. Tests use `check_memory`."""
 
     def __init__(self, shuffle: int | None) -> None:
         self.random = None if shuffle is None else np.random.default_rng(shuffle)
@@ -101,7 +101,7 @@ class MemoryRules:
         return self.shadows.setdefault(storage.data_ptr(), Shadow(storage, storage.nbytes()))
 
     def allocated(self, tensor: Tensor) -> Tensor:
-        """torch.empty has made it: its bytes are nobody's yet."""
+        """Registers a result of torch.empty: no byte of it is written."""
         if tensor.device.type == "cpu" and tensor.numel():
             storage = tensor.untyped_storage()
             shadow = Shadow(storage, storage.nbytes())
@@ -110,7 +110,7 @@ class MemoryRules:
         return tensor
 
     def begin(self, kernel: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The launch's arguments with its tensors between guards."""
+        """Begins a launch. Returns its arguments, with copies of its tensors between guards."""
         self.launch += 1
         self.kernel = kernel
         self.regions, self.programs, self.released = [], {}, {}
@@ -141,7 +141,7 @@ class MemoryRules:
         return copies
 
     def end(self) -> None:
-        """All programs of the launch have run: write back."""
+        """Ends a launch: writes the copies back."""
         self.end_of_program()
         self.current = NOBODY
         for region in self.regions:
@@ -156,7 +156,7 @@ class MemoryRules:
         self.order = programs.tolist()
 
     def begin_program(self, place: tuple[int, ...]) -> tuple[int, int, int]:
-        """The program that runs in place of the one that would."""
+        """Begins a program. Returns the place in the grid of the program to run instead of the one at `place`."""
         self.end_of_program()
         self.current = self.order[int(np.ravel_multi_index(place, self.grid))]
         self.programs[self.current] = Program(barrier_time=self.time)
@@ -165,7 +165,7 @@ class MemoryRules:
 
     def end_of_program(self) -> None:
         if self.current != NOBODY and not self.programs[self.current].waited:
-            self.fail("overlap", "a program ends without having waited for the launches before")
+            self.fail("overlap", "a program ends without waiting for the previous launches")
 
     def fail(self, rule: str, what: str) -> NoReturn:
         place = tuple(int(i) for i in np.unravel_index(self.current, self.grid))
@@ -181,14 +181,14 @@ class MemoryRules:
         self.programs[self.current].barrier_time = self.time
 
     def bytes_of(self, pointers: np.ndarray, mask: np.ndarray, size: int, doing: str) -> tuple[Region, np.ndarray]:
-        """Region and byte indices [lanes * size] of an access, all lanes of which are in one storage."""
+        """Region and byte indices [lanes * size] of an access, whose lanes must all be in one storage."""
         pointers = np.broadcast_to(pointers, mask.shape)[mask].astype(np.int64)
         for region in self.regions:
             first = pointers - region.base
             if ((first > -GUARD) & (first < region.shadow.size + GUARD)).all():
                 break
         else:
-            self.fail("bounds", f"{doing} an address that is in no argument, or in several")
+            self.fail("bounds", f"{doing} an address in none of the arguments, or addresses in several")
         index = (first[:, None] + np.arange(size)).ravel()
         inside = (index >= 0) & (index < region.shadow.size)
         if not inside.all() or not region.allowed[index].all():
@@ -197,7 +197,7 @@ class MemoryRules:
         return region, index
 
     def check_order(self, region: Region, index: np.ndarray, who: np.ndarray, when: np.ndarray, what: str) -> None:
-        """Accesses of others to these bytes must be known to be over."""
+        """Fails unless all accesses to these bytes by other programs are known to be complete."""
         others = (who[index] != NOBODY) & (who[index] != self.current)
         if not others.any():
             return
@@ -206,7 +206,7 @@ class MemoryRules:
             theirs = index[who[index] == other]
             if other == SEVERAL or when[theirs].max() > known.get(int(other), -1):
                 whose = "several programs" if other == SEVERAL else f"program {other}"
-                self.fail("races", f"{what} by {whose}, with nothing in between, {region.name} byte {theirs[0]}")
+                self.fail("races", f"{what} by {whose}, without synchronization, {region.name} byte {theirs[0]}")
 
     def load(self, pointers: np.ndarray, mask: np.ndarray, size: int) -> None:
         if not mask.any():
@@ -219,7 +219,7 @@ class MemoryRules:
         if shadow.written is not None and not shadow.written[index].all():
             self.fail("written", f"reads byte {index[~shadow.written[index]][0]} of {region.name}, never written")
         if not program.waited and (shadow.written_by[index] >= self.launch - 1).any() and self.launch > 0:
-            self.fail("overlap", f"reads {region.name} before its wait, which the launch before writes")
+            self.fail("overlap", f"reads {region.name} before its wait, which the previous launch writes")
         self.check_order(region, index, region.writer, region.write_time, "reads what was written")
         readers = region.reader[index]
         region.reader[index] = np.where((readers == NOBODY) | (readers == self.current), self.current, SEVERAL)
@@ -246,7 +246,7 @@ class MemoryRules:
             region.shadow.written[index] = True
 
     def atomic(self, pointers: np.ndarray, mask: np.ndarray, size: int, sem: Any, scope: Any) -> None:
-        """Read, write, and (acq_rel for the whole GPU) take over what others released here, and release."""
+        """Reads and writes; with acq_rel at GPU scope also acquires what others released here, and releases."""
         if not mask.any():
             return
         self.time += 1
@@ -257,7 +257,7 @@ class MemoryRules:
         if region.shadow.written is not None and not region.shadow.written[index].all():
             self.fail("written", f"updates {region.name}, never written")
         if (region.writer[index] != NOBODY).any() or (region.reader[index] != NOBODY).any():
-            self.fail("races", f"updates {region.name}, which a program of this launch reads or writes plainly")
+            self.fail("races", f"updates {region.name}, which a program of this launch accesses without atomics")
         self.mark_written(region, index)
         if sem == ir.MEM_SEMANTIC.ACQUIRE_RELEASE and scope in (ir.MEM_SYNC_SCOPE.GPU, ir.MEM_SYNC_SCOPE.SYSTEM):
             for address in np.unique(np.broadcast_to(pointers, mask.shape)[mask]):
@@ -265,11 +265,13 @@ class MemoryRules:
                 for other, until in before.items():
                     program.knows[other] = max(until, program.knows.get(other, -1))
                 before.update(program.knows)
-                before[self.current] = program.barrier_time  # behind it, only this thread's own accesses are released
+                before[self.current] = (
+                    program.barrier_time
+                )  # only accesses before the barrier are released for all threads
 
 
 def checked_grid_executor(rules: MemoryRules) -> type[interpreter.GridExecutor]:
-    """The interpreter's launch, with tensors that the rules watch."""
+    """The interpreter's executor of launches, with tensors that the rules check."""
 
     class CheckedGridExecutor(interpreter.GridExecutor):
         def _init_args_hst(self, args_dev, kwargs):  # type: ignore[no-untyped-def]
@@ -284,13 +286,13 @@ def checked_grid_executor(rules: MemoryRules) -> type[interpreter.GridExecutor]:
 
 @contextmanager
 def check_memory(shuffle: int | None = None) -> Iterator[MemoryRules]:
-    """Interpreted launches within must keep the rules of this module.
+    """Context in which interpreted launches must keep the rules of this module.
 
     Args:
-        shuffle: seed of a random order of the programs of every launch; None leaves the interpreter's.
+        shuffle: seed of a random order of the programs of each launch; None keeps the interpreter's order.
 
     Raises:
-        MemoryRuleError: from the launch that breaks one.
+        MemoryRuleError: a launch breaks a rule.
     """
     rules = MemoryRules(shuffle)
     builder = interpreter.InterpreterBuilder
@@ -349,7 +351,7 @@ def check_memory(shuffle: int | None = None) -> Iterator[MemoryRules]:
         stack.enter_context(mock.patch.object(torch, "empty", lambda *a, **k: rules.allocated(empty(*a, **k))))
         try:
             yield rules
-        except interpreter.InterpreterError:  # what kernels raise arrives as its text
+        except interpreter.InterpreterError:  # the interpreter raises this with the text of the kernel's error
             if rules.broken is None:
                 raise
             raise rules.broken from None

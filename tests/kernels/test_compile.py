@@ -1,11 +1,10 @@
-"""Every kernel in every scheme compiles for every target without a GPU and fits its shared memory."""
+"""Every kernel in every scheme compiles for every target without a GPU and fits its shared memory and registers."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Callable
-from dataclasses import astuple
 
 import pytest
 
@@ -29,13 +28,13 @@ from executorch_moe.kernels.measure.compile import (
     record_launches,
 )
 from executorch_moe.kernels.measure.tune import PAIRS_PER_EXPERT
-from executorch_moe.kernels.shapes import LayerShape
+from executorch_moe.kernels.shapes import SHAPES, LayerShape
 from executorch_moe.kernels.tuning.tables import table_path
 
 from .conftest import PROPERTY
 from .wgmma_registers import hazards, parse
 
-# Tokens on both sides of the few-token path and of every tile height the heuristic chooses.
+# Numbers of tokens for both paths and for every tile height of the heuristics.
 TOKENS = (1, 8, 64, 512, 4096)
 
 
@@ -45,7 +44,7 @@ def reports(scheme: str, capability: int) -> list[KernelReport]:
     for tokens in TOKENS:
         for persistent in (True, False):
             options = Options(persistent=persistent)
-            for launch in record_launches(gpu, scheme, tokens, 256, 8, 2048, 512, 128, options):
+            for launch in record_launches(gpu, scheme, tokens, SHAPES["qwen35"], options):
                 key = f"{launch.kernel.__name__} {launch.num_warps} {sorted(launch.constexprs.items())}"
                 if key not in compiled:
                     compiled[key] = compile_launch(launch, capability)
@@ -71,16 +70,16 @@ def test_kernels_fit_the_target(scheme: str, capability: int, record_property: C
         )
     for r in compiled:
         assert r.shared <= limit, r
-        # A few spilled values outside the K loop cost nothing that can be measured; more is a wrong configuration.
+        # A few spilled values outside the K loop have no measurable cost. More means a wrong configuration.
         assert r.spill_bytes <= 128, r
 
 
 @pytest.mark.compiler
 @pytest.mark.parametrize("tokens", [1, 512])
 def test_clamped_swiglu_with_biases(tokens: int) -> None:
-    """GPT-OSS's layer on an H100: its hidden size is no power of two."""
+    """GPT-OSS's layer on an H100: its hidden size is not a power of two."""
     gpu = find_model("sm_90").gpu
-    launches = record_launches(gpu, "w4a16", tokens, 32, 4, 2880, 2880, 32, Options(), "swiglu_oai", bias=True)
+    launches = record_launches(gpu, "w4a16", tokens, SHAPES["gpt-oss"], Options(), "swiglu_oai", bias=True)
     gemms = [launch for launch in launches if launch.constexprs.get("GEMM")]
     assert [launch.constexprs["ACTIVATION"] for launch in gemms] == [1, 1]
     for launch in gemms:
@@ -111,7 +110,7 @@ def test_kernels_are_configured_for_the_target() -> None:
 
 
 def tuned_layers() -> list[tuple[str, LayerShape]]:
-    """Scheme and layer of each entry of the H200's table, and one that has none."""
+    """Scheme and layer of each entry in the table of the H200, and of one layer without an entry."""
     stored = json.loads(table_path(find_model("h200").gpu).read_text())["layers"]
     layers = [(layer.pop("scheme"), LayerShape(**layer)) for layer in (entry["layer"] for entry in stored)]
     return [*layers, ("w4a8", LayerShape(60, 4, 2048, 1408, 128))]
@@ -120,14 +119,14 @@ def tuned_layers() -> list[tuple[str, LayerShape]]:
 @pytest.mark.compiler
 @pytest.mark.parametrize(("scheme", "layer"), tuned_layers(), ids=str)
 def test_decoded_weights_are_not_written_over_while_they_are_read(scheme: str, layer: LayerShape) -> None:
-    """A wgmma whose first operand is in registers reads them until it is waited for; the next K block's go there.
+    """A wgmma with its first operand in registers reads them until a wait. The next K block is decoded into them.
 
-    For every tile that the grouped path of a layer can take.
+    Checks every tile that the grouped path of a layer can use.
     """
     gpu, seen = find_model("h200").gpu, set()
     for tokens in (64, *(ratio * layer.experts // layer.top_k for ratio in PAIRS_PER_EXPERT)):
         options = Options(path="grouped")
-        for launch in record_launches(gpu, scheme, tokens, *astuple(layer), options):
+        for launch in record_launches(gpu, scheme, tokens, layer, options):
             if "gemm" not in launch.kernel.__name__ or (key := str((launch.constexprs, launch.num_warps))) in seen:
                 continue
             seen.add(key)
@@ -140,7 +139,7 @@ def test_decoded_weights_are_not_written_over_while_they_are_read(scheme: str, l
 
 
 def test_a_wgmma_without_a_wait_in_its_step_is_a_hazard() -> None:
-    """What the test above looks for, in a loop that has it."""
+    """The hazard of the previous test, in a loop with and without a wait."""
     loop = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;
         /*0010*/                   LOP3.LUT R152, R8, 0xf000f, R9, 0x6a, !PT ;
@@ -156,4 +155,4 @@ def test_a_wgmma_without_a_wait_in_its_step_is_a_hazard() -> None:
         list(hazards(parse(loop.replace("{wait}", wait)))) for wait in ("WARPGROUP.DEPBAR.LE gsb0, 0x0", "NOP")
     )
     assert waited == []
-    assert not_waited == ["10 LOP3.LUT R152, R8, 0xf000f, R9, 0x6a, !PT: writes R152, an operand that is read"]
+    assert not_waited == ["10 LOP3.LUT R152, R8, 0xf000f, R9, 0x6a, !PT: writes R152, an operand in use"]

@@ -1,4 +1,4 @@
-"""The kernels on a GPU: the same cases as the interpreter, the qwen35 bounds, schedules and PTX bit for bit."""
+"""The kernels on a GPU: the interpreter's cases, error bounds on the qwen35 shape, and bit-exact schedules and PTX."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_zero_points(path: str) -> None:
 
 
 def layer_error(layer: LayerInputs, out: torch.Tensor) -> float:
-    """Relative L2 error of one layer's output against the oracle, expert by expert to save memory."""
+    """Relative L2 error of one layer's output against the reference, computed expert by expert to save memory."""
     expected = torch.zeros_like(out, dtype=torch.float32)
     for expert in layer.topk_ids.unique().tolist():
         gate_up, down = layer.dequantized(expert)
@@ -114,7 +114,7 @@ def test_ptx_decoding_equals_its_portable_twin_bit_for_bit(zero: bool) -> None:
     ptx = torch.empty(4, 65536, dtype=torch.bfloat16, device="cuda")
     twin = torch.empty_like(ptx)
     decode_both[(triton.cdiv(65536, 1024),)](half, scale, zeros, ptx, twin, HAS_ZERO=zero)
-    if zero:  # the twin rounds twice where an exact sum needs more than 24 bits: allow one step there, seen or not
+    if zero:  # the portable form rounds twice if an exact sum needs more than 24 bits: allow one step
         differs = ptx.view(torch.int16).int() - twin.view(torch.int16).int()
         assert differs.abs().max() <= 1 and (differs != 0).float().mean() < 1e-3
     else:
@@ -122,7 +122,7 @@ def test_ptx_decoding_equals_its_portable_twin_bit_for_bit(zero: bool) -> None:
 
 
 def test_int8_decoding_equals_its_portable_twin_bit_for_bit() -> None:
-    """All bytes and all multiples; the low nibble's against plain arithmetic too."""
+    """All bytes and all multiples. Low nibbles are also compared with plain arithmetic."""
     from .decode_kernel import decode_bytes_both
 
     byte = torch.arange(256, dtype=torch.int32, device="cuda").to(torch.int8)

@@ -1,7 +1,7 @@
-"""The Triton kernels on the CPU: Triton's interpreter, portable twins of the inline PTX, fp32 dots on bf16 values.
+"""The Triton kernels in Triton's interpreter: portable forms of the inline PTX, and fp32 dots of bf16 values.
 
-Run with TRITON_INTERPRET=1; `make test` does. What runs here is the kernels' indexing, masking, decoding and order; the
-PTX itself and real tensor cores run in test_gpu.py.
+Needs TRITON_INTERPRET=1, which `make test` sets. These tests cover indexing, masking, decoding and order of the
+kernels; test_gpu.py covers PTX and tensor cores.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from executorch_moe.kernels.arguments import ExpertArguments
 from executorch_moe.kernels.experts.aten import fused_experts_cpu
 from executorch_moe.kernels.experts.plan import (
     Heights,
-    Launch,
     Options,
     Problem,
     Routing,
     run_fused_experts,
     run_routing,
 )
+from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.reference import reference_experts
 from executorch_moe.kernels.schemes import Scheme
 from executorch_moe.kernels.tuning.choose import MAX_PAIRS, Variant
@@ -79,7 +79,7 @@ def test_few_tokens_path_against_the_oracle(case: Case, scheme: str) -> None:
 @pytest.mark.parametrize(("split_k", "block_n", "bias"), [(1, 64, False), (3, 64, True), (1, 32, False)])
 @pytest.mark.parametrize("tokens", [2, 16, 18])
 def test_few_tokens_of_which_several_share_an_expert(tokens: int, split_k: int, block_n: int, bias: bool) -> None:
-    """More pairs than experts, more rows than a tile has, K in parts."""
+    """More pairs than experts, more rows than a tile, and K in several parts."""
     problem = make(Case("shared", tokens=tokens, experts=3, intermediate=384, group_size=128, bias=bias), "w4a16")
     tile = GemmConfig(8, block_n, unroll=2, split_k=split_k, scale_after=True)
     out = run_fused_experts(problem.args(), options=Options(path="few_tokens", gemm1=tile, gemm2=tile))
@@ -107,12 +107,12 @@ def test_a_token_that_names_an_expert_twice(experts: int) -> None:
 def test_every_way_of_scaling(
     scheme: str, zero: bool, hidden: int, intermediate: int, group_size: int, scale_after: bool, path: str
 ) -> None:
-    """Each order of the codes with each place of the scales: no path is right because another one is."""
+    """Each order of the codes with each place of the scales, because these are separate code paths."""
     case = Case("ways", tokens=3, experts=3, hidden=hidden, intermediate=intermediate, group_size=group_size, zero=zero)
     problem = make(case, scheme)
     tile = GemmConfig(block_m=8, block_n=128, scale_after=scale_after)
     out = run_fused_experts(problem.args(), options=Options(path=path, gemm1=tile, gemm2=tile))
-    # What rounds activations as this path does: the bound is then that of bf16, three times as tight as w4a8's.
+    # The CPU kernel rounds activations as this path does, which allows a bound a third of that of w4a8.
     rounded = path == "grouped" and scheme == "w4a8"
     expected = fused_experts_cpu(problem.args()).float() if rounded else problem.expected
     assert relative_error(out, expected) <= BOUNDS["w4a16"]
@@ -148,7 +148,7 @@ def test_blocks_of_the_two_gemms_must_agree() -> None:
 
 @pytest.mark.parametrize("tokens", [3, 8, 9, 16, 17, 40])
 def test_the_variant_is_chosen_by_the_number_of_pairs(tokens: int) -> None:
-    """What an export for any number of tokens launches: each variant, of which one finds row blocks of its height."""
+    """An export for any number of tokens launches all variants; one of them has row blocks of its height."""
     tiles = [GemmConfig(block_m=height, block_n=64) for height in (8, 16, 32)]
     limits = (16, 32, MAX_PAIRS)  # pairs, at top_k = 2
     variants = tuple(
@@ -171,7 +171,7 @@ def test_the_variant_is_chosen_by_the_number_of_pairs(tokens: int) -> None:
 
 @pytest.mark.parametrize(("act_group", "group_size"), [(128, 32), (256, 64), (1024, 128)])
 def test_int8_activations_in_both_gemms(monkeypatch: pytest.MonkeyPatch, act_group: int, group_size: int) -> None:
-    """GEMM2 in int8 is no scheme of ours (it costs too much accuracy), but the mainloop has it."""
+    """No scheme has GEMM2 in int8, because it costs too much accuracy, but the mainloop supports it."""
     from executorch_moe.kernels import schemes
 
     monkeypatch.setitem(schemes.SCHEMES, "all-int8", Scheme("all-int8", 4, act_group, act_group))
@@ -183,7 +183,7 @@ def test_int8_activations_in_both_gemms(monkeypatch: pytest.MonkeyPatch, act_gro
 
 @pytest.mark.parametrize("largest", [0, 1, 2])
 def test_activation_groups_of_very_different_size(monkeypatch: pytest.MonkeyPatch, largest: int) -> None:
-    """Sums pass from one group's units to the next one's, larger or smaller; a group may be all zero."""
+    """Sums are converted from each group's units to larger or smaller ones; a group may be all zero."""
     from executorch_moe.kernels import schemes
 
     monkeypatch.setitem(schemes.SCHEMES, "grouped-int8", Scheme("grouped-int8", 4, 128, 0))
@@ -195,7 +195,7 @@ def test_activation_groups_of_very_different_size(monkeypatch: pytest.MonkeyPatc
     expected = reference_experts(problem.hidden_states, problem.topk_ids, problem.topk_weights, gate_up, down)
     out = run_fused_experts(problem.args(), options=grouped())
     assert relative_error(out, expected) <= BOUNDS["w4a8"]
-    exact = fused_experts_cpu(problem.args())  # rounds activations as the kernels do
+    exact = fused_experts_cpu(problem.args())  # rounds activations like the kernels
     assert relative_error(out, exact.float()) <= BOUNDS["bf16"]
 
 
@@ -207,7 +207,7 @@ def test_no_tokens() -> None:
 
 
 def test_dropped_pairs_are_never_read() -> None:
-    """What an allocation held before must not show: buffers are poisoned with NaN."""
+    """Results must not depend on uninitialized memory: buffers are filled with NaN."""
     problem = make(next(c for c in CASES if c.routing == "dropped"), "w4a16")
 
     class Poisoned(Problem):
@@ -240,7 +240,7 @@ def check_routing(ids: torch.Tensor, experts: int, block_m: int) -> None:
     r = route(ids, experts, block_m)
     flat = ids.reshape(-1)
     valid = [i for i in range(flat.numel()) if 0 <= int(flat[i]) < experts]
-    wanted = sorted(valid, key=lambda i: int(flat[i]))  # Python's sort is stable, as ours must be
+    wanted = sorted(valid, key=lambda i: int(flat[i]))  # Python's sort is stable, as routing must be
     offsets = r.expert_offsets.tolist()
     assert r.sorted_pair_ids[: len(valid)].tolist() == wanted
     assert offsets[0] == 0 and offsets[experts] == len(valid)
@@ -256,7 +256,7 @@ def check_routing(ids: torch.Tensor, experts: int, block_m: int) -> None:
 @given(st.data())
 @settings(deadline=None, max_examples=30)
 def test_routing_properties(data: st.DataObject) -> None:
-    """Every pair with a valid id once, sorted by expert, stable; block list exact; foreign ids dropped."""
+    """Pairs with a valid id occur once, stably sorted by expert; the block list is exact; other ids are dropped."""
     experts = data.draw(st.integers(1, 40))
     top_k = data.draw(st.integers(1, min(4, experts)))
     tokens = data.draw(st.integers(1, 40))

@@ -1,4 +1,4 @@
-"""On which device kernels are launched, and with which offsets they reach large tensors."""
+"""The device on which kernels are launched, and the width of their offsets into large tensors."""
 
 from __future__ import annotations
 
@@ -17,21 +17,19 @@ from executorch_moe.kernels.decode import op as ops
 from executorch_moe.kernels.experts import problem
 from executorch_moe.kernels.experts.plan import Options, run_fused_experts
 from executorch_moe.kernels.experts.problem import needs_wide_offsets
-from executorch_moe.kernels.gpus import compile_for, find_model, gpu_of
+from executorch_moe.kernels.gpus import Gpu, compile_for, find_model, gpu_of
 from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.measure.compile import compile_kernel, compile_launch, record_launches
-from executorch_moe.kernels.tuning.configs import Gpu
+from executorch_moe.kernels.shapes import SHAPES, LayerShape
 
 from .cases import Case, make, relative_error
 from .test_one_token import attention_arguments, linear_arguments, route_arguments
 
-MIXTRAL = (8, 2, 4096, 14336, 128)
-DEEPSEEK_V3 = (256, 8, 7168, 2048, 128)
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
 class Driver:
-    """Stands in for CUDA: two devices, of which one is current; remembers on which one was launched."""
+    """Replaces CUDA and a kernel: two devices, one of them current; records the device of each launch."""
 
     def __init__(self, current: int = 0) -> None:
         self.current, self.launched_on = current, []  # type: ignore[var-annotated]
@@ -59,7 +57,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
 @pytest.mark.parametrize("run", [Launch.run, Launch.run_now])
 def test_kernels_are_launched_where_their_tensors_are(run: Any, driver: Driver) -> None:
     if torch.backends.cuda.is_built() and torch.cuda.device_count() == 1:
-        pytest.skip("a CUDA build makes no tensors, not even fake ones, for a second GPU that is not there")
+        pytest.skip("a CUDA build cannot make tensors, not even fake ones, for a missing second GPU")
     with FakeTensorMode():
         for device in ("cuda:1", "cuda:0"):
             tensor = torch.empty(4, device=device)
@@ -102,21 +100,22 @@ def test_operators_run_on_a_device_that_is_not_current() -> None:
 # --------------------------------------------------------------------------------------------- offsets in large tensors
 
 
-def wide(layer: tuple[int, ...], tokens: int, scheme: str = "w4a16") -> list[bool]:
-    """Of the GEMMs of a layer: whether they take 64-bit offsets."""
-    launches = record_launches(find_model("h200").gpu, scheme, tokens, *layer, Options(path="grouped"))
+def wide(layer: LayerShape, tokens: int, scheme: str = "w4a16") -> list[bool]:
+    """Whether each GEMM of a layer uses 64-bit offsets."""
+    launches = record_launches(find_model("h200").gpu, scheme, tokens, layer, Options(path="grouped"))
     return [launch.constexprs["WIDE_X"] for launch in launches if launch.kernel.__name__ == "moe_grouped_gemm"]
 
 
-@pytest.mark.parametrize(("layer", "tokens"), [(MIXTRAL, 149_796), (DEEPSEEK_V3, 262_144)], ids=["mixtral", "deepseek"])
-def test_offsets_are_as_wide_as_the_tokens_need(layer: tuple[int, ...], tokens: int) -> None:
+@pytest.mark.parametrize(("name", "tokens"), [("mixtral", 149_796), ("deepseek-v3", 262_144)])
+def test_offsets_are_as_wide_as_the_tokens_need(name: str, tokens: int) -> None:
+    layer = SHAPES[name]
     assert wide(layer, tokens) == [False, False]
     assert wide(layer, tokens + 1) == [False, True]
-    assert wide(layer, 2**32 // layer[2] + 1) == [True, True]
+    assert wide(layer, 2**32 // layer.hidden + 1) == [True, True]
 
 
 def test_a_bounded_number_of_tokens_keeps_narrow_offsets() -> None:
-    """What is exported knows how many tokens may come; without a bound, it must be right for any number."""
+    """An exported program knows the largest number of tokens. Without a bound, it must be right for any number."""
     packed = pack_experts(torch.randn(4, 256, 128), torch.randn(4, 128, 128), group_size=32)
     inputs = (torch.randn(5, 128).bfloat16(), torch.zeros(5, 2, dtype=torch.int64), torch.rand(5, 2))
     for most, expected in ((4096, False), (2**25, False), (2**25 + 1, True), (None, True)):
@@ -140,7 +139,8 @@ def test_both_widths_give_the_same_bits(scheme: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.compiler
 @pytest.mark.parametrize("scheme", ["w4a16", "w4a8", "bf16"])
 def test_wide_offsets_are_of_64_bits(scheme: str) -> None:
-    launches = record_launches(find_model("h200").gpu, scheme, 2**20, 8, 2, 4096, 2048, 128, Options(path="grouped"))
+    layer, options = LayerShape(8, 2, 4096, 2048), Options(path="grouped")
+    launches = record_launches(find_model("h200").gpu, scheme, 2**20, layer, options)
     (gemm1, gemm2) = (launch for launch in launches if launch.kernel.__name__ == "moe_grouped_gemm")
     assert gemm1.constexprs["WIDE_X"] == (scheme != "w4a8") or gemm1.constexprs["STRIDE_X"] * 2**20 <= 2**32
     for launch in (gemm1, gemm2):
@@ -161,8 +161,8 @@ def test_wide_offsets_are_of_64_bits(scheme: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("scheme", ["w4a16", "bf16"])
 def test_rows_behind_four_billion_elements(scheme: str) -> None:
-    """GEMM2 of the last tokens reads rows whose elements 32 bits do not count. Takes 9 GB."""
-    tokens, intermediate = 131_073, 16_384  # times top_k = 2: 32,768 elements beyond 2^32
+    """GEMM2 of the last tokens reads rows beyond 32-bit offsets. Needs 9 GB of memory."""
+    tokens, intermediate = 131_073, 16_384  # with top_k = 2: 32,768 elements beyond 2^32
     case = Case("wide", tokens=64, experts=2, hidden=128, intermediate=intermediate, group_size=128)
     few = make(case, scheme)
     arguments = few.args("cuda")
@@ -177,7 +177,7 @@ def test_rows_behind_four_billion_elements(scheme: str) -> None:
 
 
 def test_more_than_kernels_count_is_refused() -> None:
-    """Sizes only: on tensors without storage."""
+    """On meta tensors, because only sizes matter."""
     args = list(make(Case("many", tokens=3), "w4a16").args())
     args = [a.to("meta") if isinstance(a, Tensor) else a for a in args]
     pairs = torch.empty(2**30, 2, device="meta")

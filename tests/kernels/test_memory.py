@@ -1,4 +1,4 @@
-"""The kernels' accesses to memory, under the rules of memory_rules.py, with programs in any order."""
+"""All kernels keep the rules of memory_rules.py, with their programs in any order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch import Tensor
 from executorch_moe.kernels._device import launches_before
 from executorch_moe.kernels.decode import op as ops
 from executorch_moe.kernels.decode.launches import run_one_token_attention, run_one_token_linear, run_one_token_router
-from executorch_moe.kernels.experts.plan import Launch, Options, run_fused_experts
+from executorch_moe.kernels.experts.plan import Options, run_fused_experts
+from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.tuning.choose import MAX_PAIRS, Variant
 from executorch_moe.kernels.tuning.configs import GemmConfig
 
@@ -30,7 +31,7 @@ OF_EACH_SCHEME = ("hidden size not a multiple of 128", "one past a block", "drop
 
 
 def same_bits_in_any_order(run: Callable[[], Tensor | tuple[Tensor, ...]]) -> None:
-    """`run` keeps the rules, and its results do not depend on the order of programs."""
+    """Checks that `run` keeps the rules, and that its results do not depend on the order of programs."""
     assert os.environ.get("TRITON_INTERPRET") == "1"
     found = []
     for shuffle in (None, 1):
@@ -94,7 +95,7 @@ def test_one_token_linear(kind: str, rows: int, columns: int) -> None:
 
 
 def test_a_token_through_decoder_layers() -> None:
-    """No launch reads before its wait what the one before it writes, whichever operators follow each other."""
+    """No launch reads data of the previous launch before its wait, for operators in any sequence."""
     hidden, heads, head_dim, context, experts = 128, 4, 32, 40, 4
     packed = make(Case("layer", tokens=1, experts=experts, group_size=128), "w4a16").packed
 
@@ -127,7 +128,7 @@ def test_a_token_through_decoder_layers() -> None:
 
 @triton.jit
 def write_cache(position_ptr, key_ptr, value_ptr, POSITION: tl.constexpr, SIZE: tl.constexpr, PTX: tl.constexpr):
-    """As the decode step before does: a position, and the keys and values of those before it."""
+    """What the previous decode step does: writes a position, and the keys and values of earlier positions."""
     zero = launches_before(False, PTX)
     offs = tl.arange(0, SIZE)
     tl.store(position_ptr + zero, POSITION)
@@ -137,9 +138,10 @@ def write_cache(position_ptr, key_ptr, value_ptr, POSITION: tl.constexpr, SIZE: 
 
 @pytest.mark.parametrize("between", [False, True])
 def test_the_cache_is_written_before_the_first_launch_of_attention(between: bool) -> None:
-    """Attention reads position, keys and values before its wait. A write directly before the operator is early enough,
-    for the operator's first launch waits for it; one between its two launches is not, and Inductor puts none there:
-    the first launch reads the three tensors too.
+    """Attention reads position, keys and values before its wait.
+
+    A write directly before the operator is safe, because the operator's first launch waits for it. A write between its
+    two launches is not. Inductor puts none there, because the first launch takes the three tensors too.
     """
     arguments = ops.AttentionArguments(*attention_arguments("int8", 2, 64, True))
     position, key, value = arguments.position, arguments.key, arguments.value
@@ -163,7 +165,7 @@ def test_the_cache_is_written_before_the_first_launch_of_attention(between: bool
     assert names == ["moe_one_token_matvec", "moe_one_token_attention"]
 
 
-# ------------------------------------------------------------------ the rules themselves: each finds what it is for
+# ------------------------------------------------------------------ the rules: each finds kernels that break it
 
 
 @triton.jit
@@ -245,7 +247,7 @@ def launch(kernel: Any, *, size: int = 8, limit: int = 8, programs: int = 4, **m
         ),
         (write_what_others_read, r"races: .*, program \(1, 0, 0\): reads what was written by program 0"),
         (write_early, "overlap: .* writes out_ptr before its wait"),
-        (wait_in_one_program, r"overlap: .*, program \(1, 0, 0\): a program ends without having waited"),
+        (wait_in_one_program, r"overlap: .*, program \(1, 0, 0\): a program ends without waiting"),
     ],
 )
 def test_a_broken_rule_is_found(kernel: Any, message: str) -> None:
@@ -259,7 +261,7 @@ def test_a_mask_keeps_to_the_bounds() -> None:
 
 
 def test_a_write_after_reads_of_others_is_found() -> None:
-    """The program that writes comes last, so that none of the others reads what it wrote."""
+    """The program that writes runs last, so that no other program reads what it wrote."""
 
     @triton.jit
     def kernel(x_ptr, out_ptr, counter_ptr, SIZE: tl.constexpr, LIMIT: tl.constexpr):
@@ -289,7 +291,7 @@ def test_atomics_that_do_not(barrier: bool, sem: str, scope: str) -> None:
 
 
 def test_a_read_before_the_wait() -> None:
-    """Of what the launch before wrote it is an error, of what was there before that launch it is not."""
+    """It is an error for data of the previous launch, and allowed for older data."""
     x, between, out, last, counter = torch.arange(8.0), *(torch.empty(8) for _ in range(3)), torch.zeros(1)
     with check_memory():
         read_early[(2,)](x, between, counter, 8, 8)

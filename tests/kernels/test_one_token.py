@@ -1,4 +1,4 @@
-"""`one_token_attention` and `one_token_router`: the CPU kernels against plain modules, the Triton kernels against the CPU's."""
+"""The one-token operators: CPU kernels against plain torch modules, and Triton kernels against the CPU kernels."""
 
 from __future__ import annotations
 
@@ -10,8 +10,15 @@ from torch import Tensor
 
 from executorch_moe.kernels.decode import op as ops
 from executorch_moe.kernels.decode.aten import one_token_attention_aten, one_token_linear_aten, one_token_router_aten
-from executorch_moe.kernels.decode.launches import run_one_token_attention, run_one_token_linear, run_one_token_router
-from executorch_moe.kernels.experts.plan import Launch
+from executorch_moe.kernels.decode.launches import (
+    run_one_token_attention,
+    run_one_token_linear,
+    run_one_token_router,
+    splits_of,
+)
+from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED, Gpu, find_model
+from executorch_moe.kernels.launch import Launch
+from executorch_moe.kernels.measure.compile import compile_kernel, compile_launch
 
 HIDDEN, KV_HEADS, HEAD_DIM, CONTEXT, EXPERTS = 192, 2, 32, 200, 12
 EPS = 1e-6
@@ -31,7 +38,7 @@ def projection(rows: int, columns: int, kind: str) -> tuple[Tensor, Tensor | Non
 
 
 def attention_arguments(kind: str, groups: int, position: int, update: bool) -> tuple[object, ...]:
-    """Behind the positions that were written, the cache holds what no result may depend on."""
+    """The cache holds NaN from `position` on, because no result may depend on it."""
     weight, scale = projection((groups + 2) * KV_HEADS * HEAD_DIM, HIDDEN, kind)
     angle = torch.linspace(0.0, 3.0, HEAD_DIM // 2)[None, None] * position
     key, value = (random(1, KV_HEADS, CONTEXT, HEAD_DIM, seed=seed) for seed in (1, 2))
@@ -53,9 +60,9 @@ def route_arguments(kind: str, top_k: int, tied: bool = False) -> tuple[object, 
 
 ATTENTION = [
     ("int8", 4, 150, True),
-    ("bf16", 4, 64, False),  # no update: the first layer
-    ("int8", 1, 0, True),  # nothing in the cache
-    ("int8", 3, 1, True),  # groups that are no power of two
+    ("bf16", 4, 64, False),  # no update, as in the first layer
+    ("int8", 1, 0, True),  # an empty cache
+    ("int8", 3, 1, True),  # not a power of two of query heads
     ("int8", 4, CONTEXT - 1, True),  # the last position
 ]
 
@@ -109,7 +116,7 @@ def test_of_equal_experts_the_first_are_taken() -> None:
 @pytest.mark.parametrize("update", [True, False])
 def test_operators_as_torch_wants_them(update: bool) -> None:
     attention = attention_arguments("int8", 2, 5, update)
-    for index in (10, 11):  # opcheck compares results, and NaN is equal to nothing
+    for index in (10, 11):  # opcheck compares results, and NaN is not equal to itself
         attention[index].nan_to_num_()  # type: ignore[attr-defined]
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(torch.ops.executorch_moe.one_token_attention, attention, test_utils=checks)
@@ -117,16 +124,14 @@ def test_operators_as_torch_wants_them(update: bool) -> None:
 
 
 def test_splits_leave_the_last_program_little_to_read() -> None:
-    from executorch_moe.kernels.tuning.configs import Gpu
-
-    assert ops.splits_of(Gpu(90, 132, 232448), 4, 8 * 128) == 16
-    assert ops.splits_of(Gpu(90, 132, 232448), 1, 128) == 64
-    assert ops.splits_of(Gpu(90, 132, 232448), 1, 16 * 256) == 4
-    assert ops.splits_of(Gpu(90, 4, 232448), 8, 128) == 1
-    assert ops.splits_of(Gpu(90, 132, 232448), 1, 128 * 256) == 1
+    assert splits_of(Gpu(90, 132, 232448), 4, 8 * 128) == 16
+    assert splits_of(Gpu(90, 132, 232448), 1, 128) == 64
+    assert splits_of(Gpu(90, 132, 232448), 1, 16 * 256) == 4
+    assert splits_of(Gpu(90, 4, 232448), 8, 128) == 1
+    assert splits_of(Gpu(90, 132, 232448), 1, 128 * 256) == 1
 
 
-LINEAR = [("int8", 5000, 96), ("bf16", 96, 2048), ("int8", 33, 4500)]  # rows and columns that are no powers of two
+LINEAR = [("int8", 5000, 96), ("bf16", 96, 2048), ("int8", 33, 4500)]  # rows and columns that are not powers of two
 
 
 def linear_arguments(kind: str, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -177,10 +182,6 @@ def test_interpreted_linear(kind: str, rows: int, columns: int) -> None:
 @pytest.mark.compiler
 @pytest.mark.parametrize("capability", [80, 90, 120])
 def test_qwen3_30b_compiles_without_spills(capability: int) -> None:
-    from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED
-    from executorch_moe.kernels.measure.compile import compile_launch
-    from executorch_moe.kernels.tuning.configs import Gpu
-
     launches: list[Launch] = []
     gpu = Gpu(capability, 132, MAX_DYNAMIC_SHARED[capability])
     with torch.device("meta"):
@@ -206,8 +207,12 @@ def test_qwen3_30b_compiles_without_spills(capability: int) -> None:
             submit=launches.append,
         )
     assert [launch.kernel.__name__ for launch in launches[2:]] == [
-        "moe_one_token_matvec", "moe_one_token_attention", "moe_one_token_matvec", "moe_one_token_router", "moe_one_token_matvec",
-    ]  # fmt: skip
+        "moe_one_token_matvec",
+        "moe_one_token_attention",
+        "moe_one_token_matvec",
+        "moe_one_token_router",
+        "moe_one_token_matvec",
+    ]
     for launch in launches[1:]:
         report = compile_launch(launch, capability)
         assert report.spill_bytes == 0 and report.shared <= gpu.max_shared, report
@@ -248,10 +253,7 @@ def test_linear_on_a_gpu(kind: str, rows: int, columns: int) -> None:
 @pytest.mark.compiler
 @pytest.mark.parametrize(("kind", "rows", "columns"), [("int8", 5120, 2048), ("int8", 2048, 4096), ("bf16", 512, 1024)])
 def test_no_product_is_summed_across_warps(kind: str, rows: int, columns: int) -> None:
-    """Pieces of a row that were several warps' took ten times as long, and no result shows it."""
-    from executorch_moe.kernels.gpus import find_model
-    from executorch_moe.kernels.measure.compile import compile_kernel
-
+    """Rows whose pieces belong to several warps take ten times as long, with the same results."""
     launches: list[Launch] = []
     with torch.device("meta"):
         weight = torch.empty(rows, columns, dtype=torch.int8 if kind == "int8" else torch.bfloat16)
@@ -262,5 +264,5 @@ def test_no_product_is_summed_across_warps(kind: str, rows: int, columns: int) -
             gpu=find_model("h200").gpu,
             submit=launches.append,
         )
-    # Five for each of the two rows of a warp, as many for the largest of x, and a few that change layouts.
+    # Five for each of the two rows of a warp, five for the maximum of x, and a few to change layouts.
     assert compile_kernel(launches[0], 90).asm["ptx"].count("shfl.sync.bfly") <= 24

@@ -1,4 +1,4 @@
-"""What the one-token operators refuse, alike in the operator and its fake; NaN, gradients and autocast."""
+"""The one-token operators and their fakes refuse the same arguments; NaN, gradients and autocast."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Change = Callable[[Any], Any]
 
 
 def wider(t: Tensor) -> Tensor:
-    """The same values, with gaps between them."""
+    """The same values in a tensor that is not contiguous."""
     return torch.stack([t, t], -1)[..., 0]
 
 
@@ -98,7 +98,7 @@ CASES = [
 
 
 def case_name(part: object) -> str:
-    """A part of a test's name: the same in every process, so not the address of a function."""
+    """Part of a test's name. It must be the same in every process, so it contains no address of a function."""
     return "changed" if callable(part) else str(part)[:30]
 
 
@@ -109,7 +109,7 @@ def test_bad_arguments_get_a_reason(operator: str, argument: str, change: Change
     with pytest.raises(ValueError, match=message):
         run(*arguments.values())
     if any(isinstance(a, Tensor) and a.is_meta for a in arguments.values()):
-        return  # a fake tensor has one of the other devices
+        return  # fake tensors have devices of their own
     mode = FakeTensorMode()
     fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments.values()]
     with mode, pytest.raises(ValueError, match=message):
@@ -119,7 +119,7 @@ def test_bad_arguments_get_a_reason(operator: str, argument: str, change: Change
 @pytest.mark.parametrize("heads", [0, 3])
 def test_rows_that_are_no_heads(heads: int) -> None:
     run, arguments = arguments_of("one_token_attention")
-    rows = (heads + 4) * 32  # two key/value heads take four of them
+    rows = (heads + 4) * 32  # four of them are for two key/value heads
     arguments["weight"], arguments["scale"] = arguments["weight"][:rows], arguments["scale"][:rows]
     with pytest.raises(ValueError, match=f"weight has {rows} rows, expected .* kv_heads=2, D=32"):
         run(*arguments.values())
@@ -134,7 +134,7 @@ def test_positions_outside_the_cache(position: int) -> None:
 
 
 def test_tokens_that_are_not_contiguous_are_taken() -> None:
-    """They are made anew for each token; only what is kept must lie in order."""
+    """Activations may be strided, because they are new for each token. Only weights and caches must be contiguous."""
     for name in ("one_token_attention", "one_token_router", "one_token_linear"):
         run, arguments = arguments_of(name)
         first = next(iter(arguments))
@@ -148,7 +148,7 @@ def test_tokens_that_are_not_contiguous_are_taken() -> None:
 @pytest.mark.parametrize("name", ["one_token_attention", "one_token_router", "one_token_linear"])
 def test_all_checks_of_torch(name: str) -> None:
     run, arguments = arguments_of(name)
-    for cache in ("key", "value"):  # opcheck compares results, and NaN is equal to nothing
+    for cache in ("key", "value"):  # opcheck compares results, and NaN is not equal to itself
         if cache in arguments:
             arguments[cache].nan_to_num_()
     torch.library.opcheck(run.default, tuple(arguments.values()))
@@ -190,7 +190,7 @@ def check_ids(ids: Tensor, logits: str) -> None:
 def test_experts_are_chosen_whatever_the_logits_are(logits: str) -> None:
     *_, weights, ids = ops.one_token_router(*broken_route(logits))
     check_ids(ids, logits)
-    assert weights.isnan().all()  # nothing hides that the model is broken
+    assert weights.isnan().all()  # NaN stays visible
 
 
 @pytest.mark.interpreter
@@ -206,7 +206,7 @@ def test_interpreted_experts_are_chosen_whatever_the_logits_are(logits: str) -> 
 @pytest.mark.parametrize("logits", ["all", "some", "infinite"])
 def test_experts_are_chosen_whatever_the_logits_are_on_a_gpu(logits: str) -> None:
     arguments = broken_route(logits)
-    # What is left in the allocator's memory must not look like a right answer.
+    # Memory that the allocator reuses must not hold a right answer by chance.
     torch.full((4096,), -1, dtype=torch.int64, device="cuda")
     *_, weights, ids = ops.one_token_router(*(t.cuda() if isinstance(t, Tensor) else t for t in arguments))
     check_ids(ids.cpu(), logits)

@@ -1,7 +1,9 @@
-"""The operator: CPU kernel and ATen form against the oracle, opcheck, symbolic T, and every check of its arguments."""
+"""The operator: CPU kernel and ATen form against the reference, opcheck, symbolic T, and all argument checks."""
 
 from __future__ import annotations
 
+import inspect
+import pydoc
 import re
 from dataclasses import replace
 from typing import Any
@@ -15,8 +17,9 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from executorch_moe.kernels import SCHEMES, FusedExperts, fused_experts, pack_experts
 from executorch_moe.kernels.arguments import ExpertArguments
 from executorch_moe.kernels.experts.aten import fused_experts_aten
-from executorch_moe.kernels.experts.plan import Launch, Options, run_fused_experts
+from executorch_moe.kernels.experts.plan import Options, run_fused_experts
 from executorch_moe.kernels.gpus import find_model
+from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.validate import check_fused_experts
 
 from .cases import BOUNDS, CASES, ZERO_CASE, Case, make, relative_error
@@ -60,6 +63,22 @@ def test_repeated_expert_of_a_token_counts_twice() -> None:
     torch.testing.assert_close(twice, fused_experts(*args).float(), rtol=2e-2, atol=2e-2)
 
 
+def test_the_arguments_are_those_of_expert_arguments() -> None:
+    """The schema is part of every exported program, so it must not change."""
+    assert str(torch.ops.executorch_moe.fused_experts.default._schema) == (
+        "executorch_moe::fused_experts(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor w13, "
+        "Tensor w2, Tensor? w13_scale, Tensor? w2_scale, Tensor? w13_zero, Tensor? w2_zero, Tensor? w13_bias, "
+        "Tensor? w2_bias, str scheme, str activation, SymInt group_size) -> Tensor"
+    )
+    arguments = make(Case("keywords", tokens=3), "w4a16").args()
+    by_keyword = fused_experts(**dict(reversed(arguments._asdict().items())))
+    assert torch.equal(by_keyword, fused_experts(*arguments))
+    assert tuple(inspect.signature(fused_experts).parameters) == ExpertArguments._fields
+    assert "topk_weights: fp32, bf16 or fp16 [T, top_k]" in pydoc.render_doc(fused_experts)
+    with pytest.raises(RuntimeError, match="group_size"):
+        fused_experts(*arguments[:-1])
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "strided"])
 def test_opcheck(scheme: str, contiguous: bool) -> None:
@@ -73,7 +92,7 @@ def test_opcheck(scheme: str, contiguous: bool) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_kernels_are_planned_with_numbers_where_every_size_is_a_symbol(scheme: str) -> None:
-    """As AOT dispatch with dynamic shapes traces the operator; only the number of tokens may stay unknown."""
+    """AOT dispatch with dynamic shapes traces the operator so. Only the number of tokens may stay a symbol."""
     problem = make(Case("symbols", tokens=40), scheme)
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
@@ -130,61 +149,59 @@ def test_module_refuses_rows_of_another_width_that_the_padded_weights_would_take
         module(hidden[None], problem.topk_ids, problem.topk_weights)
 
 
-def bad(index: int, value: object) -> object:
-    """An argument list with one entry replaced."""
-    args = list(make(Case("bad", tokens=5), "w4a16").args())
-    args[index] = value(args[index]) if callable(value) else value
-    return args
+def bad(name: str, value: object) -> ExpertArguments:
+    """Arguments with one of them replaced."""
+    arguments = make(Case("bad", tokens=5), "w4a16").args()
+    return arguments._replace(**{name: value(getattr(arguments, name)) if callable(value) else value})
 
 
 @pytest.mark.parametrize(
-    ("index", "value", "error", "message"),
+    ("name", "value", "error", "message"),
     [
-        (0, lambda t: t.float(), ValueError, "hidden_states has dtype float32, expected bfloat16"),
-        (0, lambda t: t[None], ValueError, "hidden_states has rank 3, expected 2: flatten"),
-        (0, lambda t: t[:4], ValueError, "hidden_states has 4 tokens but topk_ids has 5"),
-        (0, lambda t: t[:, :100], ValueError, "must be a multiple of group_size=32"),
-        (1, lambda t: t.float(), ValueError, "topk_ids has dtype float32, expected int32 or int64"),
-        (1, lambda t: t.repeat(1, 5), ValueError, "must have the same shape"),
-        (2, lambda t: t[:, :1], ValueError, "must have the same shape"),
-        (2, lambda t: t.double(), ValueError, "topk_weights has dtype float64"),
-        (3, lambda t: t.float(), ValueError, "w13 has dtype float32, expected uint8"),
-        (3, lambda t: t[:, :, :16], ValueError, "w13 has shape .* pack the weights with pack_experts"),
-        (4, lambda t: t[0], ValueError, "w2 rank 3, not the packed layout"),
-        (5, None, ValueError, "scheme=w4a16 needs w13_scale and w2_scale"),
-        (5, lambda t: t.float(), ValueError, "w13_scale has dtype float32, expected bfloat16"),
-        (5, lambda t: t[:, :2], ValueError, "w13_scale has shape"),
-        (7, lambda _: torch.zeros(8, 4, 256).bfloat16(), ValueError, "must be given together"),
-        (9, lambda _: torch.zeros(8, 4), ValueError, "w13_bias has shape"),
-        (3, lambda t: t.to("meta"), ValueError, "w13 is on meta but hidden_states is on cpu: move both"),
-        (11, "w8a8", ValueError, "scheme='w8a8' is unknown"),
-        (12, "relu", ValueError, "activation='relu' is not supported: use one of silu, swiglu_oai"),
-        (13, 64, ValueError, "w13_scale has shape"),
-        (13, 7, ValueError, "group_size=7 is not supported"),
+        ("hidden_states", lambda t: t.float(), ValueError, "hidden_states has dtype float32, expected bfloat16"),
+        ("hidden_states", lambda t: t[None], ValueError, "hidden_states has rank 3, expected 2: flatten"),
+        ("hidden_states", lambda t: t[:4], ValueError, "hidden_states has 4 tokens but topk_ids has 5"),
+        ("hidden_states", lambda t: t[:, :100], ValueError, "must be a multiple of group_size=32"),
+        ("topk_ids", lambda t: t.float(), ValueError, "topk_ids has dtype float32, expected int32 or int64"),
+        ("topk_ids", lambda t: t.repeat(1, 5), ValueError, "must have the same shape"),
+        ("topk_weights", lambda t: t[:, :1], ValueError, "must have the same shape"),
+        ("topk_weights", lambda t: t.double(), ValueError, "topk_weights has dtype float64"),
+        ("w13", lambda t: t.float(), ValueError, "w13 has dtype float32, expected uint8"),
+        ("w13", lambda t: t[:, :, :16], ValueError, "w13 has shape .* pack the weights with pack_experts"),
+        ("w2", lambda t: t[0], ValueError, "w2 rank 3, not the packed layout"),
+        ("w13_scale", None, ValueError, "scheme=w4a16 needs w13_scale and w2_scale"),
+        ("w13_scale", lambda t: t.float(), ValueError, "w13_scale has dtype float32, expected bfloat16"),
+        ("w13_scale", lambda t: t[:, :2], ValueError, "w13_scale has shape"),
+        ("w13_zero", lambda _: torch.zeros(8, 4, 256).bfloat16(), ValueError, "must be given together"),
+        ("w13_bias", lambda _: torch.zeros(8, 4), ValueError, "w13_bias has shape"),
+        ("w13", lambda t: t.to("meta"), ValueError, "w13 is on meta but hidden_states is on cpu: move both"),
+        ("scheme", "w8a8", ValueError, "scheme='w8a8' is unknown"),
+        ("activation", "relu", ValueError, "activation='relu' is not supported: use one of silu, swiglu_oai"),
+        ("group_size", 64, ValueError, "w13_scale has shape"),
+        ("group_size", 7, ValueError, "group_size=7 is not supported"),
     ],
 )
-def test_bad_arguments_get_a_reason(index: int, value: object, error: type[Exception], message: str) -> None:
+def test_bad_arguments_get_a_reason(name: str, value: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        fused_experts(*bad(index, value))
+        fused_experts(*bad(name, value))
 
 
 def test_top_k_above_the_number_of_experts() -> None:
-    args = list(make(Case("bad", tokens=5), "w4a16").args())
-    args[1], args[2] = torch.zeros(5, 9, dtype=torch.int64), torch.zeros(5, 9)
+    args = make(Case("bad", tokens=5), "w4a16").args()
+    args = args._replace(topk_ids=torch.zeros(5, 9, dtype=torch.int64), topk_weights=torch.zeros(5, 9))
     with pytest.raises(ValueError, match="top_k=9 must be between 1 and the number of experts E=8"):
         fused_experts(*args)
 
 
 def test_int8_activations_take_no_zero_points() -> None:
-    args = list(make(replace(ZERO_CASE, zero=False), "w4a8").args())
-    args[7], args[8] = args[5][:, :-1].contiguous(), args[6]
+    args = make(replace(ZERO_CASE, zero=False), "w4a8").args()
+    assert args.w13_scale is not None
+    args = args._replace(w13_zero=args.w13_scale[:, :-1].contiguous(), w2_zero=args.w2_scale)
     with pytest.raises(NotImplementedError, match="zero points"):
         fused_experts(*args)
 
 
 def test_fake_checks_as_the_operator_does() -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     args = make(Case("fake", tokens=5), "w4a16").args()
     mode = FakeTensorMode()
     fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]

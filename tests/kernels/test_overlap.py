@@ -1,4 +1,4 @@
-"""Launches that overlap with the one before: the same bits as with a wait after each."""
+"""Launches that overlap with the previous one give the same bits as launches with a synchronization after each."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 from executorch_moe.kernels._device import launches_before
 from executorch_moe.kernels.decode import op as ops
 from executorch_moe.kernels.decode.launches import run_one_token_attention, run_one_token_router
-from executorch_moe.kernels.experts.plan import Launch, Options, run_fused_experts
-from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED, find_model
+from executorch_moe.kernels.experts.plan import Options, run_fused_experts
+from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED, Gpu, find_model
+from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.measure.compile import compile_kernel, record_launches
 from executorch_moe.kernels.measure.timing import LayerInputs, make_layers
-from executorch_moe.kernels.shapes import SHAPES
-from executorch_moe.kernels.tuning.configs import Gpu
+from executorch_moe.kernels.shapes import SHAPES, LayerShape
 
 from .wait_dependence import unordered_stores
 
@@ -27,7 +27,7 @@ H, HEADS, KV_HEADS, HEAD_DIM, CONTEXT = 2048, 32, 4, 128, 640
 
 
 def launches_of_a_layer(capability: int) -> list[Launch]:
-    """All kernels of a decoder layer's token, and of several tokens' experts, on tensors without storage."""
+    """All kernels of a decoder layer for one token, and of experts for several tokens, on meta tensors."""
     gpu = Gpu(capability, 132, MAX_DYNAMIC_SHARED[capability])
     launches: list[Launch] = []
     with torch.device("meta"):
@@ -35,14 +35,14 @@ def launches_of_a_layer(capability: int) -> list[Launch]:
         run_one_token_attention(attention, gpu=gpu, submit=launches.append)
         run_one_token_router(route, gpu=gpu, submit=launches.append)
     for tokens, scheme in ((1, "w4a16"), (600, "w4a8")):
-        launches += record_launches(gpu, scheme, tokens, 16, 8, H, 512, 128, Options())
+        launches += record_launches(gpu, scheme, tokens, LayerShape(16, 8, H, 512), Options())
     return launches
 
 
 def token_arguments(
     row: Tensor, update: Tensor | None, seed: int = 0
 ) -> tuple[ops.AttentionArguments, ops.RouteArguments]:
-    """Arguments of both one-token operators on the row's device, from the seed."""
+    """Random arguments of `one_token_attention` and `one_token_router`, on the row's device."""
     device = row.device.type
     generator = torch.Generator("cpu" if device == "meta" else device).manual_seed(seed)
 
@@ -87,7 +87,7 @@ def test_all_kernels_wait_where_launches_can_overlap(capability: int) -> None:
 
 @triton.jit
 def store_a_constant(out_ptr, late_ptr, SIZE: tl.constexpr, ORDERED: tl.constexpr, PTX: tl.constexpr):
-    """Only ORDERED's address keeps the store behind the wait: the loop, on which its value depends, may not run."""
+    """Only the address, with ORDERED, keeps the store after the wait: the loop that computes its value may be empty."""
     zero = launches_before(False, PTX)
     if ORDERED:
         out_ptr += zero
@@ -101,7 +101,7 @@ def store_a_constant(out_ptr, late_ptr, SIZE: tl.constexpr, ORDERED: tl.constexp
 
 @pytest.mark.compiler
 def test_no_store_can_be_moved_before_the_wait() -> None:
-    """In the IR of every kernel, for each store: something that it needs is computed from the wait's result."""
+    """In the IR of every kernel, each store needs something that is computed from the wait's result."""
     seen = set()
     for launch in launches_of_a_layer(90):
         key = str((launch.kernel.__name__, sorted(launch.constexprs.items())))
@@ -117,10 +117,10 @@ def test_no_store_can_be_moved_before_the_wait() -> None:
 
 
 def token_through(layers: list[LayerInputs], row: Tensor, submit: Callable[[Launch], None]) -> Tensor:
-    """One token through decoder layers: each operator's result is the next one's input."""
+    """Runs one token through decoder layers: each operator's result is the next one's input."""
     update = None
     for seed, layer in enumerate(layers):
-        attention, route = weights_of_layer(seed)  # made before a graph is recorded
+        attention, route = weights_of_layer(seed)  # cached, so that a graph does not record how they are made
         attention = attention._replace(hidden=row, update=update)
         summed, out, _ = run_one_token_attention(attention, submit=submit)
         row, normed, weights, ids = run_one_token_router(route._replace(x=out, residual=summed), submit=submit)

@@ -1,4 +1,4 @@
-"""The packed layout holds the values that its formula says, and quantization is the nearest code."""
+"""The packed layout follows its formula, quantization chooses the nearest codes, and bad weights are refused."""
 
 from __future__ import annotations
 
@@ -120,6 +120,22 @@ def test_bad_weights_get_a_reason_and_a_remedy(change: dict[str, object], messag
     arguments |= change
     with pytest.raises(ValueError, match=message):
         pack_experts(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("h", "i", "group_size", "message"),
+    [
+        (192, 96, 128, "hidden size H=192 must be a multiple of group_size=128: requantize with group_size=32$"),
+        (256, 96, 128, "intermediate size I=96 must be a multiple of group_size=128: requantize with group_size=32$"),
+        (128, 384, 256, "hidden size H=128 must be a multiple of group_size=256: requantize with group_size=128$"),
+        (160, 80, 64, "H=160 .* requantize with group_size=32, and pad intermediate size I to a multiple of it$"),
+        (80, 40, 32, "H=80 .* with group_size=32, and pad hidden size H and intermediate size I to a multiple of it$"),
+    ],
+)
+def test_the_group_size_that_an_error_names_fits_both_sizes(h: int, i: int, group_size: int, message: str) -> None:
+    gate_up, down = torch.zeros(2, 2 * i, h), torch.zeros(2, h, i)
+    with pytest.raises(ValueError, match=message):
+        pack_experts(gate_up, down, group_size=group_size)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

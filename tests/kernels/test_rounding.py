@@ -1,4 +1,4 @@
-"""Half-quadratic quantization: what it promises about a group, and that the packed layer holds its codes."""
+"""Half-quadratic quantization: errors of groups, scales for int8 products, and packing of its codes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def heavy_tailed(*shape: int) -> torch.Tensor:
 
 
 def loss(codes: Int4Codes, weight: torch.Tensor) -> torch.Tensor:
-    """The l_p norm of each group's residual, to the power of p."""
+    """The l_p norm of each group's residual, raised to the power p."""
     return (codes.dequantize() - weight).unflatten(-1, (-1, codes.group_size)).abs().pow(HQQ_NORM).sum(-1)
 
 
@@ -43,7 +43,7 @@ def test_no_group_is_worse_than_min_max_and_the_whole_is_better(
 ) -> None:
     weight = heavy_tailed(48, 256)
     better = quantize_hqq(weight, group_size, zeros)
-    monkeypatch.setattr(rounding, "HQQ_ROUNDS", 1)  # one round is min-max
+    monkeypatch.setattr(rounding, "HQQ_ROUNDS", 1)  # one round gives min-max
     start = quantize_hqq(weight, group_size, zeros)
     assert (loss(better, weight) <= loss(start, weight) * (1 + 1e-5)).all()
     assert loss(better, weight).sum() < 0.97 * loss(start, weight).sum()
@@ -114,7 +114,7 @@ def test_scales_of_int8_products_are_multiples_of_their_rows(algorithm: str) -> 
 
 @pytest.mark.parametrize("k_pad", [128, 384, 2048, 2944, 4096, 7168, 8192, 8320, 16384, 131072])
 def test_no_sum_overflows_in_any_units(k_pad: int) -> None:
-    """The largest sum, of activations 127 and products 128, in units of the smallest scale; finer would not do."""
+    """The largest sum (activations 127, products 128) fits int32 in units of the smallest scale; twice it does not."""
     largest = k_pad * 127 * 128 * max_scale_ratio(k_pad)
     assert largest < 2**31 <= 2 * largest
 
@@ -156,7 +156,7 @@ def test_the_operator_runs_on_it(scheme: str) -> None:
     packed = pack_experts(gate_up, down, scheme=scheme, group_size=32, algorithm="hqq")
     x, ids = torch.randn(9, 128).bfloat16(), torch.stack([torch.randperm(4)[:2] for _ in range(9)])
     weights = torch.rand(9, 2)
-    actual = fused_experts(x, ids, weights, *packed.tensors().values(), scheme, "silu", 32)
+    actual = fused_experts(*packed.arguments(x, ids, weights))
     expected = reference_experts(x, ids, weights, *unpack_experts(packed))
     assert cases.relative_error(actual, expected) < (0.02 if scheme == "w4a8" else 0.006)
 
@@ -169,7 +169,7 @@ def test_codes_are_packed_without_rounding() -> None:
 
     gate_up, down = codes(128, 128, 128, True), codes(128, 64, 32, False)
     packed = pack_codes(gate_up, down)
-    assert packed.group_size == 32  # what divides both
+    assert packed.group_size == 32  # divides both
     for stored, given in zip(unpack_experts(packed), (gate_up, down), strict=True):
         assert torch.equal(stored, given.dequantize())
     with pytest.raises(ValueError, match=r"scheme=w4a8 multiplies in int8 and takes no zero points.*use w4a16"):

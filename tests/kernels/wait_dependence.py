@@ -1,8 +1,8 @@
-"""Finds stores that a compiler may move before a kernel's wait for the launches before it, in Triton's IR (TTIR).
+"""Finds stores in Triton's IR (TTIR) that a compiler may move before a kernel's wait for previous launches.
 
-The wait is inline assembly without side effects (see `launches_before`), so nothing but data and control flow keeps a
-store behind it. A store is kept if its address, value or mask is computed from the wait's result, or if it is in a
-branch or loop that is entered depending on it.
+The wait is inline assembly without side effects (see `launches_before`), so only data and control flow keep a store
+after it: its address, value or mask is computed from the wait's result, or it is in a branch or loop whose condition
+is.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ _WAIT = "griddepcontrol.wait"
 
 @dataclass
 class _Region:
-    """A region being read: names of its values -> whether they depend on the wait."""
+    """A region that is being parsed. values: names -> whether they depend on the wait."""
 
     kind: str
     results: list[str] = field(default_factory=list)
-    depends: bool = False  # whether it is entered depends on the wait
-    starts: list[bool] = field(default_factory=list)  # of a loop's carried values
+    depends: bool = False  # whether its condition depends on the wait
+    starts: list[bool] = field(default_factory=list)  # whether initial values of a loop depend on the wait
     yields: list[list[bool]] = field(default_factory=list)
     values: dict[str, bool] = field(default_factory=dict)
 
 
 def unordered_stores(ttir: str) -> list[str]:
-    """Lines of all stores and atomics that nothing keeps behind the wait.
+    """Lines of all stores and atomics that nothing keeps after the wait.
 
     Args:
         ttir: `compiled.asm["ttir"]`.
     """
-    assert _WAIT in ttir, "a kernel that does not wait"
+    assert _WAIT in ttir, "this kernel does not wait"
     regions: list[_Region] = []
     found = []
 
@@ -46,11 +46,11 @@ def unordered_stores(ttir: str) -> list[str]:
         return False
 
     def close(region: _Region) -> None:
-        """Values that a region's end defines, in the region around it."""
+        """Adds the values that a region defines at its end to the enclosing region."""
         for index, result in enumerate(region.results):
             branches = [values[index] for values in region.yields]
             known = region.depends or (all(branches) and bool(branches))
-            if region.kind == "scf.for" and not region.depends:  # without an iteration it is what it starts as
+            if region.kind == "scf.for" and not region.depends:  # without an iteration, the result is the initial value
                 known = known and region.starts[index]
             regions[-1].values[result] = known
 
@@ -81,7 +81,7 @@ def unordered_stores(ttir: str) -> list[str]:
                 region.values = {name: start for (name, _), start in zip(pairs, region.starts, strict=True)}
             elif operation == "scf.if":
                 region.depends = any(operands)
-            elif operation not in ("module", "tt.func"):  # a reduction: its result depends on what it reduces
+            elif operation not in ("module", "tt.func"):  # a reduction: its result depends on its operands
                 region.depends = any(operands)
                 region.yields = [[any(operands)] * len(defined)]
             regions.append(region)

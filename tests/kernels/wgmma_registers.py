@@ -1,9 +1,9 @@
-"""Reads from SASS whether a wgmma that still runs can have its registers written to.
+"""Finds instructions in SASS that write registers of a wgmma that may still run.
 
-A wgmma whose first operand is in registers reads them until a WARPGROUP.DEPBAR waits for its group, and its sums may
-not be touched before that either. Across the steps of a loop neither Triton nor ptxas sees to it, and what goes wrong
-is a race, seen once in some 500,000 tiles.
-`hazards` walks every path through a kernel, loops included, and names the instructions that break the rule.
+A wgmma with its first operand in registers reads them until a WARPGROUP.DEPBAR waits for its group, and its sums must
+not be accessed before that. Neither Triton nor ptxas enforces it across iterations of a loop, and the result is a race
+that made one tile in about 500,000 wrong.
+`hazards` follows every path through a kernel, including loops, and names the instructions that break the rule.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 MAX_GROUPS = 16
-"""Groups of wgmmas that are told apart; older ones count as one."""
+"""Number of wgmma groups that are tracked separately; older ones are merged."""
 
 _NO_RESULT = re.compile(
     r"(ST|STG|STS|STL|RED|REDG|LDGSTS|BRA|BRX|BAR|DEPBAR|LDGDEPBAR|WARPGROUP|WARPSYNC|WARPARRIVE|EXIT|NOP|MEMBAR|ERRBAR|"
@@ -23,7 +23,7 @@ _NO_RESULT = re.compile(
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of SASS. text: without the guard. guarded: it may be skipped."""
+    """One line of SASS. text: without its predicate. guarded: it has a predicate, so it may be skipped."""
 
     address: int
     text: str
@@ -43,7 +43,7 @@ class Instruction:
         return bool(re.match(r"[HIQ]GMMA\b", self.opcode))
 
     def wgmma(self) -> tuple[frozenset[int], frozenset[int], bool]:
-        """Registers of the first operand, of the sums, and whether it closes a group."""
+        """Registers of the first operand, registers of the sums, and whether it closes a group."""
         found = re.search(r"\.(\d+)x(\d+)x(\d+)\.", self.opcode)
         assert found is not None, self.text
         first, a = self.operands[0], self.operands[1]
@@ -53,12 +53,12 @@ class Instruction:
         return held, sums, "gsb0" in self.text
 
     def waits_down_to(self) -> int | None:
-        """Groups that may still run behind this instruction; None if it does not wait."""
+        """Number of groups that may still run after this instruction; None if it does not wait."""
         found = re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)", self.text)
         return int(found[1], 16) if found else None
 
     def written(self) -> frozenset[int]:
-        """General registers that it writes."""
+        """General registers that the instruction writes."""
         if _NO_RESULT.match(self.opcode):
             return frozenset()
         operands = self.operands
@@ -81,7 +81,7 @@ class Instruction:
         return 2 if wide else 4 if parts[0] == "HMMA" or parts[0] == "IMMA" else 1
 
     def read(self) -> frozenset[int]:
-        """General registers that it names, those that it writes left out."""
+        """General registers that the instruction names, except those that it writes."""
         named = set()
         for name, wide in re.findall(r"\bR(\d+)((?:\.\w+)*)", self.text):
             named |= {int(name), int(name) + 1} if ".64" in wide else {int(name)}
@@ -93,7 +93,7 @@ class Instruction:
 
 
 def parse(text: str) -> list[Instruction]:
-    """Instructions of cuobjdump's listing of one kernel."""
+    """Parses cuobjdump's listing of one kernel."""
     found = []
     for line in text.splitlines():
         match = re.match(r"\s+/\*([0-9a-f]{4,5})\*/\s+(?:@(!?U?P\w+)\s+)?(.*?)\s*;", line)
@@ -103,7 +103,7 @@ def parse(text: str) -> list[Instruction]:
 
 
 Groups = tuple[tuple[frozenset[int], frozenset[int]], ...]
-"""Operand registers and sums of the wgmmas that may run: of the open group, then of closed ones, youngest first."""
+"""Operand and sum registers of wgmmas that may run: the open group, then closed groups, newest first."""
 
 _IDLE: Groups = ((frozenset(), frozenset()),)
 
@@ -130,7 +130,7 @@ def _after(groups: Groups, instruction: Instruction) -> Groups:
 
 
 def states(code: list[Instruction]) -> dict[int, Groups]:
-    """What may run before each instruction, by address: a fixed point over all paths."""
+    """Groups that may run before each instruction, by address: a fixed point over all paths."""
     index = {instruction.address: i for i, instruction in enumerate(code)}
     before: dict[int, Groups] = {code[0].address: _IDLE}
     todo = [0]
@@ -157,7 +157,7 @@ def states(code: list[Instruction]) -> dict[int, Groups]:
 
 
 def hazards(code: list[Instruction]) -> Iterator[str]:
-    """Instructions that write a register which a running wgmma reads, or touch the sums of one."""
+    """Instructions that write a register which a running wgmma reads, or access the sums of one."""
     before = states(code)
     for instruction in code:
         groups = before.get(instruction.address, _IDLE)
@@ -165,7 +165,7 @@ def hazards(code: list[Instruction]) -> Iterator[str]:
         sums = frozenset().union(*(g[1] for g in groups))
         written = instruction.wgmma()[1] if instruction.is_wgmma else instruction.written()
         if written & held:
-            yield f"{instruction.address:x} {instruction.text}: writes R{min(written & held)}, an operand that is read"
+            yield f"{instruction.address:x} {instruction.text}: writes R{min(written & held)}, an operand in use"
         if not instruction.is_wgmma and (written | instruction.read()) & sums:
             register = min((written | instruction.read()) & sums)
-            yield f"{instruction.address:x} {instruction.text}: touches R{register}, a sum that is not there yet"
+            yield f"{instruction.address:x} {instruction.text}: accesses R{register}, an unfinished sum"

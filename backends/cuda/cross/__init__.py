@@ -1,1 +1,1 @@
-"""Lowering for an NVIDIA GPU that is not in this machine."""
+"""Cross-compilation: lowering for an NVIDIA GPU that is not in this machine."""

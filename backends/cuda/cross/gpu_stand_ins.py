@@ -1,4 +1,4 @@
-"""What answers for a GPU that is not here: its properties, Inductor's device interface, Triton's driver."""
+"""Stand-ins for a GPU that is not in this machine: properties, Inductor's device interface, Triton's driver."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from executorch_moe.kernels.gpus import GpuModel
 
 REGISTERS = 65536
-# Inductor has no GEMM templates for parts with fewer SMs, and its other choice is a library that is not there.
+# Inductor uses no GEMM templates on GPUs with fewer SMs, and its alternative is a library that the runtime lacks.
 FEWEST_SMS = 68
 
 
 def properties(model: GpuModel) -> SimpleNamespace:
-    """What `torch.cuda.get_device_properties` returns."""
+    """The result of `torch.cuda.get_device_properties`."""
     return SimpleNamespace(
         name=model.product, major=model.capability // 10, minor=model.capability % 10, total_memory=model.memory,
         multi_processor_count=max(model.num_sms, FEWEST_SMS), L2_cache_size=model.l2, warp_size=32,
@@ -28,10 +28,10 @@ def properties(model: GpuModel) -> SimpleNamespace:
 
 
 def cuda_functions(model: GpuModel) -> dict[str, Callable[..., Any]]:
-    """Functions of `torch.cuda` by name."""
+    """Replacements for functions of `torch.cuda`, by name."""
     found, capability = properties(model), (model.capability // 10, model.capability % 10)
     return {
-        # The same on every machine: nothing may ask, or run on, a GPU that happens to be here.
+        # The same on every machine: nothing may query or use a GPU of this machine.
         "is_available": lambda: False,
         "get_device_properties": lambda device=None: found,
         "get_device_capability": lambda device=None: capability,
@@ -44,7 +44,7 @@ def cuda_functions(model: GpuModel) -> dict[str, Callable[..., Any]]:
 
 
 def device_interface(model: GpuModel) -> type:
-    """A class in place of `torch._dynamo.device_interface.CudaInterface`."""
+    """A class that replaces `torch._dynamo.device_interface.CudaInterface`."""
     from torch._dynamo.device_interface import CudaInterface
 
     answers = cuda_functions(model)
@@ -70,7 +70,7 @@ def device_interface(model: GpuModel) -> type:
 
 
 def triton_driver(model: GpuModel) -> type:
-    """A class in place of Triton's `CudaDriver`, which compiles for the target and launches nothing."""
+    """A class that replaces Triton's `CudaDriver`: it compiles for the target and refuses to launch."""
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.driver import CudaDriver
 
@@ -81,7 +81,7 @@ def triton_driver(model: GpuModel) -> type:
     clocks = {"warpSize": 32, "sm_clock_rate": 1980000, "mem_clock_rate": 2619000, "mem_bus_width": 6144}
     utils = SimpleNamespace(
         get_device_properties=lambda device: {**memory, **clocks},
-        # module, function, registers, spills, threads: never used, for nothing is launched.
+        # module, function, registers, spills, threads: unused, because nothing is launched.
         load_binary=lambda name, kernel, shared, device: (1, 1, 0, 0, 1024),
     )
 

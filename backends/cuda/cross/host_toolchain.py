@@ -1,6 +1,6 @@
-"""What building a CUDA delegate's host code needs where no CUDA toolkit is: headers, a libcuda to link, a compiler.
+"""Builds a CUDA delegate's host code without a CUDA toolkit: headers, a libcuda to link with, a compiler.
 
-Headers and ptxas are those in Triton's wheel; the rest is made in a temporary folder.
+Headers and ptxas come from Triton's wheel; the rest is generated in a temporary folder.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import subprocess
 from pathlib import Path
 
 CPU_BASELINE = "x86-64-v3"
-"""Oldest CPU that runs the host code of an artifact: AVX2, FMA and BMI2 (Haswell, Zen 1 and later)."""
+"""The oldest CPU that runs the host code of an artifact: AVX2, FMA and BMI2 (Haswell, Zen 1 and later)."""
 
 HEADERS = ("cuda.h", "cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h", "crt/host_defines.h")
 
-# Driver functions that AOTInductor's host code of torch 2.11 to 2.13 may call; the real library is found at load.
+# Driver functions that AOTInductor's host code may call (torch 2.11 to 2.13). At load it finds the real library.
 DRIVER_FUNCTIONS = (
     "cuCtxGetDevice",
     "cuDeviceGetAttribute",
@@ -34,8 +34,8 @@ DRIVER_FUNCTIONS = (
     "cuTensorMapEncodeTiled",
 )
 
-# The one header of libcu++ that CUDA's own headers include, and which Triton leaves out. It picks code by the side it
-# is compiled for, here always the host's; that code comes in parentheses, or without them where two choices nest.
+# The only header of libcu++ that CUDA's own headers include; Triton does not ship it. Its macros select host or device
+# code, here always host code. That code is in parentheses, except where two selections are nested.
 _NV_TARGET = """#pragma once
 #ifdef __CUDACC__
 #error "host code only"
@@ -49,8 +49,8 @@ _NV_TARGET = """#pragma once
 #define NV_IF_TARGET(side, ...)
 """
 
-# A CPU build of torch has no device guard for CUDA, without which fake CUDA tensors fail; a CUDA build without a GPU
-# installs this same one by itself.
+# Fake CUDA tensors need a device guard for CUDA, which a CPU build of torch does not have. A CUDA build without a GPU
+# installs this same guard.
 _GUARD = """#include <c10/core/impl/DeviceGuardImplInterface.h>
 using namespace c10::impl;
 static NoOpDeviceGuardImpl<c10::DeviceType::CUDA> guard;
@@ -64,7 +64,7 @@ extern "C" void remove_guard() { slot.store(nullptr); }
 
 
 def why_no_toolchain() -> str:
-    """Empty if host code can be built here, else the reason why not and what to do."""
+    """Empty if this machine can build host code, else the reason and the remedy."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return (
             f"this is {platform.system()} on {platform.machine()}, and host code is built for Linux on {CPU_BASELINE}: "
@@ -86,14 +86,14 @@ def compiler() -> str:
 
 
 def triton_folder() -> Path:
-    """Where Triton keeps CUDA's headers and ptxas."""
+    """The folder of CUDA's headers and ptxas in Triton."""
     import triton
 
     return Path(triton.__file__).parent / "backends" / "nvidia"
 
 
 def make_cuda_home(folder: Path) -> Path:
-    """A folder that serves as CUDA_HOME for compiling and linking host code."""
+    """Create a folder that serves as CUDA_HOME for compiling and linking host code."""
     home = folder / "cuda"
     (home / "include" / "nv").mkdir(parents=True)
     for entry in (triton_folder() / "include").iterdir():
@@ -109,10 +109,10 @@ def make_cuda_home(folder: Path) -> Path:
 
 
 def make_compiler(folder: Path) -> Path:
-    """A compiler that builds for `CPU_BASELINE` whatever machine it is asked for, and leaves no path of this machine.
+    """Create a compiler script that always builds for `CPU_BASELINE` and leaves no path of this machine in its output.
 
-    torch 2.11 has no setting for -march=native. Line tables (-g1), symbols of files and __FILE__ (in torch's
-    headers too) name folders and files of this machine, which would make every build of the same input different.
+    torch 2.11 has no setting for -march=native. Line tables (-g1), file symbols and __FILE__ (also in torch's headers)
+    contain paths of this machine, so the same input would give different bytes on each machine.
     """
     import torch
 
@@ -139,7 +139,7 @@ def make_compiler(folder: Path) -> Path:
 
 
 def build_guard(folder: Path) -> ctypes.CDLL:
-    """The device guard for CPU builds of torch: `install_guard()` (1 if it was needed) and `remove_guard()`."""
+    """Build the device guard for CPU builds of torch: `install_guard()` (1 if it was needed) and `remove_guard()`."""
     import torch
 
     package = Path(torch.__file__).parent

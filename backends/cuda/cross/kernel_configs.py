@@ -1,8 +1,8 @@
-"""Which of an autotuned kernel's configurations to take where nothing can be timed.
+"""Chooses configurations of autotuned kernels without timing them.
 
-A kernel of ExecuTorch's own lists several and has them timed on the GPU that exports. Without that GPU, a configuration
-that was measured on it, or failing that one of this file, is taken by name; for a kernel of no name here the first that
-fits. All of them compute the same.
+ExecuTorch's own kernels list several configurations, which are normally timed on the GPU of the export. Without that
+GPU, the kernel's name decides: a configuration that was measured on such a GPU, else the one in this file, else the
+first that fits. All of them compute the same.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 Config = Mapping[str, int]
-"""Tile sizes by their names in the kernel, num_warps and num_stages."""
+"""Tile sizes by their names in the kernel, and num_warps and num_stages."""
 
-# For tiles of head_dim 128, experts of Qwen3's size and many SMs. Reasons, not measurements, except where one is named:
-# - _sdpa_fwd_kernel: its loads stand in a branch, so nothing is fetched ahead, and two to three programs of four warps
-#   on a multiprocessor hide what one of eight cannot. The first of its list, 16 x 32, would use a quarter of an MMA.
-# - _sdpa_decode_splitk_kernel: a split has 256 positions and a multiprocessor less than one program: few, long steps.
-# - _fused_moe*: those that ExecuTorch's list names as the best of an A100, for the same shapes.
+# For head_dim 128, experts of Qwen3's size and many SMs. Chosen by reasoning, not measured, except where noted:
+# - _sdpa_fwd_kernel: its loads are in a branch, so nothing is prefetched. Two to three programs of four warps on a
+#   multiprocessor hide the latency better than one of eight. The first of its list, 16 x 32, uses a quarter of an MMA.
+# - _sdpa_decode_splitk_kernel: a split has 256 positions, and there are fewer programs than multiprocessors: few, long
+#   steps.
+# - _fused_moe*: the best ones on an A100 for the same shapes, according to ExecuTorch's list.
 DEFAULTS: dict[str, Config] = {
     "_sdpa_fwd_kernel": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     "_sdpa_decode_splitk_kernel": {"BLOCK_N": 128, "num_warps": 4, "num_stages": 2},
@@ -38,12 +39,12 @@ Listed = TypeVar("Listed")
 
 
 class UnknownConfigError(ValueError):
-    """A configuration was asked for that the kernel does not list."""
+    """The kernel does not list the requested configuration."""
 
 
 @contextlib.contextmanager
 def given_configs(configs: Mapping[str, Config]) -> Iterator[None]:
-    """Within it, an export for a GPU that is not here takes these configurations before those of `DEFAULTS`."""
+    """Context in which an export for another GPU prefers these configurations (by kernel name) to `DEFAULTS`."""
     token = _GIVEN.set(configs)
     try:
         yield
@@ -52,10 +53,10 @@ def given_configs(configs: Mapping[str, Config]) -> Iterator[None]:
 
 
 def read_configs(path: Path) -> dict[str, Config]:
-    """A file of measured configurations: JSON, {"kernel": {"BLOCK_M": 64, ..., "num_warps": 4, "num_stages": 2}}.
+    """Read a JSON file of measured configurations: {"kernel": {"BLOCK_M": 64, ..., "num_warps": 4, "num_stages": 2}}.
 
     Raises:
-        ValueError: it is missing or holds anything else.
+        ValueError: the file is missing or contains anything else.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -67,17 +68,17 @@ def read_configs(path: Path) -> dict[str, Config]:
     )
     if not good:
         raise ValueError(
-            f"kernel_configs={str(path)!r} must hold names of kernels with their numbers: "
+            f"kernel_configs={str(path)!r} must map kernel names to numbers: "
             '{"kernel": {"BLOCK_M": 64, "num_warps": 4}}'
         )
     return found
 
 
 def choose_config(kernel: str, configs: Sequence[Listed]) -> Listed | None:
-    """That of a kernel's configurations which has the numbers that are known for its name; None if there is none.
+    """The one of a kernel's configurations that is given or in `DEFAULTS` for its name; None if there is none.
 
     Raises:
-        UnknownConfigError: a configuration that was asked for is not among them.
+        UnknownConfigError: a given configuration is not among them.
     """
     given = (_GIVEN.get() or {}).get(kernel)
     wanted = given or DEFAULTS.get(kernel)

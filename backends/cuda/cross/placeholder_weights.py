@@ -1,4 +1,4 @@
-"""Weights without bytes for the compiler, on a CUDA device; the .ptd gets the bytes that are on the CPU."""
+"""Placeholders for weights while compiling: fake CUDA tensors without bytes. The .ptd gets the bytes, from the CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class PlaceholderWeights:
-    """Replacements for the functions that move, read and record weights while one method is lowered.
+    """Replacements for the functions that move, read and compare weights while one method is lowered.
 
     Args:
         stock_value: `GraphLowering.get_original_value_of_constant`.
@@ -20,11 +20,12 @@ class PlaceholderWeights:
     def __init__(self, stock_value: Callable[..., Tensor], stock_same: Callable[[Tensor, Tensor], bool]) -> None:
         self._stock_value, self._stock_same = stock_value, stock_same
         self._by_name: dict[str, Tensor] = {}
-        # Constants can lose their name on the way (_tensor_constant0), never their storage, which is kept alive here.
+        # Constants can lose their name while lowering (_tensor_constant0), but not their storage, which is kept alive
+        # here.
         self._by_storage: dict[int, tuple[Tensor, Tensor]] = {}
 
     def move(self, edge_program: Any, device: str) -> Any:
-        """In place of `CudaBackend.move_program_to_device`: the program with stand-ins for its tensors."""
+        """Replaces `CudaBackend.move_program_to_device`: returns the program with placeholders for its tensors."""
         from torch._guards import detect_fake_mode
         from torch.export.passes import move_to_device_pass
 
@@ -49,7 +50,7 @@ class PlaceholderWeights:
         return moved
 
     def value(self, graph: Any, name: str) -> Tensor:
-        """In place of `get_original_value_of_constant`: the bytes behind a stand-in."""
+        """Replaces `get_original_value_of_constant`: returns the tensor with the bytes of a placeholder."""
         from torch._subclasses.fake_tensor import FakeTensor
 
         found = self._stock_value(graph, name)
@@ -62,7 +63,7 @@ class PlaceholderWeights:
         return real
 
     def same(self, data: Tensor, value: Tensor) -> bool:
-        """In place of `is_same_tensor`: stand-ins have no bytes to compare, and no address."""
+        """Replaces `is_same_tensor`: placeholders have no bytes or address to compare, only identity."""
         from torch._subclasses.fake_tensor import FakeTensor
 
         fake = isinstance(data, FakeTensor) or isinstance(value, FakeTensor)
@@ -70,7 +71,7 @@ class PlaceholderWeights:
 
 
 def own_storage(tensor: Tensor) -> Tensor:
-    """The tensor itself if it fills its storage, else a copy of just its span, with the same strides."""
+    """The tensor itself if it fills its storage, else a copy of its span only, with the same strides."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     span = span if tensor.numel() else 0
     if tensor.storage_offset() == 0 and tensor.untyped_storage().nbytes() == span * tensor.element_size():

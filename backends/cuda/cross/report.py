@@ -1,4 +1,4 @@
-"""What an export for a GPU that is not here was compiled with: configurations, GEMM templates, shared memory."""
+"""Report of an export for another GPU: chosen configurations, GEMM templates, shared memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from executorch_moe.kernels.gpus import GpuModel
 from . import host_toolchain
 
 OUR_PREFIX = "moe_"
-"""How the names of this package's kernels start."""
+"""Prefix of the names of this package's kernels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,11 +18,11 @@ class KernelChoice:
     """One compiled kernel.
 
     Attributes:
-        method: of the program.
-        kernel: its name in the artifact.
-        candidates: configurations that it lists; config: the one that was taken (`kernel_configs`), and what the kernel
-            was specialized for.
-        shared: dynamic shared memory that it is launched with, bytes.
+        method: method of the program.
+        kernel: name in the artifact.
+        candidates: number of configurations that it lists.
+        config: the chosen configuration (`kernel_configs`), and the constants that the kernel is specialized for.
+        shared: dynamic shared memory at launch, bytes.
     """
 
     method: str
@@ -33,13 +33,13 @@ class KernelChoice:
 
     @property
     def ours(self) -> bool:
-        """True for a kernel of this package, whose configuration comes from its tables; False for Inductor's."""
+        """True for a kernel of this package, configured by its tables; False for other kernels."""
         return self.kernel.startswith(OUR_PREFIX)
 
 
 @dataclasses.dataclass(frozen=True)
 class GemmChoice:
-    """One dense GEMM of Inductor's. `candidates`: templates there were; `template`: the one with the best score."""
+    """One dense GEMM of Inductor. `candidates`: number of templates; `template`: the one with the best score."""
 
     method: str
     shape: tuple[int, ...]
@@ -49,7 +49,7 @@ class GemmChoice:
 
 @dataclasses.dataclass
 class CrossCompileReport:
-    """What was compiled for whom; filled while lowering."""
+    """All choices of an export for one GPU; filled while lowering."""
 
     model: GpuModel
     cpu: str = host_toolchain.CPU_BASELINE
@@ -58,7 +58,7 @@ class CrossCompileReport:
 
     @property
     def shared(self) -> int:
-        """Largest shared memory of a kernel, bytes."""
+        """Largest shared memory of any kernel, bytes."""
         return max((choice.shared for choice in self.kernels), default=0)
 
     def __str__(self) -> str:
@@ -68,10 +68,10 @@ class CrossCompileReport:
         )
 
     def check_shared(self, budget: int | None = None) -> None:
-        """Check that every kernel can be launched on the GPU, or stays within a smaller budget.
+        """Check that every kernel fits into the shared memory of the GPU, or into a smaller budget in bytes.
 
         Raises:
-            ValueError: kernels that need more; names them all.
+            ValueError: kernels need more; the message lists all of them.
         """
         limit = self.model.max_shared if budget is None else budget
         if over := [choice for choice in self.kernels if choice.shared > limit]:

@@ -1,4 +1,4 @@
-"""Where Inductor would time candidates on the GPU: kernels are chosen by name, GEMMs by a score."""
+"""Choices that Inductor normally makes by timing on the GPU: kernel configurations by name, GEMM templates by score."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from . import kernel_configs
 from .report import CrossCompileReport, GemmChoice, KernelChoice
 
 UNKNOWN_SIZE = 1536
-"""What stands for a size that is known only at run time: the tokens of a long prompt. Short ones take little anyway."""
+"""Assumed value of sizes that are known only at run time: tokens of a long prompt. Short prompts cost little anyway."""
 
 
 class StaticChoices:
-    """Makes the choices for one target and writes them to its report.
+    """Makes the choices for one target and records them in its report.
 
     Attributes:
-        method: whose kernels are being compiled.
+        method: the method that is being compiled.
     """
 
     def __init__(self, report: CrossCompileReport) -> None:
@@ -34,10 +34,10 @@ class StaticChoices:
         self.method = ""
 
     def compile_kernels(self, wrapper: Any) -> None:
-        """In place of `PythonWrapperCodegen.generate_and_run_autotune_block`: compile one that fits.
+        """Replaces `PythonWrapperCodegen.generate_and_run_autotune_block`: compiles one configuration that fits.
 
         Raises:
-            RuntimeError: a kernel that does not compile for the target, or needs more shared memory than it has.
+            RuntimeError: a kernel does not compile for the target, or needs more shared memory than it has.
         """
         from torch._inductor.runtime.triton_heuristics import CachingAutotuner, NoTritonConfigsError
 
@@ -46,7 +46,7 @@ class StaticChoices:
         stock, listed = CachingAutotuner.precompile, {}
 
         def wait(tuner: Any, *args: Any, **kwargs: Any) -> None:
-            """In place of `CachingAutotuner.precompile` while kernels are defined: they are compiled together."""
+            """Replaces `CachingAutotuner.precompile` while kernels are defined; they are compiled together later."""
 
         def precompile(tuner: Any, *args: Any, **kwargs: Any) -> None:
             if tuner.configs is not None:  # not compiled yet
@@ -58,7 +58,7 @@ class StaticChoices:
             except NoTritonConfigsError:
                 if tuner.configs == listed[tuner]:
                     raise
-                tuner.configs = listed[tuner]  # the one that is known does not fit
+                tuner.configs = listed[tuner]  # the known configuration does not fit
                 stock(tuner, *args, **kwargs)
 
         try:
@@ -66,7 +66,7 @@ class StaticChoices:
                 replace("torch._inductor.runtime.triton_heuristics:CachingAutotuner.precompile", wait)
                 exec(wrapper.kernel_autotune_defs.getvalue(), scope)
             tuners = [value for value in scope.values() if isinstance(value, CachingAutotuner)]
-            # LLVM and the assembler do not hold the interpreter.
+            # LLVM and the assembler release the interpreter lock.
             with one_parse_at_a_time(), ThreadPoolExecutor(os.cpu_count()) as pool:
                 for compiled in [pool.submit(copy_context().run, precompile, tuner) for tuner in tuners]:
                     compiled.result()
@@ -86,7 +86,7 @@ class StaticChoices:
             tuner.save_gpu_kernel("stream0", launcher)
 
     def choose_gemm(self, choices: list[Any]) -> list[Any]:
-        """A preprocessing function of Inductor's: of several templates only the best is left, so none is timed."""
+        """A preprocessing function for Inductor: keeps only the best of several templates, so none is timed."""
         from torch._inductor import select_algorithm
 
         templates = [choice for choice in choices if isinstance(choice, select_algorithm.TritonTemplateCaller)]
@@ -109,10 +109,10 @@ class StaticChoices:
 
 @contextlib.contextmanager
 def one_parse_at_a_time() -> Iterator[None]:
-    """Within it, threads parse Python one after the other, as Triton does with each kernel and what it calls.
+    """Context in which only one thread at a time parses Python. Triton parses each kernel and the functions it calls.
 
-    CPython counts how deep it is in making a syntax tree once for all threads, and raises SystemError where two are at
-    it (python/cpython issue 106905).
+    CPython keeps one recursion counter for all threads while it makes syntax trees, and raises SystemError if two
+    threads do so at once (python/cpython issue 106905).
     """
     lock, stock = threading.RLock(), ast.parse
 
@@ -126,9 +126,9 @@ def one_parse_at_a_time() -> Iterator[None]:
 
 
 def score_gemm(choice: Any, model: GpuModel) -> tuple[float, ...]:
-    """Rank of a GEMM template without timing it: fits shared memory, wastes few rows, then takes least time.
+    """Rank of a GEMM template without timing it: fits into shared memory, wastes few rows, takes least estimated time.
 
-    Its time is that of its waves of tiles: what a tile multiplies, and what it loads for that, less the larger it is.
+    The estimate is the number of waves of tiles, times the cost of a tile: its products plus the elements it loads.
     """
     info = choice.info_dict()
     try:
@@ -158,7 +158,7 @@ def _static_shape(choice: Any) -> tuple[int, ...]:
 
 
 def _plain(value: Any) -> Any:
-    """A constexpr as JSON has it: some kernels take types."""
+    """A constexpr as a JSON value. Some kernels take types, which become text."""
     return value if isinstance(value, (bool, int, float, str)) else str(value)
 
 
@@ -167,7 +167,7 @@ def _kernel_name(tuner: Any) -> str:
 
 
 def _kernel_that_failed(error: Exception) -> str:
-    """Name of the kernel that was being compiled, from the frame that compiled it; "" if there is none."""
+    """Name of the kernel whose compilation failed, from the frames of the error; "" if it is unknown."""
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
     frame, name = error.__traceback__, ""

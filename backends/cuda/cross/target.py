@@ -1,4 +1,4 @@
-"""`target_cuda`: lower for an NVIDIA GPU that is not here, with a CPU or a CUDA build of torch."""
+"""`target_cuda`: lower for an NVIDIA GPU that is not in this machine, with a CPU or CUDA build of torch."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from executorch_moe.backends.cuda.patches.cross import check_versions, replaced
 from executorch_moe.kernels.gpus import GpuModel, compile_for, find_model
 
 from . import host_toolchain
+from .replacements import check_versions, replaced
 from .report import CrossCompileReport
 from .static_choices import StaticChoices
 
 
 def check_target(target: str) -> GpuModel:
-    """The GPU that a target names, if it can be compiled for on this machine.
+    """The GPU of a target, after checking that this machine can compile for it.
 
     Raises:
-        ValueError: unknown target.
-        RuntimeError: no compiler, or see `patches.cross.check_versions`.
+        ValueError: the target is unknown.
+        RuntimeError: there is no compiler; or see `check_versions`.
     """
     model = find_model(target)
     if why := host_toolchain.why_no_toolchain():
@@ -33,24 +33,24 @@ def check_target(target: str) -> GpuModel:
 
 @contextlib.contextmanager
 def target_cuda(target: str) -> Iterator[CrossCompileReport]:
-    """Within it, `to_edge_transform_and_lower` compiles CUDA delegates for `target`; no GPU is needed or used.
+    """Context in which `to_edge_transform_and_lower` compiles CUDA delegates for `target`; needs and uses no GPU.
 
-    It replaces functions of torch, Triton and ExecuTorch for the whole process and puts them back at the end; nothing
-    else may compile with Inductor meanwhile, and it can be active once at a time. The exported programs are on the CPU.
+    It replaces functions of torch, Triton and ExecuTorch for the whole process and restores them at the end. Nothing
+    else may compile with Inductor meanwhile, and only one such context can be active. Programs must be on the CPU.
 
     Args:
         target: "sm_90", "h200" or another of `kernels.gpus.target_names()`.
 
     Yields:
-        What was chosen, filled while lowering.
+        The report of all choices, filled while lowering.
 
     Raises:
-        ValueError: unknown target.
-        RuntimeError: no compiler, versions of torch, Triton or ExecuTorch that are not known to work, or it is active
-            already, in this thread or another one.
+        ValueError: the target is unknown.
+        RuntimeError: there is no compiler; the versions of torch, Triton or ExecuTorch are not known to work; or the
+            context is already active, in this or another thread.
     """
     report = CrossCompileReport(check_target(target))
-    # Kept until the process ends: ExecuTorch leaves weights in files here and reads them to write the .ptd.
+    # Kept until the process ends, because ExecuTorch reads the weights from files here when it writes the .ptd.
     folder = Path(tempfile.mkdtemp(prefix="executorch_moe_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     with compile_for(report.model.gpu), replaced(report.model, StaticChoices(report), folder):

@@ -1,7 +1,7 @@
-"""Runs the source of a generated Triton kernel on intervals and says where its loads and stores go.
+"""Interprets the source of a generated Triton kernel on intervals, and collects the offsets of its loads and stores.
 
-The language is the part of Triton that Inductor generates for pointwise kernels, reductions and GEMM templates. What is
-not understood has any value, so an index that depends on it is undecided, never wrongly reported.
+It understands the part of Triton that Inductor generates for pointwise kernels, reductions and GEMM templates. Other
+expressions have an unknown value. An index that depends on one is undecided, and never wrongly reported.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from . import intervals
 from .intervals import Interval, Value, constant
 
-# Of GEMM templates: names whose values a mask or a modulo of the template's own text keeps below M, N or K.
+# Names in GEMM templates whose values the template itself keeps below M, N or K by a mask or a modulo.
 TEMPLATE_RANGES = {
     "rm": "M", "rn": "N", "offs_a_m": "M", "offs_b_n": "N", "a_k_idx_vals": "K", "b_k_idx_vals": "K",
 }  # fmt: skip
@@ -33,13 +33,13 @@ _OF_TWO: dict[str, Callable[[Interval, Interval], Value]] = {
     "div_floor_integer": lambda a, b: intervals.divide(a, b) if _not_negative(a) else None,
     "remainder_integer": lambda a, b: intervals.remainder(a, b) if _not_negative(a) else None,
 }
-# Calls that hand on their first argument: shapes and hints.
+# Calls that return their first argument: shapes and hints.
 _SAME_VALUE = ("broadcast_to", "max_contiguous", "multiple_of", "reshape", "expand_dims")
 
 
 @dataclass(frozen=True)
 class Pointer:
-    """An argument of the kernel that is a tensor, plus an offset in elements."""
+    """A tensor argument of the kernel, plus an offset in elements."""
 
     name: str
     offset: Value
@@ -50,10 +50,10 @@ class Access:
     """One load or store.
 
     Attributes:
-        pointer: name of the argument; "" if it is not known.
-        text: the source of the call, shortened.
+        pointer: name of the argument; "" if unknown.
+        text: the source of the call.
         offset: elements from the start of the tensor.
-        mask: where it happens.
+        mask: where the access happens.
     """
 
     pointer: str
@@ -64,13 +64,14 @@ class Access:
 
 @dataclass
 class Kernel:
-    """A kernel's source and what its arguments are.
+    """The source and the arguments of a kernel.
 
     Attributes:
-        source: Python source with one `@triton.jit` function that is the kernel.
-        pointers: arguments that are tensors.
-        sizes: integer arguments by name.
-        extents: numel by prefix of an index ("x", "y", "r0_"); empty for templates, which compute theirs.
+        source: Python source whose last function is the kernel.
+        pointers: names of tensor arguments.
+        sizes: values of integer arguments by name.
+        extents: number of values of each index, by its prefix ("x", "y", "r0_"); empty for templates, which compute
+            their own indices.
     """
 
     source: str
@@ -83,7 +84,7 @@ def accesses(kernel: Kernel, indices: Mapping[str, Interval]) -> list[Access]:
     """Every load and store of a kernel.
 
     Args:
-        kernel: what to run.
+        kernel: the kernel.
         indices: values of the index of each prefix in `kernel.extents`.
     """
     return _Run(kernel, indices).run()
@@ -120,7 +121,7 @@ class _Run:
             elif isinstance(statement, ast.Expr):
                 self._value(statement.value)
             elif isinstance(statement, (ast.For, ast.While)):
-                # Once for all rounds: what changes from round to round has any value.
+                # One pass for all iterations: values that change between them are unknown.
                 for name in _assigned(statement.body):
                     self.values[name] = None
                 if isinstance(statement, ast.For):
@@ -144,7 +145,7 @@ class _Run:
         for prefix in self.kernel.extents:
             if name == f"{prefix}index":
                 value = self.indices[prefix]
-            elif name == f"{prefix}mask":  # the index is never outside
+            elif name == f"{prefix}mask":  # `indices` has only valid values
                 value = constant(1)
         if not self.kernel.extents and name in TEMPLATE_RANGES:
             size = self.values.get(TEMPLATE_RANGES[name])
@@ -173,7 +174,7 @@ class _Run:
             return intervals.compare(type(node.ops[0]).__name__, left, right)
         if isinstance(node, ast.Call):
             return self._call(node)
-        for child in ast.iter_child_nodes(node) if node is not None else ():  # there may be loads inside
+        for child in ast.iter_child_nodes(node) if node is not None else ():  # it may contain loads
             if isinstance(child, ast.expr):
                 self._value(child)
         return None
@@ -192,7 +193,7 @@ class _Run:
             return None
         if kind in ("BitAnd", "BitOr"):
             if not (intervals.may_be_mask(left) and intervals.may_be_mask(right)) or (left is None and right is None):
-                return None  # of numbers
+                return None  # numbers, not masks
             return (intervals.both if kind == "BitAnd" else intervals.either)(left, right)
         if kind not in _ARITHMETIC or left is None or right is None:
             return None
@@ -226,7 +227,7 @@ class _Run:
         if name in _OF_TWO:
             a, b = (self._interval(argument) for argument in node.args[:2])
             return None if a is None or b is None else _OF_TWO[name](a, b)
-        for argument in node.args:  # there may be loads inside
+        for argument in node.args:  # they may contain loads
             self._value(argument)
         return None
 
@@ -246,7 +247,7 @@ class _Run:
             self.found.append(Access("", text, None, mask))
 
     def _take_for_true(self, condition: ast.expr) -> None:
-        """From `(0 <= v) & (v < n)` in a device assertion: v is in [0, n - 1]; the kernel traps otherwise."""
+        """After the device assertion `(0 <= v) & (v < n)`, v is in [0, n - 1]: otherwise the kernel traps."""
         for part in ast.walk(condition):
             if not (isinstance(part, ast.Compare) and len(part.ops) == 1 and isinstance(part.ops[0], ast.Lt)):
                 continue
@@ -260,7 +261,7 @@ class _Run:
 
 
 def _kernel_function(module: ast.Module) -> ast.FunctionDef:
-    """The kernel itself: the last function at the top; helpers come before it."""
+    """The kernel: the last top-level function, after its helpers."""
     functions = [node for node in module.body if isinstance(node, ast.FunctionDef)]
     if not functions:
         raise ValueError("the source has no function")
@@ -268,7 +269,7 @@ def _kernel_function(module: ast.Module) -> ast.FunctionDef:
 
 
 def _assigned(body: list[ast.stmt]) -> set[str]:
-    """Names that are read before they are assigned in a loop carry a value from one round to the next."""
+    """Names that carry a value from one loop iteration to the next: read before they are assigned in the body."""
     read: set[str] = set()
     carried: set[str] = set()
     for statement in body:

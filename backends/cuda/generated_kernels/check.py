@@ -1,8 +1,8 @@
-"""Holds every kernel that Inductor generates against the sizes of its buffers, while AOTInductor compiles.
+"""Checks every kernel that Inductor generates against the sizes of its buffers, while AOTInductor compiles.
 
-Inductor has lost parts of index expressions before: with `loop_index_inversion_in_fusion`, a kernel that repeats a
-buffer of 16 elements twice read 32 (torch 2.11 to 2.13; see `torch_defects`). Such a kernel reads what happens to lie
-behind the buffer, and nothing reports it.
+Inductor can lose parts of index expressions: with `loop_index_inversion_in_fusion`, a kernel that repeats a buffer of
+16 elements twice reads 32 elements (torch 2.11 to 2.13; see `torch_defects`). Such a kernel reads memory past the end
+of the buffer, without any error.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from .intervals import Interval
 
 NOT_CHECKED = "not checked"
 MOST_POINTS = 1 << 20
-"""A kernel with more index values than this is looked at in a sample where intervals alone do not decide."""
+"""Where intervals alone do not decide, a kernel with more index values than this is checked on a sample of them."""
 LARGEST_SYMBOL = 1 << 16
-"""Sizes that are known only at run time are tried up to this value."""
+"""Largest value that is tried for sizes that are known only at run time."""
 
 
 class OutOfBoundsError(RuntimeError):
@@ -38,7 +38,7 @@ class Finding:
 
     Attributes:
         kernel: name of the kernel. access: source of the load or store.
-        buffer: name of the buffer. size: its elements. index: one outside.
+        buffer: name of the buffer. size: its number of elements. index: an element outside it.
     """
 
     kernel: str
@@ -53,11 +53,11 @@ class Finding:
 
 @dataclass
 class AccessReport:
-    """What was found in all kernels of an export.
+    """Results for all kernels of an export.
 
     Attributes:
-        kernels: how many kernels were looked at.
-        proven: accesses that stay inside for every size that was tried.
+        kernels: number of checked kernels.
+        proven: number of accesses that are inside for every tried size.
         undecided: accesses that cannot be decided, as "kernel: source".
         outside: accesses outside of their buffers.
     """
@@ -68,7 +68,7 @@ class AccessReport:
     outside: list[Finding] = field(default_factory=list)
 
     def undecide(self, *texts: str) -> None:
-        """Add accesses that cannot be decided; one that is tried for several sizes counts once."""
+        """Add accesses that cannot be decided; one that is tried with several sizes counts once."""
         self.undecided += [text for text in dict.fromkeys(texts) if text not in self.undecided]
 
     def __str__(self) -> str:
@@ -90,13 +90,13 @@ class AccessReport:
 
 @contextlib.contextmanager
 def checked_kernels() -> Iterator[AccessReport]:
-    """Within it, each kernel that Inductor defines is checked; at the end, accesses outside of a buffer are an error.
+    """Context that checks each kernel that Inductor defines, and raises an error at the end if accesses are outside.
 
     Yields:
         The report, filled while compiling.
 
     Raises:
-        OutOfBoundsError: at the end, if there was no other error.
+        OutOfBoundsError: at the end, unless another error was raised.
     """
     report, seen = AccessReport(), set[Any]()
 
@@ -104,7 +104,7 @@ def checked_kernels() -> Iterator[AccessReport]:
         name = stock(self, src_code, node_schedule, kernel)
         try:
             check(str(name), src_code, kernel)
-        except Exception as error:  # a kernel of a kind that is not known here: the program may well be right
+        except Exception as error:  # an unknown kind of kernel: the program may still be correct
             report.undecide(f"{name}: {NOT_CHECKED} ({type(error).__name__}: {error})")
         return name
 
@@ -133,13 +133,13 @@ def checked_kernels() -> Iterator[AccessReport]:
 
 
 def check_kernel(report: AccessReport, name: str, kernel: Kernel, sizes: Mapping[str, int]) -> None:
-    """Adds to `report` what is found in one kernel.
+    """Check one kernel and add the results to `report`.
 
     Args:
         report: to add to.
-        name: of the kernel.
+        name: name of the kernel.
         kernel: its source and arguments.
-        sizes: elements of the buffer behind each tensor argument.
+        sizes: number of elements of the buffer of each tensor argument.
     """
     ranges = {prefix: Interval(0, max(extent, 1) - 1) for prefix, extent in kernel.extents.items()}
     found = accesses(kernel, ranges) if all(extent > 0 for extent in kernel.extents.values()) else []
@@ -147,7 +147,7 @@ def check_kernel(report: AccessReport, name: str, kernel: Kernel, sizes: Mapping
     report.proven += sum(inside)
     left = [access for proven, access in zip(inside, found, strict=True) if not proven]
     if all(access.offset is None or access.pointer not in sizes for access in left):
-        report.undecide(*(f"{name}: {access.text}" for access in left))  # index values would not tell either
+        report.undecide(*(f"{name}: {access.text}" for access in left))  # index values would not decide it either
         return
     for proven, access in zip(inside, accesses(kernel, _points(kernel.extents)), strict=True):
         if proven:
@@ -183,7 +183,7 @@ def _is_sample(extents: Mapping[str, int]) -> bool:
 
 
 def _points(extents: Mapping[str, int]) -> dict[str, Interval]:
-    """All index values, as arrays that broadcast; of too many a sample, with the first and the last of each."""
+    """All index values, as arrays that broadcast. If there are too many, a sample with the first and last of each."""
     if not extents:
         return {}
     axes: dict[str, Any] = {}
@@ -201,7 +201,7 @@ def _points(extents: Mapping[str, int]) -> dict[str, Interval]:
 
 
 def _plain_source(src_code: str, name: str) -> str:
-    """The kernel's source as Python: Inductor leaves places for names in it."""
+    """The kernel's source as Python, with the name in place of Inductor's placeholders for it."""
     from torch._inductor.utils import Placeholder
 
     for placeholder in (Placeholder.DESCRIPTIVE_NAME, Placeholder.KERNEL_NAME):
@@ -210,10 +210,10 @@ def _plain_source(src_code: str, name: str) -> str:
 
 
 def _tables(kernel: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Elements of the buffers, integer arguments, and extents of the indices of a kernel: numbers or expressions."""
+    """Sizes of the buffers, integer arguments, and extents of the indices of a kernel: numbers or expressions."""
     from torch._inductor.virtualized import V
 
-    # Sizes that several kernels need are computed once, under symbols of their own.
+    # Sizes that several kernels need are computed once and have their own symbols.
     computed = V.graph.sizevars.inv_precomputed_replacements
 
     def plain(size: Any) -> Any:
@@ -227,7 +227,7 @@ def _tables(kernel: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]
 
 
 def _buffers(kernel: Any) -> dict[str, Any]:
-    """Tensor arguments of a kernel and the elements of the buffer behind each."""
+    """Tensor arguments of a kernel -> number of elements of the buffer."""
     from torch._inductor.virtualized import V
 
     arguments = kernel.args
@@ -246,7 +246,7 @@ def _buffers(kernel: Any) -> dict[str, Any]:
 
 
 def _elements(graph: Any, name: str) -> Any:
-    """Elements from the start of a buffer to its last one, a number or an expression; None if it has no layout."""
+    """Number of elements from the start of a buffer to its last one, as number or expression; None without a layout."""
     if name in graph.constants:
         tensor = graph.constants[name]
         return _extent(tensor.size(), tensor.stride(), 0)
@@ -269,7 +269,7 @@ def _extent(sizes: Any, strides: Any, offset: Any) -> Any:
 
 
 def _trees(kernel: Any) -> list[Any]:
-    """Index ranges of a kernel; a template computes its own."""
+    """Index ranges of a kernel; none for a template, which computes its own."""
     from torch._inductor.select_algorithm import TritonTemplateKernel
 
     return [] if isinstance(kernel, TritonTemplateKernel) else list(kernel.range_trees)
@@ -280,7 +280,7 @@ def _number(size: Any, symbols: Mapping[Any, int]) -> int:
 
 
 def _assignments(kernel: Any) -> list[dict[Any, int]]:
-    """Values for sizes that are known only at run time: the smallest, 17 or so, and a large one."""
+    """Values to try for sizes that are known only at run time: the smallest, about 17, and a large one."""
     from torch._inductor.virtualized import V
 
     expressions = [size for table in _tables(kernel) for size in table.values()]
@@ -292,7 +292,7 @@ def _assignments(kernel: Any) -> list[dict[Any, int]]:
         values = {}
         for symbol in free:
             known = ranges.get(symbol)
-            low = int(max(known.lower, 1)) if known is not None else 1  # the lower end may be minus infinity
+            low = int(max(known.lower, 1)) if known is not None else 1  # the lower bound may be minus infinity
             high = int(min(known.upper, LARGEST_SYMBOL)) if known is not None else LARGEST_SYMBOL
             values[symbol] = (low, min(max(low, 17), high), max(low, high))[at]
         if values not in tried:
@@ -301,7 +301,7 @@ def _assignments(kernel: Any) -> list[dict[Any, int]]:
 
 
 def can_occur(symbols: Mapping[Any, int]) -> bool:
-    """False for sizes that the program may rule out: by a guard, or by a check that it makes while it runs."""
+    """False for sizes that the program may exclude, by a guard or by a check at run time."""
     import sympy
     from torch._inductor.virtualized import V
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols

@@ -1,6 +1,6 @@
-"""Integer intervals, elementwise over numpy arrays: what is known of an index or a mask of a kernel.
+"""Integer intervals, elementwise over numpy arrays: the possible values of an index or a mask of a kernel.
 
-A mask is an interval inside [0, 1]: (0, 0) is false, (1, 1) true, (0, 1) unknown. `None` stands for any value.
+A mask is an interval inside [0, 1]: (0, 0) is false, (1, 1) true, (0, 1) unknown. `None` means any value.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Interval:
 
     @property
     def exact(self) -> Any:
-        """True where there is one value only."""
+        """True where the interval has one value."""
         return np.equal(self.low, self.high)
 
 
@@ -34,7 +34,7 @@ def constant(value: int) -> Interval:
 
 
 def _truncated(a: Any, b: Any) -> Any:
-    """Division as Triton does it on integers: towards zero."""
+    """Integer division as in Triton: toward zero."""
     return np.sign(a) * (np.abs(a) // b)
 
 
@@ -52,7 +52,7 @@ def multiply(a: Interval, b: Interval) -> Interval:
 
 
 def divide(a: Interval, b: Interval) -> Value:
-    """Towards zero; known for positive divisors."""
+    """Integer division toward zero; None unless all divisors are positive."""
     if np.any(np.less(b.low, 1)):
         return None
     ends = [_truncated(a.low, b.low), _truncated(a.low, b.high), _truncated(a.high, b.low), _truncated(a.high, b.high)]
@@ -60,7 +60,7 @@ def divide(a: Interval, b: Interval) -> Value:
 
 
 def remainder(a: Interval, b: Interval) -> Value:
-    """With the sign of `a`, as Triton does it on integers; known for positive divisors."""
+    """Remainder with the sign of `a`, as in Triton; None unless all divisors are positive."""
     if np.any(np.less(b.low, 1)):
         return None
     # Where `a` does not cross a multiple of one divisor, the remainder grows with it.
@@ -105,12 +105,12 @@ def choose(mask: Value, a: Value, b: Value) -> Value:
 
 
 def may_be_mask(value: Value) -> bool:
-    """False for numbers beyond 0 and 1, whose `&`, `|` and `~` are not those of masks; True for what is not known."""
+    """False for numbers other than 0 and 1, for which `&`, `|` and `~` are not logical; True for unknown values."""
     return value is None or bool(np.all(np.greater_equal(value.low, 0)) and np.all(np.less_equal(value.high, 1)))
 
 
 def as_mask(value: Value) -> Interval:
-    """What is known of a truth value."""
+    """The interval of a truth value."""
     return value if value is not None and may_be_mask(value) else UNKNOWN_MASK
 
 

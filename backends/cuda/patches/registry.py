@@ -1,9 +1,9 @@
-"""The registry of what this package replaces in other packages while it exports, and of internals that it calls.
+"""Registry of everything that this package patches in other packages while exporting, and of their internals it calls.
 
-A name is "module:attribute". Each entry says what is relied on (a function's parameters; `overlapped_launches` checks a
-text as well) and what happens where it is not found so. `VERSIONS` are those with which all of it was seen to work.
-Nothing is replaced elsewhere in the package, and nothing without `replacing`, which holds one lock for the process:
-what one thread replaces, another neither sees nor puts back.
+An entry's name is "module:attribute". Each entry has the parameters that a function must have, and what to do if it has
+others (`overlapped_launches` also checks a text). All of it was tested with the `VERSIONS`. Nothing is patched without
+an entry here and `replacing`. It holds one lock for the process, so that threads cannot use or undo each other's
+patches.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from typing import Any
 from unittest import mock
 
 VERSIONS = {"torch": ("2.11", "2.13"), "triton": ("3.6", "3.7"), "executorch": ("1.5.1",)}
-"""Versions with which an export was made and looked into. `target_cuda` refuses others."""
+"""Versions with which exports were tested. `target_cuda` refuses others."""
 
 Parameters = tuple[str, ...] | None
-"""Names of a function's parameters; None for what is no function, or where they do not matter."""
+"""Names of a function's parameters; None for values, and for functions whose parameters do not matter."""
 
 REFUSE, GO_WITHOUT = "refuse", "go without"
 
 
 @dataclass(frozen=True)
 class Use:
-    """What a group of patches is for.
+    """The purpose of a group of patches, for messages.
 
     Attributes:
-        cannot: what an export cannot do without them. remedy: what to do then.
+        cannot: what an export cannot do without them. remedy: what the user can do.
     """
 
     cannot: str
@@ -42,7 +42,7 @@ CROSS, OUTPUTS, WEIGHTS, LAUNCHES, PLACEHOLDERS, CPU = "cross", "outputs", "weig
 KERNELS = "kernels"
 USES = {
     CROSS: Use(
-        "export for a GPU that is not here",
+        "export for a GPU that is not in this machine",
         "install a version that works, or export on a machine with that GPU, with target 'cuda'",
     ),
     OUTPUTS: Use("give each CUDA method files of its own", "install executorch 1.5.1"),
@@ -60,9 +60,9 @@ class Patch:
 
     Attributes:
         use: key of `USES`. parameters: see `Parameters`.
-        otherwise: where it is another one. REFUSE: nothing is exported. GO_WITHOUT: it is left as it is.
-        replaced: False for what is only called, or stood in for.
-        optional: it may be missing, and is added then.
+        otherwise: what to do if the function differs. REFUSE: do not export. GO_WITHOUT: export without the patch.
+        replaced: False for functions that this package calls or that its stand-ins mimic.
+        optional: it may be missing; the patch then adds it.
     """
 
     use: str
@@ -84,7 +84,7 @@ _COLLECTOR = "executorch.backends.cuda.cuda_weight_collector"
 _EMITTER = "executorch.exir.emit._emitter:_Emitter"
 
 PATCHES: dict[str, Patch] = {
-    # target_cuda: answers for the GPU
+    # target_cuda: properties of the GPU
     "torch.cuda:is_available": Patch(CROSS, ()),
     "torch.cuda:get_device_properties": Patch(CROSS, ("device",)),
     "torch.cuda:get_device_capability": Patch(CROSS, ("device",)),
@@ -102,7 +102,7 @@ PATCHES: dict[str, Patch] = {
     f"{_INDUCTOR}.scheduler:Scheduler.are_long_distant_nodes": Patch(CROSS, ("self", "node1", "node2")),
     f"{_INDUCTOR}.runtime.triton_heuristics:CachingAutotuner.precompile": Patch(CROSS),
     "ast:parse": Patch(CROSS),
-    # Remembers answers; without it an export takes longer.
+    # Caches results; without it an export takes longer.
     "torch._higher_order_ops.triton_kernel_wrap:identify_accessed_tensors": Patch(
         CROSS, ("kernel", "kwargs", "tma_descriptor_metadata"), GO_WITHOUT
     ),
@@ -116,7 +116,7 @@ PATCHES: dict[str, Patch] = {
     # target_cuda: Triton compiles for the target
     "triton.backends:backends": Patch(CROSS),
     "triton.compiler.code_generator:get_jit_fn_file_line": Patch(CROSS, ("fn",)),
-    # target_cuda: what the replacements call or stand in for
+    # target_cuda: functions that the replacements call or mimic
     f"{_INTERFACE}:init_device_reg": _called(()),
     f"{_INTERFACE}:CudaInterface.get_compute_capability": _called(("device",)),
     f"{_INTERFACE}:CudaInterface.is_triton_capable": _called(("device",)),
@@ -160,17 +160,17 @@ PATCHES: dict[str, Patch] = {
 }
 
 LOCK = threading.RLock()
-"""Held while anything is replaced, and while anything is checked."""
+"""Held while patches are active, and while functions are checked."""
 
 _entered: list[str] = []
-"""Uses that the thread with the lock has entered."""
+"""Uses that the thread with the lock has entered, with repetitions."""
 
 Replace = Callable[[str, Any], Any]
-"""replace(name, new) -> what was there; dictionaries are updated in place."""
+"""replace(name, new) -> the original; dictionaries are updated in place."""
 
 
 def problem(name: str) -> str:
-    """Empty if an entry's function is as it is relied on, else what is different."""
+    """Empty if the function of an entry has the expected parameters, else the difference."""
     patch = PATCHES[name]
     try:
         holder, attribute = holder_of(name)
@@ -184,25 +184,25 @@ def problem(name: str) -> str:
 
 
 def problems(use: str) -> list[str]:
-    """What of a use is not as it is relied on, and is not to be gone without."""
+    """Differences in the functions of a use for which the export must be refused."""
     entries = (name for name, patch in PATCHES.items() if patch.use == use and patch.otherwise == REFUSE)
     return [found for name in entries if (found := problem(name))]
 
 
 @contextlib.contextmanager
 def replacing(use: str) -> Iterator[Replace]:
-    """Within it, this thread alone replaces functions of other packages; all is put back at the end.
+    """Context in which only this thread replaces functions of other packages; the originals are restored at the end.
 
-    Another thread that enters waits until then. A thread may enter several times, one within the other.
+    Other threads that enter wait until then. One thread can nest several of these contexts.
 
     Args:
-        use: whose entries may be replaced.
+        use: key of `USES`; only its entries can be replaced.
 
     Yields:
         replace(name, new), for entries of this use.
 
     Raises:
-        RuntimeError: something is not as it is relied on; nothing was replaced.
+        RuntimeError: a function is not the expected one; nothing was replaced.
     """
     with LOCK, contextlib.ExitStack() as stack:
         if use not in _entered and (wrong := problems(use)):
@@ -225,12 +225,12 @@ def replacing(use: str) -> Iterator[Replace]:
 
 
 def refusal(use: str, wrong: list[str]) -> str:
-    """Why a use is refused, and what to do."""
+    """Message for a refused use: the reason and the remedy."""
     return f"cannot {USES[use].cannot} with {'; '.join(wrong)}: {USES[use].remedy}"
 
 
 def holder_of(name: str) -> tuple[Any, str]:
-    """What has the attribute that an entry names, and the attribute's name."""
+    """The object and the attribute name of an entry's name."""
     module, _, path = name.partition(":")
     holder: Any = importlib.import_module(module)
     *outer, attribute = path.split(".")

@@ -115,7 +115,7 @@ def test_a_layer_of_ours_that_refuses_an_argument(monkeypatch: pytest.MonkeyPatc
     assert result.exit_code == 2
     assert findings(result.stderr) == {"checkpoint": "ok", "experts": "ok", "trace": "fail"}
     said = " ".join(result.stderr.replace("│", " ").split())
-    assert "ValueError: StreamlinedLayer was called with the unknown argument 'position_ids'" in said
+    assert "ValueError: OneTokenDecoderLayer was called with the unknown argument 'position_ids'" in said
 
 
 @pytest.mark.slow

@@ -17,15 +17,17 @@ from torch import nn
 from executorch_moe.backends.fusion.report import FusionReport
 from executorch_moe.export.build import attention_of, forced_schedule, load_whole, use_upstream_
 from executorch_moe.export.check import check_export
+from executorch_moe.export.checkpoint.whole import load_model
 from executorch_moe.export.generate.generator import synthetic_weights
 from executorch_moe.export.models import synthetic
 from executorch_moe.export.models.attention import grouped_attention, merge_attention_
 from executorch_moe.export.models.causal_lm import CausalLM
-from executorch_moe.export.models.pretrained import load_model, resolve
+from executorch_moe.export.models.linears import Int8Linear
+from executorch_moe.export.models.pretrained import resolve
 from executorch_moe.export.models.router import TopKFirstRouter, replace_routers_
 from executorch_moe.export.models.upstream_experts import UpstreamMoE, pack
 from executorch_moe.export.options import IMPLEMENTATIONS, Context, Dense, Experts, ExportOptions, Target
-from executorch_moe.export.quantize.dense import Int8Linear, quantize_dense_
+from executorch_moe.export.quantize.dense import quantize_dense_
 from executorch_moe.export.quantize.experts import quantize_experts_
 from executorch_moe.export.report.metadata import MADE_FROM, made_from
 from executorch_moe.export.report.summary import ExportSummary

@@ -97,7 +97,7 @@ def test_export_reports_that_cannot_be_written(tmp_path: Path) -> None:
     assert "is a folder: give a file name" in refused(*command, tmp_path)
     (tmp_path / "file").write_text("")
     line = refused(*command, tmp_path / "file" / "r.json")
-    assert "--report " in line and "is no writable folder: choose another" in line
+    assert "--report " in line and "is not a writable folder: choose another" in line
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -137,7 +137,7 @@ def test_export_names_of_the_output(tmp_path: Path) -> None:
     (tmp_path / "folder.pte").mkdir()
     assert "is a folder" in refused("export", "tiny", "-o", tmp_path / "folder.pte")
     (tmp_path / "file").write_text("")
-    assert "no writable folder" in refused("export", "tiny", "-o", tmp_path / "file" / "x.pte", "--target", "cpu")
+    assert "not a writable folder" in refused("export", "tiny", "-o", tmp_path / "file" / "x.pte", "--target", "cpu")
 
 
 def test_export_without_an_output() -> None:

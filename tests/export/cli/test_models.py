@@ -26,12 +26,12 @@ def test_export_spoiled_models(model_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.pte"
     config = (model_folder / "config.json").read_text()
     (model_folder / "config.json").write_text(config[: len(config) // 2])
-    assert "is no model configuration (JSONDecodeError" in refused("export", model_folder, "-o", out)
+    assert "is not a model configuration (JSONDecodeError" in refused("export", model_folder, "-o", out)
     (model_folder / "config.json").write_text(json.dumps(json.loads(config) | {"model_type": "jamba"}))
     assert "model_type='jamba' in" in refused("export", model_folder, "-o", out)
     (model_folder / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 64}))
     assert "model_type='llama'" in (line := refused("export", model_folder, "-o", out))
-    assert "is no Mixture-of-Experts model (no experts in its configuration): use a model of type qwen3_moe" in line
+    assert "is not a Mixture-of-Experts model (no experts in its configuration): use a model of type qwen3_moe" in line
     quantized = json.loads(config) | {"quantization_config": {"quant_method": "fp8"}}
     (model_folder / "config.json").write_text(json.dumps(quantized))
     assert "are quantized (fp8), which is not supported yet" in refused("export", model_folder, "-o", out)
@@ -79,7 +79,7 @@ def test_export_of_positions_that_are_encoded_by_length(
     (model_folder / "config.json").write_text(json.dumps(config | change))
     for how in (("-o", tmp_path / "x.pte"), ("--check",)):
         line = refused("export", model_folder, "--target", "cpu", *how, steps=("reading headers",))
-        assert f"RoPE of type {kind} is not supported, its frequencies change with the length of the text: use" in line
+        assert f"RoPE of type {kind} is not supported: its frequencies depend on the length of the text; use" in line
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -99,7 +99,7 @@ def test_export_without_a_tokenizer(model_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rms_norm_eps": math.nan}, "rms_norm_eps=nan in {config} must be a finite number: put the number there"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps=nan in {config} must be a finite number: use the number"),
         ({"rope_parameters": {"rope_theta": 0, "rope_type": "default"}}, "rope_theta=0 in {config} must be greater"),
         ({"hidden_act": "nosuch"}, "hidden_act='nosuch' in {config} is no activation of transformers: put the name"),
     ],

@@ -1,0 +1,163 @@
+"""Linear layers and embeddings with 8- and 4-bit weights, and matrix-vector products for one token. For CUDA targets.
+
+One token takes one kernel a layer, which reads each packed weight once: `one_token_linear` for int8 weights and bf16
+activations, else plain tensor operators, which Inductor fuses. For more tokens the weights are converted to the
+activations' dtype first.
+ExecuTorch's `int4_plain_mm` family is not used: its kernels are part of ExecuTorch's own runtime, so that the delegate
+host could not run them.
+
+Letters: T tokens, N out, K in, g group size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from executorch_moe.kernels.decode.op import one_token_linear
+from executorch_moe.kernels.packing.rounding import quantize_int4
+
+
+def matvec(weight: Tensor, x: Tensor) -> Tensor:
+    """weight [N, K] times one row x [1, ..., 1, K], summed in fp32 -> fp32 [1, ..., 1, N].
+
+    Inductor compiles it to a reduction, which fills the GPU. For `linear` it uses GEMM templates with tiles of 16 rows,
+    which leave most of a GPU idle.
+    """
+    y = (weight.to(torch.float32) * x.reshape(1, -1).to(torch.float32)).sum(-1)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def is_one_token(x: Tensor) -> bool:
+    """True for shape [1, ..., 1, K]; false if a size is symbolic."""
+    return all(isinstance(size, int) and size == 1 for size in x.shape[:-1])
+
+
+class OneTokenLinears(TorchFunctionMode):
+    """A context in which `nn.functional.linear` of one row computes `matvec`."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        if func is nn.functional.linear and not kwargs and is_one_token(args[0]) and args[1].dim() == 2:
+            y = matvec(args[1], args[0])
+            if len(args) > 2 and args[2] is not None:
+                y = y + args[2]
+            return y.to(args[0].dtype)
+        return func(*args, **kwargs)
+
+
+class Int8Linear(nn.Module):
+    """y = x @ (qdata * scale).T + bias, with qdata int8 [N, K] and one scale for each row, fp32 [N]."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        qdata, scale = quantize_rows(weight)
+        self.register_buffer("qdata", qdata)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float [..., K] -> [..., N] in the dtype of `x`."""
+        if is_one_token(x) and x.dtype == torch.bfloat16 and self.bias is None:
+            return one_token_linear(x, self.qdata, self.scale)
+        if is_one_token(x):
+            y = matvec(self.qdata, x)
+        else:
+            y = nn.functional.linear(x, self.qdata.to(x.dtype)).to(torch.float32)
+        y = y * self.scale
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+
+class Int4Linear(nn.Module):
+    """y = x @ w.T + bias, with 4-bit codes: w = (nibble - 8) * scale.
+
+    qdata: uint8 [N, K/g, g/2]. Byte j of a group holds value j in the low nibble and value j + g/2 in the high one, so
+    that neighboring bytes are multiplied with neighboring activations.
+    scale: bf16 [N, K/g].
+    """
+
+    def __init__(self, weight: Tensor, group_size: int, bias: Tensor | None = None) -> None:
+        super().__init__()
+        codes, scale = quantize_int4(weight, group_size)
+        halves = (codes + 8).to(torch.uint8).unflatten(-1, (-1, 2, group_size // 2))
+        self.register_buffer("qdata", halves[:, :, 0] | (halves[:, :, 1] << 4))
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float [..., K] -> [..., N] in the dtype of `x`."""
+        low, high = (self.qdata & 0xF).to(torch.float32) - 8.0, (self.qdata >> 4).to(torch.float32) - 8.0
+        scale = self.scale.to(torch.float32)[:, :, None]
+        if is_one_token(x):
+            groups = x.reshape(1, self.qdata.shape[1], 2, self.qdata.shape[2]).to(torch.float32)
+            y = ((low * groups[:, :, 0] + high * groups[:, :, 1]) * scale).sum((1, 2)).reshape(*x.shape[:-1], -1)
+        else:
+            weight = (torch.stack((low, high), 2) * scale[:, :, None]).to(x.dtype).flatten(1)
+            y = nn.functional.linear(x, weight)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+
+class Int8Embedding(nn.Module):
+    """An embedding whose row v is qdata[v] * scale[v]: qdata int8 [V, K], scale fp32 [V]."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        qdata, scale = quantize_rows(weight)
+        self.register_buffer("qdata", qdata)
+        self.register_buffer("scale", scale)
+        self.dtype = weight.dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids int64 [...] -> [..., K] in the dtype of the original weight."""
+        return (self.qdata[ids].to(torch.float32) * self.scale[ids][..., None]).to(self.dtype)
+
+
+class _Follower(nn.Module):
+    """Replaces a projection whose result `MergedLinear` has computed already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        asked, result = self.waiting.pop()
+        assert asked is x, "merged projections must be called in order, with the same input"
+        return result
+
+
+class MergedLinear(nn.Module):
+    """Computes several projections of one input in one kernel.
+
+    It replaces the first projection. `followers` replace the others, and must be called after it, in order.
+    """
+
+    def __init__(self, merged: nn.Module, sizes: Iterable[int]) -> None:
+        super().__init__()
+        self.merged = merged
+        self.sizes = list(sizes)
+        self.followers = [_Follower() for _ in self.sizes[1:]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> the first projection's result; keeps those of the others for `followers`."""
+        first, *rest = self.merged(x).split(self.sizes, -1)
+        for follower, part in zip(self.followers, rest, strict=True):
+            follower.waiting[:] = [(x, part)]
+        return first
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight [N, K] -> qdata int8 [N, K] and scale fp32 [N], with weight ~ qdata * scale.
+
+    It converts 8192 rows at a time, to bound the memory for fp32 values.
+    """
+    qdata = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    for start in range(0, weight.shape[0], 8192):
+        part = weight[start : start + 8192].float()
+        step = part.abs().amax(-1).clamp_(min=1e-12) / 127.0
+        qdata[start : start + 8192] = (part / step[:, None]).round_().to(torch.int8)
+        scale[start : start + 8192] = step
+    return qdata, scale

@@ -1,0 +1,1 @@
+"""Tests: the commands `bench` and `tune`."""

@@ -1,0 +1,1 @@
+"""Tests: stored shards, plans, streaming."""

@@ -1,0 +1,1 @@
+"""Tests: text from an exported model."""

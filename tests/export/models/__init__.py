@@ -1,0 +1,1 @@
+"""Tests: families, caches, decoder layers, sampling."""

@@ -1,0 +1,146 @@
+"""Compares decoder layers' path for one token with their path for several, and checks the exported programs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from executorch_moe.export.build import streamline_
+from executorch_moe.export.models import attention, synthetic
+from executorch_moe.export.models.causal_lm import CausalLM, export_methods
+from executorch_moe.export.models.decoder_layer import OneTokenDecoderLayer
+from executorch_moe.export.quantize.dense import quantize_dense_
+from executorch_moe.export.quantize.experts import quantize_experts_
+
+from ..families import by_name
+
+TEXT = [5, 17, 200, 33, 33, 8, 91]
+CONTEXT = 16
+
+pytestmark = pytest.mark.transformers
+
+
+def model(dense: str, dtype: torch.dtype = torch.bfloat16, shape: str = "synthetic:tiny,layers=3") -> CausalLM:
+    def prepare(part: torch.nn.Module) -> None:
+        quantize_dense_(streamline_(part), dense, 32, embedding="int8" if dense == "int8" else "none")
+
+    net = synthetic.build(
+        synthetic.parse(shape), group_size=32, dtype=dtype, attention=attention.register(),
+        prepare=prepare,
+    )  # fmt: skip
+    return CausalLM(net, CONTEXT)
+
+
+def run(lm: CausalLM, ids: list[int], position: int) -> torch.Tensor:
+    with torch.no_grad():
+        return lm(torch.tensor([ids]), torch.arange(position, position + len(ids)))
+
+
+@pytest.mark.parametrize("dense", ["none", "int8", "int4"])
+def test_one_by_one_is_as_at_once(dense: str) -> None:
+    lm = model(dense)
+    assert all(type(layer) is OneTokenDecoderLayer for layer in lm.model.model.layers)
+    at_once = run(lm, TEXT, 0)
+    caches = [buffer.clone() for buffer in lm.kv_cache.buffers()]
+    lm.reset()
+    for position, token in enumerate(TEXT):
+        one_by_one = run(lm, [token], position)
+    # bf16 is rounded at other places, and a near tie may select another expert: close, but not equal.
+    assert (one_by_one - at_once).norm() / at_once.norm() < 0.05
+    for one, other in zip(lm.kv_cache.buffers(), caches, strict=True):
+        assert (one - other).float().norm() / other.float().norm() < 0.05
+
+
+def operators(lm: CausalLM, method: str) -> list[str]:
+    program = export_methods(lm, one_token_linears=True)[method]
+    return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+
+
+def test_decode_is_three_operators_a_layer_and_prefill_none_of_the_new() -> None:
+    decode, prefill = (operators(model("int8"), method) for method in ("decode", "prefill"))
+    for name in ("one_token_attention", "one_token_router", "fused_experts"):
+        assert decode.count(f"executorch_moe.{name}.default") == 3
+    assert not any("one_token_attention" in name or "one_token_router" in name for name in prefill)
+    # No other operators of attention or router remain.
+    assert not any(word in name for name in decode for word in ("dot_product", "topk", "softmax"))
+
+
+@pytest.mark.parametrize(
+    ("dense", "dtype", "head_dim"),
+    [("int4", torch.bfloat16, 32), ("none", torch.float32, 32), ("none", torch.bfloat16, 48)],
+)
+def test_what_the_operators_do_not_take_is_done_as_before(dense: str, dtype: torch.dtype, head_dim: int) -> None:
+    found = operators(model(dense, dtype, f"synthetic:tiny,layers=3,head_dim={head_dim}"), "decode")
+    assert not any("one_token_attention" in name for name in found)
+    assert sum("scaled_dot_product_attention" in name for name in found) == 3
+
+
+def test_a_sliding_window_is_done_as_before() -> None:
+    lm = model("int8")
+    for layer in lm.model.model.layers:
+        layer.self_attn.sliding_window = 4
+    assert not any("one_token_attention" in name for name in operators(lm, "decode"))
+
+
+def test_only_the_last_layer_adds_up() -> None:
+    layers = model("none").model.model.layers
+    assert [layer.last for layer in layers] == [False, False, True]
+
+
+SPARSE = {
+    "dense behind sparse": {"num_hidden_layers": 3, "mlp_only_layers": [1]},
+    "last dense": {"num_hidden_layers": 2, "mlp_only_layers": [1]},
+    "first dense": {"num_hidden_layers": 2, "mlp_only_layers": [0]},
+    "every second": {"num_hidden_layers": 4, "decoder_sparse_step": 2},
+    "all dense but one": {"num_hidden_layers": 4, "mlp_only_layers": [0, 2, 3]},
+}
+
+
+def qwen3(**options: Any) -> Any:
+    """A Qwen3-MoE model whose router we replace, with the attention of CUDA targets."""
+    family = by_name("qwen3_moe")
+    made = replace(family, options={**family.options, "norm_topk_prob": True, **options})
+    return made.model(dtype=torch.bfloat16, attention=attention.register())
+
+
+def prepared(model: torch.nn.Module) -> CausalLM:
+    """Prepares a model as an export for CUDA does."""
+    return CausalLM(streamline_(quantize_experts_(model, "bf16")), CONTEXT)
+
+
+def check_one_by_one(lm: CausalLM) -> None:
+    text = [token % 96 for token in TEXT]
+    at_once = run(lm, text, 0)
+    lm.reset()
+    for position, token in enumerate(text):
+        one_by_one = run(lm, [token], position)
+    assert (one_by_one - at_once).norm() / at_once.norm() < 0.05
+
+
+@pytest.mark.parametrize("options", SPARSE.values(), ids=SPARSE.keys())
+def test_layers_without_experts_among_those_with(options: dict[str, Any]) -> None:
+    """A layer without experts takes one tensor, so that the layer before it returns the sum."""
+    lm = prepared(qwen3(**options))
+    layers = list(lm.model.model.layers)
+    kinds = [isinstance(layer, OneTokenDecoderLayer) for layer in layers]
+    assert True in kinds and False in kinds
+    assert [layer.last for layer in layers if isinstance(layer, OneTokenDecoderLayer)] == [
+        not following for own, following in zip(kinds, [*kinds[1:], False], strict=True) if own
+    ]
+    check_one_by_one(lm)
+    decode = operators(lm, "decode")
+    assert decode.count("executorch_moe.one_token_attention.default") == sum(kinds)
+
+
+def test_a_window_in_some_layers() -> None:
+    """Layers with a sliding window have no path for one token, and take one tensor."""
+    model = qwen3(num_hidden_layers=4)
+    for index in (1, 2):
+        model.model.layers[index].self_attn.sliding_window = 64
+    lm = prepared(model)
+    assert [layer.last for layer in lm.model.model.layers] == [True, True, False, True]
+    check_one_by_one(lm)
+    assert operators(lm, "decode").count("executorch_moe.one_token_attention.default") == 2

@@ -1,0 +1,96 @@
+"""`executorch-moe export` for families other than Qwen3-MoE."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from executorch_moe.backends.fusion.modules import find_experts
+from executorch_moe.backends.runtime.loader import load
+from executorch_moe.export.cli.app import app
+from executorch_moe.export.models.pretrained import SUPPORTED_MODEL_TYPES, resolve
+
+from ..families import FAMILIES, Logits, by_name, tokens
+
+OTHERS = [family for family in FAMILIES if family.name in SUPPORTED_MODEL_TYPES and family.name != "qwen3_moe"]
+# A window shorter than the prompt; GPT-OSS has it in every other layer.
+WINDOWS = {"mixtral": {"sliding_window": 4}, "gpt_oss": {"sliding_window": 4, "num_hidden_layers": 2}}
+
+
+def save_model(name: str, folder: Path) -> torch.nn.Module:
+    """Writes a random model of a family as a model folder, with the tiny model's tokenizer."""
+    family = by_name(name)
+    model = dataclasses.replace(family, options=family.options | WINDOWS.get(name, {})).model()
+    model.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(resolve("tiny") / file, folder / file)
+    return model
+
+
+def test_every_type_that_is_offered_is_tested() -> None:
+    assert set(SUPPORTED_MODEL_TYPES) <= {family.name for family in FAMILIES}
+
+
+@pytest.mark.parametrize("name", [family.name for family in OTHERS])
+def test_prefill_and_decode_equal_the_unmodified_model(name: str, tmp_path: Path, executorch_runtime: None) -> None:
+    model = save_model(name, tmp_path / "model")
+    pte, report = tmp_path / "out" / "model.pte", tmp_path / "report.json"
+    arguments = ["export", tmp_path / "model", "-o", pte, "--target", "cpu", "--max-context", 48, "--report", report]
+    arguments += ["--output", "logits"]
+    result = CliRunner().invoke(app, [str(argument) for argument in [*arguments, "--verbose"]])
+    assert result.exit_code == 0, result.output
+    assert "fused layers" in result.stderr
+    # The work folder was removed, and no other files remain.
+    assert {path.suffix for path in pte.parent.iterdir()} == {".pte", ".ptd", ".json"}
+
+    layers = json.loads(report.read_text())["layers"]
+    assert len(layers) == sum(1 for _ in find_experts(model)) and layers[0]["scheme"] == "w4a16"
+    loaded = load(pte)
+    ids = tokens(10)
+    (prefill,) = loaded.run("prefill", ids[:, :9], torch.arange(9))
+    (decode,) = loaded.run("decode", ids[:, 9:], torch.tensor([9]))
+    with torch.no_grad():
+        expected = Logits(model)(ids)[0, 8:]
+    # The experts' weights are exact in 4 bits.
+    assert (torch.cat([prefill, decode]) - expected).norm() / expected.norm() < 1.5e-2
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value", "message"),
+    [
+        (
+            "mixtral",
+            "--group-size",
+            "64",
+            "model.layers.0.mlp.experts (MixtralExperts) not fused: intermediate size I=96 must be",
+        ),
+    ],
+)
+def test_a_refusal_is_one_line_and_writes_nothing(
+    name: str, option: str, value: str, message: str, tmp_path: Path
+) -> None:
+    save_model(name, tmp_path / "model")
+    pte = tmp_path / "model.pte"
+    arguments = ["export", str(tmp_path / "model"), "-o", str(pte), "--target", "cpu", option, value]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr.strip().splitlines()[-1], result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_another_kind_of_model_is_named(tmp_path: Path) -> None:
+    save_model("mixtral", tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace('"mixtral"', '"jamba"'))
+    pte = tmp_path / "model.pte"
+    result = CliRunner().invoke(app, ["export", str(tmp_path / "model"), "-o", str(pte), "--target", "cpu"])
+    assert result.exit_code == 2 and not pte.exists()
+    message = "model_type='jamba' in .* is not supported yet: use a model of type qwen3_moe, .*, deepseek_v3"
+    assert re.search(message, " ".join(result.stderr.split())), result.stderr

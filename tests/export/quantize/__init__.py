@@ -1,0 +1,1 @@
+"""Tests: experts, linear layers, 4-bit tensors."""
