@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from torch import nn
 
-from executorch_moe.backends.atomic_files import named
+from executorch_moe.backends.atomic_files import named, write_text
 from executorch_moe.backends.cuda.cross.kernel_configs import given_configs
 from executorch_moe.backends.cuda.cross.report import CrossCompileReport
 from executorch_moe.backends.cuda.generated_kernels import AccessReport
