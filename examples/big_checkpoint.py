@@ -24,7 +24,7 @@ from executorch_moe.export.build import stream
 from executorch_moe.export.checkpoint.work_folder import WorkFolder
 from executorch_moe.export.host_memory import peak_rss, restart_peak
 from executorch_moe.export.models.pretrained import resolve
-from executorch_moe.export.options import ExportOptions
+from executorch_moe.export.options import Experts, ExportOptions, Target
 from executorch_moe.export.pipeline import export_model
 
 EXPERTS_A_FILE = 32
@@ -110,9 +110,15 @@ def _files(shape: ModelShape) -> list[dict[str, tuple[int, ...]]]:
     return files
 
 
+def export_options(folder: Path, out: Path, options: dict[str, Any]) -> ExportOptions:
+    """The options of an export, from those of this script."""
+    experts = Experts(options["scheme"], options["group_size"])
+    return ExportOptions(str(folder), out, experts=experts, target=Target(options["target"], options["dtype"]))
+
+
 def measure_load(folder: Path, out: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Packs and loads a checkpoint in this process; returns the peak memory at each point, in bytes."""
-    streamed = stream(ExportOptions(str(folder), out, **options), folder)
+    """Packs and loads a checkpoint in this process; peak memory after each layer, and of all."""
+    streamed = stream(export_options(folder, out, options), folder)
     with WorkFolder(out.with_suffix(".work"), streamed.manifest()) as work:
         restart_peak()
         peaks = [peak_rss()]
@@ -124,8 +130,8 @@ def measure_load(folder: Path, out: Path, options: dict[str, Any]) -> dict[str, 
 
 
 def measure_export(folder: Path, out: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Exports a checkpoint in this process; returns the peak memory of each step, in bytes."""
-    return export_model(ExportOptions(str(folder), out, **options)).peaks
+    """Exports a checkpoint in this process; peak memory of each step."""
+    return export_model(export_options(folder, out, options)).peaks
 
 
 def in_own_process(what: str, folder: Path, out: Path, options: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""The model that an export's options name, computed as its target wants it: loaded, streamed, or made on the spot."""
+"""Builds the model that an export's options name: loaded, streamed from a folder, or made of random weights."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -36,86 +37,104 @@ from executorch_moe.kernels.experts.plan import Options
 from executorch_moe.kernels.op import forced
 from executorch_moe.kernels.shapes import LayerShape
 
-from .options import DTYPES, ExportOptions
+from .options import Experts, ExportOptions, Target
 
 
 def check_folder(options: ExportOptions) -> Path:
-    """The model's folder, if its kind of model is supported; of a synthetic model, that of the tokenizer it borrows.
+    """The model's folder, checked to be a supported model; for a synthetic model, the folder of the tiny model, whose
+    tokenizer it uses.
 
     Raises:
-        ValueError, NotImplementedError, FileNotFoundError: see `resolve` and `check_supported`.
+        ValueError, NotImplementedError, FileNotFoundError: see `resolve`, `check_supported` and `check_activation`.
         RuntimeError: see `require_transformers`.
     """
     require_transformers()
     folder = resolve(TINY if synthetic.is_synthetic(options.model) else options.model)
-    check_supported(folder)
+    check_activation(check_supported(folder), folder / "config.json")
     return folder
 
 
+def check_activation(config: Mapping[str, Any], where: Path) -> None:
+    """Check that transformers knows the activation of a config.json.
+
+    Raises:
+        ValueError: it does not.
+    """
+    from transformers.activations import ACT2FN
+
+    name = config.get("hidden_act")
+    if name is not None and name not in ACT2FN:
+        raise ValueError(
+            f"hidden_act={name!r} in {where} is no activation of transformers: put the name there that the model was "
+            "published with, for example 'silu'"
+        )
+
+
 def precision(options: ExportOptions, folder: Path) -> tuple[torch.dtype, str]:
-    """Type of everything but the experts, and an attention (transformers' name) that the target has in it."""
-    dtype = options.resolved_dtype()
-    return DTYPES[dtype], attention_of(options.resolved_target(), dtype, check_supported(folder)["model_type"])
+    """The dtype of everything except the experts, and transformers' `attn_implementation` for the target."""
+    return options.target.torch_dtype, attention_of(options.target, check_supported(folder)["model_type"])
 
 
 def stream(options: ExportOptions, folder: Path) -> StreamedModel:
-    """The model, to be loaded with packed experts; reads headers only.
+    """The plan to load the model with packed experts; reads headers only.
 
     Raises:
         ValueError, NotImplementedError, FileNotFoundError: see `StreamedModel` and `check_dense`.
     """
-    streamed = StreamedModel(folder, *precision(options, folder), options.fusion())
-    check_dense(streamed.model, options, options.resolved_target())
+    streamed = StreamedModel(folder, *precision(options, folder), options.experts.fusion())
+    check_dense(streamed.model, options)
     return streamed
 
 
 def load_whole(options: ExportOptions, folder: Path) -> nn.Module:
-    """The model in memory, with its experts unpacked; those of a synthetic model are packed.
+    """The model in memory. Its experts are unpacked, those of a synthetic model packed.
 
     Raises:
         ValueError: see `load_model` and `synthetic.build`.
     """
     if synthetic.is_synthetic(options.model):
-        return build_synthetic(options, options.resolved_target(), options.resolved_dtype())
+        return build_synthetic(options)
     return streamline(load_model(folder, *precision(options, folder)))
 
 
 def streamline(model: nn.Module) -> nn.Module:
-    """The same model, changed in place to what its target can do in fewer kernels."""
+    """The same model, changed in place to need fewer kernels where its target allows it."""
     config: Any = model.config
     return streamline_(model) if config._attn_implementation == attention.NAME else model
 
 
 def prepare_(model: nn.Module, options: ExportOptions) -> None:
-    """Replaces, in place, every part of a model except its experts by what the target runs. Idempotent.
+    """Replaces, in place, every part of a model except its experts by the modules for its target. Idempotent.
 
     Raises:
         ValueError: layers whose width does not fit.
     """
     streamline(model)
-    if not options.leaves_dense:
-        quantize_dense(model, options, options.resolved_target())
+    if not options.dense.unchanged:
+        quantize_dense(model, options)
 
 
 def trace_methods(
     model: nn.Module, options: ExportOptions, max_context: int
 ) -> tuple[CausalLM, dict[str, ExportedProgram]]:
-    """A model that `prepare_` changed, with its cache, and the methods that an export lowers.
+    """A model that `prepare_` changed, with its KV cache, and the two methods that an export lowers.
 
     Raises:
         ValueError, NotImplementedError: see `causal_lm.check_context`.
     """
-    module = BY_OUTPUT[options.output](model, max_context)
-    return module, export_methods(module, one_token_linears=options.resolved_target() != "cpu")
+    module = BY_OUTPUT[options.context.output](model, max_context)
+    return module, export_methods(module, one_token_linears=not options.target.is_cpu)
 
 
 def needs_whole_model(options: ExportOptions) -> bool:
-    """True for what cannot be packed layer by layer from a folder: synthetic models and upstream's experts."""
-    return synthetic.is_synthetic(options.model) or options.experts == "upstream"
+    """True for models that are not packed layer by layer from a folder: synthetic ones, and upstream's experts."""
+    return synthetic.is_synthetic(options.model) or options.experts.implementation == "upstream"
 
 
 def load_packed(options: ExportOptions, folder: Path, report: FusionReport) -> nn.Module:
-    """`load_whole` with upstream's experts in the place of the model's, or a synthetic model; its layers in `report`.
+    """`load_whole` with packed experts: upstream's in place of the model's own, or a synthetic model.
+
+    Its layers are added to `report`.
 
     Raises:
         ValueError: see `load_whole` and `use_upstream_`.
@@ -126,8 +145,8 @@ def load_packed(options: ExportOptions, folder: Path, report: FusionReport) -> n
         for name, module in find_experts(model)
     }
     if not synthetic.is_synthetic(options.model):
-        check_dense(model, options, options.resolved_target())
-        use_upstream_(model, options.scheme, options.group_size)
+        check_dense(model, options)
+        use_upstream_(model, options.experts.scheme, options.experts.group_size)
     config: Any = model.config
     for name, module in model.named_modules():
         if isinstance(module, (FusedExperts, UpstreamMoE)):
@@ -135,7 +154,7 @@ def load_packed(options: ExportOptions, folder: Path, report: FusionReport) -> n
             family, bytes_before = before.get(name, ("synthetic", as_bf16))
             report.add(
                 FusedLayer.of(
-                    f"model.{name}",  # as it is named in the exported program
+                    f"model.{name}",  # its name in the exported program
                     family,
                     module,
                     top_k=config.num_experts_per_tok,
@@ -148,34 +167,34 @@ def load_packed(options: ExportOptions, folder: Path, report: FusionReport) -> n
     return model
 
 
-def attention_of(target: str, dtype: str, model_type: str = "") -> str:
-    """transformers' `attn_implementation` for a target, "cpu" or any GPU."""
-    if model_type in WITH_SINKS:  # which transformers has in plain PyTorch only
+def attention_of(target: Target, model_type: str = "") -> str:
+    """transformers' `attn_implementation` for a resolved target."""
+    if model_type in WITH_SINKS:  # transformers implements sinks in plain PyTorch only
         return "eager"
-    if target == "cpu":
+    if target.is_cpu:
         return "sdpa"
-    # ExecuTorch's Triton attention for CUDA writes bf16 whatever it is given, and takes keys and values of one width.
-    return "eager" if dtype == "fp32" or model_type in WITH_LATENTS else attention.register()
+    # ExecuTorch's Triton attention for CUDA always writes bf16, and needs keys and values of the same width.
+    return "eager" if target.dtype == "fp32" or model_type in WITH_LATENTS else attention.register()
 
 
 def streamline_(module: nn.Module) -> nn.Module:
-    """Replaces, in place, parts of a Qwen3-MoE model or layer by ones that need fewer kernels on CUDA; others stay."""
+    """Replaces, in place, parts of a Qwen3-MoE model or layer by parts that need fewer kernels on CUDA.
+
+    Models of other families are not changed.
+    """
     return replace_decoder_layers_(replace_routers_(attention.merge_attention_(module)))
 
 
-def build_synthetic(
-    options: ExportOptions, target: str, dtype: str, device: synthetic.Device | None = None
-) -> nn.Module:
-    """The synthetic model that the options name, packed, its dense layers quantized one by one.
+def build_synthetic(options: ExportOptions, device: synthetic.Device | None = None) -> nn.Module:
+    """The synthetic model that the options name, with packed experts; its dense layers are quantized one by one.
 
     Args:
-        options: of the export; `target` and `dtype` are those of them with "auto" decided.
-        device: where weights are made; None: on the CPU, or nowhere if the artifact is to have none.
+        device: where weights are made; None: on the CPU, or nowhere ("meta") for placeholder weights.
 
     Raises:
         ValueError: see `synthetic.parse` and `synthetic.build`.
     """
-    implementation = attention_of(target, dtype)
+    experts, implementation = options.experts, attention_of(options.target)
 
     def upstream(shape: LayerShape, scheme: str, device: synthetic.Device, generator: torch.Generator) -> nn.Module:
         return UpstreamMoE(random_weights(shape, str(device), generator), shape.top_k, scheme, shape.group_size)
@@ -183,48 +202,51 @@ def build_synthetic(
     def prepare(part: nn.Module) -> None:
         if implementation == attention.NAME:
             streamline_(part)
-        quantize_dense(part, options, target)
+        quantize_dense(part, options)
 
     return synthetic.build(
         synthetic.parse(options.model, options.layers),
-        options.scheme,
-        options.group_size,
+        experts.scheme,
+        experts.group_size,
         seed=options.seed,
-        dtype=DTYPES[dtype],
+        dtype=options.target.torch_dtype,
         attention=implementation,
-        device=device or ("meta" if options.thin else "cpu"),
-        make_experts=upstream if options.experts == "upstream" else None,
+        device=device or ("meta" if options.placeholder_weights else "cpu"),
+        make_experts=upstream if experts.implementation == "upstream" else None,
         prepare=prepare,
     )
 
 
-def check_dense(module: nn.Module, options: ExportOptions, target: str) -> None:
-    """Check, before anything is packed, that `quantize_dense` will find layers that fit; reads shapes only.
+def check_dense(module: nn.Module, options: ExportOptions) -> None:
+    """Check, before anything is packed, that `quantize_dense` can quantize every layer; reads shapes only.
 
     Raises:
-        ValueError: layers whose width does not fit.
+        ValueError: a layer whose width does not fit.
     """
-    if target == "cpu":
-        dense_torchao.check_widths(module, options.dense)
+    dense = options.dense
+    if options.target.is_cpu:
+        dense_torchao.check_widths(module, dense.linears)
         return
-    check_widths(module, options.dense, options.group_size, lm_head=options.lm_head)
+    check_widths(module, dense.linears, options.experts.group_size, lm_head=dense.lm_head)
 
 
-def quantize_dense(module: nn.Module, options: ExportOptions, target: str) -> None:
-    """Quantizes, in place, linear layers and embedding as the options say: torchao's tensors on the CPU, else `dense`.
+def quantize_dense(module: nn.Module, options: ExportOptions) -> None:
+    """Quantizes, in place, linear layers and embedding: to torchao's tensors on the CPU, else to modules of `dense`.
 
     Raises:
-        ValueError: layers whose width does not fit.
+        ValueError: a layer whose width does not fit.
     """
-    if target == "cpu":
-        dense_torchao.quantize_dense_(module, options.dense)
+    dense = options.dense
+    if options.target.is_cpu:
+        dense_torchao.quantize_dense_(module, dense.linears)
         return
-    quantize_dense_(module, options.dense, options.group_size, lm_head=options.lm_head, embedding=options.embedding)
+    group_size = options.experts.group_size
+    quantize_dense_(module, dense.linears, group_size, lm_head=dense.lm_head, embedding=dense.embedding)
 
 
 @torch.no_grad()
 def use_upstream_(model: nn.Module, scheme: str, group_size: int) -> nn.Module:
-    """Replaces every experts module by `UpstreamMoE`, with the codes that our packing has.
+    """Replaces, in place, every experts module by `UpstreamMoE` with the same 4-bit codes as our packing.
 
     Raises:
         ValueError: experts of another layout than Qwen3-MoE's, or a group size that does not fit.
@@ -244,22 +266,22 @@ def use_upstream_(model: nn.Module, scheme: str, group_size: int) -> nn.Module:
 
 
 def check_upstream(family: str) -> None:
-    """Check that upstream's operators compute what an experts class does.
+    """Check that upstream's operators compute the same function as an experts class.
 
     Raises:
         ValueError: another layout than Qwen3-MoE's.
     """
     if family != "Qwen3MoeExperts":
-        raise ValueError(f"experts='upstream' is not for {family}: use a Qwen3-MoE model")
+        raise ValueError(f"experts='upstream' does not support {family}: use a Qwen3-MoE model")
 
 
 def made_again(options: ExportOptions, device: torch.device) -> MakeWeights:
-    """What makes the weights of an artifact that was exported with `thin`; the cache starts at zero.
+    """A function that makes the weights of an artifact with placeholder weights; the KV cache starts at zero.
 
-    All of them are made at once, on the first call.
+    The first call makes all of them.
 
     Args:
-        options: those of the export, as `metadata.made_from` kept them, with `dtype` decided.
+        options: those of the export, from `metadata.read_made_from`.
         device: where weights are made, and where the program will run.
     """
     made: dict[str, torch.Tensor] = {}
@@ -268,13 +290,15 @@ def made_again(options: ExportOptions, device: torch.device) -> MakeWeights:
         if name.startswith("kv_cache."):
             return torch.zeros(nbytes, dtype=torch.uint8, device=device)
         if not made:
-            made.update(build_synthetic(options, "cuda", options.dtype, device).state_dict())
+            made.update(build_synthetic(options, device).state_dict())
         tensor = made.get(name.removeprefix("model."))
         return None if tensor is None else tensor.detach().contiguous().flatten().view(torch.uint8)
 
     return make
 
 
-def forced_schedule(experts: str) -> AbstractContextManager[None]:
-    """Round lowering: the schedule that `experts` names."""
-    return forced(Options(persistent=False)) if experts == "ours-tile" else contextlib.nullcontext()
+def forced_schedule(experts: Experts) -> AbstractContextManager[None]:
+    """Context in which lowering uses the schedule of the experts' implementation."""
+    if experts.implementation == "ours-tile":
+        return forced(Options(persistent=False))
+    return contextlib.nullcontext()

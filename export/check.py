@@ -1,13 +1,13 @@
-"""`export --check`: everything that can be known about an export without a GPU and without exporting.
+"""`export --check`: checks an export without a GPU and without writing anything.
 
-Checkpoint and experts are checked, both methods are traced at full size without weights, operators that the CUDA
-backend lacks are predicted, and the first layers are run with their weights against the unmodified model. Nothing is
-written.
+It checks the checkpoint and its experts, traces both methods at full size without weights, predicts operators that the
+CUDA backend lacks, and compares the first layers, with their weights, with the unmodified model.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from executorch_moe.export.checkpoint.whole import check_loadable
 from executorch_moe.export.host_memory import size
 from executorch_moe.export.models.causal_lm import CausalLM, export_methods
 from executorch_moe.export.models.pretrained import check_supported, tokenizer_json
+from executorch_moe.export.models.synthetic import is_synthetic
 from executorch_moe.export.models.upstream_experts import UpstreamMoE, placeholder_weights
 from executorch_moe.export.quantize.dense_torchao import stored_bytes
 from executorch_moe.kernels import PackedExperts
@@ -36,11 +37,13 @@ from executorch_moe.kernels.packing.experts import unpack_experts
 from executorch_moe.kernels.packing.fragments import deinterleave_gate_up
 
 from .build import attention_of, check_folder, check_upstream, needs_whole_model, prepare_, stream, trace_methods
-from .options import ExportOptions
+from .options import ExportOptions, Target
 
 BOUNDS = {"bf16": 1.5e-2, "w4a16": 1.5e-2, "w4a8": 4e-2}
-"""Largest relative L2 error of the logits that passes, by scheme. The reference is fp32 on the dequantized weights; our
-experts take bf16 activations (int8 in gate and up for w4a8)."""
+"""Scheme -> largest relative L2 error of the logits that passes. The reference computes in fp32 on the dequantized
+weights; our experts have bf16 activations (int8 in gate and up for w4a8)."""
+
+NOT_FINITE = "compare config.json (norm epsilon, RoPE parameters, scaling factors) with the published one"
 
 PROBE_TOKENS = 16
 _PROBE_CONTEXT = 32
@@ -56,7 +59,7 @@ class Finding:
 
 
 @dataclass
-class Preflight:
+class CheckResult:
     """What a check found."""
 
     options: ExportOptions
@@ -65,45 +68,53 @@ class Preflight:
 
     @property
     def passed(self) -> bool:
-        """True if nothing was found that stands against the export."""
+        """True if no finding prevents the export."""
         return all(finding.passed for finding in self.findings)
 
     def add(self, name: str, passed: bool, found: str) -> None:
-        """One line more."""
+        """Adds a line."""
         self.findings.append(Finding(name, passed, found))
 
     def table(self) -> Table:
         """The result for the terminal."""
-        verdict = "no problem found" if self.passed else "cannot be exported as it is"
-        title = f"{self.options.model} for {self.options.resolved_target()}: {verdict}"
+        verdict = "no problem found" if self.passed else "cannot be exported"
+        title = f"{self.options.model} for {self.options.target.name}: {verdict}"
         table = Table(title=escape(title), show_header=False, title_justify="left")
-        for _ in range(3):
-            table.add_column(overflow="fold")
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
         for finding in self.findings:
             mark = "[green]ok[/green]" if finding.passed else "[red]fail[/red]"
             table.add_row(mark, finding.name, escape(finding.found))
         return table
 
 
-def preflight(options: ExportOptions, console: Console | None = None) -> Preflight:
+def check_export(options: ExportOptions, console: Console | None = None) -> CheckResult:
     """Checks an export without making it.
 
+    Args:
+        options: of the export; `out` may be None.
+        console: where the steps are shown.
+
     Raises:
-        ValueError, NotImplementedError, FileNotFoundError: input that cannot be exported, as from `export_model`.
+        ValueError, NotImplementedError, FileNotFoundError: input that cannot be exported, as from `export_model`; or a
+            synthetic model.
     """
-    result = Preflight(options)
+    if is_synthetic(options.model):
+        raise ValueError(f"--check is for models in folders, {options.model!r} has random weights: leave it out")
+    result = CheckResult(options)
     folder = check_folder(options)
     tokenizer_json(folder)
     if needs_whole_model(options):
         check_loadable(folder)
     note(console, "reading headers")
     streamed = stream(options, folder)
-    context = options.context(streamed.model.config)
+    context = options.positions(streamed.model.config)
     check_checkpoint(result, streamed)
     note(console, "tracing prefill and decode")
     with torch.no_grad():
         programs = trace(result, streamed, context, options)
-        if programs is not None and options.resolved_target() != "cpu":
+        if programs is not None and not options.target.is_cpu:
             note(console, "looking for operators without a kernel")
             check_operators(result, programs)
         del programs, streamed
@@ -113,13 +124,13 @@ def preflight(options: ExportOptions, console: Console | None = None) -> Preflig
 
 
 def note(console: Console | None, doing: str) -> None:
-    """What is done now, for whoever waits."""
+    """Shows the current step."""
     if console is not None:
         console.print(f"[dim]{doing}[/dim]", highlight=False)
 
 
-def check_checkpoint(result: Preflight, streamed: StreamedModel) -> None:
-    """What headers say: files, tensors, experts."""
+def check_checkpoint(result: CheckResult, streamed: StreamedModel) -> None:
+    """Adds what the headers say about files, tensors and experts."""
     tensors, layers = streamed.shards.tensors, streamed.layers
     stored = sum(tensor.nbytes for tensor in tensors.values())
     result.add("checkpoint", True, f"{len(tensors)} tensors in {len(streamed.shards.files)} files, {size(stored)}")
@@ -131,15 +142,15 @@ def check_checkpoint(result: Preflight, streamed: StreamedModel) -> None:
 
 
 def _kind(layer: LayerPlan) -> tuple[str, int, int, int, int, str]:
-    """What the layers of one kind have in common."""
+    """What distinguishes kinds of expert layers."""
     sizes = layer.num_experts, layer.top_k, layer.hidden_size, layer.intermediate_size
     return layer.family, *sizes, layer.layout.activation
 
 
 def trace(
-    result: Preflight, streamed: StreamedModel, context: int, options: ExportOptions
+    result: CheckResult, streamed: StreamedModel, context: int, options: ExportOptions
 ) -> dict[str, ExportedProgram] | None:
-    """Both methods as an export for the same options traces them, fused; None if they cannot be traced."""
+    """Both methods, traced as by an export with the same options and fused; None if they cannot be traced."""
     load_prepared(streamed, options)
     try:
         module, traced = trace_methods(streamed.model, options, context)
@@ -147,11 +158,11 @@ def trace(
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
         result.add("trace", False, f"{type(error).__name__}: {reason}")
         return None
-    fuser = ExpertFuser(options.fusion())
+    fuser = ExpertFuser(options.experts.fusion())
     programs = {name: fuser.fuse(program) for name, program in traced.items()}
     nodes = ", ".join(f"{name} {len(program.graph.nodes)} nodes" for name, program in programs.items())
     result.add("trace", True, f"{nodes}; prefill takes 2 to {context} tokens")
-    operator = "triton.fused_moe" if options.experts == "upstream" else "executorch_moe.fused_experts."
+    operator = "triton.fused_moe" if options.experts.implementation == "upstream" else "executorch_moe.fused_experts."
     counts = {
         name: sum(str(node.target).startswith(operator) for node in program.graph.nodes)
         for name, program in programs.items()
@@ -172,29 +183,30 @@ def trace(
 
 
 def load_prepared(streamed: StreamedModel, options: ExportOptions) -> None:
-    """The model that an export traces, without the values of its weights.
+    """Loads the model that an export traces, with shapes and dtypes of its weights but no values.
 
     Raises:
-        ValueError: experts that upstream's operators do not compute.
+        ValueError: experts that upstream's operators do not support.
     """
-    if options.resolved_target() == "cpu":
+    experts = options.experts
+    if options.target.is_cpu:
         streamed.load_placeholders()
         prepare_(streamed.model, options)  # torchao's tensors are not made on the meta device
     else:
         streamed.load_placeholders(lambda model: prepare_(model, options))
-    if options.experts != "upstream":
+    if experts.implementation != "upstream":
         return
     for layer in streamed.layers:
         check_upstream(layer.family)
         sizes = layer.num_experts, layer.hidden_size, layer.intermediate_size
-        weights = placeholder_weights(*sizes, options.group_size)
+        weights = placeholder_weights(*sizes, experts.group_size)
         parent, _, attribute = layer.name.rpartition(".")
-        experts = UpstreamMoE(weights, layer.top_k, options.scheme, options.group_size)
-        setattr(streamed.model.get_submodule(parent), attribute, experts)
+        module = UpstreamMoE(weights, layer.top_k, experts.scheme, experts.group_size)
+        setattr(streamed.model.get_submodule(parent), attribute, module)
 
 
-def check_operators(result: Preflight, programs: dict[str, ExportedProgram]) -> None:
-    """Operators that the CUDA backend would refuse, in any method."""
+def check_operators(result: CheckResult, programs: dict[str, ExportedProgram]) -> None:
+    """Adds the operators of each method that the CUDA backend lacks."""
     for method, program in programs.items():
         missing = missing_operators(program)
         result.missing += missing
@@ -203,15 +215,21 @@ def check_operators(result: Preflight, programs: dict[str, ExportedProgram]) -> 
             more = f" and {len(places) - 1} more modules" if len(places) > 1 else ""
             result.add(f"operators, {method}", False, f"ExecuTorch's CUDA runtime has no kernel for {places[0]}{more}")
         if not missing:
-            result.add(f"operators, {method}", True, "none is missing, as far as can be predicted")
+            result.add(f"operators, {method}", True, "no missing operator predicted")
 
 
-def check_numerics(result: Preflight, options: ExportOptions, folder: Path) -> None:
-    """The first layers, exported, on the CPU against the unmodified model in fp32 on the dequantized weights."""
+def check_numerics(result: CheckResult, options: ExportOptions, folder: Path) -> None:
+    """Compares the first layers, exported and run on the CPU, with the unmodified model.
+
+    The reference computes in fp32 on the dequantized weights.
+    """
     fused, reference, layers = probe_models(options, folder)
     with chosen_experts(reference) as chosen:
         error = logits_error(fused, reference)
-    bound = BOUNDS[options.scheme]
+    if not math.isfinite(error):
+        result.add("numerics", False, f"the logits of the first {layers} layers hold NaN or Inf: {NOT_FINITE}")
+        return
+    bound = BOUNDS[options.experts.scheme]
     covered, all_of_them = sum(len(ids) for ids, _ in chosen.values()), sum(count for _, count in chosen.values())
     found = (
         f"{error:.1e}, bound {bound:.1e} (relative L2 error of the logits of prefill and decode, first {layers} "
@@ -223,7 +241,7 @@ def check_numerics(result: Preflight, options: ExportOptions, folder: Path) -> N
 
 @contextlib.contextmanager
 def chosen_experts(model: nn.Module) -> Iterator[dict[str, tuple[set[int], int]]]:
-    """Experts module -> those that a model's tokens choose within it, and how many there are."""
+    """Name of an experts module -> (experts that the tokens chose inside the context, number of all experts)."""
     chosen: dict[str, tuple[set[int], int]] = {}
 
     def watch(name: str, count: int) -> Callable[..., None]:
@@ -243,12 +261,12 @@ def chosen_experts(model: nn.Module) -> Iterator[dict[str, tuple[set[int], int]]
 
 
 def probe_models(options: ExportOptions, folder: Path) -> tuple[nn.Module, nn.Module, int]:
-    """The first layers with fused experts and unmodified, in fp32, on the same weights; and how many they are.
+    """The first layers in fp32 on the same weights: with fused experts, unmodified, and how many layers these are.
 
-    As many layers as it takes to have one of each kind of expert layer.
+    There are as many layers as are needed to have one of each kind of expert layer.
     """
-    attention = attention_of("cpu", "fp32", check_supported(folder)["model_type"])
-    streamed = StreamedModel(folder, torch.float32, attention, options.fusion())
+    attention = attention_of(Target("cpu", "fp32"), check_supported(folder)["model_type"])
+    streamed = StreamedModel(folder, torch.float32, attention, options.experts.fusion())
     layers = _layers_for_all_kinds(streamed)
     later = tuple(f"{_layers_name(streamed.model)}.{i}" for i in range(layers, _num_layers(streamed.model)))
     streamed.load(skip=later)
@@ -270,10 +288,10 @@ def probe_models(options: ExportOptions, folder: Path) -> tuple[nn.Module, nn.Mo
 
 
 def dequantized(layout: ExpertLayout, packed: PackedExperts) -> dict[str, Tensor]:
-    """Parameters of an experts module, by name and stored as it stores them, from packed weights."""
+    """Packed weights as parameters of an experts module: name -> tensor in the module's own layout."""
     whole: dict[str, Tensor] = {}
     count = packed.num_experts
-    # In runs: unpacking takes several times the memory of its result.
+    # Some experts at a time: unpacking needs several times the memory of its result.
     for start in range(0, count, step := max(1, count // 16)):
         run = slice(start, start + step)
         tensors: dict[str, Any] = {name: None if t is None else t[run] for name, t in packed.tensors().items()}
@@ -301,7 +319,7 @@ def _num_layers(model: nn.Module) -> int:
 
 
 def _layers_for_all_kinds(streamed: StreamedModel) -> int:
-    """Decoder layers up to the first of the last kind of experts."""
+    """Number of decoder layers up to the first layer of the last kind of experts."""
     prefix = _layers_name(streamed.model) + "."
     first: dict[object, int] = {}
     for layer in streamed.layers:
@@ -311,7 +329,7 @@ def _layers_for_all_kinds(streamed: StreamedModel) -> int:
 
 
 def logits_error(fused: nn.Module, reference: nn.Module) -> float:
-    """Relative L2 error of the exported methods' logits after each token: the last by decode, the others by prefill."""
+    """Relative L2 error of the logits of all tokens: decode computes those of the last one, prefill all others."""
     vocabulary = fused.config.vocab_size  # type: ignore[union-attr]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=generator)
@@ -327,7 +345,7 @@ def logits_error(fused: nn.Module, reference: nn.Module) -> float:
 
 
 class _EveryToken(CausalLM):
-    """`CausalLM` with the logits after every token: an expert that only early ones choose shows in no other."""
+    """`CausalLM` that returns the logits of every token: an expert that only early tokens choose changes no others."""
 
     def forward(self, input_ids: Tensor, cache_position: Tensor) -> Tensor:
         """fp32 [T, V]; arguments as for `CausalLM`."""
@@ -335,7 +353,7 @@ class _EveryToken(CausalLM):
 
 
 def _copy_cache(source: nn.Module, target: nn.Module) -> None:
-    """Each program called from Python has its own cache; runtimes share it by name."""
+    """Copies the KV cache: each program called from Python has its own, while runtimes share it by name."""
     caches = dict(source.named_buffers())
     for name, buffer in target.named_buffers():
         if "kv_cache" in name:

@@ -1,4 +1,4 @@
-"""What of this machine and its packages `executorch-moe` can use, and what to do about the rest."""
+"""Checks what `executorch-moe` can use on this machine, with a remedy for each problem."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OK, WARN, FAIL = "ok", "warn", "fail"
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report. `remedy` is empty where nothing has to be done."""
+    """One line of the report. `remedy` is empty if nothing has to be done."""
 
     name: str
     status: str
@@ -27,20 +27,20 @@ class Check:
 
 
 def run_checks() -> list[Check]:
-    """All checks, in the order in which a problem should be solved."""
+    """All checks, in the order in which problems should be solved."""
     checks = [Check("python", OK, sys.version.split()[0])]
     checks += pins()
     for name, section in (("GPU", gpu), ("export for other GPUs", cross_export), ("runtimes", runtimes)):
         try:
             checks += section()
-        except Exception as error:  # of a package that is missing, or has another version than is known
+        except Exception as error:  # raised by a missing package or an untested version
             reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
             checks.append(Check(name, FAIL, f"{type(error).__name__}: {reason}", "see the versions above"))
     return checks
 
 
 def pins() -> Iterator[Check]:
-    """Installed versions against the requirements of this package's own metadata."""
+    """Installed versions against the requirements in this package's metadata."""
     try:
         found = list(versions.pins())
     except metadata.PackageNotFoundError:
@@ -56,14 +56,14 @@ def pins() -> Iterator[Check]:
 
 
 def gpu() -> Iterator[Check]:
-    """The GPU as torch sees it, Triton, and the assembler that Triton calls."""
+    """The GPU that torch finds, Triton, and the assembler that Triton calls."""
     import torch
 
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         props = torch.cuda.get_device_properties(0)
         found = f"{props.name}, sm_{major}{minor}, {props.multi_processor_count} SMs, {props.total_memory >> 30} GiB"
-        # bf16 tensor cores came with sm_80.
+        # sm_80 is the first architecture with bf16 tensor cores.
         yield Check("GPU", OK if major >= 8 else FAIL, found, "" if major >= 8 else "kernels need sm_80 or later")
     else:
         why = (
@@ -71,7 +71,7 @@ def gpu() -> Iterator[Check]:
             if torch.backends.cuda.is_built()
             else f"torch {torch.__version__} is a CPU build"
         )
-        remedy = "export --target cuda and fast kernels need one; --target sm_90 and the like, and cpu, work without"
+        remedy = "needed for export --target cuda and to run CUDA artifacts; --target sm_90 and cpu work without one"
         yield Check("GPU", WARN, why, remedy)
     try:
         triton = importlib.import_module("triton")
@@ -95,7 +95,7 @@ def _ptxas(package: Path) -> Path | None:
 
 
 def cross_export() -> Iterator[Check]:
-    """Whether exports for a GPU that is not here work."""
+    """Whether this machine can export for GPUs by name."""
     from executorch_moe.backends.cuda.cross.target import check_target
 
     try:
@@ -108,7 +108,7 @@ def cross_export() -> Iterator[Check]:
 
 
 def runtimes() -> Iterator[Check]:
-    """Which runtime can run which kind of artifact, and why not."""
+    """Which runtimes can run which kind of artifact here, and why not."""
     from executorch_moe.backends.runtime.delegate_host import why_not_delegate_host
     from executorch_moe.backends.runtime.loader import why_not_executorch
     from executorch_moe.backends.runtime.pybindings import why_not_pybindings
@@ -116,7 +116,7 @@ def runtimes() -> Iterator[Check]:
     why = why_not_pybindings()
     yield Check("ExecuTorch runtime, CPU artifacts", WARN if why else OK, why or "usable")
     native, host = why_not_executorch({"CudaBackend"}), why_not_delegate_host()
-    # One way to run CUDA artifacts is enough.
+    # One runtime for CUDA artifacts is enough.
     usable = not (native and host)
     remedy = "" if usable else "run CUDA artifacts on a GPU machine"
     yield Check("ExecuTorch runtime, CUDA artifacts", OK if not native else WARN, native or "usable", remedy)

@@ -1,4 +1,4 @@
-"""Memory: what this machine has, and the peak of this process, step by step."""
+"""Memory of this machine, and the peak memory of this process."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _RESET = Path("/proc/self/clear_refs")
 
 
 def restart_peak() -> None:
-    """Let `peak_rss` count from now on. Where the system cannot do that, it goes on counting from the start."""
+    """Restarts the peak of `peak_rss`. Where that fails, the peak is that of the whole process."""
     with contextlib.suppress(OSError):
         _RESET.write_text("5")
 
 
 def peak_rss() -> int:
-    """Most bytes that were resident since `restart_peak`, mapped files included; 0 where that cannot be known."""
+    """Most bytes that were resident since `restart_peak`, mapped files included; 0 if unknown."""
     try:
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
@@ -34,19 +34,19 @@ def peak_rss() -> int:
 
 
 def total_memory() -> int:
-    """Bytes of memory that this process may use at most; 0 where that cannot be known."""
+    """Bytes of memory that this process may use; 0 if unknown."""
     try:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):  # Windows
         return 0
     try:
-        return min(total, int(_LIMIT.read_text()))  # of a container
+        return min(total, int(_LIMIT.read_text()))  # limit of a container
     except (OSError, ValueError):
         return total
 
 
 def size(num_bytes: float) -> str:
-    """A size for people: 1.9 MB."""
+    """A readable size: 1.9 MB."""
     for unit in ("B", "kB", "MB"):
         if num_bytes < 1000:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"

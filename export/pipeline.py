@@ -1,4 +1,4 @@
-"""Model folder -> `.pte` + `.ptd` + tokenizer: check, pack, trace, lower, write."""
+"""`export_model`: model folder -> `.pte` + `.ptd` + tokenizer. Steps: check, pack, trace, lower, write."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from .progress import Steps
 
 
 def export_model(options: ExportOptions, console: Console | None = None) -> ExportSummary:
-    """Exports a model folder; shows each step on `console` if one is given.
+    """Exports a model; shows each step on `console` if one is given.
 
     Raises:
-        ValueError, NotImplementedError, FileNotFoundError: input that cannot be exported; nothing is written then.
-        OSError: a file cannot be written; what was there before is left as it was.
-        RuntimeError: another export is writing there.
+        ValueError, NotImplementedError, FileNotFoundError: input that cannot be exported; nothing is written.
+        OSError: a file cannot be written; existing files are not changed.
+        RuntimeError: another export is writing to the same place.
     """
     steps = Steps(console)
     with ExitStack() as held:
@@ -44,41 +44,40 @@ def _export(options: ExportOptions, steps: Steps, held: ExitStack) -> ExportSumm
     from executorch_moe.backends.artifact.files import save
     from executorch_moe.backends.lower import lower, why_slower
 
+    out, target = options.pte, options.target
     folder = check_folder(options)
-    target = options.resolved_target()
     tokenizer = tokenizer_json(folder)
-    fuser = ExpertFuser(options.fusion())
+    fuser = ExpertFuser(options.experts.fusion())
     work: WorkFolder | None = None
     if needs_whole_model(options):
         with steps.step("load", f"loading {options.model}"):
             model = load_packed(options, folder, fuser.report)
-            max_context = options.context(model.config)
+            max_context = options.positions(model.config)
     else:
         model, max_context, work = _pack_layers(options, folder, fuser.report, steps, held)
-    with nullcontext() if options.leaves_dense else steps.step("dense", "quantizing linear layers"):
+    with nullcontext() if options.dense.unchanged else steps.step("dense", "quantizing linear layers"):
         prepare_(model, options)
     with steps.step("trace", "tracing prefill and decode"):
         module, programs = trace_methods(model, options, max_context)
     compiled: list[CrossCompileReport] = []
     accesses: list[AccessReport] = []
     constants = constant_methods(options, model.config, max_context, tokenizer)
-    note = " (compiles kernels: minutes)" if target != "cpu" else ""
-    weights = without_weights() if options.thin else nullcontext()
-    configs = given_configs(options.known_configs())
-    with steps.step("lower", f"lowering to {target}", note), forced_schedule(options.experts), weights, configs:
-        manager = lower(programs, target, constants, fuser, on_report=compiled.append, on_accesses=accesses.append)
-    if why := why_slower(target):
+    note = "" if target.is_cpu else " (compiles kernels: minutes)"
+    weights = without_weights() if options.placeholder_weights else nullcontext()
+    configs = given_configs(target.configs())
+    with steps.step("lower", f"lowering to {target.name}", note), forced_schedule(options.experts), weights, configs:
+        manager = lower(programs, target.name, constants, fuser, on_report=compiled.append, on_accesses=accesses.append)
+    if why := why_slower(target.name):
         steps.say(f"[yellow]warning:[/yellow] {escape(why)}")
-    with steps.step("write", f"writing {options.out}"), named(options.out):
-        beside = tokenizer_path(options.out)
-        artifact = save(manager, options.out, {beside: tokenizer.encode()})
+    with steps.step("write", f"writing {out}"), named(out):
+        beside = tokenizer_path(out)
+        artifact = save(manager, out, {beside: tokenizer.encode()})
         if work is not None:
             work.remove()
 
     dense_bytes, embedding_bytes = bytes_beside_experts(model, fuser.report)
     summary = ExportSummary(
         options=options,
-        target=target,
         report=fuser.report,
         max_context=max_context,
         dense_bytes=dense_bytes,
@@ -91,34 +90,35 @@ def _export(options: ExportOptions, steps: Steps, held: ExitStack) -> ExportSumm
         accesses=accesses,
         reads_written=any("one_token_attention" in str(node.target) for node in programs["decode"].graph.nodes),
     )
-    write_text(record_path(options.out), summary.record())
+    write_text(record_path(out), summary.record())
     return summary
 
 
 @contextmanager
 def _kept(options: ExportOptions, manifest: dict[str, Any], steps: Steps) -> Iterator[WorkFolder]:
-    """The export's work folder, for it alone; after an error, says that the folder stays."""
-    with WorkFolder(work_folder_path(options.out), manifest) as work:
+    """The work folder, locked for this export; after an error, a message says that it is kept."""
+    with WorkFolder(work_folder_path(options.pte), manifest) as work:
         try:
             yield work
         except BaseException:
             if work.path.is_dir():
-                steps.say(f"packed layers are kept in {escape(str(work.path))}: the same command goes on from there")
+                steps.say(f"packed layers are kept in {escape(str(work.path))}: the same command continues from there")
             raise
 
 
 def _pack_layers(
     options: ExportOptions, folder: Path, report: FusionReport, steps: Steps, held: ExitStack
 ) -> tuple[nn.Module, int, WorkFolder]:
-    """The model with its experts packed layer by layer, kept in a work folder; positions in its cache; that folder.
+    """Packs the experts layer by layer into a work folder, which is unlocked when `held` is closed.
 
-    The folder is left to others when `held` is closed.
+    Returns:
+        The model with packed experts, the number of positions in its KV cache, and the work folder.
     """
     with steps.step("check", f"checking {folder.name if options.model != 'tiny' else 'the tiny model'}"):
         streamed = stream(options, folder)
-        max_context = options.context(streamed.model.config)
+        max_context = options.positions(streamed.model.config)
     work = held.enter_context(_kept(options, streamed.manifest(), steps))
-    with steps.counted("pack", f"packing the experts as {options.scheme}", len(streamed.layers)) as advance:
+    with steps.counted("pack", f"packing the experts as {options.experts.scheme}", len(streamed.layers)) as advance:
         for record in streamed.load(work, advance):
             report.add(record)
     return streamed.model, max_context, work

@@ -1,4 +1,4 @@
-"""Keeps other packages' notes off the terminal, unless they are asked for."""
+"""Keeps warnings and notes of other packages off the terminal."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
-# torchao logs each of its compiled extensions that this torch cannot load, torch each deprecated registration: neither
-# is about anything that is used here.
+from .progress import OneLineConsole
+
+# torchao logs each compiled extension that this torch cannot load, and torch each deprecated registration. Neither
+# concerns anything that this package uses.
 NOISY = ("torchao", "torch.utils._pytree", "torch.export", "torch._inductor", "torch._dynamo", "executorch", "root")
 
 
 def quiet() -> None:
-    """Errors only, from the noisy loggers and from `warnings`."""
+    """Limits the noisy loggers to errors and turns off `warnings`."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     os.environ.setdefault("TORCH_LOGS", "-all")
@@ -27,15 +29,15 @@ def quiet() -> None:
 
 @contextlib.contextmanager
 def hold_native_notes() -> Iterator[Console]:
-    """Keeps what C++ code writes to stderr (ExecuTorch probes the CPU aloud) and shows it only after an error.
+    """Holds back what C++ code writes to stderr, such as ExecuTorch's notes about the CPU, unless an error follows.
 
-    Yields a console that goes on writing to the terminal.
+    Yields a console that writes to the terminal.
     """
     terminal = os.dup(2)
     with tempfile.TemporaryFile() as notes, open(terminal, "w") as file:
         os.dup2(notes.fileno(), 2)
         try:
-            yield Console(file=file)
+            yield OneLineConsole(file=file)
         except BaseException:
             notes.seek(0)
             lines = notes.read().decode(errors="replace").splitlines(keepends=True)

@@ -26,7 +26,7 @@ SLOW_FILES = (
     "test_cross_export.py",  # exports in processes of their own, for one to three architectures
     "test_families.py",  # seven families in eight modes: about 55 s of one core for each family
     "test_compile.py",  # every tile for six architectures: about 10 s for each of them and scheme
-    "test_preflight.py",  # traces both methods twice for each set of options
+    "test_check.py",  # traces both methods twice for each set of options
     "test_export_families.py",  # six exports by the command line
     "test_tokens.py",  # exports in each scheme, and eager models beside them
     "test_generated_kernels.py",

@@ -221,7 +221,7 @@ class DelegateHost:
         if self._data.is_placeholder(key):
             raise ValueError(
                 f"{self._data.path} holds no weights, only placeholders: load it with the command line, "
-                "which makes them, or export it without --thin"
+                "which makes them, or export it without --placeholder-weights"
             )
         return self._data.tensor(key)
 

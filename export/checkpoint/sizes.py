@@ -27,11 +27,24 @@ _DENSE = re.compile(r"\.mlp\.(gate|up|down|gate_up)_proj\.")
 
 
 def check_numbers(config: Mapping[str, Any], where: Path) -> None:
-    """Checks that the sizes in a configuration are whole numbers.
+    """Checks that the sizes in a configuration are whole numbers, and that all numbers can be computed with.
 
     Raises:
-        ValueError: a size is not, or is negative or zero.
+        ValueError: a size that is not a whole number, or is negative or zero; NaN or Inf; a RoPE base that is not
+            positive; a negative epsilon.
     """
+    for name, value in _scalars(config):
+        what = None
+        if isinstance(value, float) and not math.isfinite(value):
+            what = "a finite number"
+        elif name == "rope_theta" and value <= 0:
+            what = "greater than 0"
+        elif name in ("rms_norm_eps", "layer_norm_eps") and value < 0:
+            what = "at least 0"
+        if what:
+            raise ValueError(
+                f"{name}={value!r} in {where} must be {what}: use the number that the model was trained with"
+            )
     for least, names in ((1, _AT_LEAST_ONE), (0, _AT_LEAST_ZERO)):
         for name in names:
             value = config.get(name)
@@ -40,6 +53,15 @@ def check_numbers(config: Mapping[str, Any], where: Path) -> None:
                     f"{name}={value!r} in {where} must be a whole number of at least {least}: "
                     "use the number that the model was trained with"
                 )
+
+
+def _scalars(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Key and value of every number in a configuration, nested objects included."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(value)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield name, value
 
 
 def check_sizes(config: Mapping[str, Any], shards: Shards) -> None:

@@ -1,5 +1,5 @@
 """python -m executorch_moe.export.cli"""
 
-from .app import main
+from executorch_moe.export.cli import main
 
 main()

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +16,14 @@ from executorch_moe.backends.artifact.digests import COPY_AGAIN
 from executorch_moe.backends.errors import said_in_one_line
 from executorch_moe.export.build import made_again
 from executorch_moe.export.models.sampling import Sampler
-from executorch_moe.export.report.metadata import MADE_FROM, TOKENIZER_DIGEST, TOKENIZER_SUFFIX, tokenizer_digest
+from executorch_moe.export.report.metadata import (
+    MADE_FROM,
+    MODEL_LIMIT,
+    TOKENIZER_DIGEST,
+    TOKENIZER_SUFFIX,
+    read_made_from,
+    tokenizer_digest,
+)
 
 from .text_stream import TextStream as TextStream
 
@@ -93,6 +98,8 @@ class TextGenerator:
         says = "get_method_output" in program.constant_names
         self.output = str(program.constant("get_method_output")) if says else "logits"
         self.max_context = int(program.constant("get_max_context_len"))
+        limited = MODEL_LIMIT in program.constant_names
+        self.model_limit = int(program.constant(MODEL_LIMIT)) if limited else None
         self.vocabulary = int(program.constant("get_vocab_size"))
         eos = program.constant("get_eos_ids")
         self.eos_ids = frozenset(int(token) for token in (eos if isinstance(eos, (list, tuple)) else [eos]))
@@ -167,8 +174,7 @@ class TextGenerator:
         if prompt_tokens > self.max_context:
             raise ValueError(
                 f"the prompt has {prompt_tokens} tokens but the model was exported with "
-                f"max_context={self.max_context}: "
-                "shorten the prompt, or export again with a larger --max-context, up to the model's own limit"
+                f"max_context={self.max_context}: shorten the prompt{self._longer()}"
             )
         if max_new_tokens is None:
             return min(128, room)
@@ -177,10 +183,17 @@ class TextGenerator:
         if max_new_tokens > room:
             raise ValueError(
                 f"max_new_tokens={max_new_tokens} after a prompt of {prompt_tokens} tokens do not fit into "
-                f"max_context={self.max_context}: ask for {room} at most, or export again with a larger --max-context, "
-                "up to the model's own limit"
+                f"max_context={self.max_context}: ask for {room} at most{self._longer()}"
             )
         return max_new_tokens
+
+    def _longer(self) -> str:
+        """The remedy of a longer cache, unless the model has no more positions."""
+        if self.model_limit is None:  # artifacts exported by earlier versions
+            return ", or export again with a larger --max-context, up to the model's own limit"
+        if self.model_limit <= self.max_context:
+            return ", the model has no more positions"
+        return f", or export again with a larger --max-context, up to the model's limit of {self.model_limit}"
 
     def generate(
         self,
@@ -308,8 +321,8 @@ def synthetic_weights(program: PteFile, device: torch.device) -> MakeWeights | N
     if MADE_FROM not in program.constant_names:
         return None
     with said_in_one_line(f"{MADE_FROM} of the artifact cannot be read", COPY_AGAIN, ValueError):
-        choices: Any = SimpleNamespace(**json.loads(program.constant(MADE_FROM)))
-    return made_again(choices, device)
+        options = read_made_from(program.constant(MADE_FROM))
+    return made_again(options, device)
 
 
 def check_tokenizer(program: PteFile, path: Path) -> None:

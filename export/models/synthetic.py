@@ -126,7 +126,7 @@ def parse(model: str, layers: int | None = None) -> SyntheticModel:
 
 
 def check_room(
-    model: SyntheticModel, scheme: str, group_size: int, out: Path | None = None, *, thin: bool = False
+    model: SyntheticModel, scheme: str, group_size: int, out: Path | None = None, *, placeholder_weights: bool = False
 ) -> None:
     """Checks that a model fits into this machine's memory and, if `out` is given, its disk; see `check_synthetic`.
 
@@ -134,17 +134,19 @@ def check_room(
         ValueError: an unknown scheme, or a model that is too large.
     """
     bits = 4 + 16 / max(group_size, 1) if get_scheme(scheme).packed else 16
-    check_synthetic(model, PRESETS.get(model.name, model), bits, out, thin)
+    check_synthetic(model, PRESETS.get(model.name, model), bits, out, placeholder_weights)
 
 
-def check_synthetic(model: SyntheticModel, preset: SyntheticModel, bits: float, out: Path | None, thin: bool) -> None:
+def check_synthetic(
+    model: SyntheticModel, preset: SyntheticModel, bits: float, out: Path | None, placeholder_weights: bool
+) -> None:
     """Checks that a synthetic model can be generated and written on this machine.
 
     Args:
         preset: the preset that `model` is based on.
         bits: bits of an expert's weight.
         out: the file to write; None if nothing is written.
-        thin: weights are not written, but generated on the GPU that loads the artifact.
+        placeholder_weights: weights are not written, but generated on the GPU that loads the artifact.
 
     Raises:
         ValueError: too many layers or bytes; names the field that differs most from the preset, and the bytes needed
@@ -153,15 +155,15 @@ def check_synthetic(model: SyntheticModel, preset: SyntheticModel, bits: float, 
     if model.layers > MAX_LAYERS:
         raise ValueError(f"layers={model.layers} of {model.name} is more than can be traced: use at most {MAX_LAYERS}")
     needed = model.weight_bytes(bits)
-    limits = {"any GPU has": LARGEST_GPU} if thin else {"of this machine's memory": total_memory()}
-    if not thin and out is not None:
+    limits = {"any GPU has": LARGEST_GPU} if placeholder_weights else {"of this machine's memory": total_memory()}
+    if not placeholder_weights and out is not None:
         folder = next(parent for parent in out.absolute().parents if parent.exists())
         limits[f"free in {folder}"] = shutil.disk_usage(folder).free
     names = ("layers", "hidden", "experts", "intermediate", "heads", "kv_heads", "head_dim", "vocabulary")
     name = max(names, key=lambda field: getattr(model, field) / getattr(preset, field))
     for what, available in limits.items():
         if available and needed > available:
-            more = f"more than {what}" if thin else f"more than the {size(available)} {what}"
+            more = f"more than {what}" if placeholder_weights else f"more than the {size(available)} {what}"
             raise ValueError(
                 f"{name}={getattr(model, name)} of {model.name} makes a model of about {size(needed)}, {more}: "
                 "use a smaller one"
@@ -171,7 +173,7 @@ def check_synthetic(model: SyntheticModel, preset: SyntheticModel, bits: float, 
 def build(
     model: SyntheticModel,
     scheme: str = "w4a16",
-    group_size: int = 128,
+    group_size: int = 32,
     *,
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
@@ -201,7 +203,7 @@ def build(
             memory.
     """
     if torch.device(device).type != "cuda":
-        check_room(model, scheme, group_size, thin=device == "meta")
+        check_room(model, scheme, group_size, placeholder_weights=device == "meta")
     if get_scheme(scheme).packed:
         check_layer_group_size(group_size, model.hidden, model.intermediate)
     transformers = require_transformers()

@@ -1,52 +1,57 @@
-"""What an artifact says of itself in constant methods, and the files beside it."""
+"""Constant methods of an artifact, and the files beside it.
+
+The options of an export are stored with flat keys: in NAME.export.json, and in the constant method `MADE_FROM` of
+artifacts with placeholder weights. The keys stay the same, so that each version of this package reads the artifacts of
+all others.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from executorch_moe.backends.atomic_files import check_writable
 from executorch_moe.export.checkpoint.work_folder import work_folder_path
 from executorch_moe.export.models.pretrained import resolve, special_tokens
 from executorch_moe.export.models.synthetic import is_synthetic
-from executorch_moe.export.options import ExportOptions
+from executorch_moe.export.options import Dense, Experts, ExportOptions, Target, check_output
 
 MADE_FROM = "get_synthetic_options"
 TOKENIZER_DIGEST = "get_tokenizer_digest"
-
+MODEL_LIMIT = "get_model_max_context_len"
+"""Constant method: the largest `max_context` that the model can be exported with."""
 
 RECORD_SUFFIX = ".export.json"
 TOKENIZER_SUFFIX = ".tokenizer.json"
 
 
 def tokenizer_path(pte: Path) -> Path:
-    """Where the tokenizer of an artifact lies: beside it, NAME.tokenizer.json."""
+    """The tokenizer of an artifact: NAME.tokenizer.json beside it."""
     return pte.with_suffix(TOKENIZER_SUFFIX)
 
 
 def record_path(pte: Path) -> Path:
-    """Where the record of an export lies: beside it, NAME.export.json."""
+    """The record of an export: NAME.export.json beside the artifact."""
     return pte.with_suffix(RECORD_SUFFIX)
 
 
 def check_report(report: Path, options: ExportOptions) -> None:
-    """Check the name of an export's report before anything is done: the report is written last, over what is there.
+    """Check the name of an export's report before the export: it is written last and replaces an existing file.
 
     Raises:
-        ValueError: a place that cannot be written, or a file that the export reads or writes itself.
+        ValueError: a place that cannot be written, or a file that the export itself reads or writes.
     """
-    check_writable("report", report)
-    pte, place = options.out, _place(report)
+    check_output("report", report)
+    pte, place = options.pte, _place(report)
     folder = None if is_synthetic(options.model) else _place(resolve(options.model) / "config.json").parent
     if place in map(_place, (pte, pte.with_suffix(".ptd"), tokenizer_path(pte), record_path(pte))):
         whose = "is a file of the artifact"
     elif place.is_relative_to(_place(work_folder_path(pte) / "any").parent):
-        whose = "lies in the folder of packed layers"
-    elif options.kernel_configs is not None and place == _place(Path(options.kernel_configs)):
-        whose = "is the file of kernel_configs"
+        whose = "is in the folder of packed layers"
+    elif options.target.kernel_configs is not None and place == _place(options.target.kernel_configs):
+        whose = "is the file of --kernel-configs"
     elif folder is not None and place.is_relative_to(folder) and place.exists() and not _is_report(place):
         whose = "is a file of the model"
     else:
@@ -55,7 +60,7 @@ def check_report(report: Path, options: ExportOptions) -> None:
 
 
 def _place(path: Path) -> Path:
-    """What is replaced when `path` is written: links in its folder are followed, the file itself may be one."""
+    """The file that writing `path` replaces: links in its folder are followed, a link at its end is replaced."""
     return path.parent.resolve() / path.name
 
 
@@ -69,12 +74,12 @@ def _is_report(path: Path) -> bool:
 
 
 def tokenizer_digest(content: str | bytes) -> str:
-    """What an artifact keeps of its tokenizer.json, to know it again: SHA-256, hexadecimal."""
+    """SHA-256 of a tokenizer.json in hexadecimal, by which an artifact recognizes its tokenizer."""
     return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
 
 
 def constant_methods(options: ExportOptions, config: Any, max_context: int, tokenizer: str) -> dict[str, Any]:
-    """Constant methods: under the names that ExecuTorch's language model runners read, and a few of our own.
+    """Constant methods, with the names that ExecuTorch's language model runners read, and a few of our own.
 
     Args:
         options: of the export.
@@ -93,18 +98,62 @@ def constant_methods(options: ExportOptions, config: Any, max_context: int, toke
         "get_bos_id": -1 if begins is None else begins,
         "get_eos_ids": ends or [-1],
         "get_n_layers": config.num_hidden_layers,
+        MODEL_LIMIT: config.max_position_embeddings,
         "use_kv_cache": True,
         "enable_dynamic_shape": True,
-        "get_method_output": options.output,
+        "get_method_output": options.context.output,
         TOKENIZER_DIGEST: tokenizer_digest(tokenizer),
     }
-    if options.thin:
+    if options.placeholder_weights:
         constants[MADE_FROM] = made_from(options)
     return constants
 
 
+def stored_options(options: ExportOptions, leave_out: Collection[str] = ()) -> dict[str, Any]:
+    """The options with the stored keys, except those in `leave_out`."""
+    experts, dense, target = options.experts, options.dense, options.target
+    stored = {
+        "model": options.model,
+        "out": None if options.out is None else options.out.name,
+        "target": target.name,
+        "scheme": experts.scheme,
+        "group_size": experts.group_size,
+        "max_context": options.context.max_context,
+        "dtype": target.dtype,
+        "output": options.context.output,
+        "experts": experts.implementation,
+        "dense": dense.linears,
+        "lm_head": dense.lm_head,
+        "embedding": dense.embedding,
+        "layers": options.layers,
+        "seed": options.seed,
+        "thin": options.placeholder_weights,
+        "algorithm": experts.algorithm,
+        "kernel_configs": None if target.kernel_configs is None else str(target.kernel_configs),
+    }
+    return {key: value for key, value in stored.items() if key not in leave_out}
+
+
 def made_from(options: ExportOptions) -> str:
-    """The options that decide what the weights of a synthetic model are, as JSON for `build.made_again`."""
-    others = ("out", "target", "max_context", "kernel_configs")
-    choices = {name: value for name, value in asdict(options).items() if name not in others}
-    return json.dumps(choices | {"dtype": options.resolved_dtype()})
+    """The options that determine the weights of a synthetic model, as JSON for `read_made_from`."""
+    return json.dumps(stored_options(options, ("out", "target", "max_context", "kernel_configs")))
+
+
+def read_made_from(text: str) -> ExportOptions:
+    """The options that `made_from` wrote, in this version or an earlier one, for the GPU of this machine.
+
+    Raises:
+        ValueError, KeyError, TypeError: something else.
+    """
+    stored = json.loads(text)
+    return ExportOptions(
+        stored["model"],
+        experts=Experts(
+            stored["scheme"], stored["group_size"], stored.get("algorithm", "minmax"), stored.get("experts", "ours")
+        ),
+        dense=Dense(stored.get("dense", "none"), stored.get("lm_head"), stored.get("embedding", "none")),
+        target=Target("cuda", stored["dtype"]),
+        layers=stored.get("layers"),
+        seed=stored.get("seed", 0),
+        placeholder_weights=True,
+    )

@@ -1,10 +1,10 @@
-"""`ExportSummary`: what was exported and what it cost, as tables for the terminal and as a record beside the files."""
+"""`ExportSummary`: what was exported, with sizes, times and memory, as tables and as a record beside the files."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +21,29 @@ from executorch_moe.export.quantize.dense import stored_formats
 from executorch_moe.export.quantize.dense_torchao import stored_bytes
 from executorch_moe.kernels import SCHEMES
 
+from .metadata import stored_options
+
 
 @dataclass
 class ExportSummary:
-    """What was exported and what it cost.
+    """What was exported, with sizes, times and memory.
 
     Attributes:
-        options, target: as asked for, and the target with "auto" decided.
+        options: of the export.
         report: the fused layers.
-        max_context: positions in the cache.
-        dense_bytes: weights that are not experts. embedding_bytes: of them, those that only the embedding reads.
-        cache_bytes: the KV cache. reads_written: decode reads the positions of it that were written, not all.
-        files: what was written.
-        seconds, peaks: of each step, and the most bytes that were resident during it.
-        compiled: a record for each GPU that is not here.
-        accesses: for each CUDA target, what is known of the memory that generated kernels touch.
+        max_context: positions in the KV cache.
+        dense_bytes: bytes of all weights except the experts'.
+        embedding_bytes: of these, bytes that only the embedding reads.
+        cache_bytes: bytes of the KV cache.
+        reads_written: decode reads only the positions of the cache that were written.
+        files: the files that were written.
+        seconds: step -> its time.
+        peaks: step -> most bytes resident during it.
+        compiled: one record per GPU by name.
+        accesses: one record per CUDA target of the memory accesses of generated kernels.
     """
 
     options: ExportOptions
-    target: str
     report: FusionReport
     max_context: int
     dense_bytes: int
@@ -54,12 +58,15 @@ class ExportSummary:
 
     def table(self) -> Table:
         """The summary as a table for the terminal."""
-        table = Table(title=f"{self.options.model} for {self.target}", show_header=False, title_justify="left")
-        table.add_column(style="bold")
+        table = Table(
+            title=f"{self.options.model} for {self.options.target.name}", show_header=False, title_justify="left"
+        )
+        table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
-        scheme = self.options.scheme
+        experts = self.options.experts
+        scheme = experts.scheme
         if SCHEMES[scheme].packed:
-            scheme += f", group size {self.options.group_size}, {self.options.algorithm}"
+            scheme += f", group size {experts.group_size}, {experts.algorithm}"
         layers = self.report.layers
         table.add_row(
             "experts", f"{len(layers)} layers fused, {layers[0].num_experts} experts each, top-{layers[0].top_k}"
@@ -82,10 +89,10 @@ class ExportSummary:
         return table
 
     def dense_formats(self) -> dict[str, str]:
-        """How linear layers, the last of them and the embedding are stored; see `dense.stored_formats`."""
-        options = self.options
+        """Storage formats of linear layers, lm_head and embedding; see `dense.stored_formats`."""
+        dense, group_size = self.options.dense, self.options.experts.group_size
         return stored_formats(
-            self.target, options.dense, options.group_size, lm_head=options.lm_head, embedding=options.embedding
+            self.options.target.name, dense.linears, group_size, lm_head=dense.lm_head, embedding=dense.embedding
         )
 
     def _dense_text(self) -> str:
@@ -102,24 +109,24 @@ class ExportSummary:
     def layers_table(self) -> Table:
         """Every fused layer, for --verbose."""
         table = Table(title="fused layers", title_justify="left")
-        for column in ("module", "family", "E", "top-k", "H", "I", "activation", "scheme", "before", "after"):
-            table.add_column(column, overflow="fold")
+        table.add_column("module", no_wrap=True)
+        table.add_column("experts", overflow="fold", min_width=16)
+        table.add_column("weights", overflow="fold", min_width=10)
         for layer in self.report.layers:
-            table.add_row(
-                layer.module, layer.family, str(layer.num_experts), str(layer.top_k), str(layer.hidden_size),
-                str(layer.intermediate_size), layer.activation, layer.scheme, size(layer.bytes_before),
-                size(layer.bytes_after),
-            )  # fmt: skip
+            experts = (
+                f"{layer.family}: E={layer.num_experts}, top-{layer.top_k}, H={layer.hidden_size}, "
+                f"I={layer.intermediate_size}, {layer.activation}, {layer.scheme}"
+            )
+            table.add_row(layer.module, experts, f"{size(layer.bytes_before)} -> {size(layer.bytes_after)}")
         return table
 
     def record(self) -> str:
-        """What an export cost, for `bench model`: JSON."""
-        choices = asdict(self.options) | {"out": self.options.out.name, "target": self.target}
-        peak = {"host": max(self.peaks.values(), default=0)}  # each step starts the system's own count anew
+        """Options, sizes, times and memory of the export as JSON, which `bench model` reads."""
+        peak = {"host": max(self.peaks.values(), default=0)}  # the system counts anew in each step
         if torch.cuda.is_available():
             peak["gpu"] = torch.cuda.max_memory_allocated()
         record: dict[str, Any] = {
-            "options": choices,
+            "options": stored_options(self.options),
             "max_context": self.max_context,
             "seconds": self.seconds,
             "peak_bytes": peak,
@@ -140,16 +147,16 @@ class ExportSummary:
 
 
 def bytes_beside_experts(model: nn.Module, report: FusionReport) -> tuple[int, int]:
-    """(bytes of all weights outside the fused layers, bytes of those that only the embedding reads)."""
+    """(bytes of all weights outside the fused layers, bytes of those weights that only the embedding reads)."""
     modules = tuple(f"{layer.module}." for layer in report.layers)
     others = {name: t for name, t in model.state_dict().items() if not f"model.{name}".startswith(modules)}
     total = _distinct_bytes(others.values())
-    # A head that is tied to the embedding reads all of it.
+    # A head that is tied to the embedding reads the same weights.
     return total, total - _distinct_bytes(tensor for name, tensor in others.items() if "embed_tokens" not in name)
 
 
 def _distinct_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of tensors, those that share their memory counted once."""
-    # A quantized tensor is several in one, and has no address of its own.
+    """Bytes of tensors; tensors that share memory count once."""
+    # A quantized tensor consists of several tensors and has no address of its own.
     plain = (torch.Tensor, nn.Parameter)
     return sum({t.data_ptr() if type(t) in plain else id(t): stored_bytes(t) for t in tensors}.values())

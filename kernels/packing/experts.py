@@ -169,7 +169,7 @@ def pack_experts(
     down: Tensor,
     *,
     scheme: str = "w4a16",
-    group_size: int = 128,
+    group_size: int = 32,
     algorithm: str = "minmax",
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,

@@ -51,11 +51,11 @@ def test_export_example_writes_a_program_that_runs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_runner_generates_text(tmp_path: Path) -> None:
-    from executorch_moe.export.options import ExportOptions
+    from executorch_moe.export.options import Context, ExportOptions, Target
     from executorch_moe.export.pipeline import export_model
 
     pte = tmp_path / "tiny.pte"
-    export_model(ExportOptions("tiny", pte, "cpu", "w4a16", 32, 32))
+    export_model(ExportOptions("tiny", pte, target=Target("cpu"), context=Context(32)))
     result = run(ROOT / "examples" / "runner.py", str(pte), "The import", "100", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     # 32 positions: 10 for the prompt, 22 more, and the last token that is not fed back.

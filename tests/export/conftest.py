@@ -14,7 +14,7 @@ from executorch_moe.backends.runtime.pybindings import why_not_pybindings
 from executorch_moe.export.build import load_whole
 from executorch_moe.export.models.causal_lm import CausalLM
 from executorch_moe.export.models.pretrained import resolve
-from executorch_moe.export.options import ExportOptions
+from executorch_moe.export.options import Context, Experts, ExportOptions, Target
 from executorch_moe.export.pipeline import export_model
 from executorch_moe.export.quantize.experts import quantize_experts_
 from executorch_moe.kernels.experts.plan import Options
@@ -24,6 +24,16 @@ from .matrix import Cell
 
 MAX_CONTEXT = 128
 GROUP_SIZE = 32
+
+
+def tiny_options(out: Path | None, scheme: str, target: str, dtype: str) -> ExportOptions:
+    return ExportOptions(
+        "tiny",
+        out,
+        experts=Experts(scheme, GROUP_SIZE),
+        target=Target(target, dtype),
+        context=Context(MAX_CONTEXT),
+    )
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +49,7 @@ def exported(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Callab
 
     def get(scheme: str, target: str, dtype: str = "auto") -> Path:
         def make(folder: Path) -> None:
-            export_model(ExportOptions("tiny", folder / "tiny.pte", target, scheme, GROUP_SIZE, MAX_CONTEXT, dtype))
+            export_model(tiny_options(folder / "tiny.pte", scheme, target, dtype))
 
         return made_once(f"tiny-{scheme}-{target}-{dtype}", make) / "tiny.pte"
 
@@ -66,8 +76,8 @@ def artifact(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Callab
 
 
 def eager_model(scheme: str, target: str, dtype: str = "auto") -> CausalLM:
-    """The quantized tiny model in PyTorch, as in an export with the same scheme, target and dtype."""
-    options = ExportOptions("tiny", Path("unused.pte"), target, scheme, GROUP_SIZE, MAX_CONTEXT, dtype)
+    """The quantized tiny model in PyTorch, as the export of the same scheme, target and dtype has it."""
+    options = tiny_options(None, scheme, target, dtype)
     model = quantize_experts_(load_whole(options, resolve("tiny")), scheme, GROUP_SIZE)
     return CausalLM(model.to(target), MAX_CONTEXT)
 

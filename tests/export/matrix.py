@@ -1,14 +1,14 @@
-"""One artifact of the tiny model for each scheme and each storage of dense layers, which return logits.
+"""One artifact of the tiny model per scheme and storage of dense layers; the methods return logits.
 
 python -m tests.export.matrix FOLDER [TARGET]     from the root of the repository
 
-FOLDER is what EXECUTORCH_MOE_CROSS names for the GPU tests; TARGET is sm_90 if not given. What is there already stays.
+FOLDER is the value of EXECUTORCH_MOE_CROSS for the GPU tests; TARGET is sm_90 by default. Existing artifacts are kept.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ import torch
 from executorch_moe.export.build import load_whole, quantize_dense
 from executorch_moe.export.models.causal_lm import CausalLM
 from executorch_moe.export.models.pretrained import resolve
-from executorch_moe.export.options import ExportOptions
+from executorch_moe.export.options import Context, Dense, Experts, ExportOptions, Target
 from executorch_moe.export.pipeline import export_model
 from executorch_moe.export.quantize.experts import quantize_experts_
 
@@ -26,7 +26,7 @@ GROUP_SIZE = 32
 
 @dataclass(frozen=True)
 class Cell:
-    """What an artifact holds."""
+    """What an artifact contains."""
 
     scheme: str
     dense: str
@@ -39,21 +39,25 @@ class Cell:
 
     def options(self, target: str, folder: Path) -> ExportOptions:
         return ExportOptions(
-            "tiny", self.file(folder), target, self.scheme, GROUP_SIZE, MAX_CONTEXT, dense=self.dense,
-            embedding="none" if self.dense == "none" else "int8", output="logits",
-        )  # fmt: skip
+            "tiny",
+            self.file(folder),
+            experts=Experts(self.scheme, GROUP_SIZE),
+            dense=Dense(self.dense, embedding="none" if self.dense == "none" else "int8"),
+            target=Target(target),
+            context=Context(MAX_CONTEXT, "logits"),
+        )
 
     def write(self, target: str, folder: Path) -> None:
-        """Exports it, unless it is there."""
+        """Exports it, unless it exists."""
         if not self.file(folder).is_file():
             export_model(self.options(target, folder))
 
     @torch.no_grad()
     def eager(self) -> CausalLM:
         """The same model in PyTorch, on the current GPU."""
-        options = self.options("cuda", Path("unused"))
+        options = replace(self.options("cuda", Path()), out=None)
         model = quantize_experts_(load_whole(options, resolve("tiny")), self.scheme, GROUP_SIZE)
-        quantize_dense(model, options, "cuda")
+        quantize_dense(model, options)
         return CausalLM(model.cuda(), MAX_CONTEXT)
 
 

@@ -1,9 +1,10 @@
-"""What an artifact holds and was compiled with, on the command line and as JSON."""
+"""The contents of an artifact and the choices of its compilation, as tables and JSON."""
 
 from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def test_choices_as_a_table() -> None:
     text = console.export_text()
     assert "compiled for NVIDIA L4 (sm_89)" in text and "GEMM 1x128" in text and "triton_mm BLOCK_M=16" in text
     lines = {line.split("│")[2].strip(): line for line in text.splitlines() if line.startswith("│")}
-    assert "our tables" in lines["moe_grouped_gemm"] and "73728 of 101376" in lines["moe_grouped_gemm"]
+    assert "our tables, 1 of 1" in lines["moe_grouped_gemm"] and "73728 of 101376" in lines["moe_grouped_gemm"]
     assert "BLOCK_M=64, num_warps=8" in lines["moe_grouped_gemm"] and "Inductor" in lines["triton_tem_0"]
 
 
@@ -75,7 +76,28 @@ def test_inspect_refuses() -> None:
     result = runner.invoke(app, ["inspect", "no-such.pte"])
     assert result.exit_code == 2 and "program no-such.pte does not exist" in result.stderr
     result = runner.invoke(app, ["inspect", "no-such.pte", "--format", "xml"])
-    assert result.exit_code == 2 and "format='xml' is unknown: use one of table, json" in result.stderr
+    assert result.exit_code == 2 and "--format 'xml' is unknown: use one of table, json" in result.stderr
+
+
+@pytest.mark.slow
+def test_several_artifacts_are_one_line_each(exported: Callable[..., Path], tmp_path: Path) -> None:
+    first, second, none = exported("w4a16", "cpu"), exported("w4a8", "cpu"), tmp_path / "none.pte"
+    result = runner.invoke(app, ["inspect", str(first), str(none), str(second)])
+    assert result.exit_code == 2 and result.stderr.startswith(f"error: program {none} does not exist: ")
+    assert len(result.stderr.splitlines()) == 1
+    lines = result.stdout.splitlines()
+    assert len(lines) == 2 and lines[0].startswith(f"{first}: decode, prefill; no delegates; ")
+    assert re.search(r" kB \.pte \+ .* kB \.ptd$", lines[1])
+    # The same to a file, as JSON, and whole.
+    out = tmp_path / "lines"
+    assert runner.invoke(app, ["inspect", str(first), str(second), "-o", str(out)]).stdout == ""
+    assert out.read_text().splitlines() == lines
+    listed = json.loads(runner.invoke(app, ["inspect", str(first), str(second), "--format", "json"]).stdout)
+    assert [entry["artifact"] for entry in listed] == [str(first), str(second)]
+    assert runner.invoke(app, ["inspect", "-v", str(first), str(second)]).stdout.count("experts") == 2
+    result = runner.invoke(app, ["inspect", "--target", "sm_90", str(first), str(second)])
+    assert result.exit_code == 2 and result.stderr.count("has code for no GPU") == 4
+    assert runner.invoke(app, ["inspect", "--verify", str(first), str(second)]).stdout.count("are whole") == 2
 
 
 def test_code_for_other_gpus_than_asked_for() -> None:

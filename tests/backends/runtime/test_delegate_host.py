@@ -306,7 +306,8 @@ def test_weights_that_are_made_when_loaded(with_placeholders: Artifact) -> None:
 
 def test_placeholders_are_not_run(with_placeholders: Artifact) -> None:
     program, data = open_artifact(with_placeholders.pte)
-    with pytest.raises(ValueError, match=r"holds no weights, only placeholders: .* export it without --thin"):
+    message = r"holds no weights, only placeholders: .* export it without --placeholder-weights"
+    with pytest.raises(ValueError, match=message):
         DelegateHost(program, data, CPU, open_container=open_cpu_container)
     with pytest.raises(ValueError, match=r"weight 'cache' has 8 bytes, .* needs 512"):
         DelegateHost(

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from executorch_moe.backends.fusion import FusionOptions
-from executorch_moe.export.check import preflight
+from executorch_moe.export.check import check_export
 from executorch_moe.export.checkpoint.plan import meta_model
 from executorch_moe.export.checkpoint.streaming import StreamedModel
 from executorch_moe.export.checkpoint.whole import load_model
 from executorch_moe.export.models.causal_lm import CausalLM, export_methods
 from executorch_moe.export.models.pretrained import resolve, special_tokens
-from executorch_moe.export.options import ExportOptions
+from executorch_moe.export.options import Context, ExportOptions, Target
 from executorch_moe.export.report.metadata import constant_methods
 
 from ..families import FAMILIES, Logits, by_name, tokens
@@ -129,7 +129,7 @@ def test_neither_matrix_is_stored(tmp_path: Path) -> None:
 def test_the_check_takes_two_matrices(tmp_path: Path) -> None:
     store(tmp_path, change=lambda weights: None, tie_word_embeddings=True)
     (tmp_path / "tokenizer.json").write_bytes((resolve("tiny") / "tokenizer.json").read_bytes())
-    result = preflight(ExportOptions(str(tmp_path), Path("unused.pte"), "cpu", "w4a16", 32, 32, check=True))
+    result = check_export(ExportOptions(str(tmp_path), target=Target("cpu"), context=Context(32)))
     assert result.passed, result.findings
 
 
@@ -248,7 +248,7 @@ def test_a_damaged_generation_config_is_named(text: str, tmp_path: Path) -> None
 def test_an_artifact_says_them(tmp_path: Path) -> None:
     model = store(tmp_path)
     generation(tmp_path, eos_token_id=[5, 6], bos_token_id=2)
-    options = ExportOptions(str(tmp_path), Path("unused.pte"), "cpu", max_context=16)
+    options = ExportOptions(str(tmp_path), target=Target("cpu"), context=Context(16))
     constants = constant_methods(options, model.config, 16, "tokenizer")
     assert constants["get_eos_ids"] == [5, 6] and constants["get_bos_id"] == 2
     generation(tmp_path)

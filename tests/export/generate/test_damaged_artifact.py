@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from executorch_moe.backends.artifact.ptd import PtdFile
 from executorch_moe.backends.runtime import loader as runtime_module
-from executorch_moe.export.cli import main as cli
+from executorch_moe.export.cli import app as cli
 from executorch_moe.export.generate.generator import TextGenerator
 from executorch_moe.export.report.metadata import TOKENIZER_SUFFIX
 
@@ -90,7 +90,7 @@ def test_in_a_process_of_its_own(pte: Path, suffix: str) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 3] ^= 4
     path.write_bytes(data)
-    command = [sys.executable, "-m", "executorch_moe.export.cli.app", "generate", str(pte), "-p", "a"]
+    command = [sys.executable, "-m", "executorch_moe.export.cli", "generate", str(pte), "-p", "a"]
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"})
     assert result.returncode == 2 and result.stdout == "", result
     (line,) = [line for line in result.stderr.splitlines() if "cpuinfo" not in line]
@@ -116,7 +116,7 @@ def test_verifying_can_be_left_out(pte: Path) -> None:
     command = ["generate", str(pte), "-p", "The", "--max-new-tokens", "2"]
     assert runner.invoke(cli.app, command).exit_code == 2
     assert runner.invoke(cli.app, [*command, "--no-verify"]).exit_code == 0
-    bench = ["bench", "model", str(pte), "-p", "2", "-n", "2", "-r", "1"]
+    bench = ["bench", "model", str(pte), "--prompt-tokens", "2", "-n", "2", "-r", "1"]
     assert runner.invoke(cli.app, bench).exit_code == 2
     assert runner.invoke(cli.app, [*bench, "--no-verify"]).exit_code == 0
     ptd.write_bytes(ptd.read_bytes()[:-1])

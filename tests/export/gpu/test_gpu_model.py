@@ -16,7 +16,7 @@ from executorch_moe.export.build import build_synthetic
 from executorch_moe.export.generate.generator import TextGenerator, synthetic_weights
 from executorch_moe.export.models.causal_lm import CausalLM
 from executorch_moe.export.models.sampling import Sampler
-from executorch_moe.export.options import ExportOptions
+from executorch_moe.export.options import Context, Dense, ExportOptions, Target
 from executorch_moe.export.pipeline import export_model
 
 from ..matrix import Cell
@@ -35,7 +35,9 @@ def logits_of(
 
     def get(experts: str) -> torch.Tensor:
         def make(folder: Path) -> None:
-            export_model(dataclasses.replace(cell.options("cuda", folder), experts=experts))
+            options = cell.options("cuda", folder)
+            chosen = dataclasses.replace(options.experts, implementation=experts)
+            export_model(dataclasses.replace(options, experts=chosen))
 
         pte = artifact("here", cell) if experts == "ours" else cell.file(made_once(f"experts-{experts}", make))
         program = load(pte, runtime=HOST)
@@ -61,12 +63,17 @@ def test_upstreams_experts_give_the_same_model_within_rounding(logits_of: Callab
 def test_an_artifact_without_weights_makes_them_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placeholders, "LEAST_BYTES", 1024)
     options = ExportOptions(
-        "synthetic:tiny", tmp_path / "x.pte", "cuda", max_context=64, output="logits", dense="int8", thin=True
+        "synthetic:tiny",
+        tmp_path / "x.pte",
+        dense=Dense("int8"),
+        target=Target("cuda"),
+        context=Context(64, "logits"),
+        placeholder_weights=True,
     )
     export_model(options)
-    assert options.out.with_suffix(".ptd").stat().st_size < 100_000
-    program = load(options.out, runtime=HOST, make_weights=synthetic_weights)
-    model = build_synthetic(options, "cuda", "bf16", program.device).to(program.device)
+    assert options.pte.with_suffix(".ptd").stat().st_size < 100_000
+    program = load(options.pte, runtime=HOST, make_weights=synthetic_weights)
+    model = build_synthetic(options, program.device).to(program.device)
     module, ids, positions = CausalLM(model, 64), torch.arange(20)[None].cuda(), torch.arange(20).cuda()
     assert distance(program.run("prefill", ids, positions)[0], module(ids, positions)) < 0.02
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from executorch_moe.export.cli.app import app
 from executorch_moe.export.models import synthetic
 from executorch_moe.export.models.causal_lm import CausalLM, check_cache
-from executorch_moe.export.options import ExportOptions
+from executorch_moe.export.options import ExportOptions, Target
 from executorch_moe.kernels import FusedExperts
 from executorch_moe.kernels.measure import timing as kernels_benchmark
 
@@ -59,7 +59,7 @@ def test_shapes_that_cannot_be(name: str, layers: int | None, message: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("name", "thin", "message"),
+    ("name", "placeholders", "message"),
     [
         ("synthetic:tiny,layers=999999", False, "layers=999999 of tiny is more than can be traced: use at most 1000"),
         ("synthetic:tiny,layers=999999", True, "layers=999999 of tiny is more than can be traced: use at most 1000"),
@@ -78,15 +78,17 @@ def test_shapes_that_cannot_be(name: str, layers: int | None, message: str) -> N
         ("synthetic:tiny,head_dim=100000000000", False, "head_dim=100000000000 of tiny makes a model of about"),
     ],
 )
-def test_models_that_fit_nowhere_are_refused_at_once(name: str, thin: bool, message: str, tmp_path: Path) -> None:
+def test_models_that_fit_nowhere_are_refused_at_once(
+    name: str, placeholders: bool, message: str, tmp_path: Path
+) -> None:
     start = time.perf_counter()
     with pytest.raises(ValueError, match=message):
-        synthetic.check_room(synthetic.parse(name), "w4a16", 32, tmp_path / "x.pte", thin=thin)
-    if not thin:
+        synthetic.check_room(synthetic.parse(name), "w4a16", 32, tmp_path / "x.pte", placeholder_weights=placeholders)
+    if not placeholders:
         with pytest.raises(ValueError, match=message):
-            ExportOptions(name, tmp_path / "x.pte", "cpu")
+            ExportOptions(name, tmp_path / "x.pte", target=Target("cpu"))
     with pytest.raises(ValueError, match=message):
-        synthetic.build(synthetic.parse(name), group_size=32, device="meta" if thin else "cpu")
+        synthetic.build(synthetic.parse(name), group_size=32, device="meta" if placeholders else "cpu")
     assert time.perf_counter() - start < 1
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from executorch_moe.export.models import synthetic
 from executorch_moe.export.models.causal_lm import CausalLM, export_methods
 from executorch_moe.export.models.linears import Int4Linear, Int8Embedding, Int8Linear, MergedLinear, OneTokenLinears
-from executorch_moe.export.options import ExportOptions
+from executorch_moe.export.options import Dense, Experts, ExportOptions, Target
 from executorch_moe.export.quantize import dense_torchao
 from executorch_moe.export.quantize.dense import CPU_GROUP_SIZE, quantize_dense_
 from executorch_moe.export.report.summary import ExportSummary
@@ -155,27 +154,31 @@ def test_one_row_linear_with_a_bias_keeps_its_dtype() -> None:
 @pytest.mark.parametrize(
     ("target", "choices", "formats", "shown"),
     [
-        ("cpu", {"dense": "int8"}, ["int8-per-32-inputs"] * 3, "linear layers and embeddings in int8-per-32-inputs"),
-        ("sm_90", {"dense": "int8"}, ["int8-per-output"] * 2 + ["none"], "kB, linear layers in int8-per-output"),
+        ("cpu", {"linears": "int8"}, ["int8-per-32-inputs"] * 3, "linear layers and embeddings in int8-per-32-inputs"),
+        ("sm_90", {"linears": "int8"}, ["int8-per-output"] * 2 + ["none"], "kB, linear layers in int8-per-output"),
         (
             "sm_90",
-            {"dense": "int8", "lm_head": "int4", "embedding": "int8", "group_size": 64},
+            {"linears": "int8", "lm_head": "int4", "embedding": "int8", "group_size": 64},
             ["int8-per-output", "int4-per-64-inputs", "int8-per-token"],
             "linear layers in int8-per-output, lm_head in int4-per-64-inputs, embedding in int8-per-token",
         ),
-        ("cpu", {"dense": "int4", "group_size": 64}, ["int4-per-32-inputs"] * 3, "embeddings in int4-per-32-inputs"),
+        ("cpu", {"linears": "int4", "group_size": 64}, ["int4-per-32-inputs"] * 3, "embeddings in int4-per-32-inputs"),
         ("cpu", {}, ["none"] * 3, "kB"),
     ],
 )
 def test_formats_have_names_of_their_own(
     target: str, choices: dict[str, Any], formats: list[str], shown: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Summary and record tell the "int8" of the CPU from that of a GPU."""
-    monkeypatch.setattr(ExportOptions, "__post_init__", lambda self: None)  # so that no compiler is needed
-    options = ExportOptions("tiny", Path("model.pte"), target, **choices)
+    """ "int8" is one format on the CPU and another on a GPU: summary and record say which it was."""
+    # No compiler is needed here.
+    monkeypatch.setattr("executorch_moe.backends.cuda.cross.target.check_target", lambda target: None)
+    group_size = choices.pop("group_size", 32)
+    options = ExportOptions(
+        "tiny", experts=Experts(group_size=group_size), dense=Dense(**choices), target=Target(target)
+    )
     layer = SimpleNamespace(num_experts=8, top_k=2, hidden_size=128, intermediate_size=64)
     report: Any = SimpleNamespace(layers=[layer], bytes_after=1000)
-    summary = ExportSummary(options, target, report, 128, 2000)
+    summary = ExportSummary(options, report, 128, 2000)
     assert list(json.loads(summary.record())["dense_formats"].values()) == formats
     console = Console(width=200, file=io.StringIO())
     console.print(summary.table())

@@ -15,7 +15,7 @@ from executorch_moe.backends.runtime.loader import load
 from executorch_moe.export.checkpoint.whole import load_model
 from executorch_moe.export.models.causal_lm import CausalLM
 from executorch_moe.export.models.pretrained import resolve
-from executorch_moe.export.options import ExportOptions
+from executorch_moe.export.options import Context, Dense, ExportOptions, Target
 from executorch_moe.export.pipeline import export_model
 from executorch_moe.export.quantize.dense_torchao import quantize_dense_, stored_bytes
 from executorch_moe.export.quantize.experts import quantize_experts_
@@ -90,8 +90,10 @@ def test_experts_are_fused_beside_quantized_layers_while_lowering(
 @pytest.mark.slow
 def test_the_exported_model_equals_eager(tmp_path: Path, executorch_runtime: None) -> None:
     pte = tmp_path / "tiny.pte"
-    summary = export_model(ExportOptions("tiny", pte, "cpu", max_context=32, dense="int4", output="logits"))
-    # Tied embeddings are stored once.
+    summary = export_model(
+        ExportOptions("tiny", pte, dense=Dense("int4"), target=Target("cpu"), context=Context(32, "logits"))
+    )
+    # Tied embeddings are written once.
     assert pte.with_suffix(".ptd").stat().st_size < summary.dense_bytes + summary.report.bytes_after + 50_000
 
     eager = CausalLM(quantize_dense_(quantize_experts_(load_model(resolve("tiny"), torch.float32)), "int4"), 32)

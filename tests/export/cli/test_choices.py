@@ -1,9 +1,11 @@
-"""Choices of an export against each other, and the experts of upstream."""
+"""Choices of an export that exclude each other, and what the choices change in a model."""
 
 from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,7 @@ from torch import nn
 
 from executorch_moe.backends.fusion.report import FusionReport
 from executorch_moe.export.build import attention_of, forced_schedule, load_whole, use_upstream_
+from executorch_moe.export.check import check_export
 from executorch_moe.export.checkpoint.whole import load_model
 from executorch_moe.export.generate.generator import synthetic_weights
 from executorch_moe.export.models import synthetic
@@ -23,7 +26,7 @@ from executorch_moe.export.models.linears import Int8Linear
 from executorch_moe.export.models.pretrained import resolve
 from executorch_moe.export.models.router import TopKFirstRouter, replace_routers_
 from executorch_moe.export.models.upstream_experts import UpstreamMoE, pack
-from executorch_moe.export.options import EXPERTS, ExportOptions
+from executorch_moe.export.options import IMPLEMENTATIONS, Context, Dense, Experts, ExportOptions, Target
 from executorch_moe.export.quantize.dense import quantize_dense_
 from executorch_moe.export.quantize.experts import quantize_experts_
 from executorch_moe.export.report.metadata import MADE_FROM, made_from
@@ -34,27 +37,38 @@ from executorch_moe.kernels.op import _OPTIONS
 from executorch_moe.kernels.packing.experts import unpack_experts
 
 
+def on_cpu(model: str = "tiny", **choices: Any) -> ExportOptions:
+    return ExportOptions(model, target=Target("cpu"), **choices)
+
+
 @pytest.mark.parametrize(
-    ("choices", "message"),
+    ("make", "message"),
     [
-        ({"output": "text"}, "output='text' is unknown: use one of token, greedy, logits"),
-        ({"experts": "theirs"}, "experts='theirs' is unknown: use one of ours, ours-tile, upstream"),
-        ({"dense": "int2"}, "dense='int2' is unknown: use one of none, int8, int4"),
-        ({"lm_head": "fp8"}, "lm_head='fp8' is unknown: use one of none, int8, int4"),
-        ({"embedding": "int4"}, "embedding='int4' is unknown: use one of none, int8"),
-        ({"lm_head": "int8"}, "lm_head='int8' is for CUDA targets"),
-        ({"embedding": "int8"}, "embedding='int8' is for CUDA targets"),
-        ({"check": True, "model": "synthetic:tiny"}, "check=True is for models in folders"),
-        ({"experts": "upstream"}, "experts='upstream' is for CUDA targets"),
-        ({"experts": "ours-tile"}, "experts='ours-tile' is for CUDA targets"),
-        ({"layers": 4}, "layers=4 is for synthetic models, 'tiny' has its own"),
-        ({"model": "synthetic:huge"}, "model='synthetic:huge' is unknown"),
-        ({"target": "sm_90", "experts": "upstream", "scheme": "bf16"}, "has no scheme='bf16': use one of w4a16, w4a8"),
+        (lambda: Context(output="text"), "output='text' is unknown: use one of token, greedy, logits"),
+        (lambda: Experts(implementation="theirs"), "experts='theirs' is unknown: use one of ours, ours-tile, upstream"),
+        (lambda: Dense("int2"), "dense='int2' is unknown: use one of none, int8, int4"),
+        (lambda: Dense(lm_head="fp8"), "lm_head='fp8' is unknown: use one of none, int8, int4"),
+        (lambda: Dense(embedding="int4"), "embedding='int4' is unknown: use one of none, int8"),
+        (lambda: on_cpu(dense=Dense(lm_head="int8")), "lm_head='int8' is for CUDA targets"),
+        (lambda: on_cpu(dense=Dense(embedding="int8")), "embedding='int8' is for CUDA targets"),
+        (lambda: check_export(on_cpu("synthetic:tiny")), "--check is for models in folders"),
+        (lambda: on_cpu(experts=Experts(implementation="upstream")), "experts='upstream' is for CUDA targets"),
+        (lambda: on_cpu(experts=Experts(implementation="ours-tile")), "experts='ours-tile' is for CUDA targets"),
+        (lambda: on_cpu(layers=4), "layers=4 is for synthetic models, 'tiny' has its own"),
+        (lambda: on_cpu("synthetic:huge"), "model='synthetic:huge' is unknown"),
+        (
+            lambda: Experts("bf16", implementation="upstream"),
+            "does not support scheme='bf16': use one of w4a16, w4a8",
+        ),
+        (lambda: Experts(algorithm="hqq", implementation="upstream"), "does not support algorithm='hqq': use minmax"),
+        (lambda: Target("cpu", kernel_configs=Path("c.json")), "kernel_configs='c.json' is for a GPU by name"),
+        (lambda: Target("cpu", "fp8"), "dtype='fp8' is unknown: use one of bf16, fp32, auto"),
+        (lambda: on_cpu().pte, "out is missing: name the .pte to write"),
     ],
 )
-def test_choices_that_do_not_go_together(tmp_path: Path, choices: dict[str, Any], message: str) -> None:
+def test_choices_that_exclude_each_other(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ExportOptions(**{"model": "tiny", "out": tmp_path / "x.pte", "target": "cpu", **choices})
+        make()
 
 
 def test_upstreams_packing_holds_the_same_numbers_as_ours() -> None:
@@ -81,9 +95,9 @@ def test_upstreams_experts_take_the_place_of_the_models() -> None:
 
 
 def test_only_the_schedule_is_forced_and_only_within() -> None:
-    for experts in EXPERTS:
-        with forced_schedule(experts):
-            assert _OPTIONS.get().persistent == (experts != "ours-tile")
+    for implementation in IMPLEMENTATIONS:
+        with forced_schedule(Experts(implementation=implementation)):
+            assert _OPTIONS.get().persistent == (implementation != "ours-tile")
         assert _OPTIONS.get().persistent
 
 
@@ -106,8 +120,8 @@ def test_a_forced_schedule_reaches_the_operator(monkeypatch: pytest.MonkeyPatch)
                    packed.tensors().values()]  # fmt: skip
         x = torch.empty(4, 128, dtype=torch.bfloat16, device="cuda")
         ids, weights = torch.zeros(4, 1, dtype=torch.int64, device="cuda"), torch.ones(4, 1, device="cuda")
-        for experts in ("ours", "ours-tile"):
-            with forced_schedule(experts):
+        for implementation in ("ours", "ours-tile"):
+            with forced_schedule(Experts(implementation=implementation)):
                 op.fused_experts._init_fn(x, ids, weights, *tensors, "w4a16", "silu", 32)  # type: ignore[attr-defined]
     assert seen == [True, False]
 
@@ -117,9 +131,8 @@ def test_grouped_attention_equals_transformers_own() -> None:
     model = quantize_experts_(load_model(resolve("tiny"), torch.float32), "w4a16", 32)
     with torch.no_grad():
         expected = CausalLM(model, 32)(ids, tokens)
-        options = ExportOptions("tiny", Path("unused.pte"), "cpu")
-        assert attention_of("cpu", options.dtype) == "sdpa" and attention_of("sm_90", "fp32") == "eager"
-        model.set_attn_implementation(attention_of("sm_90", "bf16"))  # type: ignore[operator]
+        assert attention_of(Target("cpu").resolved()) == "sdpa" and attention_of(Target("cuda", "fp32")) == "eager"
+        model.set_attn_implementation(attention_of(Target("cuda", "bf16")))  # type: ignore[operator]
         module = CausalLM(model, 32)
         torch.testing.assert_close(module(ids, tokens), expected)
         program = torch.export.export(module, (ids, tokens), strict=False)
@@ -176,10 +189,10 @@ def test_grouped_attention_masks() -> None:
 
 
 def test_weights_that_are_made_again_are_those_of_the_export(tmp_path: Path) -> None:
-    choices: dict[str, Any] = {"dense": "int4", "embedding": "int8", "seed": 3, "layers": 1}
-    options = ExportOptions("synthetic:tiny", tmp_path / "x.pte", "sm_90", dtype="bf16", **choices)
+    dense, target = Dense("int4", embedding="int8"), Target("sm_90", "bf16")
+    options = ExportOptions("synthetic:tiny", tmp_path / "x.pte", dense=dense, target=target, seed=3, layers=1)
     exported = load_whole(options, tmp_path).state_dict()
-    # As where it is loaded: all that is known are the program's constants.
+    # The loader knows the program's constants only.
     constants: Any = SimpleNamespace(constant_names=[MADE_FROM], constant={MADE_FROM: made_from(options)}.get)
     make = synthetic_weights(constants, torch.device("cpu"))
     assert make is not None
@@ -190,22 +203,27 @@ def test_weights_that_are_made_again_are_those_of_the_export(tmp_path: Path) -> 
     cache = make("kv_cache.key_0", 64)
     assert cache is not None and cache.tolist() == [0] * 64
     assert make("_lifted_tensor_constant3", 8) is None and make("model.model.rotary_emb.inv_freq", 64) is None
-    # Exported thin, the same tensors are there with nothing in them; the rotary table is what it should be.
-    thin_options = ExportOptions("synthetic:tiny", tmp_path / "x.pte", "sm_90", thin=True, **choices)
-    thin = load_whole(thin_options, tmp_path)
-    assert {n: (t.shape, t.dtype) for n, t in thin.state_dict().items()} == {
+    # With placeholder weights, the same tensors have no values; the rotary table has its own.
+    empty = load_whole(replace(options, placeholder_weights=True), tmp_path)
+    assert {n: (t.shape, t.dtype) for n, t in empty.state_dict().items()} == {
         n: (t.shape, t.dtype) for n, t in exported.items()
     }
-    table = dict(thin.named_buffers())["model.rotary_emb.inv_freq"]
+    table = dict(empty.named_buffers())["model.rotary_emb.inv_freq"]
     assert torch.equal(table, dict(load_whole(options, tmp_path).named_buffers())["model.rotary_emb.inv_freq"])
 
 
 @pytest.mark.parametrize("experts", ["ours", "upstream"])
 def test_weights_are_made_from_what_an_artifact_says(tmp_path: Path, experts: str) -> None:
     options = ExportOptions(
-        "synthetic:tiny", tmp_path / "x.pte", "sm_90", max_context=16, dense="int8", embedding="int8", experts=experts,
-        thin=True, layers=1,
-    )  # fmt: skip
+        "synthetic:tiny",
+        tmp_path / "x.pte",
+        experts=Experts(implementation=experts),
+        dense=Dense("int8", embedding="int8"),
+        target=Target("sm_90"),
+        context=Context(16),
+        layers=1,
+        placeholder_weights=True,
+    )
     program: Any = SimpleNamespace(constant_names=[MADE_FROM], constant=lambda name: made_from(options))
     make = synthetic_weights(program, torch.device("cpu"))
     assert make is not None
@@ -219,10 +237,10 @@ def test_weights_are_made_from_what_an_artifact_says(tmp_path: Path, experts: st
 def test_only_synthetic_models_can_do_without_weights(tmp_path: Path) -> None:
     for model, target in (("tiny", "sm_90"), ("synthetic:tiny", "cpu")):
         with pytest.raises(ValueError, match=f"not for '{model}' on {target}"):
-            ExportOptions(model, tmp_path / "x.pte", target, thin=True)
+            ExportOptions(model, tmp_path / "x.pte", target=Target(target), placeholder_weights=True)
 
 
 def test_the_record_of_an_export_has_the_peak_of_its_costliest_step(tmp_path: Path) -> None:
-    options = ExportOptions("synthetic:tiny", tmp_path / "x.pte", "cpu")
-    summary = ExportSummary(options, "cpu", FusionReport(), 16, 0, peaks={"load": 3, "lower": 7, "write": 5})
+    options = ExportOptions("synthetic:tiny", tmp_path / "x.pte", target=Target("cpu"))
+    summary = ExportSummary(options, FusionReport(), 16, 0, peaks={"load": 3, "lower": 7, "write": 5})
     assert json.loads(summary.record())["peak_bytes"]["host"] == 7

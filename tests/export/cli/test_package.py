@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 # A layer may import itself and those to its right.
 LAYERS = ("examples", "export", "backends", "kernels")
 

@@ -1,4 +1,4 @@
-"""`export --check`: what it says of a good model, and that each of its checks can fail."""
+"""`export --check`: its findings for a good model, and that each check can fail."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from typer.testing import CliRunner
 
 from executorch_moe.backends.fusion.recognize import ExpertLayout
 from executorch_moe.export import build
-from executorch_moe.export import check as preflight
+from executorch_moe.export import check as checking
 from executorch_moe.export.cli.app import app
 from executorch_moe.export.models import keywords
 from executorch_moe.export.models.pretrained import resolve
-from executorch_moe.export.options import ExportOptions
+from executorch_moe.export.options import Context, Dense, Experts, ExportOptions, Target
 from executorch_moe.export.pipeline import export_model
 
-from .families import COMMON, by_name
+from ..families import COMMON, by_name
 
 pytest.importorskip("transformers")
 
@@ -71,13 +71,13 @@ def _kind(value: Any) -> str:
 @pytest.mark.parametrize(
     ("choices", "one_token"),
     [
-        ({"target": "sm_90"}, True),
-        ({"target": "sm_90", "dense": "int8", "embedding": "int8", "output": "greedy"}, True),
-        ({"target": "sm_90", "dense": "int4", "lm_head": "int8", "output": "logits", "dtype": "fp32"}, False),
-        ({"target": "sm_90", "experts": "upstream"}, True),
-        ({"target": "cpu", "dense": "int8"}, False),
+        ({"target": Target("sm_90")}, True),
+        ({"target": Target("sm_90"), "dense": Dense("int8", None, "int8"), "context": Context(64, "greedy")}, True),
+        ({"target": Target("sm_90", "fp32"), "dense": Dense("int4", "int8"), "context": Context(64, "logits")}, False),
+        ({"target": Target("sm_90"), "experts": Experts(implementation="upstream")}, True),
+        ({"target": Target("cpu"), "dense": Dense("int8")}, False),
     ],
-    ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else "",
+    ids=["sm_90", "int8-greedy", "int4-int8-fp32-logits", "upstream", "cpu-int8"],
 )
 def test_what_is_traced_is_what_an_export_traces(
     choices: dict[str, Any], one_token: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -96,12 +96,12 @@ def test_what_is_traced_is_what_an_export_traces(
         return module, programs
 
     monkeypatch.setattr("executorch_moe.backends.lower.lower", lower)
-    monkeypatch.setattr(preflight, "trace_methods", traced)
-    monkeypatch.setattr(preflight, "check_numerics", lambda *_: None)
-    options = ExportOptions("tiny", tmp_path / "x.pte", max_context=64, **choices)
+    monkeypatch.setattr(checking, "trace_methods", traced)
+    monkeypatch.setattr(checking, "check_numerics", lambda *_: None)
+    options = ExportOptions("tiny", tmp_path / "x.pte", **({"context": Context(64)} | choices))
     with pytest.raises(Traced):
         export_model(options)
-    result = preflight.preflight(replace(options, check=True))
+    result = checking.check_export(replace(options, out=None))
     assert result.passed, result.findings
     assert exported == checked
     assert one_token == any("one_token_attention" in target for _, target, _ in checked[0]["decode"])
@@ -110,7 +110,7 @@ def test_what_is_traced_is_what_an_export_traces(
 def test_a_layer_of_ours_that_refuses_an_argument(monkeypatch: pytest.MonkeyPatch) -> None:
     """As another version of transformers would call it."""
     monkeypatch.delitem(keywords.HARMLESS, "position_ids")  # type: ignore[arg-type]
-    monkeypatch.setattr(preflight, "check_numerics", lambda *_: None)
+    monkeypatch.setattr(checking, "check_numerics", lambda *_: None)
     result = check("--target", "sm_90", "--max-context", "64")
     assert result.exit_code == 2
     assert findings(result.stderr) == {"checkpoint": "ok", "experts": "ok", "trace": "fail"}
@@ -122,7 +122,7 @@ def test_a_layer_of_ours_that_refuses_an_argument(monkeypatch: pytest.MonkeyPatc
 def test_operators_and_numerics_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 
-    real, unpack = Qwen3MoeRMSNorm.forward, preflight.unpack_experts
+    real, unpack = Qwen3MoeRMSNorm.forward, checking.unpack_experts
 
     def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
         normed: Tensor = real(self, hidden_states)
@@ -130,7 +130,7 @@ def test_operators_and_numerics_that_fail(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(Qwen3MoeRMSNorm, "forward", forward)
     # A reference that is not what was packed.
-    monkeypatch.setattr(preflight, "unpack_experts", lambda packed: (unpack(packed)[0] * 1.5, unpack(packed)[1]))
+    monkeypatch.setattr(checking, "unpack_experts", lambda packed: (unpack(packed)[0] * 1.5, unpack(packed)[1]))
     result = check("--max-context", "64", "--verbose")
     assert result.exit_code == 2
     assert findings(result.stderr) == {
@@ -145,21 +145,21 @@ def test_operators_and_numerics_that_fail(monkeypatch: pytest.MonkeyPatch) -> No
 @torch.no_grad()
 def test_an_expert_of_an_early_token_counts() -> None:
     """The logits after each token are compared: one that only the first tokens choose shows in no others."""
-    options = ExportOptions("tiny", Path("unused.pte"), "cpu", check=True)
-    fused, reference, layers = preflight.probe_models(options, resolve("tiny"))
+    options = ExportOptions("tiny", target=Target("cpu"))
+    fused, reference, layers = checking.probe_models(options, resolve("tiny"))
     per_token: list[list[int]] = []
     experts: Any = reference.get_submodule("model.layers.0.mlp.experts")
     hook = experts.register_forward_pre_hook(lambda _, args: per_token.extend(args[1].tolist()))
-    with preflight.chosen_experts(reference) as chosen:
-        assert preflight.logits_error(fused, reference) < preflight.BOUNDS["w4a16"]
+    with checking.chosen_experts(reference) as chosen:
+        assert checking.logits_error(fused, reference) < checking.BOUNDS["w4a16"]
     hook.remove()
-    assert layers == 1 and len(per_token) == preflight.PROBE_TOKENS
+    assert layers == 1 and len(per_token) == checking.PROBE_TOKENS
     assert chosen == {"model.layers.0.mlp.experts": ({e for ids in per_token for e in ids}, 8)}
     # An expert whose weights say nothing of the last two tokens. In the reference, it alone is spoiled.
     counts = {e: sum(e in ids for ids in per_token) for e in range(8)}
     unseen = [e for e in range(8) if counts[e] and not any(e in ids for ids in per_token[-2:])]
     experts.down_proj[max(unseen, key=counts.__getitem__)] *= 3
-    assert preflight.logits_error(fused, reference) > preflight.BOUNDS["w4a16"]
+    assert checking.logits_error(fused, reference) > checking.BOUNDS["w4a16"]
 
 
 @torch.no_grad()
@@ -168,9 +168,9 @@ def test_the_numerics_of_other_families(name: str, tmp_path: Path) -> None:
     family = by_name(name)
     model: Any = replace(family, options=family.options | {"num_hidden_layers": 2}).model()
     model.save_pretrained(tmp_path)
-    options = ExportOptions(str(tmp_path), Path("unused.pte"), "cpu", check=True)
-    result = preflight.Preflight(options)
-    preflight.check_numerics(result, options, tmp_path)
+    options = ExportOptions(str(tmp_path), target=Target("cpu"))
+    result = checking.CheckResult(options)
+    checking.check_numerics(result, options, tmp_path)
     (finding,) = result.findings
     assert finding.passed and re.search(r"which chose [34] of 4 experts", finding.found)
 
@@ -178,7 +178,7 @@ def test_the_numerics_of_other_families(name: str, tmp_path: Path) -> None:
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
     result = check("--group-size", "256")
     assert result.exit_code == 2
-    assert "must be a multiple of group_size=256" in result.stderr.strip().splitlines()[-1]
+    assert "must be a multiple of --group-size 256" in result.stderr.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("spoil", [None, "no tokenizer"])
@@ -205,9 +205,9 @@ def odd(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("target", "dense", "message"),
     [
-        ("cpu", "int8", "o_proj has a weight [64, 48], and dense='int8' needs a multiple of 32 columns: use"),
-        ("cpu", "int4", "o_proj has a weight [64, 48], and dense='int4' needs a multiple of 32 columns: use"),
-        ("cuda", "int4", "o_proj has 48 inputs, which group_size=32 does not divide: choose another"),
+        ("cpu", "int8", "o_proj has a weight [64, 48], and --dense 'int8' needs a multiple of 32 columns: use"),
+        ("cpu", "int4", "o_proj has a weight [64, 48], and --dense 'int4' needs a multiple of 32 columns: use"),
+        ("cuda", "int4", "o_proj has 48 inputs, which --group-size 32 does not divide: choose another"),
     ],
 )
 def test_widths_that_dense_does_not_fit(

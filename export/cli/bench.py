@@ -1,0 +1,178 @@
+"""`executorch-moe bench model` and `executorch-moe bench kernel`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import (
+    RESULT,
+    CudaGraphOption,
+    PlotOption,
+    PrefillChunkOption,
+    ResultOption,
+    RuntimeOption,
+    VerboseOption,
+    VerifyOption,
+    app,
+    check_format,
+    check_plot,
+    check_pte,
+    check_result,
+    command,
+    console,
+    group,
+    parse_lengths,
+    quiet_unless,
+    show_note,
+    show_result,
+    values,
+    warn_deprecated,
+)
+
+bench = group("Measure speed.")
+app.add_typer(bench, name="bench")
+
+WHAT = "What is measured"
+FORMATS = ("md", "json")
+DEFAULT_PROMPTS = "32,128"
+FormatOption = Annotated[
+    str, typer.Option("--format", help="md or json.", autocompletion=values(*FORMATS), rich_help_panel=RESULT)
+]
+
+
+@command(bench, "model")
+def bench_model(
+    artifact: Annotated[Path, typer.Argument(help="The .pte of an export.")],
+    prompt_tokens: Annotated[
+        str, typer.Option("--prompt-tokens", help="Prompt lengths, separated by commas.", rich_help_panel=WHAT)
+    ] = DEFAULT_PROMPTS,
+    new_tokens: Annotated[
+        int, typer.Option("--new-tokens", "-n", help="Tokens generated after each prompt.", rich_help_panel=WHAT)
+    ] = 64,
+    repeats: Annotated[int, typer.Option("--repeats", "-r", help="Runs of each length.", rich_help_panel=WHAT)] = 5,
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile", help="Also show where a decode token's time goes (needs a GPU).", rich_help_panel=WHAT
+        ),
+    ] = False,
+    runtime: RuntimeOption = "auto",
+    cuda_graph: CudaGraphOption = False,
+    prefill_chunk: PrefillChunkOption = None,
+    verify: VerifyOption = True,
+    output_format: FormatOption = "md",
+    out: ResultOption = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="With --profile: also write this picture (.png, .svg).", rich_help_panel=RESULT),
+    ] = None,
+    verbose: VerboseOption = False,
+    old_prompt_tokens: Annotated[str | None, typer.Option("-p", hidden=True)] = None,
+    old_format: Annotated[str | None, typer.Option("--output", hidden=True)] = None,
+) -> None:
+    """Prefill and decode speed of an exported model, mean and spread over repeats, as llama-bench shows them."""
+    quiet_unless(verbose)
+    from executorch_moe.export.bench.breakdown import check_profile
+    from executorch_moe.export.bench.model import benchmark_model
+    from executorch_moe.export.generate.generator import TextGenerator, pte_path
+    from executorch_moe.export.progress import progress_bar
+    from executorch_moe.export.quiet import hold_native_notes
+
+    if old_prompt_tokens is not None:
+        warn_deprecated("-p", "--prompt-tokens")
+        prompt_tokens = old_prompt_tokens
+    if old_format is not None or str(out) in FORMATS:
+        warn_deprecated("--output" if old_format is not None else f"-o {out}", "--format")
+        output_format, out = (old_format, out) if old_format is not None else (str(out), None)
+    check_pte(artifact)
+    artifact = pte_path(artifact)
+    check_format(output_format, FORMATS)
+    if plot is not None and not profile:
+        raise ValueError(f"plot={str(plot)!r} is the picture of a profile: add --profile")
+    check_plot(plot)
+    check_result(out)
+    lengths = parse_lengths(prompt_tokens, "prompt_tokens")
+    with hold_native_notes() as terminal, progress_bar(terminal) as progress:
+        task = progress.add_task("measuring", total=len(lengths) * repeats)
+        generator = TextGenerator.load(
+            artifact, runtime, cuda_graph=cuda_graph, prefill_chunk=prefill_chunk, verify=verify
+        )
+        if profile:
+            check_profile(generator.program.device)
+        result = benchmark_model(
+            artifact, lengths, new_tokens, repeats, on_repeat=lambda _: progress.advance(task), generator=generator,
+            cuda_graph=cuda_graph,
+        )  # fmt: skip
+        if profile:
+            result.profile_decode(generator, lengths[-1], min(new_tokens, 64))
+    show_note(generator.program.note)
+    show_result(result.markdown() if output_format == "md" else result.json(), out)
+    if plot is not None and result.breakdown is not None:
+        result.breakdown.plot(plot, result.model_name())
+
+
+@command(bench, "kernel")
+def bench_kernel(
+    shape: Annotated[
+        str,
+        typer.Option(
+            help="A preset (qwen35, qwen3, mixtral, gpt-oss, olmoe, deepseek-v3) or ExTOP_KxHxIxGROUP.",
+            rich_help_panel=WHAT,
+        ),
+    ] = "qwen35",
+    tokens: Annotated[
+        str, typer.Option(help="Token counts, separated by commas.", rich_help_panel=WHAT)
+    ] = "1,8,64,512,1642,4096",
+    impl: Annotated[
+        str,
+        typer.Option(
+            help="ours, ours-heuristic, ours-grouped, ours-tile, ours-g8, ours-tile-g8 (GROUP_SIZE_M 1, 8, 16, 32), "
+            "upstream-dec, upstream-a16, upstream-a8, torch-grouped-mm; separated by commas.",
+            rich_help_panel=WHAT,
+        ),
+    ] = "ours,ours-tile",
+    scheme: Annotated[
+        str, typer.Option(help="w4a16, w4a8, bf16; separated by commas.", rich_help_panel=WHAT)
+    ] = "w4a16",
+    routing: Annotated[
+        str,
+        typer.Option(
+            help="uniform, zipf (1.2), or hot: all tokens to the same experts.",
+            autocompletion=values("uniform", "zipf", "hot"),
+            rich_help_panel=WHAT,
+        ),
+    ] = "uniform",
+    layers: Annotated[
+        int, typer.Option(help="Layers with different weights in one CUDA graph.", rich_help_panel=WHAT)
+    ] = 3,
+    replays: Annotated[int, typer.Option(help="Replays; the median is shown.", rich_help_panel=WHAT)] = 25,
+    output_format: FormatOption = "md",
+    out: ResultOption = None,
+    plot: PlotOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Time one expert layer: our kernels, ExecuTorch's, and torch's grouped GEMM, on the same tokens and routing."""
+    quiet_unless(verbose)
+    from executorch_moe.export.bench import kernel as kb
+    from executorch_moe.export.progress import progress_bar
+
+    check_format(output_format, kb.FORMATS)
+    check_plot(plot)
+    check_result(out)
+    counts = tuple(parse_lengths(tokens, "tokens"))
+    benchmark = kb.KernelBenchmark(
+        shape, counts, tuple(impl.split(",")), tuple(scheme.split(",")), routing, layers, replays
+    )
+    rows = []
+    with progress_bar(console) as progress:
+        task = progress.add_task("measuring", total=len(counts) * len(benchmark.pairs()))
+        for row in benchmark.run():
+            rows.append(row)
+            progress.update(task, advance=1, description=f"{row.implementation} {row.scheme} {row.tokens} tokens")
+    rows = kb.with_ratios(rows)
+    show_result(kb.markdown(benchmark, rows) if output_format == "md" else kb.as_json(benchmark, rows), out)
+    if plot is not None:
+        kb.plot(benchmark, rows, plot)
