@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from emulated_cuda import lower_emulated, stateful_programs
@@ -42,7 +43,11 @@ def linear(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+def emulated(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Artifact:
     """prefill, decode and peek with CudaBackend delegates that are compiled for the CPU."""
-    _, programs = stateful_programs()
-    return save(lower_emulated(programs, CONSTANTS), tmp_path_factory.mktemp("emulated") / "model")
+
+    def make(folder: Path) -> None:
+        save(lower_emulated(stateful_programs()[1], CONSTANTS), folder / "model")
+
+    folder = made_once("emulated", make)
+    return Artifact(folder / "model.pte", folder / "model.ptd")

@@ -49,6 +49,8 @@ INDUCTOR_CONFIG = {
     # Bytes that two kernels must share to be fused. Those that write a key and a value share the 8 of the position.
     "score_fusion_memory_threshold": 8,
     "fx_graph_cache": False,
+    # A precompiled header is found by the compiler's path, a temporary one here: 144 MB in the cache for each export.
+    "aot_inductor.precompile_headers": False,
     "autotune_local_cache": False,
 }
 _TARGET_CONFIG = ("cpp.cxx", "cuda.arch", "cuda.version")
