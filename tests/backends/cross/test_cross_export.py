@@ -58,7 +58,7 @@ def run_export(target: str, folder: Path, **environment: str) -> CrossExport:
     return CrossExport(target, folder)
 
 
-@pytest.fixture(scope="session", params=["sm_89", "sm_90"])
+@pytest.fixture(scope="session", params=["sm_80", "sm_90"])
 def crossed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CrossExport:
     """Made once in a run. With several pytest processes, each has its own base folder below a common one."""
     base = tmp_path_factory.getbasetemp()
@@ -163,14 +163,14 @@ def test_same_bytes_from_another_checkout_and_temporary_folder(crossed: CrossExp
 
 @needs_cross_export
 @pytest.mark.slow
-@pytest.mark.parametrize("crossed", ["sm_89"], indirect=True)
+@pytest.mark.parametrize("crossed", ["sm_80"], indirect=True)
 def test_several_targets_share_weights_and_have_the_code_of_each(crossed: CrossExport, tmp_path: Path) -> None:
-    both = run_export("sm_90,sm_89", tmp_path / "both", **other_place(tmp_path))
+    both = run_export("sm_90,sm_80", tmp_path / "both", **other_place(tmp_path))
     report = inspect_artifact(both.pte)
     check_cuda_artifact(report)
     archs = {name: method.delegates[0].archs for name, method in report.methods.items()}
     assert archs == {
-        **{f"{method}@sm_89": ("sm_89",) for method in ("prefill", "decode")},
+        **{f"{method}@sm_80": ("sm_80",) for method in ("prefill", "decode")},
         **{f"{method}@sm_90": ("sm_90a",) for method in ("prefill", "decode")},
     }
     # Weights exist once, under the same names. Only constants that lowering makes belong to one library.
@@ -179,10 +179,10 @@ def test_several_targets_share_weights_and_have_the_code_of_each(crossed: CrossE
     assert first.items() <= all_data.items()
     assert all("_so_blob:_lifted_tensor_constant" in key for key in all_data.keys() - first.keys())
     alone, together = PteFile(crossed.pte), PteFile(both.pte)
-    # Keys are digests: the artifact contains the libraries of one for sm_89 alone, byte for byte.
+    # Keys are digests: the artifact contains the libraries of one for sm_80 alone, byte for byte.
     assert {key for key in alone.named_data() if key.endswith("_so_blob")} < together.named_data().keys()
     for name in alone.method_names:
-        (delegate,), (other,) = alone.plan(name).delegates, together.plan(f"{name}@sm_89").delegates
+        (delegate,), (other,) = alone.plan(name).delegates, together.plan(f"{name}@sm_80").delegates
         assert alone.delegate_data(delegate) == together.delegate_data(other)
 
 
