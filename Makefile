@@ -21,8 +21,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := demo
-DEMO_MODEL ?= tiny
-PROMPT ?= The import statement
+DEMO_MODEL ?= demo
+PROMPT ?= Once upon a time there was a
 # what `make export-check` exports for
 GPU_TARGETS ?= sm_80,sm_90
 
@@ -48,7 +48,7 @@ help:  ## show this list
 
 demo: $(STAMP)  ## install into .venv, export the small trained model, generate text (on the GPU if there is one)
 	$(BIN)/executorch-moe export $(DEMO_MODEL) -o $(DEMO)/$(DEMO_MODEL).pte --target auto
-	$(BIN)/executorch-moe generate $(DEMO)/$(DEMO_MODEL).pte --prompt "$(PROMPT)" --max-new-tokens 200 --temperature 0.6
+	$(BIN)/executorch-moe generate $(DEMO)/$(DEMO_MODEL).pte --prompt "$(PROMPT)" --max-new-tokens 200 --temperature 0.7 --top-p 0.9
 
 # Three runs, because Triton decides at import whether kernels are compiled or interpreted, and because both ends of the
 # ranges of Triton and transformers are tested. The main run has the newest versions, those of constraints.txt (on Python

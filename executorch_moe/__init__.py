@@ -35,17 +35,21 @@ if TYPE_CHECKING:
     from executorch_moe.backends.fusion import FusionOptions
     from executorch_moe.backends.lower import lower
     from executorch_moe.backends.runtime import load
-    from executorch_moe.export.options import ExportOptions
+    from executorch_moe.export.options import Context, Dense, Experts, ExportOptions, Target
     from executorch_moe.export.pipeline import export_model
     from executorch_moe.export.quantize import quantize_experts_
     from executorch_moe.kernels import FusedExperts
 
 __all__ = [
+    "Context",
+    "Dense",
+    "Experts",
     "ExportOptions",
     "FusedExperts",
     "FusionOptions",
     "MoECpuPartitioner",
     "MoECudaPartitioner",
+    "Target",
     "__version__",
     "export_model",
     "load",
@@ -56,11 +60,15 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Context": "export.options",
+    "Dense": "export.options",
+    "Experts": "export.options",
     "ExportOptions": "export.options",
     "FusedExperts": "kernels",
     "FusionOptions": "backends.fusion",
     "MoECpuPartitioner": "backends.cpu",
     "MoECudaPartitioner": "backends.cuda",
+    "Target": "export.options",
     "export_model": "export.pipeline",
     "load": "backends.runtime",
     "lower": "backends.lower",
