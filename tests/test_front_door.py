@@ -25,7 +25,9 @@ def test_the_version_is_that_of_the_distribution() -> None:
 
 
 def test_an_unknown_name_lists_the_public_ones() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'quantise': public names are Context, Dense, Experts, ExportOptions"):
+    with pytest.raises(
+        AttributeError, match="no attribute 'quantise': public names are Context, Dense, Experts, ExportOptions"
+    ):
         executorch_moe.quantise  # noqa: B018
 
 

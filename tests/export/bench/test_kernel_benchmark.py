@@ -123,13 +123,13 @@ def test_table_json_and_plot(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tokens", "1,x"], "tokens='1,x' must be whole numbers"),
-        (["--tokens", "0"], "must be one or more positive numbers"),
+        (["--tokens", "1,x"], "--tokens '1,x' must be positive whole numbers"),
+        (["--tokens", "0"], "--tokens '0' must be positive whole numbers"),
         (["--impl", "cutlass"], "implementation='cutlass' is unknown: use one of ours"),
-        (["--scheme", "w8a8"], "scheme='w8a8' is unknown"),
-        (["--routing", "random"], "routing='random' is unknown"),
-        (["--format", "csv"], "format='csv' is unknown: use one of md, json"),
-        (["--shape", "llama"], "shape='llama' is unknown"),
+        (["--scheme", "w8a8"], "--scheme 'w8a8' is unknown"),
+        (["--routing", "random"], "--routing 'random' is unknown"),
+        (["--format", "csv"], "--format 'csv' is unknown: use one of md, json"),
+        (["--shape", "llama"], "--shape 'llama' is unknown"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], message: str) -> None:
@@ -191,7 +191,7 @@ def test_tune_says_what_is_missing() -> None:
     result = CliRunner().invoke(app, ["tune", "--shape", "qwen35"])
     assert result.exit_code == 2 and "finds no GPU: run this on a machine with one" in result.output
     result = CliRunner().invoke(app, ["tune", "--shape", "nothing"])
-    assert result.exit_code == 2 and "shape='nothing' is unknown" in result.output
+    assert result.exit_code == 2 and "--shape 'nothing' is unknown" in result.output
 
 
 @pytest.mark.gpu

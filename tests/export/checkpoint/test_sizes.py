@@ -29,7 +29,7 @@ ABSURD: tuple[tuple[dict[str, object], str], ...] = (
     ({"hidden_size": "64"}, "hidden_size='64' in .*config.json must be a whole number of at least 1: use the number"),
     ({"num_hidden_layers": -1}, "num_hidden_layers=-1 in .* must be a whole number of at least 1"),
     ({"num_experts": 4.0}, "num_experts=4.0 in .* must be a whole number"),
-    ({"vocab_size": float("nan")}, "vocab_size=nan in .* must be a whole number"),
+    ({"vocab_size": float("nan")}, "vocab_size=nan in .* must be a finite number"),
     ({"num_experts_per_tok": True}, "num_experts_per_tok=True in .* must be a whole number"),
     ({"max_position_embeddings": 0}, "max_position_embeddings=0 in .* must be a whole number"),
 )
