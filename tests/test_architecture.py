@@ -39,6 +39,7 @@ ROOMS: dict[str, set[str]] = {
     "export/generate": {"export/models", "export/report"},
     "export/bench": {"export/models", "export/report", "export/generate"},
     "export/cli": {"export/models", "export/report", "export/generate", "export/bench"},
+    "examples/demo": set(),
     "examples/tiny": set(),
 }
 """Room -> rooms of the same layer that it may import."""
