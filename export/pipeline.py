@@ -18,7 +18,7 @@ from executorch_moe.backends.cuda.generated_kernels import AccessReport
 from executorch_moe.backends.cuda.placeholders import without_weights
 from executorch_moe.backends.fusion import ExpertFuser, FusionReport
 from executorch_moe.export.checkpoint.work_folder import WorkFolder, work_folder_path
-from executorch_moe.export.models.pretrained import tokenizer_json
+from executorch_moe.export.models.pretrained import BUNDLED, tokenizer_json
 from executorch_moe.export.report.metadata import constant_methods, record_path, tokenizer_path
 from executorch_moe.export.report.summary import ExportSummary, bytes_beside_experts
 
@@ -114,7 +114,7 @@ def _pack_layers(
     Returns:
         The model with packed experts, the number of positions in its KV cache, and the work folder.
     """
-    with steps.step("check", f"checking {folder.name if options.model != 'tiny' else 'the tiny model'}"):
+    with steps.step("check", f"checking {options.model if options.model in BUNDLED else folder.name}"):
         streamed = stream(options, folder)
         max_context = options.positions(streamed.model.config)
     work = held.enter_context(_kept(options, streamed.manifest(), steps))

@@ -26,7 +26,7 @@ def export(
     model: Annotated[
         str,
         typer.Argument(
-            help="Folder of a Hugging Face model; 'tiny', a small model in this package; or random weights, as in "
+            help="Folder of a Hugging Face model; 'demo', a small model in this package; or random weights, as in "
             "synthetic:qwen3-30b-a3b."
         ),
     ],
