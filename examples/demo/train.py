@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .corpus import END, LICENCE, corpus_of, read_corpus, split, write_corpus
+from .corpus import END, LICENSE, corpus_of, read_corpus, split, write_corpus
 from .model import VOCABULARY_SIZE, encode, make_config, make_model, train_tokenizer
 from .samples import evaluate
 from .training import Options, train
@@ -175,7 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
         "evaluation": evaluate(model, tokenizer, report),
         "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else options.device,
         "torch": torch.__version__,
-        "licence": LICENCE,
+        "license": LICENSE,
     }
     save(given.out, model, tokenizer, facts)
     size = sum(file.stat().st_size for file in given.out.iterdir())

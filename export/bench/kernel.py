@@ -266,7 +266,7 @@ def plot(benchmark: KernelBenchmark, rows: Sequence[Row], path: Path) -> None:
         axes.plot([r.tokens for r in line], [r.microseconds for r in line], marker="o", label=f"{name} {scheme}")
     tokens = sorted({r.tokens for r in rows})
     floors = [min(r.microseconds / r.floor for r in rows if r.tokens == t) for t in tokens]
-    axes.plot(tokens, floors, color="grey", linestyle="--", label="floor")
+    axes.plot(tokens, floors, color="gray", linestyle="--", label="floor")
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="microseconds a layer")
     axes.set_title(f"{benchmark.shape}, {benchmark.routing} routing")
     axes.grid(True, which="both", alpha=0.3)
