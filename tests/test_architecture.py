@@ -43,6 +43,17 @@ ROOMS: dict[str, set[str]] = {
     "examples/tiny": set(),
 }
 """Room -> rooms of the same layer that it may import."""
+_PLAIN = {"backends/atomic_files", "backends/errors", "backends/versions"}
+BACKENDS: dict[str, set[str]] = {
+    **{module: set() for module in _PLAIN},
+    "backends/artifact": _PLAIN,
+    "backends/runtime": _PLAIN,
+    "backends/lower": _PLAIN | {name for name in ROOMS if name.startswith("backends/")} - {"backends/runtime"},
+}
+"""For backends also the modules beside the rooms, as importers and imported; rooms without a row import none of them.
+
+Running an artifact needs nothing that compiles, so neither `runtime` nor `artifact` may import `lower`.
+"""
 MAX_LINES = 400
 MAX_MODULES = 12
 
@@ -147,6 +158,23 @@ def test_rooms_import_only_the_rooms_that_are_listed() -> None:
         same_layer = layer(each.importer) == layer(each.imported)
         if here in ROOMS and there in ROOMS and here != there and same_layer and there not in ROOMS[here]:
             wrong.append(f"{each.line}: {here} may not import {there} ({each.imported})")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_modules_beside_the_rooms_of_backends() -> None:
+    def place(module: str) -> str:
+        path = modules()[module]
+        return room(module) if room(module) != "backends" or path.stem == "__init__" else f"backends/{path.stem}"
+
+    beside = {place(name) for name in modules() if room(name) == "backends"} - {"backends"}
+    assert beside == {*_PLAIN, "backends/lower"}, "add new modules to BACKENDS, remove old ones"
+    wrong = []
+    for each in imports():
+        here, there = place(each.importer), place(each.imported)
+        if not (here.startswith("backends/") and there.startswith("backends/")) or here == there:
+            continue
+        if (here in beside or there in beside) and there not in BACKENDS.get(here, set()):
+            wrong.append(f"{each.line}: {here} may not import {there}")
     assert not wrong, "\n".join(wrong)
 
 

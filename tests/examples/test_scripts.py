@@ -20,12 +20,6 @@ def run(script: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess
     )
 
 
-def test_readme_quotes_the_export_example() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    code = (ROOT / "examples" / "export_tiny.py").read_text().split('"""', 2)[2].strip()
-    assert code in [block.strip() for block in blocks]
-
-
 def test_readme_names_commands_that_exist() -> None:
     readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"make ([a-z][a-z-]*)", readme))
