@@ -44,8 +44,9 @@ def test_the_wheel_holds_the_layers_and_nothing_else(sources: Path, tmp_path: Pa
     for layer in LAYERS:
         modules = {str(path.relative_to(ROOT)) for path in (ROOT / layer).rglob("*.py")}
         assert {f"executorch_moe/{module}" for module in modules} <= set(names), layer
-    data = {path.name for path in (ROOT / "examples" / "tiny" / "checkpoint").iterdir()}
-    assert {f"executorch_moe/examples/tiny/checkpoint/{name}" for name in data} <= set(names)
+    for model in ("demo", "tiny"):
+        data = {path.name for path in (ROOT / "examples" / model / "checkpoint").iterdir()}
+        assert {f"executorch_moe/examples/{model}/checkpoint/{name}" for name in data} <= set(names)
     tables = {str(path.relative_to(ROOT)) for path in (ROOT / "kernels").rglob("*.json")}
     assert {f"executorch_moe/{table}" for table in tables} <= set(names)
 
