@@ -19,6 +19,7 @@ from executorch_moe.backends.cuda.patches.registry import LAUNCHES, LOCK, USES, 
 WAITING_KERNELS = (
     "moe_few_tokens_gemm",
     "moe_grouped_gemm",
+    "moe_matvec",
     "moe_quantize_rows",
     "moe_route_count",
     "moe_route_scatter",

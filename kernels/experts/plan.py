@@ -21,12 +21,14 @@ from executorch_moe.kernels.tuning.choose import (
     few_token_configs,
     grouped_variants,
     heuristic_few_tokens,
+    matvec_configs,
 )
 from executorch_moe.kernels.tuning.configs import INTERPRETER_GPU, GemmConfig
 
 from .elementwise import moe_quantize_rows, moe_sum_pairs
 from .few_tokens_gemm import moe_few_tokens_gemm
 from .grouped_gemm import moe_grouped_gemm
+from .matvec_plan import run_matvec
 from .problem import Options as Options
 from .problem import Problem as Problem
 from .problem import cdiv, needs_wide_offsets
@@ -368,11 +370,23 @@ def run_fused_experts(
     if isinstance(num_tokens, int) and num_tokens == 0:
         return torch.empty_like(hidden_states)
     p = Problem(arguments, gpu, 0 if interpreted else gpu.capability, options, submit)
-    path = options.path
-    if path is None:
-        few = (
-            isinstance(num_tokens, int)
-            and few_token_configs(p.gpu, p.scheme, p.layer, num_tokens, options.tables) is not None
-        )
-        path = "few_tokens" if few else "grouped"
-    return run_few_tokens(p) if path == "few_tokens" else run_grouped(p)
+    return RUN[options.path or choose_path(p)](p)
+
+
+def choose_path(p: Problem) -> str:
+    """The fastest path for the number of tokens; "grouped" if it is known at run time only."""
+    if isinstance(p.num_tokens, int):
+        of_layer = (p.gpu, p.scheme, p.layer, p.num_tokens, p.options.tables)
+        if matvec_configs(*of_layer) is not None and p.has_aligned_pairs:
+            return "matvec"
+        if few_token_configs(*of_layer) is not None:
+            return "few_tokens"
+    return "grouped"
+
+
+RUN: dict[str, Callable[[Problem], Tensor]] = {
+    "matvec": run_matvec,
+    "few_tokens": run_few_tokens,
+    "grouped": run_grouped,
+}
+"""The paths by name."""

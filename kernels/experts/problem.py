@@ -17,7 +17,7 @@ from executorch_moe.kernels.packing.fragments import fragment_order
 from executorch_moe.kernels.schemes import K_BLOCK, get_activation, get_scheme
 from executorch_moe.kernels.shapes import LayerShape
 from executorch_moe.kernels.tuning.choose import Variant
-from executorch_moe.kernels.tuning.configs import GemmConfig
+from executorch_moe.kernels.tuning.configs import GemmConfig, MatvecConfig
 
 OFFSETS_32_BITS = 2**32
 """Elements that a GEMM can address with unsigned 32-bit offsets. 64-bit offsets take twice the registers."""
@@ -28,9 +28,10 @@ class Options:
     """Choices that tests and benchmarks force; None leaves a choice to the operator.
 
     Attributes:
-        path: "grouped" or "few_tokens".
+        path: "grouped", "few_tokens" or "matvec".
         persistent: False runs the one-CTA-per-tile schedule.
         gemm1, gemm2: tile configurations. variants: of the grouped path; replace gemm1 and gemm2.
+        matvec: sizes of both GEMMs of the matrix-vector path.
         group_size_m: row blocks of a group in the tile order; replaces that of the configurations.
         tables: False ignores the tuning tables.
     """
@@ -40,6 +41,7 @@ class Options:
     gemm1: GemmConfig | None = None
     gemm2: GemmConfig | None = None
     variants: tuple[Variant, ...] | None = None
+    matvec: tuple[MatvecConfig, MatvecConfig] | None = None
     group_size_m: int | None = None
     tables: bool = True
 
@@ -71,6 +73,11 @@ class Problem:
         self.group_size = self.arguments.group_size if self.scheme.packed else 0
         self.layer = LayerShape(self.num_experts, self.top_k, self.h, self.i_pad, self.group_size).padded()
         self.h_pad = self.layer.hidden
+
+    @property
+    def has_aligned_pairs(self) -> bool:
+        """Whether two neighboring activations can be read as one 32-bit word."""
+        return self.h % 2 == 0 and self.hidden_states.storage_offset() % 2 == 0
 
     def empty(self, shape: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.hidden_states.device)

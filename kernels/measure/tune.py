@@ -2,14 +2,15 @@
 
 The GEMMs of a layer are timed separately for each candidate, by the method of timing.py. For few tokens, the fastest
 configuration of each GEMM is kept for each number of tokens. For the grouped path, it is kept for each tile height, and
-the height with the smallest sum of both GEMMs is taken.
+the height with the smallest sum of both GEMMs is taken. The matrix-vector path has few candidates, so whole layers are
+timed.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,12 +22,14 @@ from executorch_moe.kernels.gpus import Gpu, gpu_of
 from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.schemes import Scheme, get_scheme
 from executorch_moe.kernels.shapes import LayerShape
-from executorch_moe.kernels.tuning.configs import GemmConfig, fit
-from executorch_moe.kernels.tuning.tables import TunedLayer, TunedRow, layer_key
+from executorch_moe.kernels.tuning.configs import GemmConfig, MatvecConfig, fit
+from executorch_moe.kernels.tuning.tables import MatvecRow, TunedLayer, TunedRow, layer_key
 
 from .compile import CompileJob
 from .timing import LayerInputs, random_packed, time_graph, with_tokens
 
+LISTS = ("matvec", "few_tokens", "grouped")
+"""Lists of configurations in a table's entry."""
 FEW_TOKENS = (1, 2, 4, 8, 16)
 PAIRS_PER_EXPERT = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 HEIGHTS = {
@@ -74,6 +77,12 @@ def few_token_candidates(layer: LayerShape, gemm: int, tokens: int) -> Iterator[
             yield GemmConfig(
                 8 if tokens <= 8 else 16, block_n, 1, warps, stages, unroll, split_k=split_k, scale_after=True
             )
+
+
+def matvec_candidates(layer: LayerShape, gemm: int) -> list[MatvecConfig]:
+    """Configurations to time for the matrix-vector path."""
+    n, _ = layer.rows_and_k(gemm)
+    return [MatvecConfig(rows, reps) for rows, reps in ((16, 8), (32, 8), (32, 16)) if n % rows == 0]
 
 
 def grouped_candidates(scheme: Scheme, layer: LayerShape, gemm: int, height: int) -> Iterator[GemmConfig]:
@@ -155,7 +164,8 @@ class Tuner:
         for tokens in FEW_TOKENS:
             best = [min(times["few_tokens", tokens, gemm], key=_time_of)[1] for gemm in (1, 2)]
             few.append(TunedRow(tokens, best[0], best[1]))
-        return TunedLayer(tuple(self._few_that_win(few, grouped)), tuple(_merged(grouped)))
+        few = self._few_that_win(few, grouped)
+        return TunedLayer(tuple(self._matvec_that_win(few, grouped)), tuple(few), tuple(_merged(grouped)))
 
     def _tokens(self, ratio: int) -> int:
         return max(1, ratio * self.shape.experts // self.shape.top_k)
@@ -210,6 +220,32 @@ class Tuner:
             kept.append(row)
         return kept
 
+    def _matvec_that_win(self, few: list[TunedRow], grouped: list[TunedRow]) -> list[MatvecRow]:
+        """Rows of the matrix-vector path, below the first number of tokens at which another path is faster."""
+        kept: list[MatvecRow] = []
+        if not self.scheme.packed or self.scheme.act_group(2):
+            return kept
+        pairs = list(itertools.product(*(matvec_candidates(self.layer, gemm) for gemm in (1, 2))))
+        for tokens in FEW_TOKENS:
+            inputs = self._inputs(tokens)
+            times = {}
+            for pair in pairs:
+                options = Options(path="matvec", matvec=pair)
+                inputs[0].answer.check(inputs[0].run(options), str(pair))
+                times[pair] = self._time_layer(inputs, options)
+            best = min(pairs, key=lambda pair: times[pair])
+            row = next((row for row in few if tokens <= row.up_to), None)
+            if row is None:
+                ratio = tokens * self.shape.top_k / self.shape.experts
+                row = next((g for g in grouped if ratio <= g.up_to), grouped[-1])
+                other = Options(path="grouped", gemm1=row.gemm1, gemm2=row.gemm2)
+            else:
+                other = Options(path="few_tokens", gemm1=row.gemm1, gemm2=row.gemm2)
+            if times[best] > self._time_layer(inputs, other):
+                break
+            kept.append(MatvecRow(tokens, *best))
+        return kept
+
 
 def _run_all(launches: list[Launch]) -> None:
     for launch in launches:
@@ -241,10 +277,10 @@ def _merged(rows: list[TunedRow]) -> Iterator[TunedRow]:
 def entry(layer: LayerShape, scheme: Scheme, tuned: TunedLayer) -> dict[str, Any]:
     """The entry of a layer in a table's `layers`."""
 
-    def rows(found: tuple[TunedRow, ...]) -> list[dict[str, Any]]:
+    def rows(found: Sequence[MatvecRow | TunedRow]) -> list[dict[str, Any]]:
         return [{"up_to": row.up_to, "gemm1": asdict(row.gemm1), "gemm2": asdict(row.gemm2)} for row in found]
 
-    return {"layer": layer_key(scheme, layer), "few_tokens": rows(tuned.few_tokens), "grouped": rows(tuned.grouped)}
+    return {"layer": layer_key(scheme, layer), **{name: rows(getattr(tuned, name)) for name in LISTS}}
 
 
 def with_entry(text: str | None, made_by: dict[str, str], new: dict[str, Any]) -> str:
@@ -268,9 +304,9 @@ def with_entry(text: str | None, made_by: dict[str, str], new: dict[str, Any]) -
     for index, layer in enumerate(layers):
         lines.append(f'{{"layer": {json.dumps(layer["layer"])},')
         lines.append(f' "made_by": {json.dumps(layer["made_by"])},')
-        for name in ("few_tokens", "grouped"):
-            rows = ",\n  ".join(json.dumps(row) for row in layer[name])
-            lines.append(f' "{name}": [\n  {rows}]' + ("," if name == "few_tokens" else "}"))
+        for name in LISTS:
+            rows = ",\n  ".join(json.dumps(row) for row in layer.get(name, []))
+            lines.append(f' "{name}": [\n  {rows}]' + ("}" if name == LISTS[-1] else ","))
         if index < len(layers) - 1:
             lines[-1] += ","
     return "\n".join([*lines, "]}"]) + "\n"

@@ -8,7 +8,7 @@ from executorch_moe.kernels.gpus import Gpu
 from executorch_moe.kernels.schemes import K_BLOCK, Scheme
 from executorch_moe.kernels.shapes import LayerShape
 
-from .configs import GemmConfig, fit
+from .configs import GemmConfig, MatvecConfig, fit
 from .tables import TunedLayer, find_table
 
 MAX_PAIRS = 2**31 - 1
@@ -25,6 +25,24 @@ class Variant:
     pairs_to: int
     gemm1: GemmConfig
     gemm2: GemmConfig
+
+
+def matvec_configs(
+    gpu: Gpu, scheme: Scheme, layer: LayerShape, num_tokens: int, tables: bool = True
+) -> tuple[MatvecConfig, MatvecConfig] | None:
+    """Sizes of both GEMMs for the matrix-vector path, or None if another path is faster, or if the scheme has bf16 weights or
+    an int8 GEMM2.
+
+    Args:
+        layer: with padded sizes. num_tokens: T.
+        tables: False ignores the tables.
+    """
+    if not scheme.packed or scheme.act_group(2):
+        return None
+    table = find_table(gpu, scheme, layer) if tables else None
+    if table is not None:
+        return next(((row.gemm1, row.gemm2) for row in table.matvec if num_tokens <= row.up_to), None)
+    return heuristic_matvec() if num_tokens <= HEURISTIC_MATVEC_TOKENS else None
 
 
 def few_token_configs(
@@ -107,6 +125,15 @@ def _grouped_rows(
 
 HEURISTIC_HEIGHTS = ((20, 16), (96, 64), (1e6, 128))
 """(largest mean number of pairs of an expert, tile height)."""
+
+
+HEURISTIC_MATVEC_TOKENS = 1
+"""Largest T of the matrix-vector path for a layer without a table entry."""
+
+
+def heuristic_matvec() -> tuple[MatvecConfig, MatvecConfig]:
+    """Sizes of the matrix-vector path."""
+    return MatvecConfig(), MatvecConfig()
 
 
 def heuristic_gemm(gpu: Gpu, scheme: Scheme, layer: LayerShape, gemm: int, block_m: int) -> GemmConfig:

@@ -50,6 +50,31 @@ class GemmConfig:
             raise ValueError(f"group_size_m={self.group_size_m} must be one of {GROUP_SIZES_M}")
 
 
+@dataclass(frozen=True)
+class MatvecConfig:
+    """Sizes of a program of the matrix-vector path for one GEMM.
+
+    Attributes:
+        rows: weight rows (GEMM1: gate and up rows together), a power of two; of GEMM1 at least 16.
+        reps: rows of a thread, a power of two of at most half of `rows`.
+        chunk: largest number of K blocks that are loaded at once, for all experts of a program together, a power of two.
+
+    Raises:
+        ValueError: a value is not allowed.
+    """
+
+    rows: int = 16
+    reps: int = 8
+    chunk: int = 64
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1 or value & (value - 1):
+                raise ValueError(f"{name}={value} must be a power of two")
+        if self.reps * 2 > self.rows:
+            raise ValueError(f"reps={self.reps} must be at most half of rows={self.rows}")
+
+
 INTERPRETER_GPU = Gpu(90, 4, MAX_DYNAMIC_SHARED[90])
 """The GPU that Triton's interpreter is configured for: few multiprocessors, so that each program does many tiles."""
 

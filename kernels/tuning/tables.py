@@ -1,7 +1,7 @@
 """The checked-in configuration tables: one JSON file for each GPU, written by `executorch-moe tune`.
 
-A file has a list of layers. Each has its key (sizes and scheme), `made_by` (GPU, versions, command), and two lists of
-configurations: `few_tokens` by T, and `grouped` by the mean number of pairs of an expert, T * top_k / E.
+A file has a list of layers. Each has its key (sizes and scheme), `made_by` (GPU, versions, command), and three lists of
+configurations: `matvec` and `few_tokens` by T, and `grouped` by the mean number of pairs of an expert, T * top_k / E.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from executorch_moe.kernels.gpus import Gpu
 from executorch_moe.kernels.schemes import Scheme
 from executorch_moe.kernels.shapes import LayerShape
 
-from .configs import GemmConfig
+from .configs import GemmConfig, MatvecConfig
 
 FOLDER = Path(__file__).parent / "tuned"
 
@@ -31,9 +31,19 @@ class TunedRow:
 
 
 @dataclass(frozen=True)
-class TunedLayer:
-    """Configurations of one layer on one GPU, in ascending rows."""
+class MatvecRow:
+    """Configurations of the matrix-vector path for up to `up_to` tokens, included."""
 
+    up_to: float
+    gemm1: MatvecConfig
+    gemm2: MatvecConfig
+
+
+@dataclass(frozen=True)
+class TunedLayer:
+    """Configurations of one layer on one GPU, in ascending rows. Each path is for more tokens than the one before."""
+
+    matvec: tuple[MatvecRow, ...]
     few_tokens: tuple[TunedRow, ...]
     grouped: tuple[TunedRow, ...]
 
@@ -63,9 +73,13 @@ def _read(path: Path) -> dict[tuple[tuple[str, Any], ...], TunedLayer]:
         return {}
     layers = {}
     for entry in json.loads(path.read_text(encoding="utf-8"))["layers"]:
+        matvec = tuple(
+            MatvecRow(row["up_to"], MatvecConfig(**row["gemm1"]), MatvecConfig(**row["gemm2"]))
+            for row in entry.get("matvec", [])  # tables of before have none
+        )
         lists = (
             tuple(TunedRow(row["up_to"], GemmConfig(**row["gemm1"]), GemmConfig(**row["gemm2"])) for row in entry[name])
             for name in ("few_tokens", "grouped")
         )
-        layers[_frozen(entry["layer"])] = TunedLayer(*lists)
+        layers[_frozen(entry["layer"])] = TunedLayer(matvec, *lists)
     return layers

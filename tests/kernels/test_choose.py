@@ -20,8 +20,8 @@ from executorch_moe.kernels.schemes import SCHEMES, get_scheme
 from executorch_moe.kernels.shapes import SHAPES, LayerShape
 from executorch_moe.kernels.tuning import tables
 from executorch_moe.kernels.tuning.choose import MAX_PAIRS, MAX_VARIANTS, few_token_configs, grouped_variants
-from executorch_moe.kernels.tuning.configs import GemmConfig, fit
-from executorch_moe.kernels.tuning.tables import TunedLayer, TunedRow, find_table
+from executorch_moe.kernels.tuning.configs import GemmConfig, MatvecConfig, fit
+from executorch_moe.kernels.tuning.tables import MatvecRow, TunedLayer, TunedRow, find_table
 
 H200 = find_model("h200").gpu
 W4A16 = get_scheme("w4a16")
@@ -45,11 +45,14 @@ def test_checked_in_tables_are_whole(path: Path) -> None:
         layer = LayerShape(**stored["layer"])
         found = find_table(gpu, get_scheme(scheme), layer)
         assert found is not None and found.grouped
-        for rows in (found.few_tokens, found.grouped):
+        for row in found.matvec:
+            assert all(layer.rows_and_k(g)[0] % c.rows == 0 for g, c in ((1, row.gemm1), (2, row.gemm2)))
+        for rows in (found.matvec, found.few_tokens, found.grouped):
             assert [r.up_to for r in rows] == sorted({r.up_to for r in rows})
             for row in rows:
-                check_configs(gpu, scheme, layer, 1, row.gemm1)
-                check_configs(gpu, scheme, layer, 2, row.gemm2)
+                if isinstance(row, TunedRow):
+                    check_configs(gpu, scheme, layer, 1, row.gemm1)
+                    check_configs(gpu, scheme, layer, 2, row.gemm2)
         assert all(row.gemm1.block_m == row.gemm2.block_m for row in found.grouped)
 
 
@@ -126,6 +129,9 @@ class Dry(Tuner):
     def _few_that_win(self, few, grouped):  # type: ignore[no-untyped-def]
         return [row for row in few if row.up_to <= self.few_win_up_to]
 
+    def _matvec_that_win(self, few, grouped):  # type: ignore[no-untyped-def]
+        return []
+
 
 @pytest.mark.parametrize(("shape", "scheme"), [("qwen35", "w4a16"), ("mixtral", "w4a8"), ("olmoe", "bf16")])
 def test_tuning_keeps_the_fastest(shape: str, scheme: str) -> None:
@@ -149,7 +155,7 @@ def test_tuning_keeps_the_fastest(shape: str, scheme: str) -> None:
 def test_an_entry_replaces_its_own_and_keeps_the_others(tmp_path: Path) -> None:
     def tuned(height: int) -> TunedLayer:
         row = TunedRow(4, GemmConfig(height, 128), GemmConfig(height, 128))
-        return TunedLayer((), (row,))
+        return TunedLayer((MatvecRow(2, MatvecConfig(), MatvecConfig(32, 16)),), (), (row,))
 
     made = {"command": "executorch-moe tune"}
     text = with_entry(None, made, entry(QWEN35, W4A16, tuned(16)))
@@ -159,6 +165,7 @@ def test_an_entry_replaces_its_own_and_keeps_the_others(tmp_path: Path) -> None:
     path.write_text(text)
     read = tables._read(path)
     assert sorted(layer.grouped[0].gemm1.block_m for layer in read.values()) == [32, 64]
+    assert {layer.matvec for layer in read.values()} == {(MatvecRow(2, MatvecConfig(), MatvecConfig(32, 16)),)}
     with pytest.raises(ValueError, match="this is not a configuration table"):
         with_entry("[]", made, entry(QWEN35, W4A16, tuned(16)))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from executorch_moe.kernels.measure.timing import LayerInputs, make_layers
 from executorch_moe.kernels.reference import reference_experts
 from executorch_moe.kernels.schemes import Scheme
 from executorch_moe.kernels.shapes import SHAPES
-from executorch_moe.kernels.tuning.configs import GemmConfig
+from executorch_moe.kernels.tuning.configs import GemmConfig, MatvecConfig
 
 from .cases import BOUNDS, CASES, ZERO_CASE, Case, make, relative_error
 
@@ -30,7 +32,17 @@ def test_operator_against_the_oracle(case: Case, scheme: str, path: str | None) 
     assert relative_error(out, problem.expected) <= BOUNDS[scheme]
 
 
-@pytest.mark.parametrize("path", ["grouped", "few_tokens"])
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s != "bf16"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matvec_against_the_oracle(case: Case, scheme: str) -> None:
+    from executorch_moe.kernels.experts.plan import run_fused_experts
+
+    problem = make(case, scheme)
+    out = run_fused_experts(problem.args("cuda"), options=Options(path="matvec"))
+    assert relative_error(out, problem.expected) <= min(BOUNDS[scheme], 4.5e-3)
+
+
+@pytest.mark.parametrize("path", ["grouped", "few_tokens", "matvec"])
 def test_zero_points(path: str) -> None:
     from executorch_moe.kernels.experts.plan import run_fused_experts
 
@@ -80,9 +92,20 @@ def test_few_token_tiles_of_any_height(tokens: int, block_n: int, warps: int) ->
     assert layer_error(layer, out) <= BOUNDS["w4a16"]
 
 
-def test_few_tokens_repeat_bit_for_bit() -> None:
+@pytest.mark.parametrize("sizes", [(16, 8, 64), (16, 8, 8), (32, 8, 16), (32, 16, 64), (64, 8, 16)], ids=str)
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a8"])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_matvec_of_any_size(group_size: int, scheme: str, sizes: tuple[int, int, int]) -> None:
+    shape = replace(SHAPES["qwen3"], group_size=group_size)
+    layer = make_layers(shape, scheme, 2, 1)[0]
+    out = layer.run(Options(path="matvec", matvec=(MatvecConfig(*sizes), MatvecConfig(*sizes))))
+    assert layer_error(layer, out) <= BOUNDS["w4a16"]
+
+
+@pytest.mark.parametrize("path", ["few_tokens", "matvec"])
+def test_few_tokens_repeat_bit_for_bit(path: str) -> None:
     layer = make_layers(SHAPES["qwen35"], "w4a16", 4, 1)[0]
-    options = Options(path="few_tokens")
+    options = Options(path=path)
     assert torch.equal(layer.run(options), layer.run(options))
 
 

@@ -29,7 +29,7 @@ from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.reference import reference_experts
 from executorch_moe.kernels.schemes import Scheme
 from executorch_moe.kernels.tuning.choose import MAX_PAIRS, Variant
-from executorch_moe.kernels.tuning.configs import INTERPRETER_GPU, GemmConfig
+from executorch_moe.kernels.tuning.configs import INTERPRETER_GPU, GemmConfig, MatvecConfig
 
 from .cases import BOUNDS, CASES, ZERO_CASE, Case, make, relative_error
 
@@ -76,6 +76,43 @@ def test_few_tokens_path_against_the_oracle(case: Case, scheme: str) -> None:
     assert relative_error(out, problem.expected) <= min(BOUNDS[scheme], 4.5e-3)
 
 
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s != "bf16"])
+@pytest.mark.parametrize("case", [c for c in CASES if c.tokens <= 11], ids=str)
+def test_matvec_path_against_the_oracle(case: Case, scheme: str) -> None:
+    problem = make(case, scheme)
+    out = run_fused_experts(problem.args(), options=Options(path="matvec"))
+    assert relative_error(out, problem.expected) <= min(BOUNDS[scheme], 4.5e-3)
+
+
+@pytest.mark.parametrize("sizes", [MatvecConfig(16, 8, 2), MatvecConfig(32, 8, 4), MatvecConfig(64, 16)], ids=str)
+def test_matvec_in_chunks_of_k(sizes: MatvecConfig) -> None:
+    case = Case("chunks", tokens=2, experts=4, top_k=3, hidden=640, intermediate=384, group_size=128, bias=True)
+    problem = make(case, "w4a16")
+    out = run_fused_experts(problem.args(), options=Options(path="matvec", matvec=(sizes, sizes)))
+    assert relative_error(out, problem.expected) <= BOUNDS["w4a16"]
+
+
+def test_matvec_is_refused_where_it_cannot_run() -> None:
+    problem = make(Case("bf16", tokens=1), "bf16")
+    with pytest.raises(ValueError, match="scheme bf16 .* has no matrix-vector path: it is for packed 4-bit weights"):
+        run_fused_experts(problem.args(), options=Options(path="matvec"))
+    problem = make(Case("rows", tokens=1), "w4a16")
+    sizes = MatvecConfig(8, 4)
+    with pytest.raises(ValueError, match="rows=8 must divide N=256 of GEMM1, and be at least 16 in GEMM1: use 16"):
+        run_fused_experts(problem.args(), options=Options(path="matvec", matvec=(sizes, sizes)))
+
+
+def test_tokens_at_an_odd_element_take_another_path() -> None:
+    """Pairs of activations are read as words of 32 bits."""
+    problem = make(Case("odd", tokens=1), "w4a16")
+    storage = torch.zeros(129, dtype=torch.bfloat16)
+    storage[1:] = problem.hidden_states[0]
+    args = problem.args()._replace(hidden_states=storage[1:].reshape(1, 128))
+    assert relative_error(run_fused_experts(args), problem.expected) <= BOUNDS["w4a16"]
+    with pytest.raises(ValueError, match="tokens that start at an even element of their storage"):
+        run_fused_experts(args, options=Options(path="matvec"))
+
+
 @pytest.mark.parametrize(("split_k", "block_n", "bias"), [(1, 64, False), (3, 64, True), (1, 32, False)])
 @pytest.mark.parametrize("tokens", [2, 16, 18])
 def test_few_tokens_of_which_several_share_an_expert(tokens: int, split_k: int, block_n: int, bias: bool) -> None:
@@ -92,7 +129,7 @@ def test_a_token_that_names_an_expert_twice(experts: int) -> None:
     twice = torch.ones_like(problem.topk_ids)
     args = problem.args()._replace(topk_ids=twice)
     expected = reference_experts(args.hidden_states, twice, args.topk_weights, *unpack_experts(problem.packed))
-    for path in ("few_tokens", "grouped"):
+    for path in ("matvec", "few_tokens", "grouped"):
         out = run_fused_experts(args, options=Options(path=path))
         assert relative_error(out, expected) <= BOUNDS["w4a16"]
 
@@ -118,11 +155,25 @@ def test_every_way_of_scaling(
     assert relative_error(out, expected) <= BOUNDS["w4a16"]
 
 
-@pytest.mark.parametrize("path", ["grouped", "few_tokens"])
+@pytest.mark.parametrize("path", ["grouped", "few_tokens", "matvec"])
 def test_zero_points(path: str) -> None:
     problem = make(ZERO_CASE, "w4a16")
     options = Options(path=path, gemm1=SMALL, gemm2=SMALL)
     assert relative_error(run_fused_experts(problem.args(), options=options), problem.expected) <= BOUNDS["w4a16"]
+
+
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "group_size"),
+    [(256, 256, 32), (256, 256, 64), (256, 256, 128), (256, 256, 256), (160, 96, 32)],
+)
+@pytest.mark.parametrize(("scheme", "zero"), [("w4a16", False), ("w4a16", True), ("w4a8", False)])
+def test_every_way_of_scaling_of_matvec(
+    scheme: str, zero: bool, hidden: int, intermediate: int, group_size: int
+) -> None:
+    case = Case("ways", tokens=2, experts=3, hidden=hidden, intermediate=intermediate, group_size=group_size, zero=zero)
+    problem = make(case, scheme)
+    out = run_fused_experts(problem.args(), options=Options(path="matvec"))
+    assert relative_error(out, problem.expected) <= BOUNDS["w4a16"]
 
 
 @pytest.mark.parametrize("group_size_m", [1, 8, 16, 32])

@@ -80,7 +80,7 @@ def test_operators_run_on_a_device_that_is_not_current() -> None:
     assert torch.cuda.current_device() == 0
     case = make(Case("second GPU", tokens=5), "w4a16")
     arguments = case.args("cuda:1")
-    for path in ("grouped", "few_tokens"):
+    for path in ("grouped", "few_tokens", "matvec"):
         out = run_fused_experts(arguments, options=Options(path=path))
         assert out.device.index == 1 and relative_error(out, case.expected) < 4.5e-3
     assert relative_error(fused_experts(*arguments), case.expected) < 4.5e-3

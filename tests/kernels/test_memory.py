@@ -54,6 +54,17 @@ def test_experts(case: Case, scheme: str, path: str) -> None:
     same_bits_in_any_order(lambda: run_fused_experts(arguments, options=Options(path=path, gemm1=TILE, gemm2=TILE)))
 
 
+@pytest.mark.parametrize(
+    ("case", "scheme"),
+    [(case, "w4a16") for case in CASES if case.tokens <= 7]
+    + [(case, "w4a8") for case in CASES if case.why in OF_EACH_SCHEME],
+    ids=str,
+)
+def test_experts_as_matvec(case: Case, scheme: str) -> None:
+    arguments = make(case, scheme).args()
+    same_bits_in_any_order(lambda: run_fused_experts(arguments, options=Options(path="matvec")))
+
+
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("split_k", [1, 3])
 def test_parts_of_k_are_summed_by_whoever_is_last(split_k: int, tokens: int) -> None:
@@ -62,7 +73,7 @@ def test_parts_of_k_are_summed_by_whoever_is_last(split_k: int, tokens: int) -> 
     same_bits_in_any_order(lambda: run_fused_experts(arguments, options=Options("few_tokens", gemm1=tile, gemm2=tile)))
 
 
-@pytest.mark.parametrize("path", ["grouped", "few_tokens"])
+@pytest.mark.parametrize("path", ["grouped", "few_tokens", "matvec"])
 def test_zero_points(path: str) -> None:
     arguments = make(ZERO_CASE, "w4a16").args()
     same_bits_in_any_order(lambda: run_fused_experts(arguments, options=Options(path=path, gemm1=TILE, gemm2=TILE)))
