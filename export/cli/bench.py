@@ -131,7 +131,7 @@ def bench_kernel(
         str,
         typer.Option(
             help="ours, ours-heuristic, ours-grouped, ours-tile, ours-g8, ours-tile-g8 (GROUP_SIZE_M 1, 8, 16, 32), "
-            "upstream-dec, upstream-a16, upstream-a8, torch-grouped-mm; separated by commas.",
+            "upstream-dec, upstream-a16, upstream-a8, torch-grouped-mm, humming; separated by commas.",
             rich_help_panel=WHAT,
         ),
     ] = "ours,ours-tile",
@@ -155,7 +155,7 @@ def bench_kernel(
     plot: PlotOption = None,
     verbose: VerboseOption = False,
 ) -> None:
-    """Time one expert layer: our kernels, ExecuTorch's, and torch's grouped GEMM, on the same tokens and routing."""
+    """Time one expert layer: our kernels, ExecuTorch's, torch's and Humming's, on the same tokens and routing."""
     quiet_unless(verbose)
     from executorch_moe.export.bench import kernel as kb
     from executorch_moe.export.progress import progress_bar
