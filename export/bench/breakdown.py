@@ -29,7 +29,7 @@ RULES: tuple[tuple[str, str], ...] = (
     ("routing", r"moe_|topk|fused__softmax__to_copy_prepare_softmax_online(?!.*(where|floor))"),
     ("sampling", r"argmax|log1p|clamp|_lt_|_exp_|_max_"),
     ("norm, elementwise", r"_cos_|_sin_|_flip_"),
-    ("dense", r"triton_tem_|_mm_|gemm|gemv|matvec|bitwise_and"),
+    ("dense", r"triton_tem_|_mm_|gemm|gemv|matvec|bitwise_and|nvjet|cutlass"),
 )
 _BOTH_GEMMS = re.compile(r"moe_\w*gemm(?![12])")
 
@@ -253,6 +253,13 @@ def measure_bandwidth(device: torch.device, nbytes: int = 1 << 30) -> float:
     source = torch.empty(nbytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * nbytes / statistics.median(_seconds(lambda: target.copy_(source)) for _ in range(9))
+
+
+def measure_flops(device: torch.device, size: int = 8192) -> float:
+    """bf16 FLOP/s of a matrix product [size, size] @ [size, size] on random data: median of nine."""
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    product = a @ b
+    return 2 * size**3 / statistics.median(_seconds(lambda: torch.mm(a, b, out=product)) for _ in range(9))
 
 
 def measure_launch(device: torch.device, launches: int = 1000) -> float:

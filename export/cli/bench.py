@@ -57,7 +57,9 @@ def bench_model(
     profile: Annotated[
         bool,
         typer.Option(
-            "--profile", help="Also show where a decode token's time goes (needs a GPU).", rich_help_panel=WHAT
+            "--profile",
+            help="Also show where the time of each prompt and of a decode token goes (needs a GPU).",
+            rich_help_panel=WHAT,
         ),
     ] = False,
     runtime: RuntimeOption = "auto",
@@ -108,6 +110,7 @@ def bench_model(
             cuda_graph=cuda_graph,
         )  # fmt: skip
         if profile:
+            result.profile_prompts(generator, lengths)
             result.profile_decode(generator, lengths[-1], min(new_tokens, 64))
     show_note(generator.program.note)
     show_result(result.markdown() if output_format == "md" else result.json(), out)
