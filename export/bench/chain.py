@@ -12,29 +12,22 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from executorch_moe.kernels.decode.arguments import AttentionArguments, RouteArguments
-from executorch_moe.kernels.decode.aten import one_token_attention_aten, one_token_router_aten
 from executorch_moe.kernels.experts.plan import Options
-from executorch_moe.kernels.measure.timing import LayerInputs, capture, replay_us
+from executorch_moe.kernels.measure.timing import capture, replay_us
 from executorch_moe.kernels.op import forced
 
 from .breakdown import measure_bandwidth, measure_launch, profile_kernels
-from .decode_chain import EPS, DecodeChain, LayerResults, check_sizes, find_shape
+from .decode_chain import DecodeChain, check_first_layer, check_same_bits, check_sizes, find_shape
 from .launch_times import LaunchTime, mean_time, of_replays
 from .model import versions
 
 PASSES = 3
 """Passes over the layers in the longer graph."""
 PROFILED_REPLAYS = 20
-LARGEST_ERROR = {"bf16": 4.0e-3, "w4a16": 4.5e-3, "w4a8": 1.2e-2}
-"""Relative L2 errors of experts by scheme: the bounds of docs/numerics.md."""
-LARGEST_DENSE_ERROR = 1e-2
-"""Relative L2 error of what the operators for one token return, rounded to bf16 two or three times."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +168,40 @@ def check_arguments(shape: str, layers: int, dense: str, scheme: str, group_size
         raise ValueError(f"torch {torch.__version__} finds no GPU: run this on a machine with one")
 
 
+class Timed(NamedTuple):
+    """A chain that was captured, timed and checked.
+
+    Attributes:
+        layer_us, chain_us: as in `ChainResult`. errors: of `check_first_layer`. graph: of one pass.
+    """
+
+    layer_us: float
+    chain_us: float
+    errors: dict[str, float]
+    graph: torch.cuda.CUDAGraph
+
+
+def time_chain(made: DecodeChain, repeats: int = 50, options: Options = Options()) -> Timed:
+    """Times a chain by events and checks its results, without a profile: seconds, to compare many kernels.
+
+    Args:
+        made, repeats, options: as for `measure`.
+
+    Raises:
+        RuntimeError: the results are wrong.
+    """
+    with forced(options):
+        graph, captured = capture([made.step])
+        step: Any = captured[0]
+        logits, results = step
+        one_us = replay_us(graph, repeats)
+        errors = check_first_layer(made, results[0])
+        check_same_bits(made, logits)
+        longer, _ = capture([partial(made.step, PASSES)])
+        layer_us = (replay_us(longer, repeats) - one_us) / ((PASSES - 1) * len(made.layers))
+    return Timed(layer_us, one_us, errors, graph)
+
+
 def measure(made: DecodeChain, shape: str, repeats: int = 50, options: Options = Options()) -> ChainResult:
     """Measures a chain; call it again to compare kernels on the same weights.
 
@@ -187,24 +214,16 @@ def measure(made: DecodeChain, shape: str, repeats: int = 50, options: Options =
     Raises:
         RuntimeError: the results are wrong, or the profile does not have the launches of the chain.
     """
-    device = torch.device(made.device)
+    device, layers = torch.device(made.device), len(made.layers)
+    timed = time_chain(made, repeats, options)
+
+    def replays() -> None:
+        for _ in range(PROFILED_REPLAYS):
+            timed.graph.replay()
+
     with forced(options):
-        graph, captured = capture([made.step])
-        step: Any = captured[0]
-        logits, results = step
-        one_us = replay_us(graph, repeats)
-        errors = check_first_layer(made, results[0])
-        check_same_bits(made, logits)
         names = launch_names(made, device)
-
-        def replays() -> None:
-            for _ in range(PROFILED_REPLAYS):
-                graph.replay()
-
-        times = of_replays(profile_kernels(replays, device), [name for *_, name in names])
-        longer, _ = capture([partial(made.step, PASSES)])
-        layers = len(made.layers)
-        layer_us = (replay_us(longer, repeats) - one_us) / ((PASSES - 1) * layers)
+    times = of_replays(profile_kernels(replays, device), [name for *_, name in names])
     bandwidth = measure_bandwidth(device)
     rows = launch_rows(made, names, times, bandwidth)
     kinds = rows_of_kinds(rows, layers)
@@ -220,14 +239,14 @@ def measure(made: DecodeChain, shape: str, repeats: int = 50, options: Options =
         },
         device=torch.cuda.get_device_name(device),
         versions=versions(("torch", "triton", "executorch-moe")),
-        layer_us=layer_us,
-        chain_us=one_us,
+        layer_us=timed.layer_us,
+        chain_us=timed.chain_us,
         profiled_layer_us=sum(row.time.in_chain for row in kinds if row.layer is None),
         model_layers=made.model.layers,
-        model_us=one_us + (made.model.layers - layers) * layer_us,
+        model_us=timed.chain_us + (made.model.layers - layers) * timed.layer_us,
         bandwidth=bandwidth,
         launch_us=measure_launch(device),
-        errors=errors,
+        errors=timed.errors,
         kinds=kinds,
         launches=rows,
     )
@@ -308,71 +327,3 @@ def rows_of_kinds(rows: Sequence[LaunchRow], layers: int) -> list[LaunchRow]:
         for same in zip(*by_layer, strict=True)
     ]
     return means + [row for row in rows if row.layer == -1]
-
-
-def check_first_layer(made: DecodeChain, results: LayerResults) -> dict[str, float]:
-    """Relative L2 errors of the first layer's results against the operators in fp32 on the same inputs.
-
-    Raises:
-        RuntimeError: an error above the bounds of docs/numerics.md, or experts that are not the best ones.
-    """
-    m, w = made.model, made.layers[0]
-    attention = one_token_attention_aten(
-        AttentionArguments(
-            made.hidden, None, w.input_norm, *w.qkv, w.q_norm, w.k_norm, made.cos, made.sin, made.position, w.key,
-            w.value, m.head_dim**-0.5, EPS,
-        )
-    )  # fmt: skip
-    hidden, normed, weights, ids = results.router
-    router = one_token_router_aten(
-        RouteArguments(results.attention[1], *w.out, results.attention[0], w.post_norm, w.router, m.top_k, EPS)
-    )
-    # A near tie may choose another expert. The logits of the chosen ones must be as high.
-    logits = normed.float() @ w.router.float().T
-    best = logits.topk(m.top_k).values
-    expected = LayerInputs(w.experts.packed(), normed, ids, weights).answer.expected
-    errors = {
-        "attention": relative_error(results.attention[1], attention[1]),
-        "key and value": relative_error(results.attention[2], attention[2]),
-        "residual": relative_error(hidden, router[0]),
-        "norm": relative_error(normed, router[1]),
-        "router": max(
-            relative_error(logits.gather(1, ids).sort(descending=True).values, best),
-            relative_error(weights, logits.gather(1, ids).softmax(-1)),
-        ),
-        "experts": relative_error(results.experts, expected),
-    }
-    for name, error in errors.items():
-        bound = LARGEST_ERROR[made.scheme] if name == "experts" else LARGEST_DENSE_ERROR
-        if not error <= bound:
-            raise RuntimeError(
-                f"{name} of the first layer is wrong (relative error {error:.2g}, at most {bound:.2g}), so the times "
-                "mean nothing: report this"
-            )
-    return errors
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """L2 norm of the difference over that of the expected values."""
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
-
-
-def check_same_bits(made: DecodeChain, logits: Tensor) -> None:
-    """Checks that a replay gives the same bits as the same operators with a pause after each.
-
-    Raises:
-        RuntimeError: it does not.
-    """
-
-    def alone(operator: str, layer: int, call: Callable[[], Any]) -> Any:
-        result = call()
-        torch.cuda.synchronize()
-        return result
-
-    expected, _ = made.step(run=alone)
-    if not torch.equal(logits, expected):
-        error = relative_error(logits, expected)
-        raise RuntimeError(
-            f"launches that overlap give other results (relative error {error:.2g}) than with a pause after each, so "
-            "the times mean nothing: report this"
-        )

@@ -1,4 +1,4 @@
-"""The decode step of a Qwen3-MoE model as calls of the operators that an exported program has.
+"""The decode step of a Qwen3-MoE model as calls of the operators that an exported program has, and checks of it.
 
 For each layer `one_token_attention`, `one_token_router` and `fused_experts`, in the order of `models.decoder_layer`;
 at the end the cache update of all layers, which an exported program does in one launch too, the last norm and
@@ -20,8 +20,10 @@ from torch import Tensor
 
 from executorch_moe.export.models.linears import quantize_rows
 from executorch_moe.export.models.synthetic import PREFIX, PRESETS, SyntheticModel, parse
+from executorch_moe.kernels.decode.arguments import AttentionArguments, RouteArguments
+from executorch_moe.kernels.decode.aten import one_token_attention_aten, one_token_router_aten
 from executorch_moe.kernels.decode.op import fits_one_token
-from executorch_moe.kernels.measure.timing import random_packed
+from executorch_moe.kernels.measure.timing import LayerInputs, random_packed
 from executorch_moe.kernels.module import FusedExperts
 from executorch_moe.kernels.schemes import check_layer_group_size, get_scheme
 from executorch_moe.kernels.shapes import LayerShape
@@ -30,6 +32,10 @@ DENSE = ("int8", "bf16")
 EPS = 1e-6
 SHAPES = {"qwen3": "qwen3-30b-a3b"}
 """Names of `kernels.shapes` -> the synthetic model with such experts."""
+LARGEST_ERROR = {"bf16": 4.0e-3, "w4a16": 4.5e-3, "w4a8": 1.2e-2}
+"""Relative L2 errors of experts by scheme: the bounds of docs/numerics.md."""
+LARGEST_DENSE_ERROR = 1e-2
+"""Relative L2 error of what the operators for one token return, rounded to bf16 two or three times."""
 Run = Callable[[str, int, Callable[[], Any]], Any]
 """Calls an operator: (its name, index of the layer or -1, a function without arguments) -> the function's result."""
 
@@ -241,3 +247,71 @@ class DecodeChain:
             sizes = (sum(t[0].nbytes for t in gemm if t is not None) for gemm in gemms)
             return tuple(m.top_k * size for size in sizes)
         return (self.head.nbytes,) if operator == "lm_head" else (0,)
+
+
+def check_first_layer(made: DecodeChain, results: LayerResults) -> dict[str, float]:
+    """Relative L2 errors of the first layer's results against the operators in fp32 on the same inputs.
+
+    Raises:
+        RuntimeError: an error above the bounds of docs/numerics.md, or experts that are not the best ones.
+    """
+    m, w = made.model, made.layers[0]
+    attention = one_token_attention_aten(
+        AttentionArguments(
+            made.hidden, None, w.input_norm, *w.qkv, w.q_norm, w.k_norm, made.cos, made.sin, made.position, w.key,
+            w.value, m.head_dim**-0.5, EPS,
+        )
+    )  # fmt: skip
+    hidden, normed, weights, ids = results.router
+    router = one_token_router_aten(
+        RouteArguments(results.attention[1], *w.out, results.attention[0], w.post_norm, w.router, m.top_k, EPS)
+    )
+    # A near tie may choose another expert. The logits of the chosen ones must be as high.
+    logits = normed.float() @ w.router.float().T
+    best = logits.topk(m.top_k).values
+    expected = LayerInputs(w.experts.packed(), normed, ids, weights).answer.expected
+    errors = {
+        "attention": relative_error(results.attention[1], attention[1]),
+        "key and value": relative_error(results.attention[2], attention[2]),
+        "residual": relative_error(hidden, router[0]),
+        "norm": relative_error(normed, router[1]),
+        "router": max(
+            relative_error(logits.gather(1, ids).sort(descending=True).values, best),
+            relative_error(weights, logits.gather(1, ids).softmax(-1)),
+        ),
+        "experts": relative_error(results.experts, expected),
+    }
+    for name, error in errors.items():
+        bound = LARGEST_ERROR[made.scheme] if name == "experts" else LARGEST_DENSE_ERROR
+        if not error <= bound:
+            raise RuntimeError(
+                f"{name} of the first layer is wrong (relative error {error:.2g}, at most {bound:.2g}), so the times "
+                "mean nothing: report this"
+            )
+    return errors
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """L2 norm of the difference over that of the expected values."""
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+def check_same_bits(made: DecodeChain, logits: Tensor) -> None:
+    """Checks that a replay gives the same bits as the same operators with a pause after each.
+
+    Raises:
+        RuntimeError: it does not.
+    """
+
+    def alone(operator: str, layer: int, call: Callable[[], Any]) -> Any:
+        result = call()
+        torch.cuda.synchronize()
+        return result
+
+    expected, _ = made.step(run=alone)
+    if not torch.equal(logits, expected):
+        error = relative_error(logits, expected)
+        raise RuntimeError(
+            f"launches that overlap give other results (relative error {error:.2g}) than with a pause after each, so "
+            "the times mean nothing: report this"
+        )

@@ -16,7 +16,13 @@ from typer.testing import CliRunner
 
 from executorch_moe.export.bench import chain as cb
 from executorch_moe.export.bench.breakdown import Kernel
-from executorch_moe.export.bench.decode_chain import DecodeChain, Dense, find_shape
+from executorch_moe.export.bench.decode_chain import (
+    DecodeChain,
+    Dense,
+    check_first_layer,
+    check_same_bits,
+    find_shape,
+)
 from executorch_moe.export.bench.launch_times import LaunchTime, in_order, mean_time, of_replays
 from executorch_moe.export.cli.app import app
 
@@ -140,11 +146,11 @@ def test_the_chain_computes_what_the_decoder_layers_do(dense: str) -> None:
 def test_errors_of_the_first_layer(scheme: str) -> None:
     chain = small(scheme)
     _, results = chain.step()
-    errors = cb.check_first_layer(chain, results[0])
+    errors = check_first_layer(chain, results[0])
     assert list(errors) == ["attention", "key and value", "residual", "norm", "router", "experts"]
     results[0].experts = results[0].experts.roll(1, -1)
     with pytest.raises(RuntimeError, match=r"experts of the first layer is wrong \(relative error [0-9.]+, at most"):
-        cb.check_first_layer(chain, results[0])
+        check_first_layer(chain, results[0])
 
 
 def test_experts_that_are_not_the_best_are_found() -> None:
@@ -153,7 +159,7 @@ def test_experts_that_are_not_the_best_are_found() -> None:
     hidden, normed, weights, ids = results[0].router
     results[0].router = (hidden, normed, weights, (ids + 1) % 8)
     with pytest.raises(RuntimeError, match="router of the first layer is wrong"):
-        cb.check_first_layer(chain, results[0])
+        check_first_layer(chain, results[0])
 
 
 class Recorder(TorchDispatchMode):
@@ -242,9 +248,9 @@ def test_layers_that_count(layers: int, counted: list[int]) -> None:
 def test_results_that_differ_under_overlap_are_refused() -> None:
     chain = small()
     logits, _ = chain.step()
-    cb.check_same_bits(chain, logits)
+    check_same_bits(chain, logits)
     with pytest.raises(RuntimeError, match="launches that overlap give other results"):
-        cb.check_same_bits(chain, logits * 1.01)
+        check_same_bits(chain, logits * 1.01)
 
 
 @pytest.mark.parametrize(
