@@ -266,8 +266,8 @@ def check_first_layer(made: DecodeChain, results: LayerResults) -> dict[str, flo
     router = one_token_router_aten(
         RouteArguments(results.attention[1], *w.out, results.attention[0], w.post_norm, w.router, m.top_k, EPS)
     )
-    # A near tie may choose another expert. The logits of the chosen ones must be as high.
-    logits = normed.float() @ w.router.float().T
+    # A near tie may choose another expert. The logits of the chosen ones, rounded as a linear layer's, must be as high.
+    logits = (normed.float() @ w.router.float().T).bfloat16().float()
     best = logits.topk(m.top_k).values
     expected = LayerInputs(w.experts.packed(), normed, ids, weights).answer.expected
     errors = {
