@@ -19,6 +19,7 @@ import torch
 from executorch_moe.kernels.experts.plan import Options
 from executorch_moe.kernels.measure.timing import capture, replay_us
 from executorch_moe.kernels.op import forced
+from executorch_moe.kernels.schemes import get_scheme
 
 from .breakdown import measure_bandwidth, measure_launch, profile_kernels
 from .decode_chain import DecodeChain, check_first_layer, check_same_bits, check_sizes, find_shape
@@ -56,6 +57,7 @@ class ChainResult:
         layer_us: microseconds of a layer, by events. chain_us: of one pass with the launches behind the layers.
         profiled_layer_us: of a layer within the profile.
         model_layers: of the whole model. model_us: its decode step, chain_us plus the layers that the chain lacks.
+        l2_bytes: size of the GPU's L2 cache; the chain must read more, so that each layer reads from memory.
         bandwidth: measured bytes/s of a large copy. launch_us: measured microseconds of an empty kernel in a graph.
         errors: relative L2 error of what the first layer returns, by operator and result.
         kinds: a row for each launch of a layer, the mean over all layers but the first and the last, if there are
@@ -71,6 +73,7 @@ class ChainResult:
     profiled_layer_us: float
     model_layers: int
     model_us: float
+    l2_bytes: int
     bandwidth: float
     launch_us: float
     errors: dict[str, float]
@@ -86,11 +89,13 @@ class ChainResult:
         """Settings and tables in Markdown."""
         s = self.settings
         floor = 1e6 * self.layer_bytes / self.bandwidth
+        groups = f" in groups of {s['group_size']}" if get_scheme(s["scheme"]).packed else ""
         lines = [
             f"{self.device}, {', '.join(f'{name} {version}' for name, version in self.versions.items())}. Decode step "
             f"of {s['layers']} layers with different weights in one CUDA graph: shape {s['shape']}, {s['context']} "
-            f"positions in the cache, dense {s['dense']}, experts {s['scheme']} in groups of {s['group_size']}. "
-            f"Median of {s['repeats']} replays.",
+            f"positions in the cache, dense {s['dense']}, experts {s['scheme']}{groups}. Median of {s['repeats']} "
+            f"replays. The layers read {s['layers'] * self.layer_bytes / 1e6:.0f} MB in a pass, and the L2 cache has "
+            f"{self.l2_bytes / 1e6:.0f} MB.",
             "",
             "| | us | tokens/s |",
             "|---|---|---|",
@@ -244,12 +249,18 @@ def measure(made: DecodeChain, shape: str, repeats: int = 50, options: Options =
         profiled_layer_us=sum(row.time.in_chain for row in kinds if row.layer is None),
         model_layers=made.model.layers,
         model_us=timed.chain_us + (made.model.layers - layers) * timed.layer_us,
+        l2_bytes=l2_bytes(device),
         bandwidth=bandwidth,
         launch_us=measure_launch(device),
         errors=timed.errors,
         kinds=kinds,
         launches=rows,
     )
+
+
+def l2_bytes(device: torch.device) -> int:
+    """Bytes of the L2 cache of a GPU."""
+    return int(torch.cuda.get_device_properties(device).L2_cache_size)
 
 
 def launch_names(made: DecodeChain, device: torch.device) -> list[tuple[str, int, str]]:

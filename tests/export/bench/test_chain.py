@@ -201,6 +201,7 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cb, "replay_us", lambda graph, repeats: graph.us)
     monkeypatch.setattr(cb, "measure_bandwidth", lambda device: 1e12)
     monkeypatch.setattr(cb, "measure_launch", lambda device: 1.5)
+    monkeypatch.setattr(cb, "l2_bytes", lambda device: 50_000_000)
     monkeypatch.setattr(cb, "PROFILED_REPLAYS", 2)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
@@ -231,6 +232,8 @@ def test_layers_the_whole_model_and_every_launch() -> None:
     table = result.markdown()
     assert "| attention | `one_token_attention_1` | 10.00 | 9.00 | +1.00 | 0.03 | 0.03 | 293.70 |" in table
     assert "| 2 layers and the vocabulary, from these | 27 | 37037.0 |" in table
+    # Bytes of a layer: 34,048 + 5,248 + 16,896 + 2,304 + 33,792 + 16,896.
+    assert "The layers read 0 MB in a pass, and the L2 cache has 50 MB." in table and result.layer_bytes == 109_184
     (as_json,) = json.loads(cb.as_json([result]))
     assert as_json["launches"][0]["time"]["kernel"] == "one_token_attention_1" and as_json["layer_us"] == 10.0
 
@@ -290,5 +293,6 @@ def test_all_launches_are_accounted_for(scheme: str, dense: str) -> None:
         assert row.time.kernel.startswith("moe_") and row.nbytes is not None and row.time.in_chain >= 0
     assert [row.operator for row in result.kinds if row.time.kernel == "moe_one_token_matvec"][-1] == "lm_head"
     assert len([row for row in result.launches if row.layer == 1]) == 6
+    assert result.l2_bytes > 1_000_000
     # Times in the chain tile it: they add up to the layers' share of the replays, which the profile slows down.
     assert 0 < result.layer_us < 2 * result.profiled_layer_us and result.chain_us > 2 * result.layer_us
