@@ -20,7 +20,7 @@ from executorch_moe.backends.fusion import ExpertFuser, FusionReport
 from executorch_moe.export.checkpoint.work_folder import WorkFolder, work_folder_path
 from executorch_moe.export.models.pretrained import BUNDLED, tokenizer_json
 from executorch_moe.export.report.metadata import constant_methods, record_path, tokenizer_path
-from executorch_moe.export.report.summary import ExportSummary, bytes_beside_experts
+from executorch_moe.export.report.summary import ExportSummary, bytes_beside_experts, model_sizes
 
 from .build import check_folder, forced_schedule, load_packed, needs_whole_model, prepare_, stream, trace_methods
 from .options import ExportOptions
@@ -84,6 +84,7 @@ def _export(options: ExportOptions, steps: Steps, held: ExitStack) -> ExportSumm
         embedding_bytes=embedding_bytes,
         cache_bytes=sum(tensor.nbytes for tensor in module.kv_cache.buffers()),
         files=[artifact.pte, artifact.ptd, beside],
+        sizes=model_sizes(model.config),
         seconds=steps.seconds,
         peaks=steps.peaks,
         compiled=compiled,

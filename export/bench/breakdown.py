@@ -7,7 +7,7 @@ import math
 import re
 import statistics
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ RULES: tuple[tuple[str, str], ...] = (
     ("routing", r"moe_|topk|fused__softmax__to_copy_prepare_softmax_online(?!.*(where|floor))"),
     ("sampling", r"argmax|log1p|clamp|_lt_|_exp_|_max_"),
     ("norm, elementwise", r"_cos_|_sin_|_flip_"),
-    ("dense", r"triton_tem_|_mm_|gemm|gemv|matvec|bitwise_and"),
+    ("dense", r"triton_tem_|_mm_|gemm|gemv|matvec|bitwise_and|nvjet|cutlass"),
 )
 _BOTH_GEMMS = re.compile(r"moe_\w*gemm(?![12])")
 
@@ -255,6 +255,13 @@ def measure_bandwidth(device: torch.device, nbytes: int = 1 << 30) -> float:
     return 2 * nbytes / statistics.median(_seconds(lambda: target.copy_(source)) for _ in range(9))
 
 
+def measure_flops(device: torch.device, size: int = 8192) -> float:
+    """bf16 FLOP/s of a matrix product [size, size] @ [size, size] on random data: median of nine."""
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    product = a @ b
+    return 2 * size**3 / statistics.median(_seconds(lambda: torch.mm(a, b, out=product)) for _ in range(9))
+
+
 def measure_launch(device: torch.device, launches: int = 1000) -> float:
     """Microseconds of an almost empty kernel within a CUDA graph: median of nine replays."""
     x = torch.zeros(32, device=device)
@@ -286,6 +293,24 @@ def check_profile(device: torch.device) -> None:
         raise ValueError(f"--profile shows GPU kernels, but the artifact runs on {device.type}: leave --profile out")
 
 
+def profile_kernels(call: Callable[[], object], device: torch.device) -> list[Kernel]:
+    """Kernels and copies on the GPU that `call` starts, sorted by start.
+
+    Raises:
+        ValueError: there are none, or torch.profiler cannot use CUPTI.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize(device)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize(device)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return read_trace(json.loads(path.read_text(encoding="utf-8")))
+
+
 def profile_decode(generator: TextGenerator, prompt_ids: list[int], steps: int, record: Mapping[str, Any]) -> Breakdown:
     """Profiles `steps` decode tokens after a prompt and a warm-up.
 
@@ -298,8 +323,6 @@ def profile_decode(generator: TextGenerator, prompt_ids: list[int], steps: int, 
     Raises:
         ValueError: no GPU, or tokens that do not fit into the cache.
     """
-    from torch.profiler import ProfilerActivity, profile
-
     device = generator.program.device
     check_profile(device)
     warm = 6
@@ -307,14 +330,11 @@ def profile_decode(generator: TextGenerator, prompt_ids: list[int], steps: int, 
     tokens = generator.stream(prompt_ids)
     for _ in range(warm):
         next(tokens)
-    torch.cuda.synchronize(device)
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+
+    def decode() -> None:
         for _ in range(steps):
             next(tokens)
-        torch.cuda.synchronize(device)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        trace = json.loads(path.read_text(encoding="utf-8"))
+
+    kernels = profile_kernels(decode, device)
     nbytes = token_bytes(record, len(prompt_ids) + warm + steps // 2)
-    return break_down(read_trace(trace), steps, nbytes, measure_bandwidth(device), measure_launch(device))
+    return break_down(kernels, steps, nbytes, measure_bandwidth(device), measure_launch(device))

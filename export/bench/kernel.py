@@ -25,10 +25,12 @@ from executorch_moe.kernels.measure.timing import (
     with_tokens,
     work,
 )
+from executorch_moe.kernels.packing.experts import PackedExperts
 from executorch_moe.kernels.schemes import get_scheme
 from executorch_moe.kernels.shapes import SHAPES, LayerShape
 from executorch_moe.kernels.tuning.configs import GROUP_SIZES_M
 
+from .humming import ACTIVATIONS, HummingExperts, check_humming
 from .rivals import Step, torch_grouped_mm, upstream
 
 OURS = {
@@ -49,12 +51,15 @@ IMPLEMENTATIONS = {
     "upstream-a16": ("w4a16",),
     "upstream-a8": ("w4a8",),
     "torch-grouped-mm": ("bf16",),
+    "humming": tuple(ACTIVATIONS),
 }
 UPSTREAM = {
     "upstream-dec": "fused_moe",
     "upstream-a16": "fused_moe_batched_gemm",
     "upstream-a8": "fused_moe_batched_gemm_int8",
 }
+WITH_OUR_WEIGHTS = (*OURS, "humming")
+"""Implementations that run with the weights of a packed layer, so that their results are checked."""
 ROUTINGS = ("uniform", "zipf", "hot")
 FORMATS = ("md", "json")
 
@@ -136,6 +141,8 @@ class KernelBenchmark:
         for implementation, _ in self.pairs():
             if implementation in UPSTREAM:
                 operator(UPSTREAM[implementation])  # raises before anything is measured
+            elif implementation == "humming":
+                check_humming()
         compile_ahead(
             [CompileJob(shape, s, tokens, OURS[i]) for i, s in self.pairs() if i in OURS for tokens in self.tokens]
         )
@@ -143,13 +150,14 @@ class KernelBenchmark:
             generator = torch.Generator("cuda").manual_seed(0)
             steps, packed = [], []
             for _ in range(self.layers):
-                packed.append(random_packed(shape, scheme, "cuda", generator) if implementation in OURS else None)
-                steps.append(step_of(implementation, shape, generator))
+                own = implementation not in WITH_OUR_WEIGHTS
+                packed.append(None if own else random_packed(shape, scheme, "cuda", generator))
+                steps.append(step_of(implementation, shape, generator, packed[-1], self.tokens))
             for tokens in self.tokens:
                 # The same tokens and routing for every implementation.
                 routing = torch.Generator("cuda").manual_seed(tokens)
                 inputs = [with_tokens(p, shape, tokens, self.routing, routing) for p in packed]
-                if implementation in OURS:
+                if implementation in WITH_OUR_WEIGHTS:
                     result = steps[0](inputs[0])
                     inputs[0].answer.check(result, f"{implementation} {scheme} at {tokens} tokens")
                 us = time_graph(
@@ -165,8 +173,20 @@ class KernelBenchmark:
             torch.cuda.empty_cache()
 
 
-def step_of(implementation: str, shape: LayerShape, generator: torch.Generator) -> Step:
-    """A function that runs one layer of an implementation; other implementations than ours make their own weights."""
+def step_of(
+    implementation: str,
+    shape: LayerShape,
+    generator: torch.Generator,
+    packed: PackedExperts | None = None,
+    tokens: Sequence[int] = (),
+) -> Step:
+    """A function that runs one layer of an implementation.
+
+    Args:
+        generator: for the weights of implementations that make their own.
+        packed: weights for those of `WITH_OUR_WEIGHTS`.
+        tokens: numbers of tokens that will be measured.
+    """
     if implementation in OURS:
         options = OURS[implementation]
 
@@ -176,6 +196,9 @@ def step_of(implementation: str, shape: LayerShape, generator: torch.Generator) 
         return ours
     if implementation in UPSTREAM:
         return upstream(UPSTREAM[implementation], shape, generator)
+    if implementation == "humming":
+        assert packed is not None
+        return HummingExperts(packed, tokens, shape.top_k)
     return torch_grouped_mm(shape, generator)
 
 

@@ -20,6 +20,7 @@ from executorch_moe.export.host_memory import size
 from executorch_moe.export.report.metadata import RECORD_SUFFIX
 
 from .breakdown import Breakdown, profile_decode
+from .prefill import PromptBreakdown, profile_prompt
 
 FORMATS = ("md", "json")
 
@@ -41,6 +42,7 @@ class ModelBenchmark:
     Attributes:
         bytes: bytes of the artifact's files, by suffix, and of the model's parts, if the export recorded them.
         export: the export's record, empty if the file is missing.
+        breakdown: of a decode token. prompts: of a prompt of each length; both only with a profile.
         peak_bytes: peak memory: "host" (this process), and on a GPU also "gpu" (weights, cache, temporaries).
     """
 
@@ -56,11 +58,17 @@ class ModelBenchmark:
     export: dict[str, Any] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
     breakdown: Breakdown | None = None
+    prompts: list[PromptBreakdown] = field(default_factory=list)
 
     def profile_decode(self, generator: TextGenerator, prompt_tokens: int, steps: int) -> None:
         """Profiles decode tokens and sets `breakdown`; see `breakdown.profile_decode`."""
         ids = random_prompt(generator.vocabulary, prompt_tokens)
         self.breakdown = profile_decode(generator, ids, steps, self.export)
+
+    def profile_prompts(self, generator: TextGenerator, prompt_lengths: Sequence[int]) -> None:
+        """Profiles a prompt of each length and sets `prompts`; see `prefill.profile_prompt`."""
+        ids = random_prompt(generator.vocabulary, max(prompt_lengths))
+        self.prompts = [profile_prompt(generator, ids[:length], self.export) for length in prompt_lengths]
 
     def markdown(self) -> str:
         """Device, versions and method, and a table of means and standard deviations, in Markdown."""
@@ -82,6 +90,8 @@ class ModelBenchmark:
             lines.append(f"{start} prefill {speed.prompt_tokens} | {spread(speed.prefill)} |")
             lines.append(f"{start} decode {speed.new_tokens} after {speed.prompt_tokens} | {spread(speed.decode)} |")
         lines += ["", "; ".join(self.notes()) + "."]
+        for prompt in self.prompts:
+            lines += ["", prompt.markdown()]
         if self.breakdown is not None:
             lines += ["", self.breakdown.markdown()]
         return "\n".join(lines)

@@ -213,6 +213,17 @@ def check_result(out: Path | None) -> None:
         check_output("out", out)
 
 
+def check_json(json_file: Path) -> None:
+    """Check the file for --json before anything is measured.
+
+    Raises:
+        ValueError: a place that cannot be written.
+    """
+    from executorch_moe.export.options import check_output
+
+    check_output("json", json_file)
+
+
 def show_result(text: str, out: Path | None) -> None:
     """Writes a result to a file, or to stdout if `out` is None."""
     if out is None:

@@ -1,4 +1,4 @@
-"""`executorch-moe bench model` and `executorch-moe bench kernel`."""
+"""`executorch-moe bench model`, `bench kernel` and `bench chain`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from .app import (
     VerifyOption,
     app,
     check_format,
+    check_json,
     check_plot,
     check_pte,
     check_result,
@@ -56,7 +57,9 @@ def bench_model(
     profile: Annotated[
         bool,
         typer.Option(
-            "--profile", help="Also show where a decode token's time goes (needs a GPU).", rich_help_panel=WHAT
+            "--profile",
+            help="Also show where the time of each prompt and of a decode token goes (needs a GPU).",
+            rich_help_panel=WHAT,
         ),
     ] = False,
     runtime: RuntimeOption = "auto",
@@ -107,6 +110,7 @@ def bench_model(
             cuda_graph=cuda_graph,
         )  # fmt: skip
         if profile:
+            result.profile_prompts(generator, lengths)
             result.profile_decode(generator, lengths[-1], min(new_tokens, 64))
     show_note(generator.program.note)
     show_result(result.markdown() if output_format == "md" else result.json(), out)
@@ -130,7 +134,7 @@ def bench_kernel(
         str,
         typer.Option(
             help="ours, ours-heuristic, ours-grouped, ours-tile, ours-g8, ours-tile-g8 (GROUP_SIZE_M 1, 8, 16, 32), "
-            "upstream-dec, upstream-a16, upstream-a8, torch-grouped-mm; separated by commas.",
+            "upstream-dec, upstream-a16, upstream-a8, torch-grouped-mm, humming; separated by commas.",
             rich_help_panel=WHAT,
         ),
     ] = "ours,ours-tile",
@@ -154,7 +158,7 @@ def bench_kernel(
     plot: PlotOption = None,
     verbose: VerboseOption = False,
 ) -> None:
-    """Time one expert layer: our kernels, ExecuTorch's, and torch's grouped GEMM, on the same tokens and routing."""
+    """Time one expert layer: our kernels, ExecuTorch's, torch's and Humming's, on the same tokens and routing."""
     quiet_unless(verbose)
     from executorch_moe.export.bench import kernel as kb
     from executorch_moe.export.progress import progress_bar
@@ -176,3 +180,54 @@ def bench_kernel(
     show_result(kb.markdown(benchmark, rows) if output_format == "md" else kb.as_json(benchmark, rows), out)
     if plot is not None:
         kb.plot(benchmark, rows, plot)
+
+
+@command(bench, "chain")
+def bench_chain(
+    shape: Annotated[
+        str,
+        typer.Option(help="qwen3, or a synthetic model with changes: qwen3,experts=64,top_k=4.", rich_help_panel=WHAT),
+    ] = "qwen3",
+    context: Annotated[
+        str, typer.Option(help="Positions in the cache, separated by commas.", rich_help_panel=WHAT)
+    ] = "1642",
+    dense: Annotated[
+        str,
+        typer.Option(help="Linear layers: int8 or bf16.", autocompletion=values("int8", "bf16"), rich_help_panel=WHAT),
+    ] = "int8",
+    scheme: Annotated[str, typer.Option(help="Experts: w4a16, w4a8 or bf16.", rich_help_panel=WHAT)] = "w4a16",
+    group_size: Annotated[
+        int, typer.Option(help="Weights of an expert that share a scale.", rich_help_panel=WHAT)
+    ] = 128,
+    layers: Annotated[
+        int, typer.Option(help="Layers with different weights in one CUDA graph.", rich_help_panel=WHAT)
+    ] = 8,
+    repeats: Annotated[
+        int, typer.Option("--repeats", "-r", help="Replays; the median is shown.", rich_help_panel=WHAT)
+    ] = 50,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Also write all times, launch by launch, to this file.", rich_help_panel=RESULT),
+    ] = None,
+    out: ResultOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Time the launches of a decode step where they run: in a chain of decoder layers, one CUDA graph (needs a GPU)."""
+    quiet_unless(verbose)
+    from executorch_moe.export.bench import chain as cb
+    from executorch_moe.export.progress import progress_bar
+
+    check_result(out)
+    if json_file is not None:
+        check_json(json_file)
+    contexts = parse_lengths(context, "context")
+    cb.check_arguments(shape, layers, dense, scheme, group_size, repeats)
+    results = []
+    with progress_bar(console) as progress:
+        task = progress.add_task("measuring", total=len(contexts))
+        for positions in contexts:
+            results.append(cb.chain(shape, layers, positions, dense, scheme, group_size, repeats))
+            progress.advance(task)
+    if json_file is not None:
+        show_result(cb.as_json(results), json_file)
+    show_result("\n\n".join(result.markdown() for result in results), out)

@@ -35,6 +35,7 @@ class ExportSummary:
         dense_bytes: bytes of all weights except the experts'.
         embedding_bytes: of these, bytes that only the embedding reads.
         cache_bytes: bytes of the KV cache.
+        sizes: of the model, see `model_sizes`.
         reads_written: decode reads only the positions of the cache that were written.
         files: the files that were written.
         seconds: step -> its time.
@@ -50,6 +51,7 @@ class ExportSummary:
     embedding_bytes: int = 0
     cache_bytes: int = 0
     reads_written: bool = False
+    sizes: dict[str, int] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
@@ -140,10 +142,32 @@ class ExportSummary:
                 {"kernels": part.kernels, "proven": part.proven, "undecided": part.undecided} for part in self.accesses
             ],
         }
+        if self.sizes:
+            record["sizes"] = self.sizes
         if self.report.layers:
             layer = self.report.layers[0]
             record["active_experts"] = layer.top_k / layer.num_experts
         return json.dumps(record, indent=2) + "\n"
+
+
+def model_sizes(config: Any) -> dict[str, int]:
+    """Sizes of a Qwen3-MoE model from its transformers configuration, by field of `models.synthetic.SyntheticModel`.
+
+    Empty for other families, and for models with layers without experts.
+    """
+    if config.model_type != "qwen3_moe" or config.mlp_only_layers or config.decoder_sparse_step != 1:
+        return {}
+    return {
+        "layers": config.num_hidden_layers,
+        "hidden": config.hidden_size,
+        "experts": config.num_experts,
+        "top_k": config.num_experts_per_tok,
+        "intermediate": config.moe_intermediate_size,
+        "heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "vocabulary": config.vocab_size,
+    }
 
 
 def bytes_beside_experts(model: nn.Module, report: FusionReport) -> tuple[int, int]:

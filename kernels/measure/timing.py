@@ -222,8 +222,8 @@ def floor_us(shape: LayerShape, scheme: str, layers: list[LayerInputs]) -> float
     return 1e6 * max(flops / H200_FLOPS, nbytes / H200_BYTES)
 
 
-def time_graph(steps: list[Callable[[], object]], replays: int = 25) -> float:
-    """Microseconds of a step: the median over replays of one CUDA graph of all steps, divided by their number."""
+def capture(steps: list[Callable[[], object]]) -> tuple[torch.cuda.CUDAGraph, list[object]]:
+    """One CUDA graph of all steps, captured after a warm-up, and their results, which each replay writes again."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -234,7 +234,12 @@ def time_graph(steps: list[Callable[[], object]], replays: int = 25) -> float:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = [step() for step in steps]
+        results = [step() for step in steps]
+    return graph, results
+
+
+def replay_us(graph: torch.cuda.CUDAGraph, replays: int = 25) -> float:
+    """Microseconds of a replay of the graph: the median over replays, after three that are not counted."""
     for _ in range(3):
         graph.replay()
     times = []
@@ -245,5 +250,10 @@ def time_graph(steps: list[Callable[[], object]], replays: int = 25) -> float:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))
-    del kept
-    return 1e3 * statistics.median(times) / len(steps)
+    return 1e3 * statistics.median(times)
+
+
+def time_graph(steps: list[Callable[[], object]], replays: int = 25) -> float:
+    """Microseconds of a step: the median over replays of one CUDA graph of all steps, divided by their number."""
+    graph, _results = capture(steps)
+    return replay_us(graph, replays) / len(steps)

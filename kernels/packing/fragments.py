@@ -105,19 +105,33 @@ def dequantize(packed: Tensor, scale: Tensor | None, zero: Tensor | None, scheme
         return packed.to(torch.float32)
     codes = unpack_int4(packed, scheme)
     e, n, k = codes.shape
-
-    def by_row(t: Tensor) -> Tensor:  # [E, groups, N] in pairs of rows -> fp32 [E, N, groups, 1]
-        natural = t.to(torch.float32).reshape(e, t.shape[1], n // 16, 8, 2).permute(0, 2, 4, 3, 1)
-        return natural.reshape(e, n, t.shape[1], 1)
-
-    scales = by_row(scale)
-    if scheme == "w4a8":
-        scales = scales[:, :, :-1] * scales[:, :, -1:]
+    scales = unpack_scales(scale, scheme)
     groups = scales.shape[2]
     weight = codes.reshape(e, n, groups, k // groups) * scales
     if zero is not None:
-        weight = weight + by_row(zero)
+        weight = weight + _by_row(zero)
     return weight.reshape(e, n, k)
+
+
+def unpack_scales(scale: Tensor, scheme: str) -> Tensor:
+    """Scales of a packed matrix in the order of its rows; traceable.
+
+    Args:
+        scale: bf16 [E, K/group_size, N], as for `dequantize`.
+        scheme: "w4a16" or "w4a8".
+
+    Returns:
+        fp32 [E, N, K/group_size, 1].
+    """
+    scales = _by_row(scale)
+    return scales[:, :, :-1] * scales[:, :, -1:] if scheme == "w4a8" else scales
+
+
+def _by_row(t: Tensor) -> Tensor:
+    """[E, groups, N] in pairs of rows -> fp32 [E, N, groups, 1]."""
+    e, groups, n = t.shape
+    natural = t.to(torch.float32).reshape(e, groups, n // 16, 8, 2).permute(0, 2, 4, 3, 1)
+    return natural.reshape(e, n, groups, 1)
 
 
 def fragment_order(scheme: Scheme | str, gemm: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from typer.testing import CliRunner
 
 from executorch_moe.export.bench import kernel as kb
+from executorch_moe.export.bench.humming import plain_codes
 from executorch_moe.export.cli.app import app
+from executorch_moe.kernels import unpack_experts
 from executorch_moe.kernels.experts.aten import fused_experts_cpu
 from executorch_moe.kernels.measure.compile import CompileJob, compile_ahead
 from executorch_moe.kernels.measure.timing import (
@@ -105,6 +108,40 @@ def test_every_preset_scheme_and_path_is_right(shape: str, scheme: str, compiled
         layer.answer.check(layer.run(kb.OURS[implementation]), f"{shape} {scheme} {implementation} at {tokens} tokens")
     del packed, layer
     torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a8"])
+@pytest.mark.parametrize("sizes", [(160, 96, 32), (256, 128, 128)], ids=str)
+def test_plain_codes_are_the_packed_weights(scheme: str, sizes: tuple[int, int, int]) -> None:
+    """What Humming gets: natural order, no padding; scales of w4a8 are rounded."""
+    (layer,) = make_layers(LayerShape(3, 2, *sizes), scheme, 1, 1, device="cpu")
+    assert layer.packed is not None
+    for gemm, expected in enumerate(unpack_experts(layer.packed), start=1):
+        codes, scales = plain_codes(layer.packed, gemm)
+        nibbles = torch.stack((codes & 0xF, codes >> 4), -1).flatten(2).float() - 8
+        found = nibbles * scales.float().repeat_interleave(sizes[2], 2)
+        assert scales.dtype == torch.bfloat16 and found.shape == expected.shape
+        torch.testing.assert_close(found, expected, rtol=2**-8 if scheme == "w4a8" and gemm == 1 else 0, atol=0)
+
+
+def test_humming_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "humming", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    result = CliRunner().invoke(app, ["bench", "kernel", "--impl", "humming"])
+    assert result.exit_code == 2 and "pip install humming-kernels==0.1.19" in " ".join(result.output.split())
+    result = CliRunner().invoke(app, ["bench", "kernel", "--impl", "humming", "--scheme", "bf16"])
+    assert result.exit_code == 2 and "humming has w4a16, w4a8" in " ".join(result.output.split())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a8"])
+def test_humming_is_right(scheme: str) -> None:
+    pytest.importorskip("humming")
+    benchmark = kb.KernelBenchmark("64x8x2048x512", (1, 700), ("ours", "humming"), (scheme,), layers=1, replays=3)
+    rows = list(benchmark.run())  # each result is checked
+    assert [(row.implementation, row.tokens) for row in rows] == [
+        ("ours", 1), ("ours", 700), ("humming", 1), ("humming", 700)
+    ]  # fmt: skip
 
 
 def test_table_json_and_plot(tmp_path: Path) -> None:

@@ -107,5 +107,15 @@ def test_a_profile_names_every_part(exported: Callable[..., Path]) -> None:
         for group in ("experts GEMM1", "experts GEMM2", "routing", "attention", "dense", "sampling"):
             assert launches.get(group, 0) >= 1, (cuda_graph, group, result.breakdown.longest)
         assert launches["experts GEMM1"] == pytest.approx(launches["experts GEMM2"])
+        result.profile_prompts(generator, [32, 8])
+        assert [prompt.tokens for prompt in result.prompts] == [32, 8]
+        for prompt in result.prompts:
+            parts = {part.name: part for part in prompt.parts}
+            assert parts["experts GEMM1"].launches == parts["experts GEMM2"].launches
+            for name in ("qkv projection", "output projection", "attention", "experts GEMM1", "lm_head"):
+                assert parts[name].floor_us, (name, [(k.part, k.kernel) for k in prompt.kernels])
+            assert prompt.gap_us >= 0 and sum(part.launches for part in prompt.parts) == sum(
+                kernel.launches for kernel in prompt.kernels
+            )
         assert 0 < result.breakdown.accounted < 1 and result.breakdown.gap_us >= 0
         assert result.peak_bytes["gpu"] > 0
