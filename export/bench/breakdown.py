@@ -23,7 +23,10 @@ RULES: tuple[tuple[str, str], ...] = (
     ("attention", r"moe_one_token_attention"),
     ("experts GEMM1", r"moe_\w*gemm1|_fused_moe_(batched_)?(int8_)?kernel"),
     ("experts GEMM2", r"moe_\w*gemm2|_fused_moe_silu_(batched_)?(int8_)?kernel"),
-    ("experts GEMM1", r"moe_\w*gemm|moe_matvec"),  # one kernel computes both GEMMs in turn; `break_down` tells them apart
+    (
+        "experts GEMM1",
+        r"moe_\w*gemm|moe_matvec",
+    ),  # both GEMMs in turn; `break_down` tells them apart
     ("experts, other", r"moe_sum|moe_quantize|_silu_quantize|_quantize_activations|^triton_per_fused_sum_view"),
     ("attention", r"sdpa"),
     ("routing", r"moe_|topk|fused__softmax__to_copy_prepare_softmax_online(?!.*(where|floor))"),

@@ -44,6 +44,11 @@ def in_order(kernels: Sequence[Kernel]) -> list[LaunchTime]:
     return times
 
 
+def is_copy(name: str) -> bool:
+    """Whether a record is a copy of memory, which has another name in a graph than alone."""
+    return name.lower().startswith("memcpy")
+
+
 def of_replays(kernels: Sequence[Kernel], names: Sequence[str]) -> list[LaunchTime]:
     """Times of the launches of a graph that was replayed: for each launch the medians over the replays.
 
@@ -64,7 +69,7 @@ def of_replays(kernels: Sequence[Kernel], names: Sequence[str]) -> list[LaunchTi
     for first in range(0, len(kernels), len(names)):
         replay = in_order(kernels[first : first + len(names)])
         for index, (found, name) in enumerate(zip(replay, names, strict=True)):
-            if found.kernel != name:
+            if found.kernel != name and not (is_copy(found.kernel) and is_copy(name)):
                 raise RuntimeError(
                     f"{again}: launch {index} is {found.kernel}, expected {name}: run it again, and report it if it "
                     "stays so"

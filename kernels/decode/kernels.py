@@ -309,32 +309,39 @@ def moe_one_token_attention(
             best = higher
             k_low, k_high = load_keys(key_ptr, first + SPLITS * BLOCK_T, length, HALF, BLOCK_T)
             v = load_values(value_ptr, first + SPLITS * BLOCK_T, length, D, BLOCK_T)
-        tl.store(partial_ptr + rows[:, None] * D + offs_d[None, :], acc, mask=real[:, None])
-        tl.store(max_ptr + rows, best, mask=real)
-        tl.store(sum_ptr + rows, total, mask=real)
+        wanted = real & (start < length)
+        tl.store(partial_ptr + rows[:, None] * D + offs_d[None, :], acc, mask=wanted[:, None])
+        tl.store(max_ptr + rows, best, mask=wanted)
+        tl.store(sum_ptr + rows, total, mask=wanted)
     tl.debug_barrier()  # the stores of all threads must precede the release by one thread
     arrived = tl.atomic_add(arrivals_ptr + head, 1, sem="acq_rel", scope="gpu")
     if arrived == SPLITS:
-        # A thread has the same elements of every part, so nothing is summed across threads, and all loads can be in
-        # flight at once. .cg: other multiprocessors wrote this; L1 may be stale, L2 is not.
+        # Parts behind the last position wrote nothing. A thread has the same elements of every part, so nothing is
+        # summed across threads, and all loads can be in flight at once. .cg: other multiprocessors wrote this; L1 may
+        # be stale, L2 is not.
         query = head * GROUPS + tl.arange(0, G_POW2)
-        mine = tl.arange(0, G_POW2) < GROUPS
+        real_query = tl.arange(0, G_POW2) < GROUPS
         highest = tl.full((G_POW2,), -float("inf"), dtype=tl.float32)
         for i in tl.static_range(SPLITS + 1):
-            highest = tl.maximum(
-                highest, tl.load(max_ptr + i * HEADS + query, mask=mine, other=0.0, cache_modifier=".cg")
-            )
+            mine = real_query & ((i * BLOCK_T < length) | (i == SPLITS))
+            maxima = tl.load(max_ptr + i * HEADS + query, mask=mine, other=-float("inf"), cache_modifier=".cg")
+            highest = tl.maximum(highest, maxima)
         sums_of_all = tl.zeros((G_POW2,), dtype=tl.float32)
         result = tl.zeros((G_POW2, D), dtype=tl.float32)
         cells = query[:, None] * D + offs_d[None, :]
         for i in tl.static_range(SPLITS + 1):
-            maxima = tl.load(max_ptr + i * HEADS + query, mask=mine, other=0.0, cache_modifier=".cg")
-            sums = tl.load(sum_ptr + i * HEADS + query, mask=mine, other=1.0, cache_modifier=".cg")
+            mine = real_query & ((i * BLOCK_T < length) | (i == SPLITS))
+            maxima = tl.load(max_ptr + i * HEADS + query, mask=mine, other=-float("inf"), cache_modifier=".cg")
+            sums = tl.load(sum_ptr + i * HEADS + query, mask=mine, other=0.0, cache_modifier=".cg")
             values = tl.load(partial_ptr + i * HEADS * D + cells, mask=mine[:, None], other=0.0, cache_modifier=".cg")
-            factor = tl.exp(maxima - highest)
+            factor = tl.exp(maxima - tl.where(real_query, highest, 0.0))
             sums_of_all += sums * factor
             result += values * factor[:, None]
-        tl.store(out_ptr + cells, to_bf16(result / sums_of_all[:, None], PTX), mask=mine[:, None])
+        tl.store(
+            out_ptr + cells,
+            to_bf16(result / tl.where(real_query, sums_of_all, 1.0)[:, None], PTX),
+            mask=real_query[:, None],
+        )
 
 
 @triton.jit
@@ -384,14 +391,15 @@ def moe_one_token_router(
         mine = tl.load(logits_ptr + expert, mask=expert < E, other=-float("inf"), cache_modifier=".cg")
         # An expert's place is the number of experts before it: one comparison with all, no chain of top_k maxima.
         rank = tl.where(mine == mine, mine, float("inf"))
-        place = tl.zeros((E_POW2,), dtype=tl.int32)
+        earlier = tl.zeros((RANK_BLOCK, E_POW2), dtype=tl.int32)
         for first in tl.static_range(0, E_POW2, RANK_BLOCK):
             other = first + tl.arange(0, RANK_BLOCK)
             theirs = tl.load(logits_ptr + other, mask=other < E, other=-float("inf"), cache_modifier=".cg")
             theirs = tl.where(theirs == theirs, theirs, float("inf"))
             before = theirs[:, None] > rank[None, :]
             before = before | ((theirs[:, None] == rank[None, :]) & (other[:, None] < expert[None, :]))
-            place += tl.sum(before.to(tl.int32), axis=0)
+            earlier += before.to(tl.int32)
+        place = tl.sum(earlier, axis=0)
         chosen = (place < TOP_K) & (expert < E)
         share = tl.where(chosen, tl.exp(mine - tl.max(mine, axis=0)), 0.0)
         tl.store(weights_ptr + place, share / tl.sum(share, axis=0), mask=chosen)

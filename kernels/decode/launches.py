@@ -22,6 +22,8 @@ POSITIONS = 128
 """Positions that a program of attention handles at a time."""
 MAX_CELLS = 16384
 """Numbers that a program can hold in registers at a time."""
+MAX_PART_CELLS = 32768
+"""Numbers of all parts that the last program of attention combines."""
 
 
 def run_one_token_linear(
@@ -151,11 +153,12 @@ def row_pieces(columns: int, itemsize: int) -> tuple[int, int]:
 
 
 def splits_of(gpu: Gpu, kv_heads: int, width: int) -> int:
-    """Number of parts of the cache for each head, a power of two: programs for half of the multiprocessors.
+    """Number of parts of the cache for each head, a power of two: a program for each multiprocessor.
 
-    At most as many as the last program can combine; it holds `width` numbers of each part.
+    At most as many as the last program can combine; it reads `width` numbers of each part that has positions. So many
+    parts pay off for long contexts, and cost nothing for short ones.
     """
-    most = max(1, min(MAX_CELLS // width, gpu.num_sms // (2 * kv_heads)))
+    most = max(1, min(MAX_PART_CELLS // width, gpu.num_sms // kv_heads))
     return 1 << (most.bit_length() - 1)
 
 

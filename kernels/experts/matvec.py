@@ -1,13 +1,14 @@
 """The matrix-vector kernel: GEMM1 and GEMM2 of one token, or a few, without tensor cores.
 
 With one row of activations, an MMA has seven empty columns, and its chain of K blocks keeps few weights in flight. Here
-a program requests all its packed weights at once, into registers, and multiplies them there: one instruction (dp2a) does
-two 4-bit codes and two 16-bit activations. For that, each thread turns the 32 activations of its columns into integers
-in units of their largest absolute value / 32512, which is finer than bf16 for values from 1/64 of the largest on.
+a program requests all its packed weights at once, into registers, and multiplies them there: one instruction (dp2a)
+does two 4-bit codes and two 16-bit activations. For that, each thread turns the 32 activations of its columns into
+integers in units of their largest absolute value / 32512, which is finer than bf16 for values from 1/64 of it on.
 
 Two launches. GEMM1: a program does some rows of one pair. GEMM2: a program does some rows of all top_k experts of a
-token and adds them, so nothing is summed across programs. Letters as in tile.py; T is the thread of an MMA row to which
-the packed layout assigns 16 bytes (packing/fragments.py).
+token and adds them, so nothing is summed across programs. Letters as in tile.py. t, c, h, l and n are digits of a K
+block's positions in packed words, see packing/fragments.py: thread t of an MMA row has four words (c, h) of two
+halfwords l, of four nibbles n each.
 """
 
 from __future__ import annotations
@@ -195,7 +196,7 @@ def load_chunk(
         expert: int64, row, block: int32, valid: bool, all [REPS * BATCH * NEAR]; block: within a chunk.
 
     Returns:
-        Four scales and four zeros, as of `load_quarters`, and int32 [REPS, BATCH, NEAR, 4, 2, 2] (T, c, h).
+        Four scales and four zeros, as of `load_quarters`, and int32 [REPS, BATCH, NEAR, 4, 2, 2] (t, c, h).
     """
     block += chunk * BLOCKS
     valid = valid & (block < KP // 128)
@@ -307,9 +308,9 @@ def moe_matvec(
 ):  # fmt: skip
     """Program (n block, pair in GEMM1 or token in GEMM2) does ROWS weight rows of SLOTS experts.
 
-    SLOTS: 1 in GEMM1; in GEMM2, top_k rounded up to a power of two. BLOCKS: K blocks of a chunk, a power of two. CHUNKS:
-    of K; the next one is requested while one is multiplied. REPS: rows of a thread. A thread has the same 32 columns of
-    all its rows, so it needs few activations. Neighboring threads of a warp have neighboring rows of a K block.
+    SLOTS: 1 in GEMM1; in GEMM2, top_k rounded up to a power of two. BLOCKS: K blocks of a chunk, a power of two.
+    CHUNKS: of K; the next one is requested while one is multiplied. REPS: rows of a thread. A thread has the same 32
+    columns of all its rows, so it needs few activations. Neighboring threads have neighboring rows of a K block.
     """
     tl.static_assert(GEMM == 1 or not INT8_ORDER)
     BATCH: tl.constexpr = SLOTS * BLOCKS

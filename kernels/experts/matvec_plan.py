@@ -24,11 +24,11 @@ def run_matvec(p: Problem) -> Tensor:
     if not p.scheme.packed or p.scheme.act_group(2) or not p.has_aligned_pairs:
         raise ValueError(
             f"scheme {p.scheme.name} with hidden size {p.h} has no matrix-vector path: it is for packed 4-bit weights, "
-            "bf16 activations in GEMM2 and an even hidden size, and for tokens that start at an even element of their storage"
+            "bf16 activations in GEMM2, an even hidden size, and tokens that start at an even element of their storage"
         )
     configs = p.options.matvec
     if configs is None:
-        configs = matvec_configs(p.gpu, p.scheme, p.layer, p.num_tokens, p.options.tables) or heuristic_matvec()
+        configs = matvec_configs(p.gpu, p.scheme, p.layer, p.num_tokens, p.options.tables) or heuristic_matvec(p.layer)
     hidden = p.empty((p.num_pairs, p.i_pad), torch.bfloat16)
     out = p.empty((p.num_tokens, p.h), torch.bfloat16)
     p.submit(matvec_launch(p, 1, configs[0], p.hidden_states, hidden))

@@ -30,8 +30,7 @@ class Variant:
 def matvec_configs(
     gpu: Gpu, scheme: Scheme, layer: LayerShape, num_tokens: int, tables: bool = True
 ) -> tuple[MatvecConfig, MatvecConfig] | None:
-    """Sizes of both GEMMs for the matrix-vector path, or None if another path is faster, or if the scheme has bf16 weights or
-    an int8 GEMM2.
+    """Sizes of both GEMMs for the matrix-vector path. None: another path is faster, or the scheme has none.
 
     Args:
         layer: with padded sizes. num_tokens: T.
@@ -42,7 +41,7 @@ def matvec_configs(
     table = find_table(gpu, scheme, layer) if tables else None
     if table is not None:
         return next(((row.gemm1, row.gemm2) for row in table.matvec if num_tokens <= row.up_to), None)
-    return heuristic_matvec() if num_tokens <= HEURISTIC_MATVEC_TOKENS else None
+    return heuristic_matvec(layer) if num_tokens <= heuristic_matvec_limit(layer) else None
 
 
 def few_token_configs(
@@ -127,13 +126,24 @@ HEURISTIC_HEIGHTS = ((20, 16), (96, 64), (1e6, 128))
 """(largest mean number of pairs of an expert, tile height)."""
 
 
-HEURISTIC_MATVEC_TOKENS = 1
-"""Largest T of the matrix-vector path for a layer without a table entry."""
+def heuristic_matvec(layer: LayerShape) -> tuple[MatvecConfig, MatvecConfig]:
+    """Sizes of the matrix-vector path. With more scales for each weight, a thread of GEMM1 does more rows."""
+    return MatvecConfig(32, 16) if layer.group_size < 128 else MatvecConfig(), MatvecConfig()
 
 
-def heuristic_matvec() -> tuple[MatvecConfig, MatvecConfig]:
-    """Sizes of the matrix-vector path."""
-    return MatvecConfig(), MatvecConfig()
+def heuristic_matvec_limit(layer: LayerShape) -> int:
+    """Largest T of the matrix-vector path; 0 where a program cannot request all its weights at once."""
+    sizes = heuristic_matvec(layer)
+    slots = (1, power_of_two(layer.top_k))
+    whole = all(
+        slots[gemm - 1] * power_of_two(layer.rows_and_k(gemm)[1] // K_BLOCK) <= sizes[gemm - 1].chunk for gemm in (1, 2)
+    )
+    return 2 if whole else 0
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
 
 
 def heuristic_gemm(gpu: Gpu, scheme: Scheme, layer: LayerShape, gemm: int, block_m: int) -> GemmConfig:

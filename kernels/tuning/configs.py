@@ -57,7 +57,7 @@ class MatvecConfig:
     Attributes:
         rows: weight rows (GEMM1: gate and up rows together), a power of two; of GEMM1 at least 16.
         reps: rows of a thread, a power of two of at most half of `rows`.
-        chunk: largest number of K blocks that are loaded at once, for all experts of a program together, a power of two.
+        chunk: largest number of K blocks that are loaded at once, of all experts of a program, a power of two.
 
     Raises:
         ValueError: a value is not allowed.

@@ -19,7 +19,13 @@ from executorch_moe.kernels.measure.tune import FEW_TOKENS, HEIGHTS, PAIRS_PER_E
 from executorch_moe.kernels.schemes import SCHEMES, get_scheme
 from executorch_moe.kernels.shapes import SHAPES, LayerShape
 from executorch_moe.kernels.tuning import tables
-from executorch_moe.kernels.tuning.choose import MAX_PAIRS, MAX_VARIANTS, few_token_configs, grouped_variants
+from executorch_moe.kernels.tuning.choose import (
+    MAX_PAIRS,
+    MAX_VARIANTS,
+    few_token_configs,
+    grouped_variants,
+    matvec_configs,
+)
 from executorch_moe.kernels.tuning.configs import GemmConfig, MatvecConfig, fit
 from executorch_moe.kernels.tuning.tables import MatvecRow, TunedLayer, TunedRow, find_table
 
@@ -54,6 +60,28 @@ def test_checked_in_tables_are_whole(path: Path) -> None:
                     check_configs(gpu, scheme, layer, 1, row.gemm1)
                     check_configs(gpu, scheme, layer, 2, row.gemm2)
         assert all(row.gemm1.block_m == row.gemm2.block_m for row in found.grouped)
+
+
+def test_the_matvec_path_is_for_few_tokens_and_weights_that_are_requested_at_once() -> None:
+    def taken(layer: LayerShape, tokens: int, scheme: str = "w4a16", tables: bool = True) -> bool:
+        return matvec_configs(H200, get_scheme(scheme), layer.padded(), tokens, tables) is not None
+
+    table = find_table(H200, W4A16, QWEN35)
+    assert table is not None and table.matvec
+    last = int(table.matvec[-1].up_to)
+    assert taken(QWEN35, 1) and taken(QWEN35, last) and not taken(QWEN35, last + 1)
+    assert [taken(QWEN35, tokens, tables=False) for tokens in (1, 2, 3)] == [True, True, False]
+    assert not taken(QWEN35, 1, "bf16", tables=False)
+    assert not taken(SHAPES["mixtral"], 1, tables=False) and not taken(SHAPES["gpt-oss"], 1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [((12, 4, 64), "rows=12 must be a power of two"), ((16, 16, 64), "reps=16 must be at most half of rows=16")],
+)
+def test_impossible_sizes_are_refused(sizes: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MatvecConfig(*sizes)
 
 
 def test_the_table_decides_and_can_be_left_out() -> None:

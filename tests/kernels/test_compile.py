@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -29,6 +30,7 @@ from executorch_moe.kernels.measure.compile import (
 )
 from executorch_moe.kernels.measure.tune import PAIRS_PER_EXPERT
 from executorch_moe.kernels.shapes import SHAPES, LayerShape
+from executorch_moe.kernels.tuning.configs import MatvecConfig
 from executorch_moe.kernels.tuning.tables import table_path
 
 from .conftest import PROPERTY
@@ -58,7 +60,9 @@ def test_kernels_fit_the_target(scheme: str, capability: int, record_property: C
     compiled = reports(scheme, capability)
     names = {r.kernel for r in compiled}
     expected = {"moe_few_tokens_gemm", "moe_grouped_gemm", "moe_route_count", "moe_route_scatter", "moe_sum_pairs"}
-    assert names >= expected | ({"moe_quantize_rows"} if scheme == "w4a8" else set())
+    expected |= {"moe_quantize_rows"} if scheme == "w4a8" else set()
+    expected |= {"moe_matvec"} if scheme != "bf16" else set()
+    assert names >= expected
     limit = MAX_DYNAMIC_SHARED[capability]
     for name in sorted(names):
         mine = [r for r in compiled if r.kernel == name]
@@ -156,3 +160,21 @@ def test_a_wgmma_without_a_wait_in_its_step_is_a_hazard() -> None:
     )
     assert waited == []
     assert not_waited == ["10 LOP3.LUT R152, R8, 0xf000f, R9, 0x6a, !PT: writes R152, an operand in use"]
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_weights_of_the_matvec_path_stay_where_they_are_loaded(group_size: int, capability: int) -> None:
+    """Triton's choice of layouts depends on the order of loads; another choice moves all weights between threads.
+
+    A thread has 32 words of weights. What it exchanges are a few scales, and its sums.
+    """
+    shape = replace(SHAPES["qwen3"], group_size=group_size)
+    options = Options(path="matvec", matvec=(MatvecConfig(), MatvecConfig()))
+    for launch in record_launches(find_model(f"sm_{capability}").gpu, "w4a16", 1, shape, options):
+        compiled = compile_kernel(launch, capability)
+        sass = cuobjdump(compiled.asm["cubin"], "-sass")
+        assert len(re.findall(r"\bIDP\.2A", sass)) == 4 * 32
+        assert len(re.findall(r"\bSHFL", sass)) <= 60
+        assert compiled.metadata.shared <= 16384 * (4 if group_size == 32 else 1)

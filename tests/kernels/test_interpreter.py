@@ -94,7 +94,7 @@ def test_matvec_in_chunks_of_k(sizes: MatvecConfig) -> None:
 
 def test_matvec_is_refused_where_it_cannot_run() -> None:
     problem = make(Case("bf16", tokens=1), "bf16")
-    with pytest.raises(ValueError, match="scheme bf16 .* has no matrix-vector path: it is for packed 4-bit weights"):
+    with pytest.raises(ValueError, match=r"scheme bf16 .* has no matrix-vector path: it is for packed 4-bit weights"):
         run_fused_experts(problem.args(), options=Options(path="matvec"))
     problem = make(Case("rows", tokens=1), "w4a16")
     sizes = MatvecConfig(8, 4)

@@ -121,7 +121,7 @@ class TestArtifact:
             chosen = {kernel["kernel"] for kernel in report["kernels"] if kernel["method"] == name}
             assert chosen == set(method.delegates[0].kernels), name
         assert kernels["moe_grouped_gemm"]["ours"] and kernels["moe_grouped_gemm"]["config"]["BLOCK_M"] >= 16
-        assert kernels["moe_few_tokens_gemm"]["method"] == "decode"
+        assert kernels["moe_matvec"]["method"] == "decode"
         assert {kernel["method"] for kernel in report["kernels"]} == {"prefill", "decode"}
         assert all("num_warps" in kernel["config"] for kernel in report["kernels"])
         assert report["gemms"] and all(gemm["shape"] and gemm["candidates"] > 1 for gemm in report["gemms"])
