@@ -24,6 +24,8 @@ from executorch_moe.kernels.shapes import SHAPES
 def tiles_with_work(launch: Launch, ids: torch.Tensor) -> int:
     """Tiles of a GEMM for this routing: row blocks of all experts x blocks of weight rows x parts of K."""
     c = launch.constexprs
+    if "BLOCK_M" not in c:  # the matrix-vector kernel: every program has work
+        return int(launch.grid[0] * launch.grid[1])
     counts = ids.flatten().bincount()
     row_blocks = int((-(-counts // c["BLOCK_M"])).sum())
     return row_blocks * (c["N"] // c["BLOCK_N"]) * c.get("SPLIT_K", 1)
@@ -64,8 +66,9 @@ def main(
                 resident = report.programs_per_sm(model) * model.num_sms
                 tiles = tiles_with_work(launch, ids)
                 c = launch.constexprs
+                tile = f"{c['BLOCK_N']} x {c['BLOCK_M']}" if "BLOCK_M" in c else f"{c['ROWS']} x {c['SLOTS']} experts"
                 print(
-                    f"| {name} ({model.num_sms}) | {tokens} | {c['GEMM']} | {c['BLOCK_N']} x {c['BLOCK_M']} "
+                    f"| {name} ({model.num_sms}) | {tokens} | {c['GEMM']} | {tile} "
                     f"| {report.num_warps} | {report.registers} | {report.shared:,} of {model.max_shared:,} "
                     f"| {resident} | {tiles} | {tiles / resident:.2f} |"
                 )

@@ -107,6 +107,12 @@ def load_pair(words_ptr, valid, words, OFFSET: tl.constexpr, MASKED: tl.constexp
 
 
 @triton.jit
+def larger(a, b):
+    """The larger number, NaN if one is NaN: integers could not carry it."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def load_word(x_ptr, valid, words, FIRST: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, MASKED: tl.constexpr):
     """The eight activations of a packed word, and their largest absolute value, fp32.
 
@@ -117,9 +123,9 @@ def load_word(x_ptr, valid, words, FIRST: tl.constexpr, N1: tl.constexpr, N2: tl
     a1, b1 = load_pair(x_ptr, valid, words, FIRST + N1, MASKED)
     a2, b2 = load_pair(x_ptr, valid, words, FIRST + N2, MASKED)
     a3, b3 = load_pair(x_ptr, valid, words, FIRST + N1 + N2, MASKED)
-    most = tl.maximum(tl.maximum(tl.abs(a0), tl.abs(b0)), tl.maximum(tl.abs(a1), tl.abs(b1)))
-    more = tl.maximum(tl.maximum(tl.abs(a2), tl.abs(b2)), tl.maximum(tl.abs(a3), tl.abs(b3)))
-    return a0, b0, a1, b1, a2, b2, a3, b3, tl.maximum(most, more)
+    most = larger(larger(tl.abs(a0), tl.abs(b0)), larger(tl.abs(a1), tl.abs(b1)))
+    more = larger(larger(tl.abs(a2), tl.abs(b2)), larger(tl.abs(a3), tl.abs(b3)))
+    return a0, b0, a1, b1, a2, b2, a3, b3, larger(most, more)
 
 
 @triton.jit
@@ -243,7 +249,7 @@ def multiply_chunk(
     e0, f0, e1, f1, e2, f2, e3, f3, m1 = load_word(x_ptr, ok, words, H, N1, N2, MASKED)
     g0, h0, g1, h1, g2, h2, g3, h3, m2 = load_word(x_ptr, ok, words, C, N1, N2, MASKED)
     i0, j0, i1, j1, i2, j2, i3, j3, m3 = load_word(x_ptr, ok, words, C + H, N1, N2, MASKED)
-    largest = tl.maximum(tl.maximum(tl.maximum(m0, m1), tl.maximum(m2, m3)), 1e-30)
+    largest = larger(larger(larger(m0, m1), larger(m2, m3)), 1e-30)  # NaN and infinity make the sums NaN
     per_unit = 32512.0 / largest
     unit = (largest * (1.0 / (32512.0 * 16.0)))[None, :, None, :]
     p0, p1, p2, p3 = quantize_word(c0, d0, c1, d1, c2, d2, c3, d3, per_unit, APART)

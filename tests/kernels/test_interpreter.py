@@ -92,6 +92,17 @@ def test_matvec_in_chunks_of_k(sizes: MatvecConfig) -> None:
     assert relative_error(out, problem.expected) <= BOUNDS["w4a16"]
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_matvec_hides_no_nan_and_no_infinity(bad: float) -> None:
+    """Activations become integers, which have neither."""
+    problem = make(Case("not finite", tokens=2, group_size=128), "w4a16")
+    hidden = problem.hidden_states.clone()
+    hidden[1, 77] = bad
+    out = run_fused_experts(problem.args()._replace(hidden_states=hidden), options=Options(path="matvec"))
+    assert relative_error(out[:1], problem.expected[:1]) <= BOUNDS["w4a16"]
+    assert out[1].isnan().all()
+
+
 def test_matvec_is_refused_where_it_cannot_run() -> None:
     problem = make(Case("bf16", tokens=1), "bf16")
     with pytest.raises(ValueError, match=r"scheme bf16 .* has no matrix-vector path: it is for packed 4-bit weights"):
