@@ -58,7 +58,7 @@ def run_export(target: str, folder: Path, **environment: str) -> CrossExport:
     return CrossExport(target, folder)
 
 
-@pytest.fixture(scope="session", params=["sm_80", "sm_90"])
+@pytest.fixture(scope="session", params=[pytest.param("sm_80", marks=pytest.mark.exhaustive), "sm_90"])
 def crossed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CrossExport:
     """Made once in a run. With several pytest processes, each has its own base folder below a common one."""
     base = tmp_path_factory.getbasetemp()
@@ -154,6 +154,7 @@ def other_place(folder: Path) -> dict[str, str]:
 
 @needs_cross_export
 @pytest.mark.slow
+@pytest.mark.exhaustive  # the next test compares the libraries of such an export
 @pytest.mark.parametrize("crossed", ["sm_90"], indirect=True)
 def test_same_bytes_from_another_checkout_and_temporary_folder(crossed: CrossExport, tmp_path: Path) -> None:
     again = run_export(crossed.target, tmp_path / "again", **other_place(tmp_path))
@@ -163,9 +164,9 @@ def test_same_bytes_from_another_checkout_and_temporary_folder(crossed: CrossExp
 
 @needs_cross_export
 @pytest.mark.slow
-@pytest.mark.parametrize("crossed", ["sm_80"], indirect=True)
+@pytest.mark.parametrize("crossed", ["sm_90"], indirect=True)
 def test_several_targets_share_weights_and_have_the_code_of_each(crossed: CrossExport, tmp_path: Path) -> None:
-    both = run_export("sm_90,sm_80", tmp_path / "both", **other_place(tmp_path))
+    both = run_export("sm_80,sm_90", tmp_path / "both", **other_place(tmp_path))
     report = inspect_artifact(both.pte)
     check_cuda_artifact(report)
     archs = {name: method.delegates[0].archs for name, method in report.methods.items()}
@@ -179,10 +180,10 @@ def test_several_targets_share_weights_and_have_the_code_of_each(crossed: CrossE
     assert first.items() <= all_data.items()
     assert all("_so_blob:_lifted_tensor_constant" in key for key in all_data.keys() - first.keys())
     alone, together = PteFile(crossed.pte), PteFile(both.pte)
-    # Keys are digests: the artifact contains the libraries of one for sm_80 alone, byte for byte.
+    # Keys are digests: the artifact contains the libraries of one for sm_90 alone, byte for byte.
     assert {key for key in alone.named_data() if key.endswith("_so_blob")} < together.named_data().keys()
     for name in alone.method_names:
-        (delegate,), (other,) = alone.plan(name).delegates, together.plan(f"{name}@sm_80").delegates
+        (delegate,), (other,) = alone.plan(name).delegates, together.plan(f"{name}@sm_90").delegates
         assert alone.delegate_data(delegate) == together.delegate_data(other)
 
 
