@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -59,8 +60,12 @@ class Workspace:
 
 
 @pytest.fixture(scope="session")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """With the demo model exported for the CPU."""
+def workspace(
+    tmp_path_factory: pytest.TempPathFactory, made_once: Callable[[str, Callable[[Path], None]], Path]
+) -> Workspace:
+    """With the demo model exported for the CPU, once for all processes."""
+    exported = made_once("docs", lambda folder: Workspace(folder).run(EXPORT))
     made = Workspace(tmp_path_factory.mktemp("docs"))
-    made.run(EXPORT)
+    shutil.copytree(exported / "demo", made.path / "demo")
+    made.done.add("demo/demo.pte")
     return made
