@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import triton
+from cached_experts import CachedExperts, methods
 from filelock import FileLock
 from requirements import needs_cross_export
 from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
@@ -154,7 +155,7 @@ def other_place(folder: Path) -> dict[str, str]:
 
 @needs_cross_export
 @pytest.mark.slow
-@pytest.mark.exhaustive  # the next test compares the libraries of such an export
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("crossed", ["sm_90"], indirect=True)
 def test_same_bytes_from_another_checkout_and_temporary_folder(crossed: CrossExport, tmp_path: Path) -> None:
     again = run_export(crossed.target, tmp_path / "again", **other_place(tmp_path))
@@ -164,6 +165,27 @@ def test_same_bytes_from_another_checkout_and_temporary_folder(crossed: CrossExp
 
 @needs_cross_export
 @pytest.mark.slow
+def test_two_targets_share_the_weights_of_a_method(tmp_path: Path) -> None:
+    module = CachedExperts("w4a16")
+    artifact = save(lower({"decode": methods(module)["decode"]}, "sm_90,sm_80"), tmp_path / "both")
+    report = inspect_artifact(artifact.pte)
+    check_cuda_artifact(report)
+    codes = {name: method.delegates[0].archs for name, method in report.methods.items()}
+    assert codes == {"decode@sm_80": ("sm_80",), "decode@sm_90": ("sm_90a",)}
+    # Both methods read the module's weights, and each is stored once.
+    program, data, read = PteFile(artifact.pte), PtdFile(artifact.ptd), []
+    for name in program.method_names:
+        (delegate,) = program.plan(name).delegates
+        weights = parse_delegate(program.delegate_data(delegate), name).weights
+        read.append({weight.fqn: weight.storage_key for weight in weights if "_lifted" not in weight.fqn})
+    assert read[0] == read[1] and read[0].keys() == module.state_dict().keys()
+    for name, tensor in module.state_dict().items():
+        assert bytes(data.data(read[0][name])) == bytes(tensor.untyped_storage()), name
+
+
+@needs_cross_export
+@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("crossed", ["sm_90"], indirect=True)
 def test_several_targets_share_weights_and_have_the_code_of_each(crossed: CrossExport, tmp_path: Path) -> None:
     both = run_export("sm_80,sm_90", tmp_path / "both", **other_place(tmp_path))
