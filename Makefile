@@ -36,10 +36,10 @@ OLD_TRANSFORMERS := build/transformers-$(OLDEST_TRANSFORMERS)
 OLDEST_TRITON ?= 3.6.0
 OLDEST := build/triton-$(OLDEST_TRITON)
 
-PYTEST = $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS)
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --durations 10 $(PYTEST_FLAGS)
 OLD_PATHS = $(CURDIR)/$(OLDEST):$(CURDIR)/$(OLD_TRANSFORMERS)
 
-.PHONY: help demo test lint mypy export-check test-gpu sanitize constraints install clean
+.PHONY: help demo test test-full lint mypy export-check test-gpu sanitize constraints install clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -54,12 +54,21 @@ demo: $(STAMP)  ## install into .venv, export the small trained model, generate 
 # ranges of Triton and transformers are tested. The main run has the newest versions, those of constraints.txt (on Python
 # 3.10: transformers 5.20.2), and one file after the other in each process, the slowest first (tests/conftest.py). The other
 # runs name the only folders with their markers, because collecting the rest takes longer than the selection saves.
-test: lint $(OLDEST)/.installed $(OLD_TRANSFORMERS)/.installed  ## lint, type-check, run every test that needs no GPU
-	TRITON_INTERPRET=1 $(PYTEST) -m interpreter tests/kernels
-	$(PYTEST) -m "not gpu and not interpreter" --dist loadfile --no-loadscope-reorder
+# They give a process one test at a time, so that no process idles at the end.
+# $(call TESTS,MARKERS) runs those tests that also have these markers.
+define TESTS
+	TRITON_INTERPRET=1 $(PYTEST) -m "interpreter and $(1)" --maxschedchunk 1 tests/kernels
+	$(PYTEST) -m "not gpu and not interpreter and $(1)" --dist loadfile --no-loadscope-reorder
 	PYTHONPATH=$(OLD_PATHS) $(BIN)/python -c "import triton, transformers as t; \
 	  assert (triton.__version__, t.__version__) == ('$(OLDEST_TRITON)', '$(OLDEST_TRANSFORMERS)'), (triton, t)"
-	PYTHONPATH=$(OLD_PATHS) $(PYTEST) -m "compiler or transformers" tests/kernels tests/export
+	PYTHONPATH=$(OLD_PATHS) $(PYTEST) -m "(compiler or transformers) and $(1)" --maxschedchunk 1 tests/kernels tests/export
+endef
+
+test: lint $(OLDEST)/.installed $(OLD_TRANSFORMERS)/.installed  ## lint, type-check, test all that needs no GPU: 15 minutes
+	$(call TESTS,not exhaustive)
+
+test-full: test  ## the same and further combinations of what it tests, as CI does
+	$(call TESTS,exhaustive)
 
 $(OLDEST)/.installed: | $(STAMP)
 	rm -rf $(OLDEST)

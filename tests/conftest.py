@@ -23,17 +23,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 SLOW_FILES = (
-    "test_cross_export.py",  # exports in processes of their own, for one to three architectures
-    "test_families.py",  # seven families in eight modes: about 55 s of one core for each family
-    "test_compile.py",  # every tile for six architectures: about 10 s for each of them and scheme
-    "test_check.py",  # traces both methods twice for each set of options
+    "test_families.py",  # seven families, each exported in several modes
+    "test_cross_export.py",  # exports by name: about 75 s of one core for the tiny model and an architecture
     "test_export_families.py",  # six exports by the command line
+    "test_compile.py",  # every tile for an architecture and scheme: about 10 s
+    "test_check.py",  # traces both methods twice for each set of options
     "test_tokens.py",  # exports in each scheme, and eager models beside them
-    "test_generated_kernels.py",
-    "test_overlapped_launches.py",
     "test_cpu_target.py",  # about 10 s for each scheme and type
-    "test_quality.py",
+    "test_overlapped_launches.py",
+    "test_artifact_files.py",
+    "test_generated_kernels.py",
     "test_scripts.py",
+    "test_commands.py",
+    "test_output_folders.py",
+    "test_quality.py",
 )
 """The slow parts of `make test`, slowest first: it runs them in this order, so that no process idles at the end."""
 _ORDER = {name: position for position, name in enumerate(SLOW_FILES)}

@@ -1,10 +1,11 @@
-"""One folder in which the commands and examples of all pages run, with one export."""
+"""One folder in which the commands and examples of all pages run."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,11 +16,9 @@ from typer.testing import CliRunner
 
 from executorch_moe.export.cli.app import app
 
+from ..export.conftest import MadeOnce, tiny_artifact
 from .commands import PROGRAM
 from .pages import ROOT
-
-EXPORT = f"{PROGRAM} export demo -o demo/demo.pte --target cpu --max-context 256"
-"""Makes what the examples of all pages use. A small cache exports in less time."""
 
 
 class Workspace:
@@ -59,8 +58,11 @@ class Workspace:
 
 
 @pytest.fixture(scope="session")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """With the demo model exported for the CPU."""
+def workspace(tmp_path_factory: pytest.TempPathFactory, made_once: MadeOnce) -> Workspace:
+    """With an export of the tiny model, which other tests use too, in place of the demo model's (`make demo`)."""
     made = Workspace(tmp_path_factory.mktemp("docs"))
-    made.run(EXPORT)
+    (made.path / "demo").mkdir()
+    for file in tiny_artifact(made_once, "w4a16", "cpu").parent.iterdir():
+        shutil.copy(file, made.path / "demo" / file.name.replace("tiny", "demo", 1))
+    made.done.add("demo/demo.pte")
     return made

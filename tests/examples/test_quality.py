@@ -62,7 +62,11 @@ def test_hqq_is_nearer_to_the_weights_in_every_row() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [Recipe("w4a16", "hqq", 64), Recipe("w4a8", "minmax", 32)], ids=str)
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(Recipe("w4a16", "hqq", 64), marks=pytest.mark.exhaustive), Recipe("w4a8", "minmax", 32)],
+    ids=str,
+)
 def test_exported_equals_eager_within_a_thousandth(recipe: Recipe, tmp_path: Path) -> None:
     if why := why_not_pybindings():
         pytest.skip(why)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from ..export.conftest import MAX_CONTEXT, MadeOnce, tiny_artifact
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -44,16 +46,13 @@ def test_export_example_writes_a_program_that_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_runner_generates_text(tmp_path: Path) -> None:
-    from executorch_moe.export.options import Context, ExportOptions, Target
-    from executorch_moe.export.pipeline import export_model
-
-    pte = tmp_path / "tiny.pte"
-    export_model(ExportOptions("tiny", pte, target=Target("cpu"), context=Context(32)))
-    result = run(ROOT / "examples" / "runner.py", str(pte), "The import", "100", cwd=tmp_path)
+def test_runner_generates_text(tmp_path: Path, made_once: MadeOnce) -> None:
+    pte = tiny_artifact(made_once, "w4a16", "cpu")
+    result = run(ROOT / "examples" / "runner.py", str(pte), "The import", "200", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    # 32 positions: 10 for the prompt, 22 more, and the last token that is not fed back.
-    assert result.stdout.startswith("The import") and len(result.stdout.rstrip("\n")) <= 33
+    # 10 positions for the prompt, as many more as there are, and the last token that is not fed back.
+    assert result.stdout.startswith("The import") and len(result.stdout.rstrip("\n")) <= MAX_CONTEXT + 1
     assert "runtime: executorch (CPU)" in result.stderr
-    refused = run(ROOT / "examples" / "runner.py", str(pte), "x" * 40, cwd=tmp_path)
-    assert refused.returncode == 1 and "the prompt has 40 tokens: give 1 to 32" in refused.stderr
+    refused = run(ROOT / "examples" / "runner.py", str(pte), "x" * (MAX_CONTEXT + 8), cwd=tmp_path)
+    message = f"the prompt has {MAX_CONTEXT + 8} tokens: give 1 to {MAX_CONTEXT}"
+    assert refused.returncode == 1 and message in refused.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -43,21 +44,26 @@ def executorch_runtime() -> None:
         pytest.skip(why)
 
 
+MadeOnce = Callable[[str, Callable[[Path], None]], Path]
+
+
+def tiny_artifact(made_once: MadeOnce, scheme: str, target: str, dtype: str = "auto") -> Path:
+    """The .pte of the tiny model with MAX_CONTEXT positions."""
+
+    def make(folder: Path) -> None:
+        export_model(tiny_options(folder / "tiny.pte", scheme, target, dtype))
+
+    return made_once(f"tiny-{scheme}-{target}-{dtype}", make) / "tiny.pte"
+
+
 @pytest.fixture(scope="session")
-def exported(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Callable[..., Path]:
-    """exported(scheme, target, dtype="auto") -> the .pte of the tiny model with MAX_CONTEXT positions."""
-
-    def get(scheme: str, target: str, dtype: str = "auto") -> Path:
-        def make(folder: Path) -> None:
-            export_model(tiny_options(folder / "tiny.pte", scheme, target, dtype))
-
-        return made_once(f"tiny-{scheme}-{target}-{dtype}", make) / "tiny.pte"
-
-    return get
+def exported(made_once: MadeOnce) -> Callable[..., Path]:
+    """exported(scheme, target, dtype="auto") -> see `tiny_artifact`."""
+    return functools.partial(tiny_artifact, made_once)
 
 
 @pytest.fixture(scope="session")
-def artifact(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Callable[[str, Cell], Path]:
+def artifact(made_once: MadeOnce) -> Callable[[str, Cell], Path]:
     """artifact(way, cell) -> the .pte of a cell of the matrix, exported "here", on this GPU, or "elsewhere".
 
     "elsewhere" is taken from the folder that EXECUTORCH_MOE_CROSS names, if it has the file; otherwise it is an export

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,11 +37,11 @@ class Case:
 CASES = (
     Case("one token", tokens=1),
     Case("one token and scales of whole K blocks", tokens=1, hidden=256, group_size=128),
-    Case("a partial block", tokens=15),
+    Case("a partial block", tokens=15, experts=3),
     Case("one past a block", tokens=17, experts=3, top_k=1),
-    Case("hidden size not a multiple of 128", tokens=9, hidden=160, intermediate=96),
-    Case("several K blocks and N tiles", tokens=12, hidden=384, intermediate=256, group_size=128),
-    Case("group size 64", tokens=12, hidden=256, intermediate=192, group_size=64),
+    Case("hidden size not a multiple of 128", tokens=9, experts=3, hidden=160, intermediate=96),
+    Case("several K blocks and N tiles", tokens=12, experts=3, hidden=384, intermediate=256, group_size=128),
+    Case("group size 64", tokens=12, experts=3, hidden=256, intermediate=192, group_size=64),
     Case("prime number of experts, most of them empty", tokens=3, experts=13, top_k=1),
     Case("one hot expert", tokens=40, experts=5, top_k=1, routing="hot"),
     Case("top_k equals E", tokens=6, experts=4, top_k=4),
@@ -69,6 +69,12 @@ class Problem:
     def args(self, device: str = "cpu") -> ExpertArguments:
         tensors = (t.to(device) for t in (self.hidden_states, self.topk_ids, self.topk_weights))
         return self.packed.to(device).arguments(*tensors, activation=self.activation)
+
+
+def first_tokens(problem: Problem, tokens: int) -> Problem:
+    """The problem with at most `tokens` tokens, for paths that are meant for few."""
+    names = ("hidden_states", "topk_ids", "topk_weights", "expected")
+    return replace(problem, **{name: getattr(problem, name)[:tokens] for name in names})
 
 
 def routing_of(case: Case) -> Tensor:

@@ -29,8 +29,9 @@ from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.reference import reference_experts
 from executorch_moe.kernels.schemes import Scheme
 from executorch_moe.kernels.tuning.choose import MAX_PAIRS, Variant
-from executorch_moe.kernels.tuning.configs import INTERPRETER_GPU, GemmConfig, MatvecConfig
+from executorch_moe.kernels.tuning.configs import INTERPRETER_GPU, GemmConfig
 
+from ..combinations import combinations
 from .cases import BOUNDS, CASES, ZERO_CASE, Case, make, relative_error
 
 pytestmark = pytest.mark.interpreter
@@ -46,8 +47,7 @@ def test_the_interpreter_is_on() -> None:
     assert os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "scheme"), combinations(CASES, list(SCHEMES), one_of=3))
 def test_grouped_path_against_the_oracle(case: Case, scheme: str) -> None:
     problem = make(case, scheme)
     out = run_fused_experts(problem.args(), options=grouped())
@@ -68,66 +68,21 @@ def test_a_tile_that_does_not_divide_n_is_refused() -> None:
         run_fused_experts(problem.args(), options=grouped(config2=GemmConfig(block_m=16, block_n=256)))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("case", [c for c in CASES if c.tokens <= 11], ids=str)
+@pytest.mark.parametrize(
+    ("case", "scheme"), combinations([c for c in CASES if c.tokens <= 11], list(SCHEMES), one_of=3)
+)
 def test_few_tokens_path_against_the_oracle(case: Case, scheme: str) -> None:
     problem = make(case, scheme)
     out = run_fused_experts(problem.args(), options=Options(path="few_tokens"))
     assert relative_error(out, problem.expected) <= min(BOUNDS[scheme], 4.5e-3)
 
 
-@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s != "bf16"])
-@pytest.mark.parametrize("case", [c for c in CASES if c.tokens <= 11], ids=str)
-def test_matvec_path_against_the_oracle(case: Case, scheme: str) -> None:
-    problem = make(case, scheme)
-    out = run_fused_experts(problem.args(), options=Options(path="matvec"))
-    assert relative_error(out, problem.expected) <= min(BOUNDS[scheme], 4.5e-3)
-
-
-@pytest.mark.parametrize("sizes", [MatvecConfig(16, 8, 2), MatvecConfig(32, 8, 4), MatvecConfig(64, 16)], ids=str)
-def test_matvec_in_chunks_of_k(sizes: MatvecConfig) -> None:
-    case = Case("chunks", tokens=2, experts=4, top_k=3, hidden=640, intermediate=384, group_size=128, bias=True)
-    problem = make(case, "w4a16")
-    out = run_fused_experts(problem.args(), options=Options(path="matvec", matvec=(sizes, sizes)))
-    assert relative_error(out, problem.expected) <= BOUNDS["w4a16"]
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_matvec_hides_no_nan_and_no_infinity(bad: float) -> None:
-    """Activations become integers, which have neither."""
-    problem = make(Case("not finite", tokens=2, group_size=128), "w4a16")
-    hidden = problem.hidden_states.clone()
-    hidden[1, 77] = bad
-    out = run_fused_experts(problem.args()._replace(hidden_states=hidden), options=Options(path="matvec"))
-    assert relative_error(out[:1], problem.expected[:1]) <= BOUNDS["w4a16"]
-    assert out[1].isnan().all()
-
-
-def test_matvec_is_refused_where_it_cannot_run() -> None:
-    problem = make(Case("bf16", tokens=1), "bf16")
-    with pytest.raises(ValueError, match=r"scheme bf16 .* has no matrix-vector path: it is for packed 4-bit weights"):
-        run_fused_experts(problem.args(), options=Options(path="matvec"))
-    problem = make(Case("rows", tokens=1), "w4a16")
-    sizes = MatvecConfig(8, 4)
-    with pytest.raises(ValueError, match="rows=8 must divide N=256 of GEMM1, and be at least 16 in GEMM1: use 16"):
-        run_fused_experts(problem.args(), options=Options(path="matvec", matvec=(sizes, sizes)))
-
-
-def test_tokens_at_an_odd_element_take_another_path() -> None:
-    """Pairs of activations are read as words of 32 bits."""
-    problem = make(Case("odd", tokens=1), "w4a16")
-    storage = torch.zeros(129, dtype=torch.bfloat16)
-    storage[1:] = problem.hidden_states[0]
-    args = problem.args()._replace(hidden_states=storage[1:].reshape(1, 128))
-    assert relative_error(run_fused_experts(args), problem.expected) <= BOUNDS["w4a16"]
-    with pytest.raises(ValueError, match="tokens that start at an even element of their storage"):
-        run_fused_experts(args, options=Options(path="matvec"))
-
-
-@pytest.mark.parametrize(("split_k", "block_n", "bias"), [(1, 64, False), (3, 64, True), (1, 32, False)])
-@pytest.mark.parametrize("tokens", [2, 16, 18])
-def test_few_tokens_of_which_several_share_an_expert(tokens: int, split_k: int, block_n: int, bias: bool) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "variant"), combinations([2, 16, 18], [(1, 64, False), (3, 64, True), (1, 32, False)], one_of=2)
+)
+def test_few_tokens_of_which_several_share_an_expert(tokens: int, variant: tuple[int, int, bool]) -> None:
     """More pairs than experts, more rows than a tile, and K in several parts."""
+    split_k, block_n, bias = variant
     problem = make(Case("shared", tokens=tokens, experts=3, intermediate=384, group_size=128, bias=bias), "w4a16")
     tile = GemmConfig(8, block_n, unroll=2, split_k=split_k, scale_after=True)
     out = run_fused_experts(problem.args(), options=Options(path="few_tokens", gemm1=tile, gemm2=tile))
@@ -145,17 +100,21 @@ def test_a_token_that_names_an_expert_twice(experts: int) -> None:
         assert relative_error(out, expected) <= BOUNDS["w4a16"]
 
 
-@pytest.mark.parametrize("path", ["grouped", "few_tokens"])
-@pytest.mark.parametrize("scale_after", [False, True])
 @pytest.mark.parametrize(
-    ("hidden", "intermediate", "group_size"),
-    [(256, 256, 32), (256, 256, 64), (256, 256, 128), (256, 256, 256), (160, 96, 32)],
+    ("weights", "sizes", "scale_after", "path"),
+    combinations(
+        {"w4a16": ("w4a16", False), "w4a16 zero": ("w4a16", True), "w4a8": ("w4a8", False)},
+        [(256, 256, 32), (256, 256, 64), (256, 256, 128), (256, 256, 256), (160, 96, 32)],
+        {"scale before": False, "scale after": True},
+        ["grouped", "few_tokens"],
+        one_of=3,
+    ),
 )
-@pytest.mark.parametrize(("scheme", "zero"), [("w4a16", False), ("w4a16", True), ("w4a8", False)])
 def test_every_way_of_scaling(
-    scheme: str, zero: bool, hidden: int, intermediate: int, group_size: int, scale_after: bool, path: str
+    weights: tuple[str, bool], sizes: tuple[int, int, int], scale_after: bool, path: str
 ) -> None:
     """Each order of the codes with each place of the scales, because these are separate code paths."""
+    (scheme, zero), (hidden, intermediate, group_size) = weights, sizes
     case = Case("ways", tokens=3, experts=3, hidden=hidden, intermediate=intermediate, group_size=group_size, zero=zero)
     problem = make(case, scheme)
     tile = GemmConfig(block_m=8, block_n=128, scale_after=scale_after)
@@ -166,7 +125,7 @@ def test_every_way_of_scaling(
     assert relative_error(out, expected) <= BOUNDS["w4a16"]
 
 
-@pytest.mark.parametrize("path", ["grouped", "few_tokens", "matvec"])
+@pytest.mark.parametrize("path", ["grouped", "few_tokens"])
 def test_zero_points(path: str) -> None:
     problem = make(ZERO_CASE, "w4a16")
     options = Options(path=path, gemm1=SMALL, gemm2=SMALL)
@@ -174,22 +133,8 @@ def test_zero_points(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("hidden", "intermediate", "group_size"),
-    [(256, 256, 32), (256, 256, 64), (256, 256, 128), (256, 256, 256), (160, 96, 32)],
+    ("scheme", "block_n", "group_size_m"), combinations(["w4a16", "w4a8"], [64, 128], [1, 8, 16, 32], one_of=3)
 )
-@pytest.mark.parametrize(("scheme", "zero"), [("w4a16", False), ("w4a16", True), ("w4a8", False)])
-def test_every_way_of_scaling_of_matvec(
-    scheme: str, zero: bool, hidden: int, intermediate: int, group_size: int
-) -> None:
-    case = Case("ways", tokens=2, experts=3, hidden=hidden, intermediate=intermediate, group_size=group_size, zero=zero)
-    problem = make(case, scheme)
-    out = run_fused_experts(problem.args(), options=Options(path="matvec"))
-    assert relative_error(out, problem.expected) <= BOUNDS["w4a16"]
-
-
-@pytest.mark.parametrize("group_size_m", [1, 8, 16, 32])
-@pytest.mark.parametrize("block_n", [64, 128])
-@pytest.mark.parametrize("scheme", ["w4a16", "w4a8"])
 def test_both_schedules_give_the_same_bits(scheme: str, block_n: int, group_size_m: int) -> None:
     problem = make(Case("schedules", tokens=45, experts=3, hidden=256), scheme)
     config = GemmConfig(block_m=8, block_n=block_n, group_size_m=group_size_m)

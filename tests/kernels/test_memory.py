@@ -20,6 +20,7 @@ from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.tuning.choose import MAX_PAIRS, Variant
 from executorch_moe.kernels.tuning.configs import GemmConfig
 
+from ..combinations import combinations
 from .cases import CASES, ZERO_CASE, Case, make
 from .memory_rules import MemoryRuleError, check_memory
 from .test_one_token import ATTENTION, EPS, LINEAR, attention_arguments, linear_arguments, random, route_arguments
@@ -42,27 +43,15 @@ def same_bits_in_any_order(run: Callable[[], Tensor | tuple[Tensor, ...]]) -> No
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("path", ["grouped", "few_tokens"])
-@pytest.mark.parametrize(
-    ("case", "scheme"),
-    [(case, "w4a16") for case in CASES if case.tokens <= 17]
-    + [(case, scheme) for case in CASES for scheme in ("bf16", "w4a8") if case.why in OF_EACH_SCHEME],
-    ids=str,
-)
-def test_experts(case: Case, scheme: str, path: str) -> None:
-    arguments = make(case, scheme).args()
+PROBLEMS = [(case, "w4a16") for case in CASES if case.tokens <= 17]
+PROBLEMS += [(case, scheme) for case in CASES for scheme in ("bf16", "w4a8") if case.why in OF_EACH_SCHEME]
+NAMED = {f"{case}-{scheme}": (case, scheme) for case, scheme in PROBLEMS}
+
+
+@pytest.mark.parametrize(("problem", "path"), combinations(NAMED, ["grouped", "few_tokens"], one_of=2))
+def test_experts(problem: tuple[Case, str], path: str) -> None:
+    arguments = make(*problem).args()
     same_bits_in_any_order(lambda: run_fused_experts(arguments, options=Options(path=path, gemm1=TILE, gemm2=TILE)))
-
-
-@pytest.mark.parametrize(
-    ("case", "scheme"),
-    [(case, "w4a16") for case in CASES if case.tokens <= 7]
-    + [(case, "w4a8") for case in CASES if case.why in OF_EACH_SCHEME],
-    ids=str,
-)
-def test_experts_as_matvec(case: Case, scheme: str) -> None:
-    arguments = make(case, scheme).args()
-    same_bits_in_any_order(lambda: run_fused_experts(arguments, options=Options(path="matvec")))
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -73,7 +62,7 @@ def test_parts_of_k_are_summed_by_whoever_is_last(split_k: int, tokens: int) -> 
     same_bits_in_any_order(lambda: run_fused_experts(arguments, options=Options("few_tokens", gemm1=tile, gemm2=tile)))
 
 
-@pytest.mark.parametrize("path", ["grouped", "few_tokens", "matvec"])
+@pytest.mark.parametrize("path", ["grouped", "few_tokens"])
 def test_zero_points(path: str) -> None:
     arguments = make(ZERO_CASE, "w4a16").args()
     same_bits_in_any_order(lambda: run_fused_experts(arguments, options=Options(path=path, gemm1=TILE, gemm2=TILE)))

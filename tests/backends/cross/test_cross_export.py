@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import triton
+from cached_experts import CachedExperts, methods
 from filelock import FileLock
 from requirements import needs_cross_export
 from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
@@ -58,7 +59,7 @@ def run_export(target: str, folder: Path, **environment: str) -> CrossExport:
     return CrossExport(target, folder)
 
 
-@pytest.fixture(scope="session", params=["sm_80", "sm_90"])
+@pytest.fixture(scope="session", params=[pytest.param("sm_80", marks=pytest.mark.exhaustive), "sm_90"])
 def crossed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CrossExport:
     """Made once in a run. With several pytest processes, each has its own base folder below a common one."""
     base = tmp_path_factory.getbasetemp()
@@ -154,6 +155,7 @@ def other_place(folder: Path) -> dict[str, str]:
 
 @needs_cross_export
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("crossed", ["sm_90"], indirect=True)
 def test_same_bytes_from_another_checkout_and_temporary_folder(crossed: CrossExport, tmp_path: Path) -> None:
     again = run_export(crossed.target, tmp_path / "again", **other_place(tmp_path))
@@ -163,9 +165,30 @@ def test_same_bytes_from_another_checkout_and_temporary_folder(crossed: CrossExp
 
 @needs_cross_export
 @pytest.mark.slow
-@pytest.mark.parametrize("crossed", ["sm_80"], indirect=True)
+def test_two_targets_share_the_weights_of_a_method(tmp_path: Path) -> None:
+    module = CachedExperts("w4a16")
+    artifact = save(lower({"decode": methods(module)["decode"]}, "sm_90,sm_80"), tmp_path / "both")
+    report = inspect_artifact(artifact.pte)
+    check_cuda_artifact(report)
+    codes = {name: method.delegates[0].archs for name, method in report.methods.items()}
+    assert codes == {"decode@sm_80": ("sm_80",), "decode@sm_90": ("sm_90a",)}
+    # Both methods read the module's weights, and each is stored once.
+    program, data, read = PteFile(artifact.pte), PtdFile(artifact.ptd), []
+    for name in program.method_names:
+        (delegate,) = program.plan(name).delegates
+        weights = parse_delegate(program.delegate_data(delegate), name).weights
+        read.append({weight.fqn: weight.storage_key for weight in weights if "_lifted" not in weight.fqn})
+    assert read[0] == read[1] and read[0].keys() == module.state_dict().keys()
+    for name, tensor in module.state_dict().items():
+        assert bytes(data.data(read[0][name])) == bytes(tensor.untyped_storage()), name
+
+
+@needs_cross_export
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("crossed", ["sm_90"], indirect=True)
 def test_several_targets_share_weights_and_have_the_code_of_each(crossed: CrossExport, tmp_path: Path) -> None:
-    both = run_export("sm_90,sm_80", tmp_path / "both", **other_place(tmp_path))
+    both = run_export("sm_80,sm_90", tmp_path / "both", **other_place(tmp_path))
     report = inspect_artifact(both.pte)
     check_cuda_artifact(report)
     archs = {name: method.delegates[0].archs for name, method in report.methods.items()}
@@ -179,10 +202,10 @@ def test_several_targets_share_weights_and_have_the_code_of_each(crossed: CrossE
     assert first.items() <= all_data.items()
     assert all("_so_blob:_lifted_tensor_constant" in key for key in all_data.keys() - first.keys())
     alone, together = PteFile(crossed.pte), PteFile(both.pte)
-    # Keys are digests: the artifact contains the libraries of one for sm_80 alone, byte for byte.
+    # Keys are digests: the artifact contains the libraries of one for sm_90 alone, byte for byte.
     assert {key for key in alone.named_data() if key.endswith("_so_blob")} < together.named_data().keys()
     for name in alone.method_names:
-        (delegate,), (other,) = alone.plan(name).delegates, together.plan(f"{name}@sm_80").delegates
+        (delegate,), (other,) = alone.plan(name).delegates, together.plan(f"{name}@sm_90").delegates
         assert alone.delegate_data(delegate) == together.delegate_data(other)
 
 

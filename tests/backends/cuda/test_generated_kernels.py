@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import sympy
@@ -14,6 +15,7 @@ from executorch.backends.cuda.cuda_partitioner import CudaPartitioner
 from executorch.exir import to_edge_transform_and_lower
 from requirements import needs_cross_export
 from torch import nn
+from torch._inductor.codecache import AotCodeCompiler
 from torch._inductor.virtualized import V
 from torch.utils._sympy.functions import Mod
 from torch.utils._sympy.symbol import SymT, make_symbol
@@ -177,10 +179,20 @@ class Repeated(nn.Module):
         return torch.cat((x, x), -1).cos()
 
 
+class Generated(BaseException):  # Inductor wraps an Exception
+    """Ends a compilation when all kernels are generated, before the C++ compiler, which takes most of the time."""
+
+
 def compile_repeated(partitioner: type) -> AccessReport:
     program = torch.export.export(Repeated(), (torch.randn(16),))
     specs = [CudaBackend.generate_method_name_compile_spec("forward")]
-    with torch.no_grad(), target_cuda("sm_90"), checked_kernels() as report:
+    with (
+        torch.no_grad(),
+        target_cuda("sm_90"),
+        checked_kernels() as report,
+        mock.patch.object(AotCodeCompiler, "compile", side_effect=Generated),
+        pytest.raises(Generated),
+    ):
         to_edge_transform_and_lower(program, partitioner=[partitioner(specs)])
     return report
 

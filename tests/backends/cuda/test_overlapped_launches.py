@@ -255,7 +255,9 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Compiled:
 
 @needs_cross_export
 @pytest.mark.slow
-@pytest.mark.parametrize(("target", "overlapped"), [("sm_80", False), ("sm_90", True)])
+@pytest.mark.parametrize(
+    ("target", "overlapped"), [pytest.param("sm_80", False, marks=pytest.mark.exhaustive), ("sm_90", True)]
+)
 def test_exports_from_sm_90_on_launch_our_kernels_overlapped(
     target: str, overlapped: bool, compiled: Compiled, tmp_path: Path
 ) -> None:

@@ -34,7 +34,7 @@ def compare(pte: Path, scheme: str, target: str, runtime: str, dtype: str = "aut
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["w4a16", "w4a8"])
+@pytest.mark.parametrize("scheme", ["w4a16", pytest.param("w4a8", marks=pytest.mark.exhaustive)])
 def test_tokens_of_the_cpu_runtime_equal_eager(scheme: str, exported: Callable[[str, str], Path]) -> None:
     assert compare(exported(scheme, "cpu"), scheme, "cpu", "auto") == "executorch (CPU)"
 
