@@ -172,7 +172,7 @@ def attention_of(target: Target, model_type: str = "") -> str:
     if model_type in WITH_SINKS:  # transformers implements sinks in plain PyTorch only
         return "eager"
     if target.is_cpu:
-        return "sdpa"
+        return attention.register(attention.CPU_NAME)
     # ExecuTorch's Triton attention for CUDA always writes bf16, and needs keys and values of the same width.
     return "eager" if target.dtype == "fp32" or model_type in WITH_LATENTS else attention.register()
 

@@ -1,0 +1,156 @@
+"""Decompositions for ExecuTorch's CPU kernels, of operators that it lacks and of attention.
+
+ExecuTorch's own decompositions handle all other operators.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from executorch_moe.kernels import fused_experts as _fused_experts  # noqa: F401  registers torch.ops.executorch_moe
+from executorch_moe.kernels.arguments import ExpertArguments
+from executorch_moe.kernels.experts.aten import fused_experts_aten
+
+
+def _right_shift(x: Tensor, bits: int) -> Tensor:
+    """x >> bits for integers. Shifts are not Core ATen, so ExecuTorch's verifier refuses them."""
+    return torch.div(x, 2**bits, rounding_mode="floor")
+
+
+def _zeros(size: Sequence[int], **kwargs: Any) -> Tensor:
+    """empty(size), filled with zeros: ExecuTorch 1.5's `_empty_dim_order` silently makes symbolic sizes static."""
+    kept = {name: kwargs[name] for name in ("dtype", "device") if kwargs.get(name) is not None}
+    return torch.full(size, 0, **{"dtype": torch.get_default_dtype(), **kept})
+
+
+def _zeros_for(x: Tensor, size: Sequence[int], **kwargs: Any) -> Tensor:
+    return _zeros(size, **{"dtype": x.dtype, "device": x.device, **kwargs})
+
+
+def _zeros_like(x: Tensor, **kwargs: Any) -> Tensor:
+    return _zeros_for(x, x.shape, **kwargs)
+
+
+def _dequantize_affine(
+    codes: Tensor,
+    block_size: Sequence[int],
+    scale: Tensor,
+    zero_point: Tensor | None,
+    input_dtype: torch.dtype,
+    quant_min: float | None = None,
+    quant_max: float | None = None,
+    output_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """torchao's operator for groups along the last of two dimensions.
+
+    Args:
+        codes: [N, K]. block_size: [1, group_size].
+        scale, zero_point: [N, K/group_size].
+    """
+    if len(block_size) != 2 or block_size[0] != 1:
+        raise NotImplementedError(
+            f"torchao.dequantize_affine with block_size={list(block_size)} cannot be lowered to the CPU: use [1, GROUP]"
+        )
+    grouped = codes.to(output_dtype).reshape(codes.shape[0], -1, block_size[1])
+    if zero_point is not None:
+        grouped = grouped - zero_point.to(output_dtype).reshape(codes.shape[0], -1, 1)
+    return (grouped * scale.to(output_dtype).reshape(codes.shape[0], -1, 1)).reshape(codes.shape)
+
+
+def _dequantize_int4(
+    packed: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, output_dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """ExecuTorch's operator.
+
+    Args:
+        packed: uint8 [N, K/2], even K in the low nibble.
+        scale, zero_point: [K/group_size, N].
+    """
+    byte = packed.to(torch.int32)
+    codes = torch.stack((byte & 0xF, byte >> 4), -1).reshape(packed.shape[0], -1, group_size).to(torch.float32)
+    scale, zero_point = scale.t().to(torch.float32).unsqueeze(-1), zero_point.t().to(torch.float32).unsqueeze(-1)
+    return ((codes - zero_point) * scale).reshape(packed.shape[0], -1).to(output_dtype)
+
+
+def _dequantizers() -> dict[Any, Any]:
+    """Decompositions of the registered dequantizing operators; programs cannot contain unregistered ones."""
+    known = {"dequantize_affine": _dequantize_affine, "dequantize_int4_tensor": _dequantize_int4}
+    ops = torch.ops.torchao
+    return {getattr(ops, name).default: function for name, function in known.items() if hasattr(ops, name)}
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`scaled_dot_product_attention` without copies of keys and values.
+
+    Heads that share a key are rows of one matrix product. ExecuTorch's `permute_copy` takes about 9 ns an element, ten
+    times as long as its matrix products, so the smaller of keys and scores is transposed.
+
+    Args:
+        query: [..., heads, T, D]. key, value: [..., kv_heads, C, D] and [..., kv_heads, C, Dv].
+        attn_mask: bool or float, broadcastable to [..., heads, T, C].
+
+    Returns:
+        [..., heads, T, Dv]; zeros for rows whose mask excludes every key, as torch's own.
+    """
+    lead, (t, d), c = query.shape[:-2], query.shape[-2:], key.shape[-2]
+    grouped = enable_gqa and len(lead) > 0 and key.shape[:-3] == lead[:-1]
+    if dropout_p > 0.0 or key.shape[:-2] != value.shape[:-2] or not (grouped or key.shape[:-2] == lead):
+        out = torch.ops.aten._scaled_dot_product_attention_math.default(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+        return out[0]
+    batch = math.prod(key.shape[:-2])
+    group = math.prod(lead) // batch
+    q, k, v = (x.to(torch.float32) for x in (query, key, value))
+    q = (q * (1.0 / math.sqrt(d) if scale is None else scale)).reshape(batch, group * t, d)
+    k, v = k.reshape(batch, c, d), v.reshape(batch, c, v.shape[-1])
+    if isinstance(t, int) and group * t < d:
+        scores = torch.bmm(k, q.transpose(1, 2)).transpose(1, 2)
+    else:
+        scores = torch.bmm(q, k.transpose(1, 2))
+    scores = scores.reshape(*lead, t, c)
+    if is_causal:
+        attn_mask = torch.arange(t, device=q.device)[:, None] >= torch.arange(c, device=q.device)
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.where(attn_mask, 0.0, -math.inf)
+        scores = scores + attn_mask.to(torch.float32)
+    out = torch.bmm(scores.softmax(-1).reshape(batch, group * t, c), v).reshape(*lead, t, v.shape[-1])
+    if attn_mask is not None and not is_causal:
+        out = torch.where(scores.amax(-1, keepdim=True) > -math.inf, out, 0.0)
+    return out.to(query.dtype)
+
+
+def replaced() -> dict[Any, Any]:
+    """Operators that every program needs decomposed: those of experts, and attention."""
+    return {
+        torch.ops.executorch_moe.fused_experts.default: lambda *args: fused_experts_aten(ExpertArguments(*args)),
+        torch.ops.aten.scaled_dot_product_attention.default: _attention,
+    }
+
+
+def lacking() -> dict[Any, Any]:
+    """Operators that the ones of `replaced` and quantized tensors become, and for which ExecuTorch has no kernel."""
+    return {
+        **_dequantizers(),
+        torch.ops.aten.empty.memory_format: _zeros,
+        torch.ops.aten.new_empty.default: _zeros_for,
+        torch.ops.aten.empty_like.default: _zeros_like,
+        torch.ops.aten.__rshift__.Scalar: _right_shift,
+        torch.ops.aten.bitwise_right_shift.Tensor_Scalar: _right_shift,
+    }
