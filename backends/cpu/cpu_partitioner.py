@@ -7,12 +7,11 @@ from collections.abc import Callable
 import torch
 from executorch.exir.backend.partitioner import Partitioner, PartitionResult
 from torch.export.exported_program import ExportedProgram
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from executorch_moe.backends.fusion import ExpertFuser, FusingPartitioner, FusionOptions, FusionReport
 from executorch_moe.backends.fusion.regions import find_regions
 
-from .decompositions import lacking, replaced
+from .decompositions import KEPT_WHOLE, decompose
 
 _WITHOUT_KERNEL = {"aten.histc", "aten._grouped_mm", "transformers.grouped_mm_fallback"}
 """Operators of transformers' experts (experts_implementation="grouped_mm") for which ExecuTorch has no CPU kernel."""
@@ -48,9 +47,7 @@ class MoECpuPartitioner(FusingPartitioner, Partitioner):
         self.set_fusion(fusion)
 
     def transform_for_pre_decomposition(self, exported_program: ExportedProgram) -> ExportedProgram:
-        """Fuse the experts, then decompose the fused operator and the dequantization of 8-bit and 4-bit weights.
-
-        ExecuTorch's own decompositions handle all other operators.
+        """Fuse the experts, then decompose the fused operator, attention, and dequantization; see `decompose`.
 
         Raises:
             NotImplementedError: experts cannot be fused (with `require_fused`), or unfused experts use operators for
@@ -59,23 +56,17 @@ class MoECpuPartitioner(FusingPartitioner, Partitioner):
         exported_program = self.fuse_experts(exported_program)
         if self.report.unfused:
             _check_unfused(exported_program, self.report)
-        table = replaced()
-        quantized = any(is_traceable_wrapper_subclass(tensor) for tensor in exported_program.state_dict.values())
-        if not quantized and not any(node.target in table for node in exported_program.graph.nodes):
-            return exported_program
-        return exported_program.run_decompositions({**table, **lacking()})
+        return decompose(exported_program)
 
     def ops_to_not_decompose(
         self, ep: ExportedProgram
     ) -> tuple[list[torch._ops.OpOverload], Callable[[torch.fx.Node], bool] | None]:
-        """Linear layers of a program in ATen: decomposed, each call would transpose their weights.
+        """The operators of `KEPT_WHOLE` that a program in ATen has.
 
-        Returns:
-            Nothing for a program in the Edge dialect, which ExecuTorch asks about to check that others took over what
-            was kept.
+        For a program in the Edge dialect there are none: ExecuTorch asks again after lowering, and refuses operators
+        that no backend has taken.
         """
-        kept = [torch.ops.aten.linear.default]
-        return [op for op in kept if any(node.target is op for node in ep.graph.nodes)], None
+        return [op for op in KEPT_WHOLE if any(node.target is op for node in ep.graph.nodes)], None
 
     def partition(self, exported_program: ExportedProgram) -> PartitionResult:
         """Tag nothing."""

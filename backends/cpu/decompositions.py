@@ -1,21 +1,25 @@
-"""Decompositions for ExecuTorch's CPU kernels, of operators that it lacks and of attention.
-
-ExecuTorch's own decompositions handle all other operators.
-"""
+"""Decompositions for ExecuTorch's CPU kernels: of experts, attention, and operators that it lacks."""
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from executorch.exir.tracer import _default_decomposition_table
 from torch import Tensor
+from torch.export.exported_program import ExportedProgram
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_flatten
 
 from executorch_moe.kernels import fused_experts as _fused_experts  # noqa: F401  registers torch.ops.executorch_moe
 from executorch_moe.kernels.arguments import ExpertArguments
 from executorch_moe.kernels.experts.aten import fused_experts_aten
 
+KEPT_WHOLE = (torch.ops.aten.linear.default,)
+"""ExecuTorch has a CPU kernel for linear layers. Decomposed, each call would transpose their weights."""
 
 def _right_shift(x: Tensor, bits: int) -> Tensor:
     """x >> bits for integers. Shifts are not Core ATen, so ExecuTorch's verifier refuses them."""
@@ -136,21 +140,65 @@ def _attention(
     return out.to(query.dtype)
 
 
-def replaced() -> dict[Any, Any]:
-    """Operators that every program needs decomposed: those of experts, and attention."""
+def _needed() -> dict[Any, Any]:
+    """Operators that ExecuTorch's own decompositions would not handle, or not well."""
     return {
         torch.ops.executorch_moe.fused_experts.default: lambda *args: fused_experts_aten(ExpertArguments(*args)),
         torch.ops.aten.scaled_dot_product_attention.default: _attention,
+        **_dequantizers(),
     }
 
 
-def lacking() -> dict[Any, Any]:
-    """Operators that the ones of `replaced` and quantized tensors become, and for which ExecuTorch has no kernel."""
+def _table() -> dict[Any, Any]:
+    """All decompositions. With ExecuTorch's own among them, it need not trace the program once more for them."""
+    table = dict(_default_decomposition_table())
+    for op in KEPT_WHOLE:
+        table.pop(op, None)
     return {
-        **_dequantizers(),
+        **table,
+        **_needed(),
         torch.ops.aten.empty.memory_format: _zeros,
         torch.ops.aten.new_empty.default: _zeros_for,
         torch.ops.aten.empty_like.default: _zeros_like,
         torch.ops.aten.__rshift__.Scalar: _right_shift,
         torch.ops.aten.bitwise_right_shift.Tensor_Scalar: _right_shift,
     }
+
+
+def decompose(program: ExportedProgram) -> ExportedProgram:
+    """The program in operators that ExecuTorch has CPU kernels for, equal nodes merged.
+
+    A program that has neither experts nor attention nor quantized weights is returned as it is.
+    """
+    needed = _needed()
+    quantized = any(is_traceable_wrapper_subclass(tensor) for tensor in program.state_dict.values())
+    if not quantized and not any(node.target in needed for node in program.graph.nodes):
+        return program
+    decomposed = program.run_decompositions(_table())
+    _merge_equal(decomposed.graph)
+    return decomposed
+
+
+def _merge_equal(graph: torch.fx.Graph) -> None:
+    """Replaces each node by the first one of the same operator and arguments. Layers repeat masks and layouts.
+
+    Nodes that are outputs stay, because the program's signature names them.
+    """
+    first: dict[Any, torch.fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not _is_pure(node.target):
+            continue
+        # With types: 1, 1.0 and True are equal, but give tensors of different dtypes.
+        leaves, spec = tree_flatten((node.args, node.kwargs))
+        known = first.setdefault((node.target, str(spec), tuple((type(leaf), leaf) for leaf in leaves)), node)
+        if known is not node:
+            node.replace_all_uses_with(known, delete_user_cb=lambda user: user.op != "output")
+            if not node.users:
+                graph.erase_node(node)
+
+
+def _is_pure(target: Any) -> bool:
+    if target is operator.getitem:
+        return True
+    random = torch.Tag.nondeterministic_seeded
+    return isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable and random not in target.tags

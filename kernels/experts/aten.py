@@ -106,7 +106,9 @@ def fused_experts_aten(arguments: ExpertArguments) -> Tensor:
     hidden_states, topk_ids, topk_weights = arguments[:3]
     num_tokens, h = hidden_states.shape
     top_k, e = topk_ids.shape[1], arguments.w13.shape[0]
-    x = pad(hidden_states.to(torch.float32), (0, round_up(h, K_BLOCK) - h))
+    x = hidden_states.to(torch.float32)
+    if h % K_BLOCK:
+        x = pad(x, (0, round_up(h, K_BLOCK) - h))
     ids = topk_ids.to(torch.int64)
     valid = torch.logical_and(ids >= 0, ids < e)
     weights = torch.where(valid, topk_weights.to(torch.float32), torch.zeros_like(topk_weights, dtype=torch.float32))

@@ -136,9 +136,9 @@ def dequantize_in_place(
         For low and high nibbles: values fp32 [E, N, K/2], and int64 [64], the positions of columns within a K block.
     """
     e, blocks, n, width = packed.shape
-    bytes_ = torch.cat(packed.unbind(1), -1)  # [E, N, K/2]
+    bytes_ = torch.cat([packed[:, block] for block in range(blocks)], -1)  # [E, N, K/2]
     # 16 * code as a signed byte: the multiplication wraps.
-    nibbles = [(part.to(torch.int8)).to(torch.float32) for part in (bytes_ * 16, bytes_ & 0xF0)]
+    nibbles = [part.to(torch.int8).to(torch.float32) for part in (bytes_ * 16, bytes_ & 0xF0)]
     order = nibble_order(scheme, packed.device)
 
     def spread(groups: Tensor) -> list[Tensor]:  # fp32 [E, N, groups] -> for both nibbles [E, N, K/2]
@@ -146,13 +146,13 @@ def dequantize_in_place(
         if groups.shape[2] < blocks:
             groups = groups.unsqueeze(-1).expand(*groups.shape, blocks // groups.shape[2])
         mine = (order // (K_BLOCK // each)).unsqueeze(1) == torch.arange(each, device=packed.device).unsqueeze(-1)
-        rows = groups.reshape(-1, each)
-        return [torch.mm(rows, hit).reshape(e, n, blocks * width) for hit in mine.to(torch.float32).unbind()]
+        rows, hits = groups.reshape(-1, each), mine.to(torch.float32)
+        return [torch.mm(rows, hits[nibble]).reshape(e, n, blocks * width) for nibble in (0, 1)]
 
     weights = [codes * scales for codes, scales in zip(nibbles, spread(_scales(scale, scheme) * 0.0625), strict=True)]
     if zero is not None:
         weights = [weight + zeros for weight, zeros in zip(weights, spread(_by_row(zero)), strict=True)]
-    return list(zip(weights, order.unbind(), strict=True))
+    return [(weight, order[nibble]) for nibble, weight in enumerate(weights)]
 
 
 def dequantize(packed: Tensor, scale: Tensor | None, zero: Tensor | None, scheme: str) -> Tensor:
