@@ -21,6 +21,7 @@ from executorch_moe.kernels.experts.aten import fused_experts_aten
 KEPT_WHOLE = (torch.ops.aten.linear.default,)
 """ExecuTorch has a CPU kernel for linear layers. Decomposed, each call would transpose their weights."""
 
+
 def _right_shift(x: Tensor, bits: int) -> Tensor:
     """x >> bits for integers. Shifts are not Core ATen, so ExecuTorch's verifier refuses them."""
     return torch.div(x, 2**bits, rounding_mode="floor")
@@ -105,19 +106,18 @@ def _attention(
     times as long as its matrix products, so the smaller of keys and scores is transposed.
 
     Args:
-        query: [..., heads, T, D]. key, value: [..., kv_heads, C, D] and [..., kv_heads, C, Dv].
+        query: [..., heads, T, D]. key, value: [..., kv_heads, C, D] and [..., kv_heads, C, Dv], where kv_heads divides
+            heads with `enable_gqa`. Other leading dimensions are broadcast.
         attn_mask: bool or float, broadcastable to [..., heads, T, C].
 
     Returns:
         [..., heads, T, Dv]; zeros for rows whose mask excludes every key, as torch's own.
     """
+    shared = 3 if enable_gqa else 2  # the last dimensions, in which queries and keys differ
+    if query.shape[:-shared] != key.shape[:-shared]:
+        outer = torch.broadcast_shapes(query.shape[:-shared], key.shape[:-shared])
+        query, key, value = (x.expand(*outer, *x.shape[-shared:]) for x in (query, key, value))
     lead, (t, d), c = query.shape[:-2], query.shape[-2:], key.shape[-2]
-    grouped = enable_gqa and len(lead) > 0 and key.shape[:-3] == lead[:-1]
-    if dropout_p > 0.0 or key.shape[:-2] != value.shape[:-2] or not (grouped or key.shape[:-2] == lead):
-        out = torch.ops.aten._scaled_dot_product_attention_math.default(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-        return out[0]
     batch = math.prod(key.shape[:-2])
     group = math.prod(lead) // batch
     q, k, v = (x.to(torch.float32) for x in (query, key, value))
@@ -134,7 +134,10 @@ def _attention(
         if attn_mask.dtype == torch.bool:
             attn_mask = torch.where(attn_mask, 0.0, -math.inf)
         scores = scores + attn_mask.to(torch.float32)
-    out = torch.bmm(scores.softmax(-1).reshape(batch, group * t, c), v).reshape(*lead, t, v.shape[-1])
+    weights = scores.softmax(-1)
+    if dropout_p > 0.0:
+        weights = torch.dropout(weights, dropout_p, True)
+    out = torch.bmm(weights.reshape(batch, group * t, c), v).reshape(*lead, t, v.shape[-1])
     if attn_mask is not None and not is_causal:
         out = torch.where(scores.amax(-1, keepdim=True) > -math.inf, out, 0.0)
     return out.to(query.dtype)

@@ -120,9 +120,7 @@ def _scales(scale: Tensor, scheme: str) -> Tensor:
     return scales[:, :, :-1] * scales[:, :, -1:] if scheme == "w4a8" else scales
 
 
-def dequantize_in_place(
-    packed: Tensor, scale: Tensor, zero: Tensor | None, scheme: str
-) -> list[tuple[Tensor, Tensor]]:
+def dequantize_in_place(packed: Tensor, scale: Tensor, zero: Tensor | None, scheme: str) -> list[tuple[Tensor, Tensor]]:
     """Dequantize one packed 4-bit matrix without moving its values; for exports to the CPU.
 
     It gives the values of `dequantize`, but the low and the high nibbles as two matrices with columns in the order of
