@@ -114,8 +114,8 @@ def _attention(
         [..., heads, T, Dv]; zeros for rows whose mask excludes every key, as torch's own.
     """
     shared = 3 if enable_gqa else 2  # the last dimensions, in which queries and keys differ
-    if query.shape[:-shared] != key.shape[:-shared]:
-        outer = torch.broadcast_shapes(query.shape[:-shared], key.shape[:-shared])
+    if not query.shape[:-shared] == key.shape[:-shared] == value.shape[:-shared]:
+        outer = torch.broadcast_shapes(*(x.shape[:-shared] for x in (query, key, value)))
         query, key, value = (x.expand(*outer, *x.shape[-shared:]) for x in (query, key, value))
     lead, (t, d), c = query.shape[:-2], query.shape[-2:], key.shape[-2]
     batch = math.prod(key.shape[:-2])
@@ -179,6 +179,7 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
         return program
     decomposed = program.run_decompositions(_table())
     _merge_equal(decomposed.graph)
+    decomposed.graph_module.recompile()
     return decomposed
 
 
