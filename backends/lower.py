@@ -195,7 +195,11 @@ def _lower_cpu(
     programs: Mapping[str, ExportedProgram], constants: dict[str, Any], fuser: ExpertFuser
 ) -> ExecutorchProgramManager:
     edge = to_edge_transform_and_lower(
-        dict(programs), partitioner=[MoECpuPartitioner(fuser)], constant_methods=constants
+        dict(programs),
+        partitioner=[MoECpuPartitioner(fuser)],
+        constant_methods=constants,
+        # `_to_dim_order_copy` takes 5 to 15 times as long as `_to_copy`, which it replaces.
+        compile_config=EdgeCompileConfig(_skip_dim_order=True),
     )
     state = _mark_state(edge)
     config = ExecutorchBackendConfig(

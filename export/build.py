@@ -18,7 +18,7 @@ from executorch_moe.backends.fusion.modules import find_experts
 from executorch_moe.export.checkpoint.streaming import StreamedModel
 from executorch_moe.export.checkpoint.whole import load_model
 from executorch_moe.export.models import attention, synthetic
-from executorch_moe.export.models.causal_lm import BY_OUTPUT, CausalLM, export_methods
+from executorch_moe.export.models.causal_lm import BY_OUTPUT, CausalLM, SamplingLM, export_methods
 from executorch_moe.export.models.decoder_layer import replace_decoder_layers_
 from executorch_moe.export.models.pretrained import (
     TINY,
@@ -29,6 +29,7 @@ from executorch_moe.export.models.pretrained import (
     resolve,
 )
 from executorch_moe.export.models.router import replace_routers_
+from executorch_moe.export.models.sampling import sorted_nucleus
 from executorch_moe.export.models.upstream_experts import UpstreamMoE, pack, random_weights
 from executorch_moe.export.quantize import dense_torchao
 from executorch_moe.export.quantize.dense import check_widths, quantize_dense_
@@ -123,6 +124,8 @@ def trace_methods(
         ValueError, NotImplementedError: see `causal_lm.check_context`.
     """
     module = BY_OUTPUT[options.context.output](model, max_context)
+    if options.target.is_cpu and isinstance(module, SamplingLM):
+        module.find_nucleus = sorted_nucleus
     return module, export_methods(module, one_token_linears=not options.target.is_cpu)
 
 
@@ -172,7 +175,7 @@ def attention_of(target: Target, model_type: str = "") -> str:
     if model_type in WITH_SINKS:  # transformers implements sinks in plain PyTorch only
         return "eager"
     if target.is_cpu:
-        return "sdpa"
+        return attention.register(attention.CPU_NAME)
     # ExecuTorch's Triton attention for CUDA always writes bf16, and needs keys and values of the same width.
     return "eager" if target.dtype == "fp32" or model_type in WITH_LATENTS else attention.register()
 

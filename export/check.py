@@ -270,7 +270,7 @@ def probe_models(options: ExportOptions, folder: Path) -> tuple[nn.Module, nn.Mo
     layers = _layers_for_all_kinds(streamed)
     later = tuple(f"{_layers_name(streamed.model)}.{i}" for i in range(layers, _num_layers(streamed.model)))
     streamed.load(skip=later)
-    reference = meta_model(folder, torch.float32, attention)
+    reference = meta_model(folder, torch.float32, "eager" if attention == "eager" else "sdpa")
     names = reference.state_dict().keys()
     for name, tensor in streamed.model.state_dict(keep_vars=True).items():
         if name in names and not tensor.is_meta:

@@ -66,7 +66,7 @@ def plain_codes(packed: PackedExperts, gemm: int) -> tuple[Tensor, Tensor]:
         at = slice(expert, expert + 1)
         nibbles = (rows(unpack_int4(w[at], order))[:, :k] + 8).to(torch.uint8).unflatten(1, (-1, 2))
         codes.append(nibbles[..., 0] | (nibbles[..., 1] << 4))
-        scales.append(rows(unpack_scales(scale[at], order)[..., 0])[:, : k // packed.group_size].bfloat16())
+        scales.append(rows(unpack_scales(scale[at], order))[:, : k // packed.group_size].bfloat16())
     return torch.stack(codes), torch.stack(scales)
 
 

@@ -1,8 +1,8 @@
-"""Attention for CUDA targets: grouped key/value heads without copies, and one projection for query, key and value.
+"""Attention with grouped key/value heads without copies; on CUDA one projection for query, key and value.
 
 With an attention mask, transformers repeats key/value heads in memory: with 32 query and 4 key/value heads, it writes
 and reads eight copies of the whole cache for each token. ExecuTorch's Triton kernels, which replace the operator on
-CUDA, take grouped heads directly.
+CUDA, take grouped heads directly, as does its decomposition for the CPU.
 
 Letters: T tokens, D head_dim, C positions in the cache.
 """
@@ -18,6 +18,9 @@ from .keywords import check, take_cache
 from .pretrained import require_transformers
 
 NAME = "executorch_moe_grouped"
+"""The attention of models for CUDA targets, whose modules are replaced too."""
+CPU_NAME = "executorch_moe_grouped_cpu"
+"""The same attention in models for the CPU, which keep transformers' modules."""
 
 
 def grouped_attention(
@@ -141,8 +144,11 @@ def merge_attention_(module: nn.Module) -> nn.Module:
     return module
 
 
-def register() -> str:
+def register(name: str = NAME) -> str:
     """Registers `grouped_attention` in transformers; returns its name for `attn_implementation`.
+
+    Args:
+        name: `NAME` or `CPU_NAME`.
 
     Raises:
         RuntimeError: see `require_transformers`.
@@ -151,6 +157,6 @@ def register() -> str:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, grouped_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    return NAME
+    AttentionInterface.register(name, grouped_attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return name

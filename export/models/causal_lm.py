@@ -19,7 +19,7 @@ from executorch_moe.export.host_memory import size, total_memory
 from .keywords import cache_name, check
 from .linears import OneTokenLinears
 from .pretrained import plain_outputs_
-from .sampling import Sampler, greedy, sample
+from .sampling import FindNucleus, Sampler, greedy, nucleus, sample
 
 MIN_CONTEXT = 8
 KINDS = ("full_attention", "sliding_attention")
@@ -239,7 +239,13 @@ def cache_sizes(model: nn.Module) -> tuple[int, int, int]:
 
 
 class SamplingLM(CausalLM):
-    """`CausalLM` that samples the next token on the device: a method returns 8 bytes instead of V logits."""
+    """`CausalLM` that samples the next token on the device: a method returns 8 bytes instead of V logits.
+
+    Attributes:
+        find_nucleus: `sampling.nucleus`, or `sampling.sorted_nucleus` for the CPU.
+    """
+
+    find_nucleus: FindNucleus = staticmethod(nucleus)
 
     def forward(  # type: ignore[override]
         self, input_ids: Tensor, cache_position: Tensor, temperature: Tensor, top_p: Tensor, seed: Tensor
@@ -254,7 +260,7 @@ class SamplingLM(CausalLM):
             int64 [1, 1]: the input_ids of the next call.
         """
         logits = super().forward(input_ids, cache_position)
-        return sample(logits, cache_position[-1:] + 1, temperature, top_p, seed)
+        return sample(logits, cache_position[-1:] + 1, temperature, top_p, seed, self.find_nucleus)
 
 
 class GreedyLM(CausalLM):

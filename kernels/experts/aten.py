@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad, silu
 
 from executorch_moe.kernels.arguments import ExpertArguments, ExpertMatrix
-from executorch_moe.kernels.packing.fragments import dequantize, fragment_order
+from executorch_moe.kernels.packing.fragments import dequantize_in_place, fragment_order
 from executorch_moe.kernels.schemes import (
     GATE_UP_GRANULE,
     K_BLOCK,
@@ -45,28 +45,51 @@ def quantize_activations(x: Tensor, act_group: int) -> Tensor:
 
 
 def _activate(projected: Tensor, activation: str) -> Tensor:
-    """Gate and up rows in alternating runs of 8, [..., 2*Ip] -> the gated activation, [..., Ip]."""
-    *lead, n = projected.shape
-    runs = projected.reshape(*lead, n // (2 * GATE_UP_GRANULE), 2, GATE_UP_GRANULE)
-    gate, up = runs.select(-2, 0), runs.select(-2, 1)
+    """Gate and up rows in alternating runs of 8, [B, 2*Ip, M] -> the gated activation, [B, Ip, M]."""
+    b, n, m = projected.shape
+    runs = projected.reshape(b, n // (2 * GATE_UP_GRANULE), 2, GATE_UP_GRANULE, m)
+    gate, up = runs.select(2, 0), runs.select(2, 1)
     if activation == "swiglu_oai":
         gate = gate.clamp(max=SWIGLU_OAI_LIMIT)
         up = up.clamp(-SWIGLU_OAI_LIMIT, SWIGLU_OAI_LIMIT) + 1.0
-        return (gate * torch.sigmoid(SWIGLU_OAI_ALPHA * gate) * up).reshape(*lead, n // 2)
-    return (silu(gate) * up).reshape(*lead, n // 2)
+        return (gate * torch.sigmoid(SWIGLU_OAI_ALPHA * gate) * up).reshape(b, n // 2, m)
+    return (silu(gate) * up).reshape(b, n // 2, m)
+
+
+def _multiply(weight: Tensor, x: Tensor) -> Tensor:
+    """weight [B, N, K] times x [B, K, M], or [1, K, M] for all -> [B, N, M]."""
+    if x.shape[0] == weight.shape[0]:
+        return torch.bmm(weight, x)
+    b, n, k = weight.shape
+    return torch.mm(weight.reshape(b * n, k), x[0]).reshape(b, n, -1)
+
+
+def _project(x: Tensor, matrix: ExpertMatrix, scheme: str, gemm: int) -> Tensor:
+    """x fp32 [B, K, M], or [1, K, M] for all experts, packed matrices of B experts -> fp32 [B, N, M]."""
+    kind = get_scheme(scheme)
+    if act_group := kind.act_group(gemm):
+        x = quantize_activations(x.transpose(1, 2), act_group).transpose(1, 2)
+    if matrix.scale is None:
+        y = _multiply(matrix.weight.to(torch.float32), x)
+    else:
+        order = fragment_order(kind, gemm)
+        low, high = dequantize_in_place(matrix.weight, matrix.scale, matrix.zero, order)
+        blocks = x.reshape(x.shape[0], -1, K_BLOCK, x.shape[2])
+
+        def part(weight: Tensor, positions: Tensor) -> Tensor:
+            return _multiply(weight, blocks.index_select(2, positions).reshape(x.shape[0], weight.shape[2], -1))
+
+        y = part(*low) + part(*high)
+    return y if matrix.bias is None else y + matrix.bias.unsqueeze(-1)
 
 
 def _expert_ffn(x: Tensor, w13: ExpertMatrix, w2: ExpertMatrix, arguments: ExpertArguments) -> Tensor:
-    """B experts at a time: x fp32 [B, M, Hp], packed matrices of the B experts -> fp32 [B, M, Hp]."""
-    kind = get_scheme(arguments.scheme)
+    """B experts at a time, tokens in columns: x fp32 [B, Hp, M], or [1, Hp, M] for all experts -> fp32 [B, Hp, M].
 
-    def project(x: Tensor, matrix: ExpertMatrix, gemm: int) -> Tensor:
-        order = fragment_order(kind, gemm)
-        weight = dequantize(matrix.weight, matrix.scale, matrix.zero, order)
-        y = torch.bmm(quantize_activations(x, kind.act_group(gemm)), weight.transpose(1, 2))
-        return y if matrix.bias is None else y + matrix.bias.unsqueeze(1)
-
-    return project(_activate(project(x, w13, 1), arguments.activation), w2, 2)
+    With tokens in columns, the products need no transposed weights.
+    """
+    activated = _activate(_project(x, w13, arguments.scheme, 1), arguments.activation)
+    return _project(activated, w2, arguments.scheme, 2)
 
 
 def fused_experts_aten(arguments: ExpertArguments) -> Tensor:
@@ -83,7 +106,9 @@ def fused_experts_aten(arguments: ExpertArguments) -> Tensor:
     hidden_states, topk_ids, topk_weights = arguments[:3]
     num_tokens, h = hidden_states.shape
     top_k, e = topk_ids.shape[1], arguments.w13.shape[0]
-    x = pad(hidden_states.to(torch.float32), (0, round_up(h, K_BLOCK) - h))
+    x = hidden_states.to(torch.float32)
+    if h % K_BLOCK:
+        x = pad(x, (0, round_up(h, K_BLOCK) - h))
     ids = topk_ids.to(torch.int64)
     valid = torch.logical_and(ids >= 0, ids < e)
     weights = torch.where(valid, topk_weights.to(torch.float32), torch.zeros_like(topk_weights, dtype=torch.float32))
@@ -91,7 +116,7 @@ def fused_experts_aten(arguments: ExpertArguments) -> Tensor:
 
     if isinstance(num_tokens, int) and num_tokens * top_k < e:
         chosen = torch.where(valid, ids, torch.zeros_like(ids)).reshape(-1)
-        pairs = x.unsqueeze(1).expand(num_tokens, top_k, x.shape[1]).reshape(num_tokens * top_k, 1, x.shape[1])
+        pairs = x.unsqueeze(1).expand(num_tokens, top_k, x.shape[1]).reshape(num_tokens * top_k, x.shape[1], 1)
 
         def pick(matrix: ExpertMatrix) -> ExpertMatrix:
             return matrix.map(lambda t: t.index_select(0, chosen))
@@ -99,11 +124,11 @@ def fused_experts_aten(arguments: ExpertArguments) -> Tensor:
         y = _expert_ffn(pairs, pick(w13), pick(w2), arguments)
         out = (y.reshape(num_tokens, top_k, -1) * weights.unsqueeze(-1)).sum(1)
     else:
-        y = _expert_ffn(x.unsqueeze(0).expand(e, num_tokens, x.shape[1]), w13, w2, arguments)
+        y = _expert_ffn(x.transpose(0, 1).unsqueeze(0), w13, w2, arguments)
         expert = torch.arange(e, dtype=torch.int64, device=ids.device)
         hit = (ids.unsqueeze(-1) == expert).to(torch.float32)  # [T, top_k, E]
         share = (hit * weights.unsqueeze(-1)).sum(1)  # [T, E]
-        out = (y * share.transpose(0, 1).unsqueeze(-1)).sum(0)
+        out = (y * share.transpose(0, 1).unsqueeze(1)).sum(0).transpose(0, 1)
     return out[:, :h].to(hidden_states.dtype).contiguous()
 
 
@@ -119,7 +144,7 @@ def fused_experts_cpu(arguments: ExpertArguments) -> Tensor:
         token, slot = (topk_ids == expert).nonzero(as_tuple=True)
         one = slice(expert, expert + 1)
         w13, w2 = (arguments.matrix(gemm).map(lambda t: t[one]) for gemm in (1, 2))  # noqa: B023 used at once
-        y = _expert_ffn(x[token].unsqueeze(0), w13, w2, arguments)
+        y = _expert_ffn(x[token].T.unsqueeze(0), w13, w2, arguments)
         # index_add_ is also right if a token names an expert twice.
-        out.index_add_(0, token, topk_weights[token, slot].float()[:, None] * y[0])
+        out.index_add_(0, token, topk_weights[token, slot].float()[:, None] * y[0].T)
     return out[:, :h].to(hidden_states.dtype).contiguous()

@@ -48,6 +48,17 @@ def deinterleave_gate_up(rows: Tensor) -> Tensor:
     return rows.reshape(e, n // (2 * GATE_UP_GRANULE), 2, GATE_UP_GRANULE, *tail).transpose(1, 2).reshape(e, n, *tail)
 
 
+def _fragments(values: Tensor, scheme: str) -> Tensor:
+    """The values of K blocks, [..., 128], in the order of nibbles: [..., 64, 2], low nibble first."""
+    lead, first = values.shape[:-1], values.dim() - 1
+    if scheme == "w4a8":  # k = (s, c, h, t, m, l) -> byte (t, c, h, l, m), nibble s
+        digits, order = (2, 2, 2, 4, 2, 2), (3, 1, 2, 5, 4, 0)
+    else:  # k = (s1, s0, c, h, t, l) -> byte (t, c, h, l, s1), nibble s0
+        digits, order = (2, 2, 2, 2, 4, 2), (4, 2, 3, 5, 0, 1)
+    parts = values.reshape(*lead, *digits).permute(*range(first), *(first + digit for digit in order))
+    return parts.reshape(*lead, K_BLOCK // 2, 2)
+
+
 def pack_int4(q: Tensor, scheme: str) -> Tensor:
     """Pack 4-bit codes into layout version 3.
 
@@ -60,12 +71,7 @@ def pack_int4(q: Tensor, scheme: str) -> Tensor:
     """
     e, n, k = q.shape
     nibbles = q.view(torch.uint8).bitwise_and(0xF).reshape(e, n, k // K_BLOCK, K_BLOCK).transpose(1, 2)
-    lead = nibbles.shape[:3]
-    if scheme == "w4a8":  # k = (s, c, h, t, m, l) -> byte (t, c, h, l, m), nibble s
-        frag = nibbles.reshape(*lead, 2, 2, 2, 4, 2, 2).permute(0, 1, 2, 6, 4, 5, 8, 7, 3)
-    else:  # k = (s1, s0, c, h, t, l) -> byte (t, c, h, l, s1), nibble s0
-        frag = nibbles.reshape(*lead, 2, 2, 2, 2, 4, 2).permute(0, 1, 2, 7, 5, 6, 8, 3, 4)
-    frag = frag.reshape(*lead, 64, 2)
+    frag = _fragments(nibbles, scheme)
     return (frag[..., 0] | (frag[..., 1] << 4)).contiguous()
 
 
@@ -90,6 +96,73 @@ def unpack_int4(packed: Tensor, scheme: str) -> Tensor:
     return natural.reshape(e, n, kb * K_BLOCK).to(torch.float32) - 8.0
 
 
+def nibble_order(scheme: str, device: torch.device | None = None) -> Tensor:
+    """Position within its K block of the value in the low and in the high nibble of each of the 64 bytes.
+
+    Args:
+        scheme: fragment order, "w4a16" or "w4a8".
+
+    Returns:
+        int64 [2, 64].
+    """
+    return _fragments(torch.arange(K_BLOCK, device=device), scheme).transpose(0, 1)
+
+
+def _by_row(t: Tensor) -> Tensor:
+    """Scales or zeros [E, groups, N] in pairs of rows -> fp32 [E, N, groups]."""
+    e, groups, n = t.shape
+    return t.to(torch.float32).reshape(e, groups, n // 16, 8, 2).permute(0, 2, 4, 3, 1).reshape(e, n, groups)
+
+
+def unpack_scales(scale: Tensor, scheme: str) -> Tensor:
+    """Scales of a packed matrix in the order of its rows; traceable.
+
+    Args:
+        scale: bf16 [E, K/group_size, N], as for `dequantize`.
+        scheme: "w4a16" or "w4a8".
+
+    Returns:
+        fp32 [E, N, K/group_size].
+    """
+    scales = _by_row(scale)
+    return scales[:, :, :-1] * scales[:, :, -1:] if scheme == "w4a8" else scales
+
+
+def dequantize_in_place(packed: Tensor, scale: Tensor, zero: Tensor | None, scheme: str) -> list[tuple[Tensor, Tensor]]:
+    """Dequantize one packed 4-bit matrix without moving its values; for exports to the CPU.
+
+    It gives the values of `dequantize`, but the low and the high nibbles as two matrices with columns in the order of
+    the bytes. The product with activations in the same order needs no permuted weights: ExecuTorch's `permute_copy`
+    takes about 9 ns an element, which would be most of a decode step.
+
+    Args:
+        packed, scale, zero, scheme: as for `dequantize`; scale is not None.
+
+    Returns:
+        For low and high nibbles: values fp32 [E, N, K/2], and int64 [64], the positions of columns within a K block.
+    """
+    e, blocks, n, width = packed.shape
+    bytes_ = torch.cat([packed[:, block] for block in range(blocks)], -1)  # [E, N, K/2]
+    # 16 * code as a signed byte: the multiplication wraps.
+    nibbles = [part.to(torch.int8).to(torch.float32) for part in (bytes_ * 16, bytes_ & 0xF0)]
+    order = nibble_order(scheme, packed.device)
+
+    def spread(groups: Tensor) -> list[Tensor]:  # fp32 [E, N, groups] -> for both nibbles [E, N, K/2]
+        each = max(1, groups.shape[2] // blocks)  # groups of a block
+        if groups.shape[2] < blocks:
+            groups = groups.unsqueeze(-1).expand(*groups.shape, blocks // groups.shape[2])
+        mine = (order // (K_BLOCK // each)).unsqueeze(1) == torch.arange(each, device=packed.device).unsqueeze(-1)
+        rows, hits = groups.reshape(-1, each), mine.to(torch.float32)
+        return [torch.mm(rows, hits[nibble]).reshape(e, n, blocks * width) for nibble in (0, 1)]
+
+    weights = [
+        codes * scales for codes, scales in zip(nibbles, spread(unpack_scales(scale, scheme) * 0.0625), strict=True)
+    ]
+    if zero is not None:
+        weights = [weight + zeros for weight, zeros in zip(weights, spread(_by_row(zero)), strict=True)]
+    return [(weight, order[nibble]) for nibble, weight in enumerate(weights)]
+
+
 def dequantize(packed: Tensor, scale: Tensor | None, zero: Tensor | None, scheme: str) -> Tensor:
     """Dequantize one packed matrix; traceable.
 
@@ -107,31 +180,10 @@ def dequantize(packed: Tensor, scale: Tensor | None, zero: Tensor | None, scheme
     e, n, k = codes.shape
     scales = unpack_scales(scale, scheme)
     groups = scales.shape[2]
-    weight = codes.reshape(e, n, groups, k // groups) * scales
+    weight = codes.reshape(e, n, groups, k // groups) * scales.unsqueeze(-1)
     if zero is not None:
-        weight = weight + _by_row(zero)
+        weight = weight + _by_row(zero).unsqueeze(-1)
     return weight.reshape(e, n, k)
-
-
-def unpack_scales(scale: Tensor, scheme: str) -> Tensor:
-    """Scales of a packed matrix in the order of its rows; traceable.
-
-    Args:
-        scale: bf16 [E, K/group_size, N], as for `dequantize`.
-        scheme: "w4a16" or "w4a8".
-
-    Returns:
-        fp32 [E, N, K/group_size, 1].
-    """
-    scales = _by_row(scale)
-    return scales[:, :, :-1] * scales[:, :, -1:] if scheme == "w4a8" else scales
-
-
-def _by_row(t: Tensor) -> Tensor:
-    """[E, groups, N] in pairs of rows -> fp32 [E, N, groups, 1]."""
-    e, groups, n = t.shape
-    natural = t.to(torch.float32).reshape(e, groups, n // 16, 8, 2).permute(0, 2, 4, 3, 1)
-    return natural.reshape(e, n, groups, 1)
 
 
 def fragment_order(scheme: Scheme | str, gemm: int) -> str:

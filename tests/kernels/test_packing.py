@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from executorch_moe.kernels import ALGORITHMS, SCHEMES, pack_experts, unpack_experts
-from executorch_moe.kernels.packing.fragments import deinterleave_gate_up, interleave_gate_up, pack_int4, unpack_int4
+from executorch_moe.kernels.packing.fragments import (
+    deinterleave_gate_up,
+    dequantize,
+    dequantize_in_place,
+    fragment_order,
+    interleave_gate_up,
+    pack_int4,
+    unpack_int4,
+)
 from executorch_moe.kernels.packing.rounding import quantize_int4
 
 from . import cases
@@ -45,6 +53,25 @@ def test_every_value_is_where_the_formula_says(scheme: str) -> None:
 def test_unpack_inverts_pack(e: int, n: int, blocks: int, scheme: str) -> None:
     q = torch.randint(-8, 8, (e, n, 128 * blocks), dtype=torch.int8)
     assert torch.equal(unpack_int4(pack_int4(q, scheme), scheme), q.float())
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128, 256, 512])
+@pytest.mark.parametrize(("scheme", "zero"), [("w4a16", False), ("w4a16", True), ("w4a8", False)])
+def test_values_dequantized_in_place_have_the_bits_of_dequantize(scheme: str, zero: bool, group_size: int) -> None:
+    packed = pack_experts(
+        torch.randn(2, 1024, 512), torch.randn(2, 512, 512), scheme=scheme, group_size=group_size,
+        algorithm="hqq" if zero else "minmax",
+    )  # fmt: skip
+    for gemm, matrix in ((1, "w13"), (2, "w2")):
+        tensors = (getattr(packed, f"{matrix}{suffix}") for suffix in ("", "_scale", "_zero"))
+        args = (*tensors, fragment_order(scheme, gemm))
+        assert (args[2] is not None) == zero
+        expected = dequantize(*args).unflatten(-1, (-1, 128))
+        seen = []
+        for weight, positions in dequantize_in_place(*args):
+            assert torch.equal(weight, expected[..., positions].flatten(-2))
+            seen += positions.tolist()
+        assert sorted(seen) == list(range(128))
 
 
 def test_gate_and_up_alternate_in_runs_of_8() -> None:

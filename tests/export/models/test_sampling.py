@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from executorch_moe.export.models import sampling
-from executorch_moe.export.models.sampling import Sampler, gumbel_noise, hash32, nucleus, sample
+from executorch_moe.export.models.sampling import Sampler, gumbel_noise, hash32, nucleus, sample, sorted_nucleus
 
 VOCABULARY = 50
 
@@ -150,6 +150,17 @@ def test_nucleus_equals_that_of_a_sort(top_p: float, temperature: float) -> None
     below = logits[0].max() - logits[0]
     allowed = nucleus(below, torch.exp(-below / temperature), torch.tensor([top_p]))
     assert set(allowed.nonzero().flatten().tolist()) == by_sort(logits, temperature, top_p)
+
+
+@pytest.mark.parametrize("vocabulary", [2, 50, 4096])
+@pytest.mark.parametrize("spread", [0.0, 0.1, 3.0, 200.0])
+def test_the_cpu_finds_the_same_nucleus(spread: float, vocabulary: int) -> None:
+    for top_p in (1e-6, 0.1, 0.5, 0.9, 0.999, 1.0):
+        for logits in (torch.randn(vocabulary) * spread, (torch.randn(vocabulary) * spread).bfloat16().float().round()):
+            below = logits.max() - logits
+            # Multiples of 2**-12, whose sums are exact in any order.
+            arguments = below, (torch.exp(-below) * 4096.0).round() / 4096.0, torch.tensor([top_p])
+            assert torch.equal(sorted_nucleus(*arguments), nucleus(*arguments))
 
 
 def test_the_nucleus_is_never_empty() -> None:
