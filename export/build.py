@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from executorch_moe.backends.artifact.ptd import MakeWeights
 from executorch_moe.backends.fusion import FusedLayer, FusionReport
 from executorch_moe.backends.fusion.modules import find_experts
+from executorch_moe.export.checkpoint.formats import check_format
 from executorch_moe.export.checkpoint.streaming import StreamedModel
 from executorch_moe.export.checkpoint.whole import load_model
 from executorch_moe.export.models import attention, synthetic
@@ -45,12 +46,14 @@ def check_folder(options: ExportOptions) -> Path:
     tokenizer it uses.
 
     Raises:
-        ValueError, NotImplementedError, FileNotFoundError: see `resolve`, `check_supported` and `check_activation`.
+        ValueError, NotImplementedError, FileNotFoundError: see `resolve`, `check_supported`, `check_activation` and
+            `check_format`.
         RuntimeError: see `require_transformers`.
     """
     require_transformers()
     folder = resolve(TINY if synthetic.is_synthetic(options.model) else options.model)
     check_activation(check_supported(folder), folder / "config.json")
+    check_format(folder)
     return folder
 
 

@@ -1,0 +1,121 @@
+"""Experts whose 4-bit codes the checkpoint has already: which are kept, and how they are read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from executorch_moe.backends.fusion import ExpertLayout, FusionOptions
+from executorch_moe.kernels import SCHEMES, Int4Codes
+from executorch_moe.kernels.schemes import check_layer_group_size
+
+from .formats.int4 import Int4Encoding
+from .plan import CheckpointPlan, Source
+from .shards import ShardReader
+
+# Conversions of transformers that move whole rows, so that they can be applied to codes and scales alike.
+_MOVES_ROWS = ("MergeModulelist", "Concatenate")
+
+
+@dataclass(frozen=True)
+class KeptCodes:
+    """How the codes of one expert layer are packed.
+
+    Attributes:
+        group_size: weights along K that share a scale.
+        zeros: True if the weights have zero points.
+    """
+
+    group_size: int
+    zeros: bool
+
+    def empty(self, weight: Tensor) -> Int4Codes:
+        """Codes of zeros in the shape of a weight [E, N, K]."""
+        *rows, k = weight.shape
+        scale = torch.zeros(*rows, k // self.group_size)
+        return Int4Codes(
+            torch.zeros(weight.shape, dtype=torch.int8), scale, torch.zeros_like(scale) if self.zeros else None
+        )
+
+
+def kept_codes(
+    plan: CheckpointPlan, module: str, layout: ExpertLayout, fusion: FusionOptions, sizes: tuple[int, int]
+) -> KeptCodes | None:
+    """How to keep the codes of an experts module; None if its weights must be rounded.
+
+    Reads only the order of groups, if the checkpoint has one.
+
+    Args:
+        plan: of the checkpoint.
+        module: name of the experts module.
+        layout: of the module.
+        fusion: scheme of the packed weights.
+        sizes: H and I.
+
+    Raises:
+        ValueError: groups in an order that codes cannot have, or experts of which only some are quantized.
+    """
+    if plan.shards.format is None:
+        return None
+    targets = [f"{module}.{name}" for name in (*layout.gate_up, layout.down)]
+    stored = {name: plan.shards.tensors[name] for target in targets for name in plan.sources[target].all_names()}
+    encodings = {type(tensor.encoding): name for name, tensor in stored.items()}
+    if len(encodings) > 1:
+        first, second = list(encodings.values())[:2]
+        raise ValueError(
+            f"{first} is stored as {stored[first].dtype}, but {second} as {stored[second].dtype}, and {plan.shards.format}: "
+            "a mix of formats in one layer is not supported; use the model in bf16"
+        )
+    kinds = [tensor.encoding for tensor in stored.values() if isinstance(tensor.encoding, Int4Encoding)]
+    whole_rows = all(_moves_rows(plan.sources[target]) for target in targets)
+    if len(kinds) != len(stored) or layout.transposed or not whole_rows or not SCHEMES[fusion.scheme].packed:
+        return None
+    kept = KeptCodes(math.gcd(*(kind.group_size for kind in kinds)), not all(kind.symmetric for kind in kinds))
+    if fusion.scheme == "w4a8" and not (not kept.zeros and _one_scale_a_row(stored.values())):
+        return None
+    try:
+        check_layer_group_size(kept.group_size, *sizes)
+    except ValueError:
+        return None
+    for name, tensor in stored.items():
+        if "group_of" in tensor.parts:
+            with plan.shards.reader() as reader:
+                assert isinstance(tensor.encoding, Int4Encoding)
+                tensor.encoding.order_of_groups(reader.read_part(name, "group_of"))
+    return kept
+
+
+def read_codes(plan: CheckpointPlan, reader: ShardReader, target: str, run: slice, group_size: int) -> Int4Codes:
+    """Reads experts `run` of a stacked weight as codes [E, N, K] with groups of `group_size`; scales are in fp32."""
+    source = plan.sources[target]
+    codes = {
+        pattern: [reader.read_codes(name).regrouped(group_size) for name in names[run]]
+        for pattern, names in source.names.items()
+    }
+
+    def made(part: str) -> Tensor | None:
+        parts: dict[str, Any] = {pattern: [getattr(code, part) for code in some] for pattern, some in codes.items()}
+        if any(tensor is None for some in parts.values() for tensor in some):
+            return None
+        return plan.convert(source, parts)[target]
+
+    q, scale = made("q"), made("scale")
+    assert q is not None and scale is not None
+    return Int4Codes(q, scale, made("zero"))
+
+
+def _one_scale_a_row(stored: Any) -> bool:
+    """True if each row of each weight is one group: int8 products take any scale of a row."""
+    return all(tensor.encoding.group_size == tensor.shape[-1] for tensor in stored)
+
+
+def _moves_rows(source: Source) -> bool:
+    return (
+        source.stacks_experts()
+        and all(type(operation).__name__ in _MOVES_ROWS for operation in source.converter.operations)
+        and all(getattr(operation, "dim", 0) in (0, 1) for operation in source.converter.operations)
+    )
