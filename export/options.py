@@ -87,6 +87,10 @@ class Dense:
         _check_known("lm_head", self.lm_head, (*KINDS, None))
         _check_known("embedding", self.embedding, KINDS[:2])
 
+    def kind_of(self, name: str) -> str:
+        """How the linear layer `name` is stored: "none", "int8" or "int4"."""
+        return (self.lm_head or self.linears) if name.rpartition(".")[2] == "lm_head" else self.linears
+
     @property
     def unchanged(self) -> bool:
         """True if no linear layer and no embedding is quantized."""

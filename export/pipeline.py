@@ -20,6 +20,7 @@ from executorch_moe.backends.fusion import ExpertFuser, FusionReport
 from executorch_moe.export.checkpoint.work_folder import WorkFolder, work_folder_path
 from executorch_moe.export.models.pretrained import BUNDLED, tokenizer_json
 from executorch_moe.export.report.metadata import constant_methods, record_path, tokenizer_path
+from executorch_moe.export.report.stored_weights import stored_weights
 from executorch_moe.export.report.summary import ExportSummary, bytes_beside_experts, model_sizes
 
 from .build import check_folder, forced_schedule, load_packed, needs_whole_model, prepare_, stream, trace_methods
@@ -122,4 +123,6 @@ def _pack_layers(
     with steps.counted("pack", f"packing the experts as {options.experts.scheme}", len(streamed.layers)) as advance:
         for record in streamed.load(work, advance):
             report.add(record)
+    for line in stored_weights(streamed, report.layers, options):
+        steps.say(escape(line))
     return streamed.model, max_context, work

@@ -212,7 +212,11 @@ class CheckpointPlan:
         """Checks the stored tensors of a weight: plain floats; for experts, one for each, all of the same shape."""
         for name in source.all_names():
             stored = self.shards.tensors[name]
-            if stored.dtype not in _FLOATS and stored.encoding is None and self.state[source.target].is_floating_point():
+            if (
+                stored.dtype not in _FLOATS
+                and stored.encoding is None
+                and self.state[source.target].is_floating_point()
+            ):
                 raise ValueError(
                     f"{name} of {self.shards.folder} is stored as {stored.dtype}, expected {', '.join(_FLOATS)}: "
                     "use the checkpoint in bf16"

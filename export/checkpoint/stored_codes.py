@@ -1,4 +1,4 @@
-"""Experts whose 4-bit codes the checkpoint has already: which are kept, and how they are read."""
+"""Weights whose 4-bit codes the checkpoint has already: which are kept, and how they are read."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from executorch_moe.backends.fusion import ExpertLayout, FusionOptions
+from executorch_moe.export.models.linears import StoredInt4
 from executorch_moe.kernels import SCHEMES, Int4Codes
 from executorch_moe.kernels.schemes import check_layer_group_size
 
@@ -67,8 +68,8 @@ def kept_codes(
     if len(encodings) > 1:
         first, second = list(encodings.values())[:2]
         raise ValueError(
-            f"{first} is stored as {stored[first].dtype}, but {second} as {stored[second].dtype}, and {plan.shards.format}: "
-            "a mix of formats in one layer is not supported; use the model in bf16"
+            f"{first} is stored as {stored[first].dtype}, but {second} as {stored[second].dtype} "
+            f"({plan.shards.format}): a mix of formats in one layer is not supported; use the model in bf16"
         )
     kinds = [tensor.encoding for tensor in stored.values() if isinstance(tensor.encoding, Int4Encoding)]
     whole_rows = all(_moves_rows(plan.sources[target]) for target in targets)
@@ -81,12 +82,21 @@ def kept_codes(
         check_layer_group_size(kept.group_size, *sizes)
     except ValueError:
         return None
-    for name, tensor in stored.items():
-        if "group_of" in tensor.parts:
-            with plan.shards.reader() as reader:
-                assert isinstance(tensor.encoding, Int4Encoding)
-                tensor.encoding.order_of_groups(reader.read_part(name, "group_of"))
+    for name in stored:
+        _check_order(plan, name)
     return kept
+
+
+def _check_order(plan: CheckpointPlan, name: str) -> None:
+    """Checks that the codes of a stored weight can be kept; reads the order of its groups.
+
+    Raises:
+        ValueError: groups of weights that are not neighbors.
+    """
+    stored = plan.shards.tensors[name]
+    if "group_of" in stored.parts and isinstance(stored.encoding, Int4Encoding):
+        with plan.shards.reader() as reader:
+            stored.encoding.order_of_groups(reader.read_part(name, "group_of"))
 
 
 def read_codes(plan: CheckpointPlan, reader: ShardReader, target: str, run: slice, group_size: int) -> Int4Codes:
@@ -106,6 +116,38 @@ def read_codes(plan: CheckpointPlan, reader: ShardReader, target: str, run: slic
     q, scale = made("q"), made("scale")
     assert q is not None and scale is not None
     return Int4Codes(q, scale, made("zero"))
+
+
+def mark_linears(plan: CheckpointPlan, model: nn.Module, skip: tuple[str, ...] = (), *, empty: bool = False) -> None:
+    """Gives linear layers that are stored as 4-bit codes their `StoredInt4`, in place.
+
+    Args:
+        plan: of the checkpoint.
+        model: its model.
+        skip: names of modules to leave alone.
+        empty: scales without values, for a model on the meta device.
+    """
+    for target, source in plan.sources.items():
+        name = source.all_names()[0]
+        encoding = plan.shards.tensors[name].encoding
+        module = model.get_submodule(target.rpartition(".")[0])
+        if type(module) is not nn.Linear or not isinstance(encoding, Int4Encoding) or source.converter is not None:
+            continue
+        if any(target.startswith(f"{part}.") for part in skip):
+            continue
+        try:
+            _check_order(plan, name)
+        except ValueError:  # its values are right in any order
+            continue
+        if empty:
+            scale = torch.empty(module.out_features, module.in_features // encoding.group_size, dtype=torch.bfloat16)
+            scale = scale.to("meta")
+            zero = None if encoding.symmetric else scale
+        else:
+            with plan.shards.reader() as reader:
+                codes = reader.read_codes(name).rounded()
+            scale, zero = codes.scale, codes.zero
+        module.stored_int4 = StoredInt4(scale, zero)  # type: ignore[assignment]
 
 
 def _one_scale_a_row(stored: Any) -> bool:

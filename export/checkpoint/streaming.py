@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from executorch_moe.backends.fusion import ExpertLayout, FusedLayer, FusionOptions, NotFusable
 from executorch_moe.backends.fusion.modules import find_experts, kind_of, pack_layer_codes, recognize_module
+from executorch_moe.export.models.linears import stored_int4
 from executorch_moe.export.models.pretrained import read_config
 from executorch_moe.kernels import SCHEMES, FusedExperts, PackedExperts, pack_experts
 from executorch_moe.kernels.packing.experts import unpack_experts
@@ -26,7 +27,7 @@ from executorch_moe.kernels.schemes import check_layer_group_size
 from .plan import CheckpointPlan, below, meta_model
 from .shards import ShardReader, Shards
 from .sizes import check_sizes
-from .stored_codes import KeptCodes, kept_codes, read_codes
+from .stored_codes import KeptCodes, kept_codes, mark_linears, read_codes
 from .work_folder import WorkFolder, manifest_of
 
 RUN_BYTES = 32 << 20
@@ -172,7 +173,9 @@ class StreamedModel:
             records.append(record)
             if on_layer is not None:
                 on_layer(record)
-        self.plan.load(except_below=(*skip, *(layer.name for layer in self.layers)))
+        skip = (*skip, *(layer.name for layer in self.layers))
+        self.plan.load(except_below=skip)
+        mark_linears(self.plan, self.model, skip)
         return records
 
     def load_placeholders(self, prepare: Callable[[nn.Module], None] | None = None) -> None:
@@ -190,6 +193,7 @@ class StreamedModel:
             experts = FusedExperts(replace(one, **placeholders), layer.layout.activation)
             setattr(self.model.get_submodule(parent), attribute, experts)
         self.plan.share_weights(self.model)
+        mark_linears(self.plan, self.model, tuple(layer.name for layer in self.layers), empty=True)
         if prepare is not None:
             prepare(self.model)
         _fill_with_zeros(self.model)
@@ -321,6 +325,8 @@ def _fill_with_zeros(model: nn.Module) -> None:
     """Replaces tensors on the meta device by zeros; shared tensors remain shared."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
+        if (stored := stored_int4(module)) is not None:
+            module.stored_int4 = stored.map(_zeros)  # type: ignore[assignment]
         for name, tensor in module._parameters.items():
             if tensor is not None and tensor.is_meta:
                 if id(tensor) not in made:

@@ -67,9 +67,11 @@ class ExportSummary:
         table.add_column(overflow="fold")
         experts = self.options.experts
         scheme = experts.scheme
-        if SCHEMES[scheme].packed:
-            scheme += f", group size {experts.group_size}, {experts.algorithm}"
         layers = self.report.layers
+        if SCHEMES[scheme].packed:
+            kinds = dict.fromkeys((layer.group_size, layer.algorithm) for layer in layers)
+            names = {"kept": "codes of the checkpoint"}
+            scheme += "".join(f", group size {size}, {names.get(how, how)}" for size, how in kinds)
         table.add_row(
             "experts", f"{len(layers)} layers fused, {layers[0].num_experts} experts each, top-{layers[0].top_k}"
         )

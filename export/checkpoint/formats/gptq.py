@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,9 +39,7 @@ class GptqEncoding(Int4Encoding):
         if group_of is not None:
             in_order = torch.arange(codes.shape[1]) // self.group_size
             group_of = None if torch.equal(group_of.long(), in_order) else self._checked(group_of.long())
-        return Unpacked(
-            centered(codes), parts["scale"].t().contiguous(), centered((zero + self.minus) & 0xF), group_of
-        )
+        return Unpacked(centered(codes), parts["scale"].t().contiguous(), centered((zero + self.minus) & 0xF), group_of)
 
     def _checked(self, group_of: Tensor) -> Tensor:
         count = len(group_of) // self.group_size
@@ -96,14 +93,15 @@ class Gptq(WeightFormat):
         k, n = codes.shape[0] * PER_WORD, codes.shape[1]
         group_size = self.group_size or k
         groups = check_groups(codes, k, group_size, self)
-        expected: dict[str, Any] = {
+        shapes: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
             "codes": (codes.shape, ("I32",)),
             "scale": ((groups, n), FLOATS),
             "zero_point": ((groups, -(-n // PER_WORD)), ("I32",)),
             "group_of": ((k,), ("I32", "I64")),
         }
         for role, part in parts.items():
-            check_part(part, *expected[role], where, self.title)
+            shape, dtypes = shapes[role]
+            check_part(part, shape, dtypes, where, self.title)
         encoding = GptqEncoding(codes.name, group_size, self.symmetric, self.minus)
         return StoredTensor(codes.file, (n, k), "GPTQ", codes.name, encoding, parts)
 

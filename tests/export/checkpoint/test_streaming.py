@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from executorch_moe.export.check import dequantized
+from executorch_moe.export.checkpoint.formats import check_format
 from executorch_moe.export.checkpoint.shards import INDEX_FILE
 from executorch_moe.export.checkpoint.whole import load_model
-from executorch_moe.export.checkpoint.formats import check_format
 from executorch_moe.kernels import pack_experts
 
 from ..families import FAMILIES, Logits, by_name, tokens
@@ -74,7 +74,9 @@ def test_fp8_in_blocks_is_read_as_the_bf16_it_stands_for(name: str, tmp_path: Pa
 
 def test_fp8_that_is_not_whole_or_of_another_kind(tmp_path: Path) -> None:
     save_fp8("qwen3_moe", folder := tmp_path / "fp8")
-    with pytest.raises(NotImplementedError, match=r"are quantized \(fp8, blocks of 16 x 24 .*which only --experts ours"):
+    with pytest.raises(
+        NotImplementedError, match=r"are quantized \(fp8, blocks of 16 x 24 .*which only --experts ours"
+    ):
         load_model(folder, torch.float32)
     config, text = folder / "config.json", (folder / "config.json").read_text()
     config.write_text(text.replace("[16, 24]", "[8, 24]"))

@@ -1,0 +1,150 @@
+"""Exports of quantized checkpoints: what is said, `--check`, linear layers that keep their codes, the artifact."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from executorch_moe.backends.runtime import load
+from executorch_moe.export.build import prepare_, stream
+from executorch_moe.export.check import check_export, load_prepared
+from executorch_moe.export.checkpoint.streaming import StreamedModel
+from executorch_moe.export.checkpoint.work_folder import WorkFolder
+from executorch_moe.export.models.causal_lm import CausalLM
+from executorch_moe.export.models.linears import Int4Linear
+from executorch_moe.export.options import Context, Dense, Experts, ExportOptions, Target
+from executorch_moe.export.pipeline import export_model
+
+from .stored import H, Saved, experts_of, streamed
+from .test_awq import save_awq
+from .test_gptq import save_gptq
+
+CONTEXT = 16
+
+
+def options_for(folder: Path, out: Path | None = None, target: str = "cpu", **choices: Any) -> ExportOptions:
+    return ExportOptions(str(folder), out, target=Target(target), context=Context(CONTEXT, "logits"), **choices)
+
+
+def symmetric(folder: Path) -> Saved:
+    return save_gptq(folder, 64)
+
+
+def with_zeros(folder: Path) -> Saved:
+    return save_awq(folder, 64)
+
+
+@pytest.mark.parametrize("save", [symmetric, with_zeros])
+@pytest.mark.parametrize("target", ["cpu", "sm_90"])
+def test_linear_layers_keep_their_codes(save: Callable[[Path], Saved], target: str, tmp_path: Path) -> None:
+    saved = save(tmp_path)
+    options = options_for(tmp_path, target=target, dense=Dense("int4"))
+    model = stream(options, tmp_path)
+    model.load()
+    prepare_(model.model, options)
+    names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+    whole = torch.cat([saved.values[f"model.layers.0.{name}.weight"] for name in names])
+    (found,) = (
+        _weight(module)
+        for name, module in model.model.named_modules()
+        if name.endswith(("qkv_proj", "self_attn.q_proj.merged") if target != "cpu" else "self_attn.k_proj")
+    )
+    expected = whole if target != "cpu" else saved.values["model.layers.0.self_attn.k_proj.weight"]
+    # One rounding of scales to bf16, and one of zero points.
+    assert (found - expected).norm() / expected.norm() < 6e-3
+
+
+def _weight(linear: nn.Module) -> torch.Tensor:
+    """The weight of a linear layer, from what it makes of unit vectors."""
+    one = torch.eye(H, dtype=torch.float32)
+    many = linear(one).float().t()
+    if isinstance(linear, Int4Linear):
+        alone = torch.stack([linear(row[None])[0] for row in one], 1)
+        assert (alone - many).norm() / many.norm() < 1e-6
+    return many.detach()
+
+
+@pytest.mark.parametrize("target", ["cpu", "sm_90"])
+def test_the_check_traces_what_an_export_traces(target: str, tmp_path: Path) -> None:
+    save_awq(tmp_path, 64)
+    options = options_for(tmp_path, target=target, dense=Dense("int4"))
+    loaded, empty = stream(options, tmp_path), stream(options, tmp_path)
+    loaded.load()
+    prepare_(loaded.model, options)
+    load_prepared(empty, options)
+    shapes = [{name: (t.shape, t.dtype) for name, t in m.model.state_dict().items()} for m in (loaded, empty)]
+    assert shapes[0] == shapes[1]
+
+
+def test_the_check_says_what_becomes_of_the_weights(tmp_path: Path) -> None:
+    save_gptq(tmp_path, 64)
+    result = check_export(options_for(tmp_path))
+    assert result.passed, result.findings
+    (line,) = (finding.found for finding in result.findings if finding.name == "stored weights")
+    start = (
+        "stored as GPTQ, 4 bits, groups of 64, symmetric (declared in config.json): 1 expert layer codes kept as w4a16"
+    )
+    assert line.startswith(start) and "4 linear layers dequantized to fp32" in line
+
+
+def test_packing_continues_where_it_stopped(tmp_path: Path) -> None:
+    save_awq(tmp_path / "model", 64)
+    first = streamed(tmp_path / "model")
+    with WorkFolder(tmp_path / "work", first.manifest()) as work:
+        (record,) = first.load(work)
+    second = streamed(tmp_path / "model")
+    second._pack = pytest.fail  # type: ignore[method-assign, assignment]
+    with WorkFolder(tmp_path / "work", second.manifest()) as work:
+        assert second.load(work) == [record] and record.error
+    assert torch.equal(experts_of(first).w13, experts_of(second).w13)
+
+
+def test_memory_holds_a_few_experts_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes are read as experts are packed: never more than a run of them."""
+    save_gptq(tmp_path)
+    sizes: list[int] = []
+    pack = StreamedModel._pack_codes
+
+    def watched(self: StreamedModel, reader: Any, layer: Any, kept: Any, run: slice, *rest: Any) -> Any:
+        sizes.append(run.stop - run.start)
+        return pack(self, reader, layer, kept, run, *rest)
+
+    monkeypatch.setattr(StreamedModel, "_pack_codes", watched)
+    model = streamed(tmp_path)
+    model.load()
+    assert sizes == [1] * 4
+
+
+@pytest.mark.slow
+def test_the_artifact_of_gptq(tmp_path: Path, executorch_runtime: None) -> None:
+    """Logits and greedy tokens as of transformers on the dequantized weights."""
+    saved = save_gptq(tmp_path / "model", 64)
+    out, lines = tmp_path / "gptq.pte", io.StringIO()
+    options = options_for(tmp_path / "model", out, experts=Experts(group_size=32))
+    summary = export_model(options, Console(file=lines, width=400))
+    assert "1 expert layer codes kept as w4a16, groups of 64" in lines.getvalue()
+    assert "4 linear layers dequantized to fp32" in lines.getvalue()
+    assert summary.report.layers[0].algorithm == "kept"
+    check_artifact(out, saved)
+
+
+@torch.no_grad()
+def check_artifact(out: Path, saved: Saved) -> None:
+    """Compares logits and greedy tokens of an artifact with those of transformers on the dequantized weights."""
+    program = load(out)
+    reference = CausalLM(saved.reference, CONTEXT)
+    ids = [5, 17, 40, 3]
+    given = torch.tensor([ids]), torch.arange(4)
+    for _ in range(8):
+        method = "prefill" if given[0].shape[1] > 1 else "decode"
+        (actual,), expected = program.run(method, *given), reference(*given)
+        assert (actual - expected).norm() / expected.norm() < 1e-2
+        assert int(actual.argmax()) == int(expected.argmax())
+        given = expected.argmax().reshape(1, 1), given[1][-1:] + 1
