@@ -96,7 +96,9 @@ def _check_order(plan: CheckpointPlan, name: str) -> None:
     stored = plan.shards.tensors[name]
     if "group_of" in stored.parts and isinstance(stored.encoding, Int4Encoding):
         with plan.shards.reader() as reader:
-            stored.encoding.order_of_groups(reader.read_part(name, "group_of"))
+            group_of = stored.encoding.order(reader.read_part(name, "group_of"), stored.shape[-1])
+        if group_of is not None:
+            stored.encoding.order_of_groups(group_of)
 
 
 def read_codes(plan: CheckpointPlan, reader: ShardReader, target: str, run: slice, group_size: int) -> Int4Codes:

@@ -15,8 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from .base import StoredTensor, WeightFormat, check_part, take, weights_of, without_activations
-from .gptq import check_groups
-from .int4 import FLOATS, PER_WORD, Int4Encoding, Unpacked, centered, nibbles
+from .int4 import FLOATS, PER_WORD, Int4Encoding, Unpacked, centered, check_groups, nibbles
 from .parameters import BITS, Declared, choice, flag, group_size_of
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

@@ -9,12 +9,14 @@ from typing import Any
 
 from .awq import Awq
 from .base import WeightFormat
+from .compressed_tensors import METHOD as COMPRESSED_TENSORS
+from .compressed_tensors import compressed_tensors
 from .fp8 import Fp8Blocks, block_of
 from .gptq import Gptq
 from .parameters import Declared
 
 CONFIG = "config.json"
-SUPPORTED = "GPTQ and AWQ with 4 bits, fp8 in blocks"
+SUPPORTED = "GPTQ, AWQ and compressed-tensors with 4 bits, fp8 in blocks"
 
 
 def _fp8(declared: Declared) -> WeightFormat | None:
@@ -22,7 +24,12 @@ def _fp8(declared: Declared) -> WeightFormat | None:
     return None if block is None else Fp8Blocks(declared, block)
 
 
-METHODS: dict[str, Callable[[Declared], WeightFormat | None]] = {"gptq": Gptq, "awq": Awq, "fp8": _fp8}
+METHODS: dict[str, Callable[[Declared], WeightFormat | None]] = {
+    "gptq": Gptq,
+    "awq": Awq,
+    COMPRESSED_TENSORS: compressed_tensors,
+    "fp8": _fp8,
+}
 """`quant_method` -> format, or None for parameters that are not supported."""
 
 

@@ -16,11 +16,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from .base import StoredTensor, WeightFormat, check_part, take, weights_of, without_activations
-from .int4 import FLOATS, PER_WORD, Int4Encoding, Unpacked, centered, nibbles
+from .int4 import FLOATS, PER_WORD, Int4Encoding, Unpacked, centered, check_groups, nibbles
 from .parameters import BITS, Declared, choice, flag, group_size_of
 
 _VERSIONS = ("gptq", "gptq_v2")
@@ -35,20 +34,8 @@ class GptqEncoding(Int4Encoding):
     def unpack(self, parts: Mapping[str, Tensor]) -> Unpacked:
         codes = nibbles(parts["codes"]).permute(1, 0, 2).flatten(1)
         zero = nibbles(parts["zero_point"]).flatten(1).t()[: len(codes)]
-        group_of = parts.get("group_of")
-        if group_of is not None:
-            in_order = torch.arange(codes.shape[1]) // self.group_size
-            group_of = None if torch.equal(group_of.long(), in_order) else self._checked(group_of.long())
-        return Unpacked(centered(codes), parts["scale"].t().contiguous(), centered((zero + self.minus) & 0xF), group_of)
-
-    def _checked(self, group_of: Tensor) -> Tensor:
-        count = len(group_of) // self.group_size
-        if int(group_of.min()) < 0 or int(group_of.max()) >= count:
-            raise ValueError(
-                f"g_idx of {self.name} names groups {int(group_of.min())} to {int(group_of.max())}, but the weight has "
-                f"groups 0 to {count - 1}: download the model again"
-            )
-        return group_of
+        scale, zero = parts["scale"].t().contiguous(), centered((zero + self.minus) & 0xF)
+        return Unpacked(centered(codes), scale, zero, self.order(parts.get("group_of"), codes.shape[1]))
 
 
 class Gptq(WeightFormat):
@@ -62,9 +49,7 @@ class Gptq(WeightFormat):
     def __init__(self, declared: Declared) -> None:
         choice(declared, "bits", (BITS,))
         # GPTQModel calls it `format` since version 2, and transformers' configuration has both names.
-        versions = {declared[key] for key in ("checkpoint_format", "format") if declared.get(key) is not None}
-        for key in ("checkpoint_format", "format"):
-            choice(declared, key, _VERSIONS, default="gptq")
+        versions = {choice(declared, key, _VERSIONS, "gptq") for key in ("checkpoint_format", "format")}
         self.group_size = group_size_of(declared)
         self.symmetric = flag(declared, "sym", default=False)
         self.minus = 0 if "gptq_v2" in versions else 1
@@ -104,17 +89,3 @@ class Gptq(WeightFormat):
             check_part(part, shape, dtypes, where, self.title)
         encoding = GptqEncoding(codes.name, group_size, self.symmetric, self.minus)
         return StoredTensor(codes.file, (n, k), "GPTQ", codes.name, encoding, parts)
-
-
-def check_groups(codes: StoredTensor, k: int, group_size: int, declared: WeightFormat) -> int:
-    """Number of groups along K.
-
-    Raises:
-        ValueError: groups that do not divide K.
-    """
-    if k % group_size:
-        raise ValueError(
-            f"{codes.name} {list(codes.shape)} has K={k}, which group_size={group_size} of {declared.file} does not "
-            "divide: use a checkpoint with smaller groups, or the model in bf16"
-        )
-    return k // group_size

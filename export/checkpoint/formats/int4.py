@@ -15,7 +15,7 @@ from torch import Tensor
 
 from executorch_moe.kernels import Int4Codes
 
-from .base import Encoding
+from .base import Encoding, StoredTensor, WeightFormat
 
 FLOATS = ("F16", "BF16", "F32")
 PER_WORD = 8
@@ -88,6 +88,22 @@ class Int4Encoding(Encoding):
             zero = None if zero is None else zero[:, order]
         return Int4Codes(unpacked.q, scale, None if zero is None else -zero.float() * scale)
 
+    def order(self, group_of: Tensor | None, k: int) -> Tensor | None:
+        """The stored groups of each k as int64 [K]; None if groups are in order.
+
+        Raises:
+            ValueError: groups that do not exist.
+        """
+        if group_of is None or bool((group_of == -1).all()):
+            return None
+        group_of, last = group_of.long(), k // self.group_size - 1
+        if int(group_of.min()) < 0 or int(group_of.max()) > last:
+            raise ValueError(
+                f"g_idx of {self.name} names groups {int(group_of.min())} to {int(group_of.max())}, but the weight has "
+                f"groups 0 to {last}: download the model again"
+            )
+        return None if torch.equal(group_of, torch.arange(k) // self.group_size) else group_of
+
     def order_of_groups(self, group_of: Tensor) -> Tensor:
         """The group of each run of `group_size` neighbors. Groups as a whole may be in any order.
 
@@ -115,3 +131,17 @@ def nibbles(words: Tensor) -> Tensor:
 def centered(codes: Tensor) -> Tensor:
     """uint8 0 to 15 -> int8 -8 to 7."""
     return (codes.to(torch.int8) - 8).contiguous()
+
+
+def check_groups(codes: StoredTensor, k: int, group_size: int, declared: WeightFormat) -> int:
+    """Number of groups along K.
+
+    Raises:
+        ValueError: groups that do not divide K.
+    """
+    if k % group_size:
+        raise ValueError(
+            f"{codes.name} {list(codes.shape)} has K={k}, which group_size={group_size} of {declared.file} does not "
+            "divide: use a checkpoint with smaller groups, or the model in bf16"
+        )
+    return k // group_size
