@@ -75,6 +75,11 @@ class Shards:
                 "mix of formats is not supported; use config.json and weights of the same download, or the model in "
                 "bf16"
             )
+        if self.format is not None and all(stored.encoding is None for stored in self.tensors.values()):
+            raise ValueError(
+                f"{self.folder} has no weights in {self.format}: use the file of the same download as the weights, or "
+                "remove the declaration if the weights are floats"
+            )
 
     def _declares(self) -> str:
         return "config.json" if self.format is None else self.format.file

@@ -8,6 +8,8 @@ n = 8r + i; or int8 [N, K/group_size] less 8, as older versions wrote it.
 PREFIX.weight_shape int64 [2]: N and K.
 PREFIX.weight_g_idx int32 [K], optional: the group of each k; -1 means that groups are in order.
 
+float-quantized is described in `fp8`, nvfp4-pack-quantized and mxfp4-pack-quantized in `fp4`.
+
 Source: `PackedQuantizationCompressor` of the package compressed-tensors, 0.20.
 """
 
@@ -15,12 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import fp4
 from .base import StoredTensor, WeightFormat, check_part, take, weights_of, without_activations
+from .fp8 import Fp8, block_of
 from .int4 import FLOATS, PER_WORD, Int4Encoding, Unpacked, centered, check_groups, nibbles
 from .parameters import BITS, Declared, choice, flag, group_size_of
 
@@ -93,7 +96,35 @@ class PackQuantized(WeightFormat):
         return StoredTensor(codes.file, (n, k), METHOD, codes.name, encoding, parts)
 
 
-FORMATS: dict[str, Callable[[Declared], WeightFormat]] = {"pack-quantized": PackQuantized}
+def _float_quantized(weights: Declared) -> WeightFormat:
+    choice(weights, "num_bits", (8,))
+    choice(weights, "type", ("float",))
+    strategy = choice(weights, "strategy", ("tensor", "channel", "block"))
+    block = block_of(weights, "block_structure")
+    if (strategy == "block") != (block is not None):
+        raise ValueError(
+            f"strategy={strategy!r} and block_structure={weights.get('block_structure')!r} in {weights.path} do not "
+            "belong together: use the published file"
+        )
+    return Fp8(weights, block, f"{METHOD} float-quantized")
+
+
+def _nvfp4(weights: Declared) -> WeightFormat:
+    choice(weights, "group_size", (fp4.NV_GROUP,))
+    return fp4.Fp4(weights, f"{METHOD} nvfp4-pack-quantized", fp4.NVFP4_COMPRESSED, divides=True)
+
+
+def _mxfp4(weights: Declared) -> WeightFormat:
+    choice(weights, "group_size", (fp4.MX_GROUP,))
+    return fp4.Fp4(weights, f"{METHOD} mxfp4-pack-quantized", fp4.MXFP4_COMPRESSED)
+
+
+FORMATS: dict[str, Callable[[Declared], WeightFormat]] = {
+    "pack-quantized": PackQuantized,
+    "float-quantized": _float_quantized,
+    "nvfp4-pack-quantized": _nvfp4,
+    "mxfp4-pack-quantized": _mxfp4,
+}
 """`format` -> how its weights are read, from the declaration of weights."""
 
 

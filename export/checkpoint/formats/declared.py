@@ -7,30 +7,38 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from . import fp4
 from .awq import Awq
 from .base import WeightFormat
 from .compressed_tensors import METHOD as COMPRESSED_TENSORS
 from .compressed_tensors import compressed_tensors
-from .fp8 import Fp8Blocks, block_of
+from .fp8 import Fp8, fp8
 from .gptq import Gptq
-from .parameters import Declared
+from .parameters import Declared, choice
 
 CONFIG = "config.json"
-SUPPORTED = "GPTQ, AWQ and compressed-tensors with 4 bits, fp8 in blocks"
+SUPPORTED = "GPTQ, AWQ and compressed-tensors with 4 bits, fp8, NVFP4, MXFP4"
 
 
-def _fp8(declared: Declared) -> WeightFormat | None:
-    block = block_of(declared)
-    return None if block is None else Fp8Blocks(declared, block)
+def _modelopt(declared: Declared) -> WeightFormat:
+    """The format of NVIDIA's modelopt."""
+    algorithm = choice(declared, "quant_algo", ("fp8", "nvfp4"))
+    if algorithm == "fp8":
+        return Fp8(declared, None, "modelopt FP8")
+    choice(declared, "group_size", (fp4.NV_GROUP,), default=fp4.NV_GROUP)
+    return fp4.Fp4(declared, "modelopt NVFP4", fp4.NVFP4_MODELOPT)
 
 
-METHODS: dict[str, Callable[[Declared], WeightFormat | None]] = {
+METHODS: dict[str, Callable[[Declared], WeightFormat]] = {
     "gptq": Gptq,
     "awq": Awq,
     COMPRESSED_TENSORS: compressed_tensors,
-    "fp8": _fp8,
+    "fp8": fp8,
+    "fbgemm_fp8": fp8,
+    "mxfp4": fp4.GptOssMxfp4,
+    "modelopt": _modelopt,
 }
-"""`quant_method` -> format, or None for parameters that are not supported."""
+"""`quant_method` -> format."""
 
 
 def read_format(folder: Path) -> WeightFormat | None:
@@ -42,13 +50,12 @@ def read_format(folder: Path) -> WeightFormat | None:
     """
     for declared, method in _declarations(folder):
         make = METHODS.get(method)
-        found = None if make is None else make(declared)
-        if found is None:
+        if make is None:
             raise NotImplementedError(
                 f"the weights in {folder} are quantized ({method or 'no quant_method'}), which is not supported yet: "
                 f"{declared.file} declares it; use the model in bf16, or in a supported format ({SUPPORTED})"
             )
-        return found
+        return make(declared)
     return None
 
 
@@ -68,6 +75,10 @@ def _declarations(folder: Path) -> Iterator[tuple[Declared, str]]:
         if values := config.get(key):
             declared = Declared(values if isinstance(values, dict) else {}, folder, CONFIG)
             yield declared, str(declared.get("quant_method") or "").lower()
+    # modelopt writes its own file, and `quantization_config` only in later versions.
+    if values := _read(folder / "hf_quant_config.json"):
+        inner = Declared(values, folder, "hf_quant_config.json").within(values.get("quantization"))
+        yield inner, "modelopt"
     # AutoGPTQ wrote its own file before transformers read `quantization_config`.
     if values := _read(folder / "quantize_config.json"):
         yield Declared(values, folder, "quantize_config.json"), str(values.get("quant_method") or "gptq").lower()

@@ -142,7 +142,10 @@ GROUP = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strat
             "have 2 formats .*a mix of formats between layers is not supported",
         ),
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "have a sparsity_config in config.json"),
-        ({"transform_config": {"config_groups": {"u": {"type": "hadamard"}}}}, "have a transform_config in config.json"),
+        (
+            {"transform_config": {"config_groups": {"u": {"type": "hadamard"}}}},
+            "have a transform_config in config.json",
+        ),
         (
             {"config_groups": {"a": {**GROUP, "weights": {**GROUP["weights"], "strategy": "tensor"}}}},  # type: ignore[dict-item]
             "strategy='tensor' of config.json, which is not supported yet",
@@ -177,9 +180,18 @@ def put(name: str, tensor: Any) -> Any:
         (lambda w: w.pop(f"{GATE}.weight_scale"), rf"has {GATE}.weight_packed but lacks {GATE}.weight_scale: download"),
         (lambda w: w.pop(f"{GATE}.weight_zero_point"), rf"lacks {GATE}.weight_zero_point"),
         (lambda w: w.pop(f"{GATE}.weight_packed"), r"parts of quantized weights, but config.json declares compressed-"),
-        (put(f"{GATE}.weight_scale", lambda w: w[f"{GATE}.weight_scale"][:, :2]), r"BF16 \[128, 2\], but .* \[128, 4\]"),
-        (put(f"{GATE}.weight_shape", lambda w: torch.tensor([128, 120])), r"its weight_shape says \[128, 120\]: download"),
-        (put(f"{GATE}.weight_scale", lambda w: w[f"{GATE}.weight_scale"] / 0), rf"{GATE}.weight_scale in .* holds NaN or"),
+        (
+            put(f"{GATE}.weight_scale", lambda w: w[f"{GATE}.weight_scale"][:, :2]),
+            r"BF16 \[128, 2\], but .* \[128, 4\]",
+        ),
+        (
+            put(f"{GATE}.weight_shape", lambda w: torch.tensor([128, 120])),
+            r"its weight_shape says \[128, 120\]: download",
+        ),
+        (
+            put(f"{GATE}.weight_scale", lambda w: w[f"{GATE}.weight_scale"] / 0),
+            rf"{GATE}.weight_scale in .* holds NaN or",
+        ),
     ],
     ids=["no scale", "no zero points", "no codes", "groups", "shape", "Inf"],
 )

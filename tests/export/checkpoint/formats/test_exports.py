@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from executorch_moe.backends.runtime import load
-from executorch_moe.export.build import prepare_, stream
+from executorch_moe.export.build import prepare_, stream, trace_methods
 from executorch_moe.export.check import check_export, load_prepared
 from executorch_moe.export.checkpoint.streaming import StreamedModel
 from executorch_moe.export.checkpoint.work_folder import WorkFolder
@@ -122,29 +122,72 @@ def test_memory_holds_a_few_experts_only(tmp_path: Path, monkeypatch: pytest.Mon
     assert sizes == [1] * 4
 
 
+def packed_integers(folder: Path) -> Saved:
+    pytest.importorskip("compressed_tensors", reason="needs the package compressed-tensors")
+    from .test_compressed_tensors import save_packed
+
+    return save_packed(folder, 64, symmetric=False)
+
+
+def fp8_rows(folder: Path) -> Saved:
+    from .test_fp8 import save_defined
+
+    return save_defined(folder, "fbgemm_fp8", "channel")
+
+
+def nvfp4(folder: Path) -> Saved:
+    pytest.importorskip("compressed_tensors", reason="needs the package compressed-tensors")
+    from .test_fp4 import save_fp4
+
+    return save_fp4(folder, "nvfp4-pack-quantized")
+
+
+@pytest.mark.parametrize(
+    ("save", "scheme"),
+    [(symmetric, "w4a16"), (with_zeros, "w4a16"), (packed_integers, "w4a16"), (fp8_rows, "bf16"), (nvfp4, "bf16")],
+)
+@torch.no_grad()
+def test_exported_programs(save: Callable[[Path], Saved], scheme: str, tmp_path: Path) -> None:
+    saved = save(tmp_path)
+    options = options_for(tmp_path, experts=Experts(scheme))
+    model = stream(options, tmp_path)
+    model.load()
+    prepare_(model.model, options)
+    _, programs = trace_methods(model.model, options, CONTEXT)
+    methods: dict[str, Any] = {name: program.module() for name, program in programs.items()}
+
+    def run(method: str, *given: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = methods[method](*given)
+        if method == "prefill":  # programs that are called from Python have a cache each
+            caches = dict(methods["prefill"].named_buffers())
+            for name, buffer in methods["decode"].named_buffers():
+                if "kv_cache" in name:
+                    buffer.copy_(caches[name])
+        return logits
+
+    compare(run, saved)
+
+
 @pytest.mark.slow
-def test_the_artifact_of_gptq(tmp_path: Path, executorch_runtime: None) -> None:
-    """Logits and greedy tokens as of transformers on the dequantized weights."""
-    saved = save_gptq(tmp_path / "model", 64)
-    out, lines = tmp_path / "gptq.pte", io.StringIO()
-    options = options_for(tmp_path / "model", out, experts=Experts(group_size=32))
-    summary = export_model(options, Console(file=lines, width=400))
+@pytest.mark.parametrize("save", [symmetric, with_zeros])
+def test_artifacts(save: Callable[[Path], Saved], tmp_path: Path, executorch_runtime: None) -> None:
+    saved = save(tmp_path / "model")
+    out, lines = tmp_path / "kept.pte", io.StringIO()
+    summary = export_model(options_for(tmp_path / "model", out), Console(file=lines, width=400))
     assert "1 expert layer codes kept as w4a16, groups of 64" in lines.getvalue()
     assert "4 linear layers dequantized to fp32" in lines.getvalue()
     assert summary.report.layers[0].algorithm == "kept"
-    check_artifact(out, saved)
+    program = load(out)
+    compare(lambda method, *given: program.run(method, *given)[0], saved)
 
 
 @torch.no_grad()
-def check_artifact(out: Path, saved: Saved) -> None:
-    """Compares logits and greedy tokens of an artifact with those of transformers on the dequantized weights."""
-    program = load(out)
+def compare(run: Callable[..., torch.Tensor], saved: Saved) -> None:
+    """Compares logits and greedy tokens of methods with those of transformers on the dequantized weights."""
     reference = CausalLM(saved.reference, CONTEXT)
-    ids = [5, 17, 40, 3]
-    given = torch.tensor([ids]), torch.arange(4)
+    given = torch.tensor([[5, 17, 40, 3]]), torch.arange(4)
     for _ in range(8):
-        method = "prefill" if given[0].shape[1] > 1 else "decode"
-        (actual,), expected = program.run(method, *given), reference(*given)
+        actual, expected = run("prefill" if given[0].shape[1] > 1 else "decode", *given), reference(*given)
         assert (actual - expected).norm() / expected.norm() < 1e-2
         assert int(actual.argmax()) == int(expected.argmax())
         given = expected.argmax().reshape(1, 1), given[1][-1:] + 1
