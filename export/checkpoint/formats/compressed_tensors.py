@@ -8,7 +8,7 @@ n = 8r + i; or int8 [N, K/group_size] less 8, as older versions wrote it.
 PREFIX.weight_shape int64 [2]: N and K.
 PREFIX.weight_g_idx int32 [K], optional: the group of each k; -1 means that groups are in order.
 
-float-quantized is described in `fp8`, nvfp4-pack-quantized and mxfp4-pack-quantized in `fp4`.
+float-quantized: see `fp8`; nvfp4-pack-quantized and mxfp4-pack-quantized: see `fp4`.
 
 Source: `PackedQuantizationCompressor` of the package compressed-tensors, 0.20.
 """

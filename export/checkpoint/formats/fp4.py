@@ -71,8 +71,8 @@ class Mxfp4Encoding(Encoding):
         scale = parts["scale"]
         if bool((scale == E8M0_NAN).any()):
             raise ValueError(
-                f"the scales of {self.name} hold NaN ({E8M0_NAN}): compare the file's checksum with the publisher's; if "
-                "they are equal, use another checkpoint"
+                f"the scales of {self.name} hold NaN ({E8M0_NAN}): compare the file's checksum with the publisher's; "
+                "if they are equal, use another checkpoint"
             )
         grouped = e2m1(parts["codes"].flatten(scale.dim() - 1)).unflatten(-1, (-1, MX_GROUP))
         values = torch.ldexp(grouped, (scale.int() - E8M0_BIAS)[..., None]).flatten(-2).to(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""NVFP4 and MXFP4: weights quantized by the package compressed-tensors; GPT-OSS against transformers' own conversion."""
+"""NVFP4 and MXFP4: weights quantized by the package compressed-tensors; GPT-OSS against transformers' conversion."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_a_truncated_file(gpt_oss: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(gpt_oss, tmp_path / "model"))
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="model.safetensors is cut short or damaged"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is cut short or damaged"):
         streamed(folder)
 
 
@@ -232,5 +232,5 @@ def test_a_group_size_that_is_not_nvfp4s(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
     from executorch_moe.export.checkpoint.formats import check_format
 
-    with pytest.raises(NotImplementedError, match="group_size=32 of config.json, which is not supported yet"):
+    with pytest.raises(NotImplementedError, match=r"group_size=32 of config\.json, which is not supported yet"):
         check_format(tmp_path)

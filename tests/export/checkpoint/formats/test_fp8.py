@@ -147,7 +147,7 @@ def test_another_file_of_modelopt(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "W4A8_AWQ"}}')
     with pytest.raises(
-        NotImplementedError, match="quant_algo='w4a8_awq' of hf_quant_config.json, which is not supported"
+        NotImplementedError, match=r"quant_algo='w4a8_awq' of hf_quant_config\.json, which is not supported"
     ):
         check_format(tmp_path)
     (tmp_path / "hf_quant_config.json").write_text("{")
