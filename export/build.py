@@ -16,6 +16,7 @@ from executorch_moe.backends.artifact.ptd import MakeWeights
 from executorch_moe.backends.fusion import FusedLayer, FusionReport
 from executorch_moe.backends.fusion.modules import find_experts
 from executorch_moe.export.checkpoint.formats import check_format
+from executorch_moe.export.checkpoint.gguf import is_gguf, model_folder
 from executorch_moe.export.checkpoint.streaming import StreamedModel
 from executorch_moe.export.checkpoint.whole import load_model
 from executorch_moe.export.models import attention, synthetic
@@ -51,7 +52,10 @@ def check_folder(options: ExportOptions) -> Path:
         RuntimeError: see `require_transformers`.
     """
     require_transformers()
-    folder = resolve(TINY if synthetic.is_synthetic(options.model) else options.model)
+    if is_gguf(options.model):
+        folder = model_folder(Path(options.model))
+    else:
+        folder = resolve(TINY if synthetic.is_synthetic(options.model) else options.model)
     check_activation(check_supported(folder), folder / "config.json")
     check_format(folder)
     return folder

@@ -36,7 +36,8 @@ class FusedLayer:
         biases: True if the experts have biases.
         scheme, group_size: of the packed weights; group_size is 0 for scheme bf16.
         bytes_before, bytes_after: size of the parameters in the program, and packed.
-        algorithm: rounding of the weights, "minmax" or "hqq"; "kept" for codes of the checkpoint; "" for bf16.
+        algorithm: rounding of the weights, "minmax" or "hqq"; "kept" for codes of the checkpoint;
+            "kept, minmax" for a layer of which only some matrices have codes; "" for bf16.
         error: of the packed weights of a quantized checkpoint against the checkpoint's own, relative L2; None for
             weights that are stored as floats.
     """

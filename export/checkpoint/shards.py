@@ -17,8 +17,9 @@ from torch import Tensor
 
 from executorch_moe.kernels import Int4Codes
 
-from .formats import StoredTensor, read_format
+from .formats import StoredTensor, WeightFormat, read_format
 from .formats.base import PARTS
+from .gguf import GgufFormat, open_gguf
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -46,10 +47,16 @@ class Shards:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.format: WeightFormat | None
+        self.tensors: dict[str, StoredTensor]
+        if files := gguf_files(folder):
+            self.files, self.format = files, GgufFormat(folder, files)
+            self.tensors = self.format.join({}, folder)
+            return
         index = _read_index(folder)
         files = sorted(set(index.values())) if index is not None else [_single_file(folder)]
         _check_files(folder, files)
-        self.tensors: dict[str, StoredTensor] = {}
+        self.tensors = {}
         for file in files:
             for name, stored in _read_header(folder / file):
                 if name in self.tensors:
@@ -125,7 +132,7 @@ class ShardReader:
         """
         stored = self._shards.tensors[name]
         if stored.encoding is None:
-            return self._finite(stored.file, name, self._stored(stored.file, name, rows))
+            return self._finite(stored.file, name, self._stored(stored.file, stored.name, rows))
         # Rows of a matrix share blocks or words; stacked matrices do not.
         part = rows if len(stored.shape) > 2 else None
         weight = stored.encoding.dequantize(self._parts(stored, part))
@@ -140,7 +147,9 @@ class ShardReader:
         """
         stored = self._shards.tensors[name]
         assert stored.encoding is not None, f"{name} has no codes"
-        return stored.encoding.codes(self._parts(stored, None))
+        codes = stored.encoding.codes(self._parts(stored, None))
+        self._finite(stored.file, stored.name, codes.scale)
+        return codes
 
     def read_part(self, name: str, role: str) -> Tensor:
         """Reads one part of a quantized weight."""
@@ -170,7 +179,12 @@ class ShardReader:
         from safetensors import safe_open
 
         if file not in self._open:
-            handle = safe_open(self._shards.folder / file, framework="pt", device="cpu")
+            shards = self._shards
+            handle: Any
+            if isinstance(shards.format, GgufFormat):
+                handle = open_gguf(shards.folder, file, shards.format, shards.tensors)
+            else:
+                handle = safe_open(shards.folder / file, framework="pt", device="cpu")
             self._open[file] = self._stack.enter_context(handle)
         handle = self._open[file]
         tensor: Tensor = handle.get_tensor(name) if rows is None else handle.get_slice(name)[rows]
@@ -208,6 +222,12 @@ def _read_index(folder: Path) -> dict[str, str] | None:
             f"{path} is not an index of weights ({type(error).__name__}: {error}): download it again"
         ) from None
     return dict(index)
+
+
+def gguf_files(folder: Path) -> list[str]:
+    """GGUF files of a folder that has no safetensors."""
+    found = sorted(path.name for path in folder.glob("*.gguf"))
+    return [] if any(folder.glob("*.safetensors")) else found
 
 
 def _single_file(folder: Path) -> str:

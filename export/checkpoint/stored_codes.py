@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from executorch_moe.backends.fusion import ExpertLayout, FusionOptions
 from executorch_moe.export.models.linears import StoredInt4
 from executorch_moe.kernels import SCHEMES, Int4Codes
+from executorch_moe.kernels.packing.rounding import round_weights
 from executorch_moe.kernels.schemes import check_layer_group_size
 
+from .formats import StoredTensor, WeightFormat
 from .formats.int4 import Int4Encoding
 from .plan import CheckpointPlan, Source
 from .shards import ShardReader
@@ -29,10 +31,12 @@ class KeptCodes:
     Attributes:
         group_size: weights along K that share a scale.
         zeros: True if the weights have zero points.
+        names: of the layer's matrices whose codes are kept; others are rounded to the same group size.
     """
 
     group_size: int
     zeros: bool
+    names: frozenset[str]
 
     def empty(self, weight: Tensor) -> Int4Codes:
         """Codes of zeros in the shape of a weight [E, N, K]."""
@@ -62,29 +66,52 @@ def kept_codes(
     """
     if plan.shards.format is None:
         return None
-    targets = [f"{module}.{name}" for name in (*layout.gate_up, layout.down)]
-    stored = {name: plan.shards.tensors[name] for target in targets for name in plan.sources[target].all_names()}
-    encodings = {type(tensor.encoding): name for name, tensor in stored.items()}
-    if len(encodings) > 1:
-        first, second = list(encodings.values())[:2]
-        raise ValueError(
-            f"{first} is stored as {stored[first].dtype}, but {second} as {stored[second].dtype} "
-            f"({plan.shards.format}): a mix of formats in one layer is not supported; use the model in bf16"
-        )
-    kinds = [tensor.encoding for tensor in stored.values() if isinstance(tensor.encoding, Int4Encoding)]
-    whole_rows = all(_moves_rows(plan.sources[target]) for target in targets)
-    if len(kinds) != len(stored) or layout.transposed or not whole_rows or not SCHEMES[fusion.scheme].packed:
+    if layout.transposed or not SCHEMES[fusion.scheme].packed:
         return None
-    kept = KeptCodes(math.gcd(*(kind.group_size for kind in kinds)), not all(kind.symmetric for kind in kinds))
-    if fusion.scheme == "w4a8" and not (not kept.zeros and _one_scale_a_row(stored.values())):
+    found: dict[str, list[StoredTensor]] = {}
+    for name in (*layout.gate_up, layout.down):
+        source = plan.sources[f"{module}.{name}"]
+        found[name] = [plan.shards.tensors[stored] for stored in source.all_names()]
+    if not plan.shards.format.mixed:
+        _check_alike(plan.shards.format, [stored for some in found.values() for stored in some])
+    names = frozenset(
+        name
+        for name, some in found.items()
+        if _moves_rows(plan.sources[f"{module}.{name}"]) and all(_group_size(stored) for stored in some)
+    )
+    coded = [stored for name in names for stored in found[name]]
+    if not names or (fusion.scheme == "w4a8" and not (len(names) == len(found) and _one_scale_a_row(coded))):
         return None
+    group_size = math.gcd(*map(_group_size, coded))
     try:
-        check_layer_group_size(kept.group_size, *sizes)
+        check_layer_group_size(group_size, *sizes)
     except ValueError:
         return None
-    for name in stored:
-        _check_order(plan, name)
-    return kept
+    for name in names:
+        for stored in plan.sources[f"{module}.{name}"].all_names():
+            _check_order(plan, stored)
+    zeros = any(stored.encoding is not None and not stored.encoding.symmetric for stored in coded)
+    # HQQ chooses zero points, so that weights that are rounded have some.
+    return KeptCodes(group_size, zeros or (len(names) < len(found) and fusion.algorithm == "hqq"), names)
+
+
+def _check_alike(declared: WeightFormat, stored: list[StoredTensor]) -> None:
+    """Checks that all matrices of a layer are stored in one format.
+
+    Raises:
+        ValueError: they are not.
+    """
+    kinds = {type(tensor.encoding): tensor for tensor in stored}
+    if len(kinds) > 1:
+        first, second = list(kinds.values())[:2]
+        raise ValueError(
+            f"{first.name} is stored as {first.dtype}, but {second.name} as {second.dtype} ({declared}): a mix of "
+            "formats in one layer is not supported; use the model in bf16"
+        )
+
+
+def _group_size(stored: StoredTensor) -> int:
+    return 0 if stored.encoding is None else stored.encoding.group_size
 
 
 def _check_order(plan: CheckpointPlan, name: str) -> None:
@@ -99,6 +126,13 @@ def _check_order(plan: CheckpointPlan, name: str) -> None:
             group_of = stored.encoding.order(reader.read_part(name, "group_of"), stored.shape[-1])
         if group_of is not None:
             stored.encoding.order_of_groups(group_of)
+
+
+def round_anew(weight: Tensor, kept: KeptCodes, fusion: FusionOptions) -> Int4Codes:
+    """Rounds a matrix [E, N, K] of a layer whose other matrices keep their codes."""
+    scheme = SCHEMES[fusion.scheme]
+    codes = round_weights(weight, kept.group_size, fusion.algorithm, kept.zeros and scheme.takes_zeros)
+    return codes if codes.zero is not None or not kept.zeros else replace(codes, zero=torch.zeros_like(codes.scale))
 
 
 def read_codes(plan: CheckpointPlan, reader: ShardReader, target: str, run: slice, group_size: int) -> Int4Codes:
@@ -133,7 +167,7 @@ def mark_linears(plan: CheckpointPlan, model: nn.Module, skip: tuple[str, ...] =
         name = source.all_names()[0]
         encoding = plan.shards.tensors[name].encoding
         module = model.get_submodule(target.rpartition(".")[0])
-        if type(module) is not nn.Linear or not isinstance(encoding, Int4Encoding) or source.converter is not None:
+        if type(module) is not nn.Linear or encoding is None or not encoding.group_size or source.converter is not None:
             continue
         if any(target.startswith(f"{part}.") for part in skip):
             continue
@@ -152,9 +186,12 @@ def mark_linears(plan: CheckpointPlan, model: nn.Module, skip: tuple[str, ...] =
         module.stored_int4 = StoredInt4(scale, zero)  # type: ignore[assignment]
 
 
-def _one_scale_a_row(stored: Any) -> bool:
-    """True if each row of each weight is one group: int8 products take any scale of a row."""
-    return all(tensor.encoding.group_size == tensor.shape[-1] for tensor in stored)
+def _one_scale_a_row(stored: list[StoredTensor]) -> bool:
+    """True if each row of each weight is one group without zero points: int8 products take any scale of a row."""
+    return all(
+        tensor.encoding is not None and tensor.encoding.symmetric and _group_size(tensor) == tensor.shape[-1]
+        for tensor in stored
+    )
 
 
 def _moves_rows(source: Source) -> bool:

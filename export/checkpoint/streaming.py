@@ -27,7 +27,7 @@ from executorch_moe.kernels.schemes import check_layer_group_size
 from .plan import CheckpointPlan, below, meta_model
 from .shards import ShardReader, Shards
 from .sizes import check_sizes
-from .stored_codes import KeptCodes, kept_codes, mark_linears, read_codes
+from .stored_codes import KeptCodes, kept_codes, mark_linears, read_codes, round_anew
 from .work_folder import WorkFolder, manifest_of
 
 RUN_BYTES = 32 << 20
@@ -237,12 +237,19 @@ class StreamedModel:
             whole,
             top_k=layer.top_k,
             activation=layer.layout.activation,
-            algorithm=self.fusion.algorithm if layer.kept is None else "kept",
+            algorithm=self._algorithm(layer),
             bytes_before=layer.stored_bytes,
             bytes_after=whole.nbytes(),
             error=None if deviation is None else deviation.relative(),
         )
         return record, whole
+
+    def _algorithm(self, layer: LayerPlan) -> str:
+        """How the weights of a layer were rounded, for its record."""
+        if layer.kept is None:
+            return self.fusion.algorithm
+        whole = len(layer.kept.names) == len(_matrices(layer.layout))
+        return "kept" if whole else f"kept, {self.fusion.algorithm}"
 
     def _pack_part(
         self, reader: ShardReader, layer: LayerPlan, run: slice, deviation: _Deviation | None
@@ -263,10 +270,15 @@ class StreamedModel:
     ) -> PackedExperts:
         codes = {}
         for name in _matrices(layer.layout):
-            exact = read_codes(self.plan, reader, f"{layer.name}.{name}", run, kept.group_size)
-            codes[name] = exact.rounded()
+            target = f"{layer.name}.{name}"
+            if name in kept.names:
+                exact = read_codes(self.plan, reader, target, run, kept.group_size)
+                codes[name], expected = exact.rounded(), exact.dequantize()
+            else:
+                expected = self.plan.read_experts(reader, target, run)
+                codes[name] = round_anew(expected, kept, self.fusion)
             if deviation is not None:
-                deviation.add(codes[name].dequantize(), exact.dequantize())
+                deviation.add(codes[name].dequantize(), expected)
         biases = {
             name: self.plan.read_experts(reader, f"{layer.name}.{name}", run)
             for name in (layer.layout.gate_up_bias, layer.layout.down_bias)

@@ -10,7 +10,8 @@ from torch import nn
 from executorch_moe.export.models.pretrained import plain_outputs_, read_config, require_transformers, special_tokens
 
 from .formats import read_format
-from .shards import COMPLETE, Shards, all_finite, listed
+from .gguf import GgufFormat
+from .shards import COMPLETE, Shards, all_finite, gguf_files, listed
 from .sizes import check_sizes
 
 
@@ -21,7 +22,8 @@ def check_loadable(folder: Path) -> None:
         NotImplementedError: quantized weights, which only `StreamedModel` reads.
         ValueError: see `read_format`.
     """
-    if (found := read_format(folder)) is not None:
+    found = GgufFormat(folder, files) if (files := gguf_files(folder)) else read_format(folder)
+    if found is not None:
         raise NotImplementedError(
             f"the weights in {folder} are quantized ({found}), which only --experts ours reads: leave --experts out"
         )

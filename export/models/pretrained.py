@@ -49,7 +49,7 @@ def resolve(model: str | Path) -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(f"model={str(model)!r} is not a folder: {remedy}")
     for pattern in ("config.json", "*.safetensors"):
-        if not any(folder.glob(pattern)):
+        if not any(folder.glob(pattern)) and not (pattern == "*.safetensors" and any(folder.glob("*.gguf"))):
             raise FileNotFoundError(f"model={str(model)!r} has no {pattern}: {remedy}")
     return folder
 

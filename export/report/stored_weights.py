@@ -31,8 +31,10 @@ def _experts(records: Sequence[FusedLayer]) -> list[str]:
     for kind in dict.fromkeys((layer.algorithm, layer.scheme, layer.group_size) for layer in records):
         layers = [layer for layer in records if (layer.algorithm, layer.scheme, layer.group_size) == kind]
         algorithm, scheme, group_size = kind
-        if algorithm == "kept":
+        kept, _, rest = algorithm.partition(", ")
+        if kept == "kept":
             how = f"codes kept as {scheme}, groups of {group_size}, scales rounded to bf16"
+            how = f"{how}, matrices of other types rounded again with {rest}" if rest else how
         elif algorithm:
             how = f"rounded again to {scheme}, groups of {group_size}, {algorithm}"
         else:

@@ -70,8 +70,7 @@ class ExportSummary:
         layers = self.report.layers
         if SCHEMES[scheme].packed:
             kinds = dict.fromkeys((layer.group_size, layer.algorithm) for layer in layers)
-            names = {"kept": "codes of the checkpoint"}
-            scheme += "".join(f", group size {size}, {names.get(how, how)}" for size, how in kinds)
+            scheme += "".join(f", group size {size}, {_how(algorithm)}" for size, algorithm in kinds)
         table.add_row(
             "experts", f"{len(layers)} layers fused, {layers[0].num_experts} experts each, top-{layers[0].top_k}"
         )
@@ -170,6 +169,11 @@ def model_sizes(config: Any) -> dict[str, int]:
         "head_dim": config.head_dim,
         "vocabulary": config.vocab_size,
     }
+
+
+def _how(algorithm: str) -> str:
+    """How the weights of a layer were rounded, for people."""
+    return algorithm.replace("kept", "codes of the checkpoint")
 
 
 def bytes_beside_experts(model: nn.Module, report: FusionReport) -> tuple[int, int]:

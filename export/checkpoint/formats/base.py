@@ -79,10 +79,12 @@ class WeightFormat(ABC):
     Attributes:
         title: the format and its parameters, for people, such as "GPTQ, 4 bits, groups of 128".
         file: name of the file that declares it.
+        mixed: True if tensors of several types are usual, also in one layer.
     """
 
     title = ""
     file = ""
+    mixed = False
 
     @abstractmethod
     def join(self, tensors: Mapping[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:

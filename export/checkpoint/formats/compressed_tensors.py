@@ -3,7 +3,7 @@
 pack-quantized, 4-bit integers:
 PREFIX.weight_packed int32 [N, K/8]: nibble i of word [n, c] is the code of k = 8c + i.
 PREFIX.weight_scale float [N, K/group_size].
-PREFIX.weight_zero_point, if not symmetric: int32 [N/8, K/group_size], where nibble i of word [r, g] is the zero point of
+PREFIX.weight_zero_point, if not symmetric: int32 [N/8, K/group_size]: nibble i of word [r, g] is the zero point of
 n = 8r + i; or int8 [N, K/group_size] less 8, as older versions wrote it.
 PREFIX.weight_shape int64 [2]: N and K.
 PREFIX.weight_g_idx int32 [K], optional: the group of each k; -1 means that groups are in order.

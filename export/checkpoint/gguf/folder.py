@@ -1,0 +1,93 @@
+"""A model folder for a GGUF file, which has configuration and tokenizer in its metadata."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from executorch_moe.export.models.pretrained import require_transformers
+
+from .files import read_configuration, read_tables
+
+_SPLIT = re.compile(r"^(?P<name>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
+_folders: list[tempfile.TemporaryDirectory[str]] = []
+"""Made by this process; removed when it ends."""
+
+
+def is_gguf(model: str | Path) -> bool:
+    """True if a model's name is that of a GGUF file."""
+    return str(model).lower().endswith(".gguf")
+
+
+def model_folder(path: Path) -> Path:
+    """A folder with the config.json and the tokenizer.json of a file, and links to the file and its other parts.
+
+    Raises:
+        FileNotFoundError: the file or a part of it is missing.
+        ValueError: a damaged file, or a tokenizer that cannot be converted.
+        NotImplementedError: see `read_tables` and `configuration`.
+        RuntimeError: the packages gguf or transformers are missing.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"model={str(path)!r} is not a file: give a GGUF file, or a folder with safetensors")
+    stat = path.stat()
+    return _made(path.absolute(), stat.st_size, stat.st_mtime_ns)
+
+
+@functools.cache
+def _made(path: Path, size: int, changed: int) -> Path:
+    parts = _parts(path)
+    metadata, tensors = read_tables(path.parent, [part.name for part in parts])
+    config = read_configuration(path, metadata, tensors)
+    tokenizer = _tokenizer(path, metadata)
+    holder = tempfile.TemporaryDirectory(prefix="executorch-moe-gguf-")
+    _folders.append(holder)
+    folder = Path(holder.name)
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+    for part in parts:
+        (folder / part.name).symlink_to(part)
+    return folder
+
+
+def _converted(path: Path) -> str:
+    try:
+        from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
+    except ImportError:  # before transformers 5.2x: only by a configuration that it knows
+        from transformers import AutoTokenizer
+
+        loaded = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        return str(loaded.backend_tokenizer.to_str())
+    architecture, tokenizer, _ = get_gguf_tokenizer(str(path))
+    return str(convert_gguf_tokenizer(architecture, tokenizer)[0].to_str())
+
+
+def _parts(path: Path) -> list[Path]:
+    """All files of a model that is split into several."""
+    match = _SPLIT.match(path.name)
+    if match is None:
+        return [path]
+    count = int(match["count"])
+    parts = [path.with_name(f"{match['name']}-{n:05}-of-{match['count']}.gguf") for n in range(1, count + 1)]
+    if absent := [part.name for part in parts if not part.is_file()]:
+        raise FileNotFoundError(f"{path.parent} lacks {', '.join(absent[:3])}: download all {count} parts")
+    return parts
+
+
+def _tokenizer(path: Path, metadata: dict[str, Any]) -> str:
+    """Text of tokenizer.json, by transformers' own conversion."""
+    require_transformers()
+    try:
+        text: str = _converted(path)
+    except Exception as error:  # transformers and tokenizers raise their own classes
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        kind = metadata.get("tokenizer.ggml.model")
+        raise ValueError(
+            f"the tokenizer in {path} ({kind}) cannot be converted ({reason}): put config.json and tokenizer.json of "
+            "the original model into a folder with the GGUF file, and give the folder"
+        ) from error
+    return text

@@ -1,0 +1,364 @@
+"""GGUF files, written by the package gguf. Its `dequantize` gives the right values.
+
+The package does not quantize to K-quants, so that their blocks are random bytes with scales of a usual magnitude.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from executorch_moe.export.build import check_folder
+from executorch_moe.export.check import dequantized
+from executorch_moe.export.checkpoint.gguf import model_folder
+from executorch_moe.export.checkpoint.whole import load_model
+from executorch_moe.export.models.pretrained import tokenizer_json
+from executorch_moe.export.options import ExportOptions, Target
+
+from ...families import by_name
+from .stored import LAYERS, codes_of, edit_json, experts_of, logits_error, of_experts, streamed, tiny_model
+
+gguf = pytest.importorskip("gguf", reason="needs the package gguf")
+TYPES = gguf.GGMLQuantizationType
+SIZE = 256  # the values in a block of K-quants
+BLOCKS = {"Q4_K": (144, (0, 2)), "Q5_K": (176, (0, 2)), "Q6_K": (210, (208,))}
+"""K-quants: bytes of a block, and where fp16 scales are."""
+
+
+def quantized(weight: Tensor, kind: str) -> tuple[np.ndarray, Tensor]:
+    """Stored blocks, and their values."""
+    array = weight.numpy()
+    if kind in BLOCKS:
+        nbytes, scales = BLOCKS[kind]
+        shape = (*weight.shape[:-1], weight.shape[-1] // SIZE, nbytes)
+        blocks = np.random.default_rng(weight.numel()).integers(0, 256, shape, dtype=np.uint8)
+        for place, value in zip(scales, (1e-4 if kind != "Q6_K" else 2e-5, 1e-3), strict=False):
+            blocks[..., place : place + 2] = np.frombuffer(np.float16(value).tobytes(), dtype=np.uint8)
+        stored = blocks.reshape(*weight.shape[:-1], -1)
+    else:
+        stored = gguf.quants.quantize(array, TYPES[kind])
+    return stored, torch.from_numpy(gguf.quants.dequantize(stored, TYPES[kind]).copy())
+
+
+@dataclass(frozen=True)
+class Written:
+    """A GGUF file, transformers' model on its values, and its stored blocks by name in the file."""
+
+    path: Path
+    reference: Any
+    blocks: dict[str, np.ndarray]
+
+
+QWEN3 = {
+    "embed_tokens": "token_embd", "lm_head": "output", "model.norm": "output_norm", "input_layernorm": "attn_norm",
+    "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output", "q_norm": "attn_q_norm",
+    "k_norm": "attn_k_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate": "ffn_gate_inp",
+    "shared_expert_gate": "ffn_gate_inp_shexp", "shared_expert.gate_proj": "ffn_gate_shexp",
+    "shared_expert.up_proj": "ffn_up_shexp", "shared_expert.down_proj": "ffn_down_shexp",
+}  # fmt: skip
+
+
+def name_in_file(name: str) -> str:
+    """Name of a tensor outside of the experts."""
+    stem, kind = name.rsplit(".", 1)
+    part = next(QWEN3[end] for end in sorted(QWEN3, key=len, reverse=True) if f".{stem}".endswith(f".{end}"))
+    return f"blk.{name.split('.')[2]}.{part}.{kind}" if ".layers." in name else f"{part}.{kind}"
+
+
+def write(
+    path: Path,
+    model: Any,
+    kind_of: Callable[[str], str],
+    architecture: str = "qwen3moe",
+    change: Callable[[Any], object] | None = None,
+) -> Written:
+    """Writes a model's file.
+
+    Args:
+        kind_of: name in the file -> name of the type.
+        change: changes the writer before it writes.
+    """
+    import transformers
+
+    config = model.config
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    experts = next(module for name, module in model.named_modules() if name.endswith("mlp.experts"))
+    writer.add_expert_count(experts.gate_up_proj.shape[0])
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    if architecture.startswith("qwen"):
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if architecture == "qwen3moe":
+        writer.add_key_length(config.head_dim)
+    if architecture == "qwen2moe":
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+    vocabulary = [chr(33 + i) for i in range(config.vocab_size - 2)] + ["<|end|>", "ab"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([1] * (config.vocab_size - 2) + [3, 1])
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(config.vocab_size - 2)
+    state = {name: tensor.detach().float().contiguous() for name, tensor in model.state_dict().items()}
+    plain, blocks = {}, {}
+
+    def add(name: str, tensor: Tensor) -> Tensor:
+        kind = kind_of(name) if tensor.dim() > 1 else "F32"
+        stored, values = quantized(tensor, kind)
+        blocks[name] = stored
+        floats = kind in ("F32", "F16")
+        writer.add_tensor(name, stored, raw_dtype=None if floats else TYPES[kind])
+        return values.float()
+
+    for name, tensor in state.items():
+        if name.endswith("experts.gate_up_proj"):
+            layer = f"blk.{name.split('.')[2]}"
+            gate, up = tensor.chunk(2, 1)
+            parts = (
+                add(f"{layer}.ffn_gate_exps.weight", gate.contiguous()),
+                add(f"{layer}.ffn_up_exps.weight", up.contiguous()),
+            )
+            plain[name] = torch.cat(parts, 1)
+        elif name.endswith("experts.down_proj"):
+            plain[name] = add(f"blk.{name.split('.')[2]}.ffn_down_exps.weight", tensor)
+        elif architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            # llama.cpp's permutation (`LlamaModel.permute`)
+            paired = tensor.reshape(heads, 2, -1, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape).contiguous()
+            values = add(name_in_file(name), paired)
+            plain[name] = (
+                values.reshape(heads, -1, 2, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape).contiguous()
+            )
+        elif name.endswith("shared_expert_gate.weight"):
+            plain[name] = add(name_in_file(name), tensor[0])[None]
+        else:
+            plain[name] = add(name_in_file(name), tensor)
+    if change is not None:
+        change(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    folder = path.parent / f"{path.stem}-plain"
+    config.save_pretrained(folder)
+    save_file(plain, folder / "model.safetensors", {"format": "pt"})
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return Written(path, reference.eval(), blocks)
+
+
+def big_model() -> Any:
+    return tiny_model(hidden_size=SIZE, moe_intermediate_size=SIZE, norm_topk_prob=True, head_dim=128)
+
+
+def only(kind: str) -> Callable[[str], str]:
+    """All matrices but the router in one type."""
+    return lambda name: "F32" if "ffn_gate_inp" in name else kind
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q4_K"])
+def test_codes_are_kept(kind: str, tmp_path: Path) -> None:
+    written = write(tmp_path / "model.gguf", big_model(), only(kind))
+    model = streamed(model_folder(written.path))
+    (record,) = model.load()
+    packed = experts_of(model)
+    assert record.algorithm == "kept" and packed.group_size == 32 and (packed.w13_zero is None) == (kind == "Q4_0")
+    assert 0 < (record.error or 0) < (4e-3 if kind == "Q4_0" else 1e-2)
+    for name, expected in written.reference.state_dict().items():
+        if ".experts." not in name:
+            assert torch.equal(model.model.get_parameter(name), expected), name
+    assert logits_error(model.model, written.reference) < 1e-2
+
+    def nibbles(prefix: str) -> Tensor:
+        """Codes of an expert by ggml's definition of the types, value by value."""
+        expert, projection = int(prefix.split(".")[5]), prefix.split(".")[6].removesuffix("_proj")
+        rows = written.blocks[f"blk.0.ffn_{projection}_exps.weight"][expert]
+        run, skip, block = (16, {"Q4_0": 2, "Q4_1": 4}.get(kind, 0), {"Q4_0": 18, "Q4_1": 20}.get(kind, 0))
+        if kind == "Q4_K":
+            run, skip, block = 32, 16, 144
+        runs = rows.reshape(len(rows), -1, block)[:, :, skip:].reshape(len(rows), -1, run)
+        both = np.concatenate([runs & 15, runs >> 4], -1).reshape(len(rows), -1)
+        return torch.from_numpy(both.astype(np.float32)) - 8
+
+    for found, expected in zip(codes_of(packed), of_experts(nibbles), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "MXFP4", "F16", "BF16", "F32"])
+def test_other_types_are_rounded(kind: str, tmp_path: Path) -> None:
+    written = write(tmp_path / "model.gguf", big_model(), only(kind))
+    model = streamed(model_folder(written.path), "bf16")
+    (record,) = model.load()
+    for name, expected in written.reference.state_dict().items():
+        if ".experts." not in name:
+            assert torch.equal(model.model.get_parameter(name), expected), name
+    exact = kind in ("MXFP4", "BF16")
+    assert (record.error == 0) == exact and (record.error or 0) < 3e-3
+    assert logits_error(model.model, written.reference) < 1e-2
+    rounded = streamed(model_folder(written.path))
+    (record,) = rounded.load()
+    assert record.algorithm == "minmax" and 0.03 < (record.error or 0) < 0.15
+
+
+@pytest.mark.parametrize("algorithm", ["minmax", "hqq"])
+def test_layers_of_several_types(algorithm: str, tmp_path: Path) -> None:
+    """As in Q4_K_M: some down projections have more bits. Codes of the others are kept."""
+    from executorch_moe.backends.fusion import FusionOptions
+    from executorch_moe.export.checkpoint.streaming import StreamedModel
+
+    kinds = {"down": "Q6_K", "output": "Q6_K", "inp": "F32"}
+    written = write(
+        tmp_path / "model.gguf", big_model(), lambda name: next((kinds[k] for k in kinds if k in name), "Q4_K")
+    )
+    options = FusionOptions("w4a16", 32, algorithm=algorithm)
+    model = StreamedModel(model_folder(written.path), torch.float32, "eager", options)
+    (record,) = model.load()
+    assert record.algorithm == f"kept, {algorithm}" and 0.01 < (record.error or 0) < 0.1
+    experts = written.reference.get_submodule(model.layers[0].name)
+    found = dequantized(model.layers[0].layout, experts_of(model))
+    gate_up, down = (found[name] - experts.get_parameter(name) for name in ("gate_up_proj", "down_proj"))
+    assert gate_up.norm() < 1e-2 * experts.gate_up_proj.norm() and 0.02 < down.norm() / experts.down_proj.norm() < 0.15
+    empty = StreamedModel(model_folder(written.path), torch.float32, "eager", options)
+    empty.load_placeholders()
+    shapes = [{name: t.shape for name, t in m.model.state_dict().items()} for m in (model, empty)]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture"), [("qwen2_moe", "qwen2moe"), ("mixtral", "llama"), ("olmoe", "olmoe")]
+)
+def test_other_families(family: str, architecture: str, tmp_path: Path) -> None:
+    written = write(tmp_path / "model.gguf", by_name(family).model(), only("Q4_0"), architecture)
+    model = streamed(model_folder(written.path))
+    (record,) = model.load()
+    assert record.algorithm == "kept"
+    for name, expected in written.reference.state_dict().items():
+        if ".experts." not in name:
+            assert torch.equal(model.model.get_parameter(name), expected), name
+    assert logits_error(model.model, written.reference) < 1e-2
+
+
+def test_configuration_and_tokenizer(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    written = write(tmp_path / "model.gguf", big_model(), only("Q4_0"))
+    options = ExportOptions(str(written.path), target=Target("cpu"))
+    folder = check_folder(options)
+    assert folder == model_folder(written.path)  # made once
+    config = json.loads((folder / "config.json").read_text())
+    expected = written.reference.config
+    for name in ("hidden_size", "moe_intermediate_size", "num_experts", "head_dim", "norm_topk_prob", "vocab_size"):
+        assert config[name] == getattr(expected, name), name
+    assert config["eos_token_id"] == 94 and config["tie_word_embeddings"] is False
+    tokenizer = Tokenizer.from_str(tokenizer_json(folder))
+    assert tokenizer.encode("ab<|end|>b").ids == [95, 94, ord("b") - 33]
+    with pytest.raises(NotImplementedError, match=r"are quantized \(GGUF with Q4_0 .*which only --experts ours reads"):
+        load_model(folder, torch.float32)
+
+
+def test_a_folder_with_a_configuration_of_its_own(tmp_path: Path) -> None:
+    written = write(tmp_path / "model.gguf", big_model(), only("Q4_0"))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "model.gguf").symlink_to(written.path)
+    written.reference.config.save_pretrained(folder)
+    model = streamed(folder)
+    model.load()
+    assert logits_error(model.model, written.reference) < 1e-2
+
+
+def test_rope_scaling(tmp_path: Path) -> None:
+    def yarn(writer: Any) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_orig_ctx_len(16)
+
+    written = write(tmp_path / "yarn.gguf", big_model(), only("Q4_0"), change=yarn)
+    rope = json.loads((model_folder(written.path) / "config.json").read_text())["rope_parameters"]
+    assert rope["rope_type"] == "yarn" and rope["factor"] == 4 and rope["original_max_position_embeddings"] == 16
+    written = write(
+        tmp_path / "long.gguf",
+        big_model(),
+        only("Q4_0"),
+        change=lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE),
+    )
+    with pytest.raises(NotImplementedError, match=r"rope.scaling.type='longrope' is not supported"):
+        model_folder(written.path)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("gguf") / "model.gguf", big_model(), only("Q4_0")).path
+
+
+@pytest.mark.parametrize("length", [0, 3, 100, 2000, -1000])
+def test_a_truncated_file(length: int, file: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(ValueError, match=r"cut\.gguf is cut short, damaged or no GGUF file .*download it again"):
+        model_folder(cut)
+
+
+def test_files_that_are_missing_or_none(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"model='.*none\.gguf' is not a file"):
+        model_folder(tmp_path / "none.gguf")
+    (tmp_path / "text.gguf").write_text("hello " * 100)
+    with pytest.raises(ValueError, match=r"text\.gguf is cut short, damaged or no GGUF file \(GGUF magic invalid\)"):
+        model_folder(tmp_path / "text.gguf")
+    (tmp_path / "m-00001-of-00002.gguf").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"lacks m-00002-of-00002\.gguf: download all 2 parts"):
+        model_folder(tmp_path / "m-00001-of-00002.gguf")
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write(path, big_model(), only("Q4_0"), "gemma")
+    with pytest.raises(NotImplementedError, match=r"model\.gguf: architecture 'gemma' is not supported yet"):
+        model_folder(path)
+    write(path, big_model(), only("Q4_0"), change=lambda writer: writer.kv_data[0].pop("qwen3moe.expert_used_count"))
+    with pytest.raises(ValueError, match=r"model\.gguf lacks qwen3moe\.expert_used_count: download it again"):
+        model_folder(path)
+    extra = np.zeros((4, 32), dtype=np.float32)
+    write(path, big_model(), only("Q4_0"), change=lambda writer: writer.add_tensor("blk.0.extra.weight", extra))
+    with pytest.raises(ValueError, match=r"has blk\.0\.extra\.weight, which Qwen3MoeForCausalLM does not use"):
+        streamed(model_folder(path))
+    other = np.zeros((4, 84), dtype=np.uint8)
+    write(path, big_model(), only("Q4_0"), change=lambda w: w.add_tensor("blk.0.x.weight", other, raw_dtype=TYPES.Q2_K))
+    with pytest.raises(NotImplementedError, match=r"blk\.0\.x\.weight of .* has the type Q2_K, which is not supported"):
+        model_folder(path)
+
+
+def test_scales_that_are_not_finite(tmp_path: Path) -> None:
+    def spoil(writer: Any) -> None:
+        (tensors,) = writer.tensors
+        tensors["blk.0.ffn_up_exps.weight"].tensor[2, 5, :2] = np.frombuffer(np.float16("inf").tobytes(), np.uint8)
+
+    written = write(tmp_path / "model.gguf", big_model(), only("Q4_0"), change=spoil)
+    with pytest.raises(ValueError, match=r"^blk\.0\.ffn_up_exps\.weight\[2\] in .*model\.gguf holds NaN or Inf"):
+        streamed(model_folder(written.path)).load()
+
+
+def test_widths_that_do_not_fit(file: Path) -> None:
+    folder = model_folder(file)
+    text = (folder / "config.json").read_text()
+    try:
+        edit_json(folder / "config.json", moe_intermediate_size=128)
+        with pytest.raises(ValueError, match=rf"experts.* makes {LAYERS}mlp.experts.* but config.json asks for"):
+            streamed(folder)
+    finally:
+        (folder / "config.json").write_text(text)
