@@ -2,8 +2,8 @@
 
 transformers' own conversion of configurations is not used: it lacks the width of experts.
 
-Source: `constants.py` and `tensor_mapping.py` of the package gguf. llama.cpp's conversion scripts, for the order of the rows
-of queries and keys, and for the normalization of routing weights.
+Source: `constants.py` and `tensor_mapping.py` of the package gguf; llama.cpp's conversion scripts, for the order of the
+rows of queries and keys, and the normalization of routing weights.
 """
 
 from __future__ import annotations

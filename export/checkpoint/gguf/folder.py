@@ -30,7 +30,7 @@ def model_folder(path: Path) -> Path:
         FileNotFoundError: the file or a part of it is missing.
         ValueError: a damaged file, or a tokenizer that cannot be converted.
         NotImplementedError: see `read_tables` and `configuration`.
-        RuntimeError: the packages gguf or transformers are missing.
+        RuntimeError: the packages gguf or transformers are missing, or too old to convert tokenizers.
     """
     if not path.is_file():
         raise FileNotFoundError(f"model={str(path)!r} is not a file: give a GGUF file, or a folder with safetensors")
@@ -54,18 +54,6 @@ def _made(path: Path, size: int, changed: int) -> Path:
     return folder
 
 
-def _converted(path: Path) -> str:
-    try:
-        from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
-    except ImportError:  # before transformers 5.2x: only by a configuration that it knows
-        from transformers import AutoTokenizer
-
-        loaded = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-        return str(loaded.backend_tokenizer.to_str())
-    architecture, tokenizer, _ = get_gguf_tokenizer(str(path))
-    return str(convert_gguf_tokenizer(architecture, tokenizer)[0].to_str())
-
-
 def _parts(path: Path) -> list[Path]:
     """All files of a model that is split into several."""
     match = _SPLIT.match(path.name)
@@ -80,14 +68,23 @@ def _parts(path: Path) -> list[Path]:
 
 def _tokenizer(path: Path, metadata: dict[str, Any]) -> str:
     """Text of tokenizer.json, by transformers' own conversion."""
-    require_transformers()
+    transformers = require_transformers()
+    folder = (
+        "put config.json and tokenizer.json of the original model into a folder with the GGUF file, and give the folder"
+    )
     try:
-        text: str = _converted(path)
+        from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
+    except ImportError:
+        # Earlier conversions leave out control tokens.
+        raise RuntimeError(
+            f"transformers {transformers.__version__} does not convert the tokenizer in {path} exactly: install "
+            f"transformers 5.24, or {folder}"
+        ) from None
+    try:
+        architecture, tokenizer, _ = get_gguf_tokenizer(str(path))
+        text: str = convert_gguf_tokenizer(architecture, tokenizer)[0].to_str()
     except Exception as error:  # transformers and tokenizers raise their own classes
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         kind = metadata.get("tokenizer.ggml.model")
-        raise ValueError(
-            f"the tokenizer in {path} ({kind}) cannot be converted ({reason}): put config.json and tokenizer.json of "
-            "the original model into a folder with the GGUF file, and give the folder"
-        ) from error
+        raise ValueError(f"the tokenizer in {path} ({kind}) cannot be converted ({reason}): {folder}") from error
     return text

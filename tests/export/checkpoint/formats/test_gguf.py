@@ -5,10 +5,13 @@ The package does not quantize to K-quants, so that their blocks are random bytes
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,7 +30,10 @@ from executorch_moe.export.options import ExportOptions, Target
 from ...families import by_name
 from .stored import LAYERS, codes_of, edit_json, experts_of, logits_error, of_experts, streamed, tiny_model
 
+transformers = pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf", reason="needs the package gguf")
+if not hasattr(importlib.import_module("transformers.integrations.gguf"), "convert_gguf_tokenizer"):
+    pytest.skip("needs a transformers that converts tokenizers of GGUF files", allow_module_level=True)
 TYPES = gguf.GGMLQuantizationType
 SIZE = 256  # the values in a block of K-quants
 BLOCKS = {"Q4_K": (144, (0, 2)), "Q5_K": (176, (0, 2)), "Q6_K": (210, (208,))}
@@ -87,8 +93,6 @@ def write(
         kind_of: name in the file -> name of the type.
         change: changes the writer before it writes.
     """
-    import transformers
-
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_hidden_layers)
@@ -108,12 +112,12 @@ def write(
         writer.add_key_length(config.head_dim)
     if architecture == "qwen2moe":
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
-    vocabulary = [chr(33 + i) for i in range(config.vocab_size - 2)] + ["<|end|>", "ab"]
+    vocabulary = [chr(33 + i) for i in range(config.vocab_size - 3)] + ["cd", "<|end|>", "ab"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(vocabulary)
     writer.add_token_types([1] * (config.vocab_size - 2) + [3, 1])
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_eos_token_id(config.vocab_size - 2)
     state = {name: tensor.detach().float().contiguous() for name, tensor in model.state_dict().items()}
     plain, blocks = {}, {}
@@ -323,6 +327,24 @@ def test_files_that_are_missing_or_none(tmp_path: Path) -> None:
     (tmp_path / "m-00001-of-00002.gguf").write_text("")
     with pytest.raises(FileNotFoundError, match=r"lacks m-00002-of-00002\.gguf: download all 2 parts"):
         model_folder(tmp_path / "m-00001-of-00002.gguf")
+
+
+def test_a_transformers_that_is_too_old(file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "transformers.integrations.gguf", ModuleType("gguf"))
+    (tmp_path / "old.gguf").symlink_to(file)
+    with pytest.raises(
+        RuntimeError, match=r"does not convert the tokenizer in .*old\.gguf exactly: install transformers"
+    ):
+        model_folder(tmp_path / "old.gguf")
+
+
+def test_without_the_package_gguf(file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    (tmp_path / "new.gguf").symlink_to(file)
+    with pytest.raises(
+        RuntimeError, match=r"needs the package gguf, which is not installed: pip install 'executorch-moe"
+    ):
+        model_folder(tmp_path / "new.gguf")
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
