@@ -16,7 +16,7 @@ from executorch_moe.backends.artifact.ptd import MakeWeights
 from executorch_moe.backends.fusion import FusedLayer, FusionReport
 from executorch_moe.backends.fusion.modules import find_experts
 from executorch_moe.export.checkpoint.formats import check_format
-from executorch_moe.export.checkpoint.gguf import is_gguf, model_folder
+from executorch_moe.export.checkpoint.gguf import find_folder
 from executorch_moe.export.checkpoint.streaming import StreamedModel
 from executorch_moe.export.checkpoint.whole import load_model
 from executorch_moe.export.models import attention, synthetic
@@ -28,7 +28,6 @@ from executorch_moe.export.models.pretrained import (
     WITH_SINKS,
     check_supported,
     require_transformers,
-    resolve,
 )
 from executorch_moe.export.models.router import replace_routers_
 from executorch_moe.export.models.upstream_experts import UpstreamMoE, pack, random_weights
@@ -47,15 +46,12 @@ def check_folder(options: ExportOptions) -> Path:
     tokenizer it uses.
 
     Raises:
-        ValueError, NotImplementedError, FileNotFoundError: see `resolve`, `check_supported`, `check_activation` and
+        ValueError, NotImplementedError, FileNotFoundError: see `find_folder`, `check_supported`, `check_activation` and
             `check_format`.
         RuntimeError: see `require_transformers`.
     """
     require_transformers()
-    if is_gguf(options.model):
-        folder = model_folder(Path(options.model))
-    else:
-        folder = resolve(TINY if synthetic.is_synthetic(options.model) else options.model)
+    folder = find_folder(TINY if synthetic.is_synthetic(options.model) else options.model)
     check_activation(check_supported(folder), folder / "config.json")
     check_format(folder)
     return folder

@@ -198,7 +198,8 @@ class ExportOptions:
     """What to export. `target` has no "auto" left once the object is made.
 
     Attributes:
-        model: folder of a Hugging Face model, "tiny", or "synthetic:qwen3-30b-a3b" and the like (`synthetic.parse`).
+        model: folder of a Hugging Face model, a GGUF file, "tiny", or "synthetic:qwen3-30b-a3b" and the like
+            (`synthetic.parse`).
         out: the `.pte` to write; `NAME.ptd` and `NAME.tokenizer.json` are written beside it. None: nothing is written,
             as for `check_export`; then target "cuda" needs no GPU and "auto" is "cuda".
         experts, dense, target, context: see the classes.

@@ -17,6 +17,7 @@ from executorch_moe.backends.cuda.cross.report import CrossCompileReport
 from executorch_moe.backends.cuda.generated_kernels import AccessReport
 from executorch_moe.backends.cuda.placeholders import without_weights
 from executorch_moe.backends.fusion import ExpertFuser, FusionReport
+from executorch_moe.export.checkpoint.gguf import is_gguf
 from executorch_moe.export.checkpoint.work_folder import WorkFolder, work_folder_path
 from executorch_moe.export.models.pretrained import BUNDLED, tokenizer_json
 from executorch_moe.export.report.metadata import constant_methods, record_path, tokenizer_path
@@ -116,7 +117,10 @@ def _pack_layers(
     Returns:
         The model with packed experts, the number of positions in its KV cache, and the work folder.
     """
-    with steps.step("check", f"checking {options.model if options.model in BUNDLED else folder.name}"):
+    name = options.model if options.model in BUNDLED else folder.name
+    if is_gguf(options.model):
+        name = Path(options.model).name
+    with steps.step("check", f"checking {name}"):
         streamed = stream(options, folder)
         max_context = options.positions(streamed.model.config)
     work = held.enter_context(_kept(options, streamed.manifest(), steps))

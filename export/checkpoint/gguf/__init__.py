@@ -7,6 +7,6 @@ folder         a model folder made from the metadata of a file
 """
 
 from .files import GgufFormat, open_gguf
-from .folder import is_gguf, model_folder
+from .folder import find_folder, is_gguf, model_folder
 
-__all__ = ["GgufFormat", "is_gguf", "model_folder", "open_gguf"]
+__all__ = ["GgufFormat", "find_folder", "is_gguf", "model_folder", "open_gguf"]

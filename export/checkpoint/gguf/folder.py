@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from executorch_moe.export.models.pretrained import require_transformers
+from executorch_moe.export.models.pretrained import require_transformers, resolve
 
 from .files import read_configuration, read_tables
 
@@ -21,6 +21,15 @@ _folders: list[tempfile.TemporaryDirectory[str]] = []
 def is_gguf(model: str | Path) -> bool:
     """True if a model's name is that of a GGUF file."""
     return str(model).lower().endswith(".gguf")
+
+
+def find_folder(model: str) -> Path:
+    """`resolve`, and `model_folder` for GGUF files.
+
+    Raises:
+        As these two.
+    """
+    return model_folder(Path(model)) if is_gguf(model) else resolve(model)
 
 
 def model_folder(path: Path) -> Path:

@@ -21,6 +21,7 @@ from executorch_moe.export.models.causal_lm import CausalLM
 from executorch_moe.export.models.linears import Int4Linear
 from executorch_moe.export.options import Context, Dense, Experts, ExportOptions, Target
 from executorch_moe.export.pipeline import export_model
+from executorch_moe.export.report.metadata import check_report
 
 from .stored import H, Saved, experts_of, streamed
 from .test_awq import save_awq
@@ -166,6 +167,26 @@ def test_exported_programs(save: Callable[[Path], Saved], scheme: str, tmp_path:
         return logits
 
     compare(run, saved)
+
+
+@pytest.mark.slow
+def test_a_gguf_file(tmp_path: Path, executorch_runtime: None) -> None:
+    """`--check`, names in messages, and the artifact."""
+    pytest.importorskip("gguf", reason="needs the package gguf")
+    from .test_gguf import big_model, only, write
+
+    written = write(tmp_path / "model.gguf", big_model(), only("Q4_K"))
+    result = check_export(options_for(written.path))
+    assert result.passed, result.findings
+    (line,) = (finding.found for finding in result.findings if finding.name == "stored weights")
+    assert line.startswith("stored as GGUF with Q4_K (model.gguf): 1 expert layer codes kept as w4a16, groups of 32")
+    out, lines = tmp_path / "gguf.pte", io.StringIO()
+    with pytest.raises(ValueError, match=r"model.gguf' is a file of the model: choose another"):
+        check_report(written.path, options_for(written.path, out))
+    export_model(options_for(written.path, out), Console(file=lines, width=400))
+    assert "checking model.gguf" in lines.getvalue() and "codes kept as w4a16" in lines.getvalue()
+    program = load(out)
+    compare(lambda method, *given: program.run(method, *given)[0], Saved(tmp_path, written.reference, {}))
 
 
 @pytest.mark.slow
