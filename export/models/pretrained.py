@@ -45,7 +45,7 @@ def resolve(model: str | Path) -> Path:
         # By name and not by import: export may not import examples.
         return Path(str(importlib.resources.files(f"executorch_moe.examples.{model}") / "checkpoint"))
     folder = Path(model)
-    remedy = "give a folder with config.json and *.safetensors (nothing is downloaded), or 'demo'"
+    remedy = "give a folder with config.json and *.safetensors (nothing is downloaded), a GGUF file, or 'demo'"
     if not folder.is_dir():
         raise FileNotFoundError(f"model={str(model)!r} is not a folder: {remedy}")
     for pattern in ("config.json", "*.safetensors"):
