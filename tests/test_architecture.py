@@ -37,7 +37,7 @@ ROOMS: dict[str, set[str]] = {
     "export/checkpoint/formats": set(),
     "export/checkpoint/gguf": {"export/models", "export/checkpoint/formats"},
     "export/checkpoint": {"export/models", "export/checkpoint/formats", "export/checkpoint/gguf"},
-    "export/report": {"export/models", "export/quantize", "export/checkpoint"},
+    "export/report": {"export/models", "export/quantize", "export/checkpoint", "export/checkpoint/gguf"},
     "export/generate": {"export/models", "export/report"},
     "export/bench": {"export/models", "export/report", "export/generate"},
     "export/cli": {"export/models", "export/report", "export/generate", "export/bench"},

@@ -1,4 +1,4 @@
-"""The second table of docs/quality.md: codes that are kept are nearer to a checkpoint than codes that are rounded again."""
+"""The second table of docs/quality.md: kept codes are nearer to a checkpoint than codes that are rounded again."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -27,6 +27,8 @@ class Architecture:
         constants: further entries of the configuration.
         shared: prefix of the shared expert below a layer; "" if there is none.
         paired: queries and keys are stored for rotation of neighboring pairs, not of halves as in transformers.
+        names: names of further parts of a layer, or of parts with another name than usual.
+        stacked: transformers has the experts stacked and transposed, gate and up in alternating columns, with biases.
     """
 
     model_type: str
@@ -38,6 +40,8 @@ class Architecture:
     constants: Mapping[str, Any]
     shared: str = ""
     paired: bool = False
+    names: Mapping[str, str] = field(default_factory=dict)
+    stacked: bool = False
 
 
 _USUAL = ("mlp.experts", "gate_proj", "up_proj", "down_proj")
@@ -57,6 +61,11 @@ ARCHITECTURES = {
     "llama": Architecture(
         "mixtral", "MixtralForCausalLM", ("block_sparse_moe.experts", "w1", "w3", "w2"), "num_local_experts",
         "intermediate_size", "block_sparse_moe.gate", {}, paired=True,
+    ),
+    "gpt-oss": Architecture(
+        "gpt_oss", "GptOssForCausalLM", ("mlp.experts", "gate_up_proj", "gate_up_proj", "down_proj"),
+        "num_local_experts", "intermediate_size", "mlp.router", {"attention_bias": True},
+        names={"post_attention_norm": "post_attention_layernorm"}, stacked=True,
     ),
 }  # fmt: skip
 """`general.architecture` -> architecture. Those without experts in the file are refused."""
@@ -83,11 +92,25 @@ _SHARED = {"ffn_gate_shexp": "gate_proj", "ffn_up_shexp": "up_proj", "ffn_down_s
 def expert_names(name: str, architecture: Architecture, count: int) -> list[str] | None:
     """Names of the matrices that a tensor of stacked experts holds; None for other tensors."""
     match = _NAME.match(name)
-    if match is None or match["part"] not in _EXPERTS or match["kind"] != "weight":
+    if match is None or match["part"] not in _EXPERTS or match["kind"] != "weight" or architecture.stacked:
         return None
     prefix, *projections = architecture.experts
     projection = projections[_EXPERTS.index(match["part"])]
     return [f"model.layers.{match['layer']}.{prefix}.{expert}.{projection}.weight" for expert in range(count)]
+
+
+def stacked_name(name: str, architecture: Architecture) -> tuple[str, str] | None:
+    """Name of the stacked weight or bias that a tensor belongs to, and its role in it: "gate", "up" or "down".
+
+    None for other tensors.
+    """
+    match = _NAME.match(name)
+    if match is None or match["part"] not in _EXPERTS or not architecture.stacked:
+        return None
+    prefix, *projections = architecture.experts
+    index = _EXPERTS.index(match["part"])
+    bias = "_bias" if match["kind"] == "bias" else ""
+    return f"model.layers.{match['layer']}.{prefix}.{projections[index]}{bias}", ("gate", "up", "down")[index]
 
 
 def name_in_model(name: str, architecture: Architecture) -> str | None:
@@ -98,7 +121,9 @@ def name_in_model(name: str, architecture: Architecture) -> str | None:
     layer, part, kind = match["layer"], match["part"], match["kind"]
     if layer is None:
         return f"{_TOP[part]}.{kind}" if part in _TOP else None
-    names = dict(_LAYER) | {"ffn_gate_inp": architecture.router}
+    if architecture.stacked and part == "attn_sinks":
+        return f"model.layers.{layer}.self_attn.sinks"
+    names = {**_LAYER, "ffn_gate_inp": architecture.router, **architecture.names}
     if architecture.shared:
         names["ffn_gate_inp_shexp"] = f"{architecture.shared}_gate"
         names |= {key: f"{architecture.shared}.{projection}" for key, projection in _SHARED.items()}
@@ -145,7 +170,7 @@ def configuration(metadata: Mapping[str, Any], names: set[str], vocabulary: int)
         return metadata.get(full, *default) if default else metadata[full]
 
     heads, hidden = of("attention.head_count"), of("embedding_length")
-    width = of("feed_forward_length") if kind.width == "intermediate_size" else of("expert_feed_forward_length")
+    width = of("expert_feed_forward_length", None) or of("feed_forward_length")
     config = {
         "model_type": kind.model_type,
         "architectures": [kind.model_class],
@@ -167,6 +192,8 @@ def configuration(metadata: Mapping[str, Any], names: set[str], vocabulary: int)
     config[kind.width] = width
     if (head_dim := of("attention.key_length", None)) is not None or kind.model_type == "qwen3_moe":
         config["head_dim"] = head_dim or hidden // heads
+    if (window := of("attention.sliding_window", None)) is not None:
+        config["sliding_window"] = window
     if kind.shared:
         config["shared_expert_intermediate_size"] = of("expert_shared_feed_forward_length")
     for token in ("bos", "eos", "padding"):

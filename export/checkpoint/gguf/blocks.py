@@ -71,6 +71,25 @@ class GgufEncoding(Encoding):
         return tensor if self.rows is None else tensor[list(self.rows)]
 
 
+@dataclass(frozen=True)
+class StackedEncoding(Encoding):
+    """Experts of GPT-OSS, from tensors [E, N, K] of blocks or floats, or from biases [E, N].
+
+    Roles: "gate" and "up", whose rows alternate in the result; or "down" alone. Weights are transposed to [E, K, N].
+
+    Attributes:
+        kinds: role -> name of ggml's type.
+    """
+
+    kinds: tuple[tuple[str, str], ...]
+
+    def dequantize(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """fp32 or the files' floats, [E, K, N], or [E, N] for biases."""
+        found = [GgufEncoding(kind).dequantize({"codes": parts[role]}) for role, kind in self.kinds]
+        rows = found[0] if len(found) == 1 else torch.stack(found, 2).flatten(1, 2)
+        return rows.transpose(1, 2).contiguous() if rows.dim() == 3 else rows
+
+
 def _halves(byte: Tensor) -> Tensor:
     """uint8 [..., R, B] -> uint8 [..., R, 2B]: low nibbles of a run, then its high ones."""
     return torch.cat((byte & 0xF, byte >> 4), -1)

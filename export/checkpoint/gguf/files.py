@@ -14,8 +14,8 @@ from torch import Tensor
 
 from executorch_moe.export.checkpoint.formats.base import StoredTensor, WeightFormat
 
-from .architectures import ARCHITECTURES, configuration, expert_names, name_in_model, order_of_rows
-from .blocks import FLOATS, TYPES, GgufEncoding
+from .architectures import ARCHITECTURES, configuration, expert_names, name_in_model, order_of_rows, stacked_name
+from .blocks import FLOATS, TYPES, GgufEncoding, StackedEncoding
 
 # Factors of frequencies that llama.cpp computes for some models; transformers computes them from the configuration.
 _IGNORED = ("rope_freqs.weight",)
@@ -111,8 +111,11 @@ class GgufFormat(WeightFormat):
         """
         found: dict[str, StoredTensor] = dict(tensors)
         unknown = []
+        stacked: dict[str, dict[str, StoredTensor]] = {}
         for name, entry in self._entries.items():
-            if (experts := expert_names(name, self._architecture, entry.shape[0])) is not None:
+            if (place := stacked_name(name, self._architecture)) is not None:
+                stacked.setdefault(place[0], {})[place[1]] = _stored(name, entry, entry.shape)
+            elif (experts := expert_names(name, self._architecture, entry.shape[0])) is not None:
                 for number, expert in enumerate(experts):
                     found[expert] = _stored(f"{name}[{number}]", entry, entry.shape[1:])
             elif (target := name_in_model(name, self._architecture)) is not None:
@@ -122,6 +125,7 @@ class GgufFormat(WeightFormat):
                 found[target] = _stored(name, entry, shape, rows)
             elif name not in _IGNORED:
                 unknown.append(name)
+        found |= {name: _stacked(name, parts, folder) for name, parts in stacked.items()}
         if unknown:
             raise ValueError(
                 f"{folder / self.file} has {', '.join(unknown[:3])}, which {self._architecture.model_class} does not "
@@ -153,6 +157,26 @@ def _stored(name: str, entry: Entry, shape: tuple[int, ...], rows: tuple[int, ..
     kind = entry.kind if entry.kind in FLOATS else "U8"
     codes = StoredTensor(entry.file, (*shape[:-1], shape[-1] if kind != "U8" else length), kind, name)
     return StoredTensor(entry.file, shape, entry.kind, name, encoding, {"codes": codes})
+
+
+def _stacked(name: str, parts: Mapping[str, StoredTensor], folder: Path) -> StoredTensor:
+    """A stacked weight or bias of several tensors, in the shape that transformers has it.
+
+    Raises:
+        ValueError: a missing part.
+    """
+    roles = ("down",) if "down" in parts else ("gate", "up")
+    first = next(iter(parts.values()))
+    if set(roles) != set(parts) or len({part.shape for part in parts.values()}) > 1:
+        raise ValueError(
+            f"{folder / first.file} has {first.name}, but not {' and '.join(roles)} of one shape for {name}: download "
+            "it again, or use the model's safetensors"
+        )
+    e, n, *k = first.shape
+    shape = (e, *k, n * len(roles)) if k else (e, n * len(roles))
+    encoding = StackedEncoding(tuple((role, parts[role].dtype) for role in roles))
+    inner = {role: parts[role].parts.get("codes", parts[role]) for role in roles}
+    return StoredTensor(first.file, shape, first.dtype, first.name, encoding, inner)
 
 
 def _count(shape: tuple[int, ...]) -> int:
@@ -203,4 +227,5 @@ def open_gguf(folder: Path, file: str, format: WeightFormat | None, tensors: Map
 
 def _shapes(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, tuple[int, ...]]]:
     for stored in tensors.values():
-        yield stored.name, stored.parts["codes"].shape if stored.parts else stored.shape
+        for part in stored.parts.values() or (stored,):
+            yield part.name, part.shape

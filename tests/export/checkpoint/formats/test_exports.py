@@ -173,7 +173,7 @@ def test_exported_programs(save: Callable[[Path], Saved], scheme: str, tmp_path:
 def test_a_gguf_file(tmp_path: Path, executorch_runtime: None) -> None:
     """`--check`, names in messages, and the artifact."""
     pytest.importorskip("gguf", reason="needs the package gguf")
-    from .test_gguf import big_model, only, write
+    from .gguf_files import big_model, only, write
 
     written = write(tmp_path / "model.gguf", big_model(), only("Q4_K"))
     result = check_export(options_for(written.path))

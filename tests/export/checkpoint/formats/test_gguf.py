@@ -1,15 +1,10 @@
-"""GGUF files, written by the package gguf. Its `dequantize` gives the right values.
-
-The package does not quantize to K-quants, so that their blocks are random bytes with scales of a usual magnitude.
-"""
+"""GGUF files: codes kept, other types rounded, families, configuration and tokenizer, what is refused."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from executorch_moe.export.build import check_folder
@@ -28,151 +22,11 @@ from executorch_moe.export.models.pretrained import tokenizer_json
 from executorch_moe.export.options import ExportOptions, Target
 
 from ...families import by_name
-from .stored import LAYERS, codes_of, edit_json, experts_of, logits_error, of_experts, streamed, tiny_model
+from .gguf_files import TYPES, big_model, gguf, only, write
+from .stored import LAYERS, codes_of, edit_json, experts_of, logits_error, of_experts, streamed
 
-transformers = pytest.importorskip("transformers")
-gguf = pytest.importorskip("gguf", reason="needs the package gguf")
 if not hasattr(importlib.import_module("transformers.integrations.gguf"), "convert_gguf_tokenizer"):
     pytest.skip("needs a transformers that converts tokenizers of GGUF files", allow_module_level=True)
-TYPES = gguf.GGMLQuantizationType
-SIZE = 256  # the values in a block of K-quants
-BLOCKS = {"Q4_K": (144, (0, 2)), "Q5_K": (176, (0, 2)), "Q6_K": (210, (208,))}
-"""K-quants: bytes of a block, and where fp16 scales are."""
-
-
-def quantized(weight: Tensor, kind: str) -> tuple[np.ndarray, Tensor]:
-    """Stored blocks, and their values."""
-    array = weight.numpy()
-    if kind in BLOCKS:
-        nbytes, scales = BLOCKS[kind]
-        shape = (*weight.shape[:-1], weight.shape[-1] // SIZE, nbytes)
-        blocks = np.random.default_rng(weight.numel()).integers(0, 256, shape, dtype=np.uint8)
-        for place, value in zip(scales, (1e-4 if kind != "Q6_K" else 2e-5, 1e-3), strict=False):
-            blocks[..., place : place + 2] = np.frombuffer(np.float16(value).tobytes(), dtype=np.uint8)
-        stored = blocks.reshape(*weight.shape[:-1], -1)
-    else:
-        stored = gguf.quants.quantize(array, TYPES[kind])
-    return stored, torch.from_numpy(gguf.quants.dequantize(stored, TYPES[kind]).copy())
-
-
-@dataclass(frozen=True)
-class Written:
-    """A GGUF file, transformers' model on its values, and its stored blocks by name in the file."""
-
-    path: Path
-    reference: Any
-    blocks: dict[str, np.ndarray]
-
-
-QWEN3 = {
-    "embed_tokens": "token_embd", "lm_head": "output", "model.norm": "output_norm", "input_layernorm": "attn_norm",
-    "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output", "q_norm": "attn_q_norm",
-    "k_norm": "attn_k_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate": "ffn_gate_inp",
-    "shared_expert_gate": "ffn_gate_inp_shexp", "shared_expert.gate_proj": "ffn_gate_shexp",
-    "shared_expert.up_proj": "ffn_up_shexp", "shared_expert.down_proj": "ffn_down_shexp",
-}  # fmt: skip
-
-
-def name_in_file(name: str) -> str:
-    """Name of a tensor outside of the experts."""
-    stem, kind = name.rsplit(".", 1)
-    part = next(QWEN3[end] for end in sorted(QWEN3, key=len, reverse=True) if f".{stem}".endswith(f".{end}"))
-    return f"blk.{name.split('.')[2]}.{part}.{kind}" if ".layers." in name else f"{part}.{kind}"
-
-
-def write(
-    path: Path,
-    model: Any,
-    kind_of: Callable[[str], str],
-    architecture: str = "qwen3moe",
-    change: Callable[[Any], object] | None = None,
-) -> Written:
-    """Writes a model's file.
-
-    Args:
-        kind_of: name in the file -> name of the type.
-        change: changes the writer before it writes.
-    """
-    config = model.config
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    experts = next(module for name, module in model.named_modules() if name.endswith("mlp.experts"))
-    writer.add_expert_count(experts.gate_up_proj.shape[0])
-    writer.add_expert_used_count(config.num_experts_per_tok)
-    if architecture.startswith("qwen"):
-        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    if architecture == "qwen3moe":
-        writer.add_key_length(config.head_dim)
-    if architecture == "qwen2moe":
-        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
-    vocabulary = [chr(33 + i) for i in range(config.vocab_size - 3)] + ["cd", "<|end|>", "ab"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(vocabulary)
-    writer.add_token_types([1] * (config.vocab_size - 2) + [3, 1])
-    writer.add_token_merges(["a b", "c d"])
-    writer.add_eos_token_id(config.vocab_size - 2)
-    state = {name: tensor.detach().float().contiguous() for name, tensor in model.state_dict().items()}
-    plain, blocks = {}, {}
-
-    def add(name: str, tensor: Tensor) -> Tensor:
-        kind = kind_of(name) if tensor.dim() > 1 else "F32"
-        stored, values = quantized(tensor, kind)
-        blocks[name] = stored
-        floats = kind in ("F32", "F16")
-        writer.add_tensor(name, stored, raw_dtype=None if floats else TYPES[kind])
-        return values.float()
-
-    for name, tensor in state.items():
-        if name.endswith("experts.gate_up_proj"):
-            layer = f"blk.{name.split('.')[2]}"
-            gate, up = tensor.chunk(2, 1)
-            parts = (
-                add(f"{layer}.ffn_gate_exps.weight", gate.contiguous()),
-                add(f"{layer}.ffn_up_exps.weight", up.contiguous()),
-            )
-            plain[name] = torch.cat(parts, 1)
-        elif name.endswith("experts.down_proj"):
-            plain[name] = add(f"blk.{name.split('.')[2]}.ffn_down_exps.weight", tensor)
-        elif architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
-            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            # llama.cpp's permutation (`LlamaModel.permute`)
-            paired = tensor.reshape(heads, 2, -1, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape).contiguous()
-            values = add(name_in_file(name), paired)
-            plain[name] = (
-                values.reshape(heads, -1, 2, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape).contiguous()
-            )
-        elif name.endswith("shared_expert_gate.weight"):
-            plain[name] = add(name_in_file(name), tensor[0])[None]
-        else:
-            plain[name] = add(name_in_file(name), tensor)
-    if change is not None:
-        change(writer)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    folder = path.parent / f"{path.stem}-plain"
-    config.save_pretrained(folder)
-    save_file(plain, folder / "model.safetensors", {"format": "pt"})
-    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return Written(path, reference.eval(), blocks)
-
-
-def big_model() -> Any:
-    return tiny_model(hidden_size=SIZE, moe_intermediate_size=SIZE, norm_topk_prob=True, head_dim=128)
-
-
-def only(kind: str) -> Callable[[str], str]:
-    """All matrices but the router in one type."""
-    return lambda name: "F32" if "ffn_gate_inp" in name else kind
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q4_K"])
@@ -255,6 +109,34 @@ def test_other_families(family: str, architecture: str, tmp_path: Path) -> None:
         if ".experts." not in name:
             assert torch.equal(model.model.get_parameter(name), expected), name
     assert logits_error(model.model, written.reference) < 1e-2
+
+
+def test_gpt_oss(tmp_path: Path) -> None:
+    """MXFP4 experts, stacked in transformers, with biases; stored gate and up are apart."""
+    written = write(tmp_path / "model.gguf", by_name("gpt_oss").model(), only("MXFP4"), "gpt-oss")
+    model = streamed(model_folder(written.path), "bf16")
+    (record,) = model.load()
+    assert record.error == 0 and record.biases
+    for name, value in dequantized(model.layers[0].layout, experts_of(model)).items():
+        assert torch.equal(value, written.reference.get_submodule(model.layers[0].name).get_parameter(name)), name
+    for name, expected in written.reference.state_dict().items():
+        if ".experts." not in name:
+            assert torch.equal(model.model.get_parameter(name), expected), name
+    assert logits_error(model.model, written.reference) < 1e-2
+    rounded = streamed(model_folder(written.path))
+    (record,) = rounded.load()
+    assert record.algorithm == "minmax" and 0.03 < (record.error or 0) < 0.15
+    cut = write(
+        tmp_path / "cut.gguf",
+        by_name("gpt_oss").model(),
+        only("MXFP4"),
+        "gpt-oss",
+        change=lambda writer: writer.tensors[0].pop("blk.0.ffn_up_exps.weight"),
+    )
+    with pytest.raises(
+        ValueError, match=r"has blk\.0\.ffn_gate_exps\.weight, but not gate and up of one shape for model"
+    ):
+        streamed(model_folder(cut.path))
 
 
 def test_configuration_and_tokenizer(tmp_path: Path) -> None:
