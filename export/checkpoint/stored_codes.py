@@ -87,9 +87,10 @@ def kept_codes(
         check_layer_group_size(group_size, *sizes)
     except ValueError:
         return None
-    for name in names:
-        for stored in plan.sources[f"{module}.{name}"].all_names():
-            _check_order(plan, stored)
+    with plan.shards.reader() as reader:
+        for name in filter(names.__contains__, found):
+            for stored in plan.sources[f"{module}.{name}"].all_names():
+                _check_order(plan, reader, stored)
     zeros = any(stored.encoding is not None and not stored.encoding.symmetric for stored in coded)
     # HQQ chooses zero points, so that weights that are rounded have some.
     return KeptCodes(group_size, zeros or (len(names) < len(found) and fusion.algorithm == "hqq"), names)
@@ -114,7 +115,7 @@ def _group_size(stored: StoredTensor) -> int:
     return 0 if stored.encoding is None else stored.encoding.group_size
 
 
-def _check_order(plan: CheckpointPlan, name: str) -> None:
+def _check_order(plan: CheckpointPlan, reader: ShardReader, name: str) -> None:
     """Checks that the codes of a stored weight can be kept; reads the order of its groups.
 
     Raises:
@@ -122,8 +123,7 @@ def _check_order(plan: CheckpointPlan, name: str) -> None:
     """
     stored = plan.shards.tensors[name]
     if "group_of" in stored.parts and isinstance(stored.encoding, Int4Encoding):
-        with plan.shards.reader() as reader:
-            group_of = stored.encoding.order(reader.read_part(name, "group_of"), stored.shape[-1])
+        group_of = stored.encoding.order(reader.read_part(name, "group_of"), stored.shape[-1])
         if group_of is not None:
             stored.encoding.order_of_groups(group_of)
 
@@ -171,10 +171,11 @@ def mark_linears(plan: CheckpointPlan, model: nn.Module, skip: tuple[str, ...] =
             continue
         if any(target.startswith(f"{part}.") for part in skip):
             continue
-        try:
-            _check_order(plan, name)
-        except ValueError:  # its values are right in any order
-            continue
+        with plan.shards.reader() as reader:
+            try:
+                _check_order(plan, reader, name)
+            except ValueError:  # its values are right in any order
+                continue
         if empty:
             scale = torch.empty(module.out_features, module.in_features // encoding.group_size, dtype=torch.bfloat16)
             scale = scale.to("meta")

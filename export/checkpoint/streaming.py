@@ -6,7 +6,6 @@ Experts are read and packed a few at a time, so that memory never holds a whole 
 from __future__ import annotations
 
 import contextlib
-import math
 import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +23,7 @@ from executorch_moe.kernels import SCHEMES, FusedExperts, PackedExperts, pack_ex
 from executorch_moe.kernels.packing.experts import unpack_experts
 from executorch_moe.kernels.schemes import check_layer_group_size
 
+from .deviation import Deviation
 from .plan import CheckpointPlan, below, meta_model
 from .shards import ShardReader, Shards
 from .sizes import check_sizes
@@ -218,7 +218,7 @@ class StreamedModel:
         """Packs one layer, a few experts at a time."""
         count = layer.num_experts
         whole: PackedExperts | None = None
-        deviation = None if self.shards.format is None else _Deviation()
+        deviation = None if self.shards.format is None else Deviation()
         step = self._run_length(layer)
         for start in range(0, count, step):
             run = slice(start, min(start + step, count))
@@ -252,7 +252,7 @@ class StreamedModel:
         return "kept" if whole else f"kept, {self.fusion.algorithm}"
 
     def _pack_part(
-        self, reader: ShardReader, layer: LayerPlan, run: slice, deviation: _Deviation | None
+        self, reader: ShardReader, layer: LayerPlan, run: slice, deviation: Deviation | None
     ) -> PackedExperts:
         """Reads and packs experts `run` of a layer."""
         if layer.kept is not None:
@@ -266,19 +266,21 @@ class StreamedModel:
         return part
 
     def _pack_codes(
-        self, reader: ShardReader, layer: LayerPlan, kept: KeptCodes, run: slice, deviation: _Deviation | None
+        self, reader: ShardReader, layer: LayerPlan, kept: KeptCodes, run: slice, deviation: Deviation | None
     ) -> PackedExperts:
         codes = {}
         for name in _matrices(layer.layout):
             target = f"{layer.name}.{name}"
             if name in kept.names:
                 exact = read_codes(self.plan, reader, target, run, kept.group_size)
-                codes[name], expected = exact.rounded(), exact.dequantize()
+                codes[name] = exact.rounded()
+                if deviation is not None:
+                    deviation.add_rounded(codes[name], exact)
             else:
                 expected = self.plan.read_experts(reader, target, run)
                 codes[name] = round_anew(expected, kept, self.fusion)
-            if deviation is not None:
-                deviation.add(codes[name].dequantize(), expected)
+                if deviation is not None:
+                    deviation.add(codes[name].dequantize(), expected)
         biases = {
             name: self.plan.read_experts(reader, f"{layer.name}.{name}", run)
             for name in (layer.layout.gate_up_bias, layer.layout.down_bias)
@@ -309,23 +311,6 @@ def _named(layer: LayerPlan) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"experts {layer.exported_name} ({layer.family}) not packed: {error}") from error
-
-
-class _Deviation:
-    """Sums the squared errors of packed weights."""
-
-    def __init__(self) -> None:
-        self._error = self._norm = 0.0
-
-    def add(self, actual: Tensor, expected: Tensor) -> None:
-        """Adds a weight."""
-        expected = expected.float()
-        self._error += float((actual - expected).square().sum(dtype=torch.float64))
-        self._norm += float(expected.square().sum(dtype=torch.float64))
-
-    def relative(self) -> float:
-        """Relative L2 error of all weights."""
-        return math.sqrt(self._error / self._norm) if self._norm else 0.0
 
 
 def _matrices(layout: ExpertLayout) -> tuple[str, ...]:

@@ -50,6 +50,7 @@ def model_folder(path: Path) -> Path:
 @functools.cache
 def _made(path: Path, size: int, changed: int) -> Path:
     parts = _parts(path)
+    path = parts[0]  # it has the metadata
     metadata, tensors = read_tables(path.parent, [part.name for part in parts])
     config = read_configuration(path, metadata, tensors)
     tokenizer = _tokenizer(path, metadata)

@@ -75,15 +75,17 @@ def write(
     kind_of: Callable[[str], str],
     architecture: str = "qwen3moe",
     change: Callable[[Any], object] | None = None,
+    most_tensors: int = 0,
 ) -> Written:
     """Writes a model's file.
 
     Args:
         kind_of: name in the file -> name of the type.
         change: changes the writer before it writes.
+        most_tensors: in one file; 0 for all.
     """
     config = model.config
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=most_tensors)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 from executorch_moe.backends.runtime import load
 from executorch_moe.export.build import prepare_, stream, trace_methods
 from executorch_moe.export.check import check_export, load_prepared
+from executorch_moe.export.checkpoint.deviation import Deviation
 from executorch_moe.export.checkpoint.streaming import StreamedModel
 from executorch_moe.export.checkpoint.work_folder import WorkFolder
 from executorch_moe.export.models.causal_lm import CausalLM
@@ -22,6 +24,8 @@ from executorch_moe.export.models.linears import Int4Linear
 from executorch_moe.export.options import Context, Dense, Experts, ExportOptions, Target
 from executorch_moe.export.pipeline import export_model
 from executorch_moe.export.report.metadata import check_report
+from executorch_moe.export.report.stored_weights import stored_weights
+from executorch_moe.kernels import Int4Codes
 
 from .stored import H, Saved, experts_of, streamed
 from .test_awq import save_awq
@@ -72,6 +76,26 @@ def _weight(linear: nn.Module) -> torch.Tensor:
     return many.detach()
 
 
+@pytest.mark.parametrize("save", [symmetric, with_zeros])
+@torch.no_grad()
+def test_a_model_whose_linear_layers_keep_their_codes(save: Callable[[Path], Saved], tmp_path: Path) -> None:
+    """The modules of a CUDA target, run eagerly on the CPU."""
+    saved = save(tmp_path)
+    dense, target = Dense("int4", lm_head="none"), Target("sm_90", "fp32")
+    options = dataclasses.replace(options_for(tmp_path, target="sm_90", dense=dense), target=target)
+    model = stream(options, tmp_path)
+    model.load()
+    (line,) = stored_weights(model, [], options)
+    assert line.endswith("4 linear layers with codes kept as int4")
+    prepare_(model.model, options)
+    assert sum(isinstance(module, Int4Linear) for module in model.model.modules()) == 2
+    module = CausalLM(model.model, CONTEXT)
+    compare(lambda method, *given: module(*given), saved)
+    if save is with_zeros:
+        result = check_export(options)
+        assert result.passed and not result.missing, result.findings
+
+
 @pytest.mark.parametrize("target", ["cpu", "sm_90"])
 def test_the_check_traces_what_an_export_traces(target: str, tmp_path: Path) -> None:
     save_awq(tmp_path, 64)
@@ -93,6 +117,19 @@ def test_the_check_says_what_becomes_of_the_weights(tmp_path: Path) -> None:
         "stored as GPTQ, 4 bits, groups of 64, symmetric (declared in config.json): 1 expert layer codes kept as w4a16"
     )
     assert line.startswith(start) and "4 linear layers dequantized to fp32" in line
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_the_error_is_that_of_the_values(zeros: bool) -> None:
+    """It is computed from sums over codes, without the values."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(-8, 8, (3, 16, 128), generator=generator).to(torch.int8)
+    scale = torch.rand(3, 16, 4, generator=generator) / 32
+    exact = Int4Codes(q, scale, scale * 3.3 if zeros else None)
+    slow, fast = Deviation(), Deviation()
+    slow.add(exact.rounded().dequantize(), exact.dequantize())
+    fast.add_rounded(exact.rounded(), exact)
+    assert 1e-3 < slow.relative() < 4e-3 and fast.relative() == pytest.approx(slow.relative(), rel=1e-3)
 
 
 def test_packing_continues_where_it_stopped(tmp_path: Path) -> None:

@@ -168,6 +168,18 @@ def test_a_folder_with_a_configuration_of_its_own(tmp_path: Path) -> None:
     assert logits_error(model.model, written.reference) < 1e-2
 
 
+def test_a_model_in_several_files(tmp_path: Path) -> None:
+    written = write(tmp_path / "model.gguf", big_model(), only("Q4_0"), most_tensors=6)
+    files = sorted(tmp_path.glob("model-*.gguf"))
+    assert len(files) == 3
+    folders = [model_folder(file) for file in files]
+    assert len({(folder / "config.json").read_bytes() for folder in folders}) == 1
+    model = streamed(folders[1])
+    model.load()
+    assert len(model.shards.files) == 3
+    assert logits_error(model.model, written.reference) < 1e-2
+
+
 def test_rope_scaling(tmp_path: Path) -> None:
     def yarn(writer: Any) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
