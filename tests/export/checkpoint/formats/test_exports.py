@@ -227,7 +227,7 @@ def test_a_gguf_file(tmp_path: Path, executorch_runtime: None) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("save", [symmetric, with_zeros])
+@pytest.mark.parametrize("save", [symmetric, pytest.param(with_zeros, marks=pytest.mark.exhaustive)])
 def test_artifacts(save: Callable[[Path], Saved], tmp_path: Path, executorch_runtime: None) -> None:
     saved = save(tmp_path / "model")
     out, lines = tmp_path / "kept.pte", io.StringIO()
