@@ -75,6 +75,7 @@ def awq(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_codes_are_kept(group_size: int, tmp_path: Path) -> None:
     saved = save_awq(tmp_path, group_size)

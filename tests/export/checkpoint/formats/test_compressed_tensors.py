@@ -68,6 +68,7 @@ def save_packed(folder: Path, group_size: int = 32, *, symmetric: bool = True) -
     return save(folder, quantize, declaration)
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize(
     ("group_size", "symmetric"), [(32, True), (64, False), (128, True), (-1, True), (-1, False), (32, False)]
 )

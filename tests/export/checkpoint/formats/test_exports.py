@@ -27,7 +27,8 @@ from executorch_moe.export.report.metadata import check_report
 from executorch_moe.export.report.stored_weights import stored_weights
 from executorch_moe.kernels import Int4Codes
 
-from .stored import H, Saved, experts_of, streamed
+from ...cli.refusals import refused
+from .stored import GATE, H, Saved, edit, edit_json, experts_of, streamed
 from .test_awq import save_awq
 from .test_gptq import save_gptq
 
@@ -130,6 +131,36 @@ def test_the_error_is_that_of_the_values(zeros: bool) -> None:
     slow.add(exact.rounded().dequantize(), exact.dequantize())
     fast.add_rounded(exact.rounded(), exact)
     assert 1e-3 < slow.relative() < 4e-3 and fast.relative() == pytest.approx(slow.relative(), rel=1e-3)
+
+
+def without_scales(folder: Path) -> None:
+    edit(folder, lambda weights: weights.pop(f"{GATE}.scales"))
+
+
+def with_mixed_groups(folder: Path) -> None:
+    mixed = (torch.arange(H) % 2).to(torch.int32)
+    edit(folder, lambda weights: weights.update({f"{GATE}.g_idx": mixed}))
+
+
+def with_other_bits(folder: Path) -> None:
+    edit_json(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 8, "group_size": 64})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_scales, f"has {GATE}.qweight but lacks {GATE}.scales"),
+        (with_mixed_groups, f"{GATE}.qweight has groups of weights that are not neighbors"),
+        (with_other_bits, "bits=8 of config.json, which is not supported yet"),
+    ],
+)
+def test_nothing_is_written_before_a_refusal(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
+    save_gptq(tmp_path / "model", 64)
+    damage(tmp_path / "model")
+    for how in (("-o", tmp_path / "x.pte"), ("--check",)):
+        line = refused("export", tmp_path / "model", "--target", "cpu", *how, steps=("reading headers",))
+        assert message in line
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_packing_continues_where_it_stopped(tmp_path: Path) -> None:

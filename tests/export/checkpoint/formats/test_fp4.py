@@ -113,6 +113,7 @@ def save_gpt_oss(folder: Path) -> Any:
     return reference.eval()
 
 
+@pytest.mark.transformers
 def test_gpt_oss_as_published(tmp_path: Path) -> None:
     reference = save_gpt_oss(tmp_path)
     exact = streamed(tmp_path, "bf16")

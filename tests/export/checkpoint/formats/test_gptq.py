@@ -72,6 +72,7 @@ def save_gptq(folder: Path, group_size: int = 32, *, symmetric: bool = True, ver
     return save(folder, quantize, declared(group_size, sym=symmetric, checkpoint_format=form, **others))
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize(
     ("group_size", "symmetric", "version"),
     [(32, True, 1), (64, True, 2), (128, False, 1), (-1, True, 1), (32, False, 2), (64, False, 1)],
