@@ -15,6 +15,8 @@ from torch.export import ExportedProgram
 from executorch_moe.backends.artifact.ptd import MakeWeights
 from executorch_moe.backends.fusion import FusedLayer, FusionReport
 from executorch_moe.backends.fusion.modules import find_experts
+from executorch_moe.export.checkpoint.formats import check_format
+from executorch_moe.export.checkpoint.gguf import find_folder
 from executorch_moe.export.checkpoint.streaming import StreamedModel
 from executorch_moe.export.checkpoint.whole import load_model
 from executorch_moe.export.models import attention, synthetic
@@ -26,7 +28,6 @@ from executorch_moe.export.models.pretrained import (
     WITH_SINKS,
     check_supported,
     require_transformers,
-    resolve,
 )
 from executorch_moe.export.models.router import replace_routers_
 from executorch_moe.export.models.sampling import sorted_nucleus
@@ -46,12 +47,14 @@ def check_folder(options: ExportOptions) -> Path:
     tokenizer it uses.
 
     Raises:
-        ValueError, NotImplementedError, FileNotFoundError: see `resolve`, `check_supported` and `check_activation`.
+        ValueError, NotImplementedError, FileNotFoundError: see `find_folder`, `check_supported`, `check_activation` and
+            `check_format`.
         RuntimeError: see `require_transformers`.
     """
     require_transformers()
-    folder = resolve(TINY if synthetic.is_synthetic(options.model) else options.model)
+    folder = find_folder(TINY if synthetic.is_synthetic(options.model) else options.model)
     check_activation(check_supported(folder), folder / "config.json")
+    check_format(folder)
     return folder
 
 

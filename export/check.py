@@ -32,6 +32,7 @@ from executorch_moe.export.models.pretrained import check_supported, tokenizer_j
 from executorch_moe.export.models.synthetic import is_synthetic
 from executorch_moe.export.models.upstream_experts import UpstreamMoE, placeholder_weights
 from executorch_moe.export.quantize.dense_torchao import stored_bytes
+from executorch_moe.export.report.stored_weights import stored_weights
 from executorch_moe.kernels import PackedExperts
 from executorch_moe.kernels.packing.experts import unpack_experts
 from executorch_moe.kernels.packing.fragments import deinterleave_gate_up
@@ -223,7 +224,9 @@ def check_numerics(result: CheckResult, options: ExportOptions, folder: Path) ->
 
     The reference computes in fp32 on the dequantized weights.
     """
-    fused, reference, layers = probe_models(options, folder)
+    fused, reference, layers, lines = probe_models(options, folder)
+    for line in lines:
+        result.add("stored weights", True, line)
     with chosen_experts(reference) as chosen:
         error = logits_error(fused, reference)
     if not math.isfinite(error):
@@ -260,8 +263,10 @@ def chosen_experts(model: nn.Module) -> Iterator[dict[str, tuple[set[int], int]]
         yield chosen
 
 
-def probe_models(options: ExportOptions, folder: Path) -> tuple[nn.Module, nn.Module, int]:
+def probe_models(options: ExportOptions, folder: Path) -> tuple[nn.Module, nn.Module, int, list[str]]:
     """The first layers in fp32 on the same weights: with fused experts, unmodified, and how many layers these are.
+
+    The last part are the lines of `stored_weights` for these layers.
 
     There are as many layers as are needed to have one of each kind of expert layer.
     """
@@ -269,7 +274,7 @@ def probe_models(options: ExportOptions, folder: Path) -> tuple[nn.Module, nn.Mo
     streamed = StreamedModel(folder, torch.float32, attention, options.experts.fusion())
     layers = _layers_for_all_kinds(streamed)
     later = tuple(f"{_layers_name(streamed.model)}.{i}" for i in range(layers, _num_layers(streamed.model)))
-    streamed.load(skip=later)
+    records = streamed.load(skip=later)
     reference = meta_model(folder, torch.float32, "eager" if attention == "eager" else "sdpa")
     names = reference.state_dict().keys()
     for name, tensor in streamed.model.state_dict(keep_vars=True).items():
@@ -284,7 +289,8 @@ def probe_models(options: ExportOptions, folder: Path) -> tuple[nn.Module, nn.Mo
     for model in (streamed.model, reference):
         model.config.num_hidden_layers = layers  # type: ignore[union-attr]
         del model.get_submodule(_layers_name(model))[layers:]  # type: ignore[operator]
-    return streamed.model, reference, layers
+    lines = stored_weights(streamed, records, options)
+    return streamed.model, reference, layers, lines
 
 
 def dequantized(layout: ExpertLayout, packed: PackedExperts) -> dict[str, Tensor]:

@@ -87,6 +87,10 @@ class Dense:
         _check_known("lm_head", self.lm_head, (*KINDS, None))
         _check_known("embedding", self.embedding, KINDS[:2])
 
+    def kind_of(self, name: str) -> str:
+        """How the linear layer `name` is stored: "none", "int8" or "int4"."""
+        return (self.lm_head or self.linears) if name.rpartition(".")[2] == "lm_head" else self.linears
+
     @property
     def unchanged(self) -> bool:
         """True if no linear layer and no embedding is quantized."""
@@ -194,7 +198,8 @@ class ExportOptions:
     """What to export. `target` has no "auto" left once the object is made.
 
     Attributes:
-        model: folder of a Hugging Face model, "tiny", or "synthetic:qwen3-30b-a3b" and the like (`synthetic.parse`).
+        model: folder of a Hugging Face model, a GGUF file, "tiny", or "synthetic:qwen3-30b-a3b" and the like
+            (`synthetic.parse`).
         out: the `.pte` to write; `NAME.ptd` and `NAME.tokenizer.json` are written beside it. None: nothing is written,
             as for `check_export`; then target "cuda" needs no GPU and "auto" is "cuda".
         experts, dense, target, context: see the classes.

@@ -17,9 +17,11 @@ from executorch_moe.backends.cuda.cross.report import CrossCompileReport
 from executorch_moe.backends.cuda.generated_kernels import AccessReport
 from executorch_moe.backends.cuda.placeholders import without_weights
 from executorch_moe.backends.fusion import ExpertFuser, FusionReport
+from executorch_moe.export.checkpoint.gguf import is_gguf
 from executorch_moe.export.checkpoint.work_folder import WorkFolder, work_folder_path
 from executorch_moe.export.models.pretrained import BUNDLED, tokenizer_json
 from executorch_moe.export.report.metadata import constant_methods, record_path, tokenizer_path
+from executorch_moe.export.report.stored_weights import stored_weights
 from executorch_moe.export.report.summary import ExportSummary, bytes_beside_experts, model_sizes
 
 from .build import check_folder, forced_schedule, load_packed, needs_whole_model, prepare_, stream, trace_methods
@@ -115,11 +117,16 @@ def _pack_layers(
     Returns:
         The model with packed experts, the number of positions in its KV cache, and the work folder.
     """
-    with steps.step("check", f"checking {options.model if options.model in BUNDLED else folder.name}"):
+    name = options.model if options.model in BUNDLED else folder.name
+    if is_gguf(options.model):
+        name = Path(options.model).name
+    with steps.step("check", f"checking {name}"):
         streamed = stream(options, folder)
         max_context = options.positions(streamed.model.config)
     work = held.enter_context(_kept(options, streamed.manifest(), steps))
     with steps.counted("pack", f"packing the experts as {options.experts.scheme}", len(streamed.layers)) as advance:
         for record in streamed.load(work, advance):
             report.add(record)
+    for line in stored_weights(streamed, report.layers, options):
+        steps.say(escape(line))
     return streamed.model, max_context, work

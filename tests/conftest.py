@@ -27,6 +27,7 @@ SLOW_FILES = (
     "test_cross_export.py",  # exports by name: about 75 s of one core for the tiny model and an architecture
     "test_export_families.py",  # six exports by the command line
     "test_compile.py",  # every tile for an architecture and scheme: about 10 s
+    "test_exports.py",  # artifacts of quantized checkpoints
     "test_check.py",  # traces both methods twice for each set of options
     "test_tokens.py",  # exports in each scheme, and eager models beside them
     "test_cpu_target.py",  # about 10 s for each scheme and type

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from executorch_moe.kernels import FusedExperts, PackedExperts, pack_experts, stack_experts
+from executorch_moe.kernels import FusedExperts, Int4Codes, PackedExperts, pack_codes, pack_experts, stack_experts
 
 from .probe import Probe, match
 from .recognize import ExpertLayout, no_layout, one_line, possible_layouts
@@ -131,3 +131,35 @@ def pack_layer(
         )
 
     return stack_experts(map(one, range(num_experts)), num_experts)
+
+
+def pack_layer_codes(
+    layout: ExpertLayout, codes: Mapping[str, Int4Codes], biases: Mapping[str, Tensor], scheme: str
+) -> PackedExperts:
+    """`pack_codes` on the codes of a module in its own layout.
+
+    Args:
+        layout: how the module stores its experts; not transposed, because groups run along K.
+        codes: name in `layout` -> codes [E, N, K]; gate and up have the same group size, and zero points both or none.
+        biases: name in `layout` -> float bias.
+        scheme: "w4a16" or "w4a8".
+
+    Raises:
+        ValueError: see `pack_codes`.
+    """
+    assert not layout.transposed, "groups must run along K"
+
+    def rows(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        return layout.canonical({**biases, **parts})
+
+    q13, q2, gate_up_bias, down_bias = rows({name: code.q for name, code in codes.items()})
+    s13, s2, *_ = rows({name: code.scale for name, code in codes.items()})
+    zeros = {name: code.zero for name, code in codes.items() if code.zero is not None}
+    z13, z2, *_ = rows(zeros) if zeros else (None, None)
+    return pack_codes(
+        Int4Codes(q13, s13, z13),
+        Int4Codes(q2, s2, z2),
+        scheme=scheme,
+        gate_up_bias=gate_up_bias,
+        down_bias=down_bias,
+    )

@@ -36,7 +36,10 @@ class FusedLayer:
         biases: True if the experts have biases.
         scheme, group_size: of the packed weights; group_size is 0 for scheme bf16.
         bytes_before, bytes_after: size of the parameters in the program, and packed.
-        algorithm: rounding of the weights, "minmax" or "hqq"; "" for bf16.
+        algorithm: rounding of the weights, "minmax" or "hqq"; "kept" for codes of the checkpoint;
+            "kept, minmax" for a layer of which only some matrices have codes; "" for bf16.
+        error: of the packed weights of a quantized checkpoint against the checkpoint's own, relative L2; None for
+            weights that are stored as floats.
     """
 
     module: str
@@ -52,6 +55,7 @@ class FusedLayer:
     bytes_before: int
     bytes_after: int
     algorithm: str = ""
+    error: float | None = None
 
     @classmethod
     def of(
@@ -65,6 +69,7 @@ class FusedLayer:
         algorithm: str,
         bytes_before: int,
         bytes_after: int,
+        error: float | None = None,
     ) -> FusedLayer:
         """The record of packed experts. The arguments are the attributes of the same names."""
         return cls(
@@ -81,6 +86,7 @@ class FusedLayer:
             bytes_before=bytes_before,
             bytes_after=bytes_after,
             algorithm=algorithm if experts.group_size else "",
+            error=error,
         )
 
 

@@ -52,7 +52,7 @@ def meta_model(folder: Path, dtype: torch.dtype, attention: str) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         plain_outputs_(config)
-        # Weights in fp8 are read as bf16, into plain layers.
+        # Quantized weights are read as floats, into plain layers.
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with _parameters_on_meta():
@@ -197,7 +197,7 @@ class CheckpointPlan:
                 pattern: [torch.empty(self._shape(name), device="meta") for name in names]
                 for pattern, names in source.names.items()
             }
-            for target, tensor in self._convert(source, tensors).items():
+            for target, tensor in self.convert(source, tensors).items():
                 made.add(target)
                 expected = tuple(self.state[target].shape) if target in self.state else None
                 if tuple(tensor.shape) != expected:
@@ -212,7 +212,11 @@ class CheckpointPlan:
         """Checks the stored tensors of a weight: plain floats; for experts, one for each, all of the same shape."""
         for name in source.all_names():
             stored = self.shards.tensors[name]
-            if stored.dtype not in _FLOATS and stored.scale is None and self.state[source.target].is_floating_point():
+            if (
+                stored.dtype not in _FLOATS
+                and stored.encoding is None
+                and self.state[source.target].is_floating_point()
+            ):
                 raise ValueError(
                     f"{name} of {self.shards.folder} is stored as {stored.dtype}, expected {', '.join(_FLOATS)}: "
                     "use the checkpoint in bf16"
@@ -275,7 +279,7 @@ class CheckpointPlan:
         """Reads the weight `target`, and others that its tensors make, in the stored dtype: name -> tensor."""
         source = self.sources[target]
         tensors = {pattern: [reader.read(name) for name in names] for pattern, names in source.names.items()}
-        return self._convert(source, tensors)
+        return self.convert(source, tensors)
 
     def read_experts(self, reader: ShardReader, target: str, run: slice) -> Tensor:
         """Reads experts `run` of the stacked weight `target`, in the stored dtype."""
@@ -285,9 +289,15 @@ class CheckpointPlan:
         if source.converter is None:
             return reader.read(source.all_names()[0], run)
         tensors = {pattern: [reader.read(name) for name in names[run]] for pattern, names in source.names.items()}
-        return self._convert(source, tensors)[target]
+        return self.convert(source, tensors)[target]
 
-    def _convert(self, source: Source, tensors: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    def convert(self, source: Source, tensors: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+        """The weights that transformers makes of stored tensors: name -> tensor.
+
+        Args:
+            source: of the weights.
+            tensors: source pattern -> tensors in the order of `source.names`, or a run of the experts.
+        """
         if source.converter is None:
             return {source.target: tensors[""][0]}
         converter = copy.deepcopy(source.converter)

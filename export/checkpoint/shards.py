@@ -1,25 +1,25 @@
 """Reads the safetensors files of a model folder tensor by tensor, after checking them against the index.
 
-Weights in fp8 with a scale for each block are read as bf16. DeepSeek-V3 and Qwen3's FP8 models are published so: X is
-stored as float8 e4m3, X_scale_inv holds the factor of each block (in spite of DeepSeek's name for it), and config.json
-has the size of a block. Source: `weight_dequant` of DeepSeek-V3's inference code, and transformers' fine-grained FP8.
+Quantized weights are read as floats, or as 4-bit codes; see `formats`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from executorch_moe.export.models.pretrained import fp8_block, read_config
+from executorch_moe.kernels import Int4Codes
+
+from .formats import StoredTensor, WeightFormat, read_format
+from .formats.base import PARTS
+from .gguf import GgufFormat, open_gguf
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -27,33 +27,6 @@ INDEX_FILE = "model.safetensors.index.json"
 _SHARD_NAME = re.compile(r"-\d+-of-\d+\.safetensors$")
 COMPLETE = "download the missing files, or check that config.json and weights are of the same model"
 _TOGETHER = "use index and files of the same download"
-FP8 = "F8_E4M3"
-_SCALE = "_scale_inv"
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a file, as the file's header describes it.
-
-    Attributes:
-        file: name of the file.
-        shape: shape of the tensor.
-        dtype: safetensors' name, such as "BF16".
-        scale: for a weight in fp8, the tensor that holds the scales of its blocks.
-        block: for a weight in fp8, rows and columns of a block.
-    """
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: str
-    scale: StoredTensor | None = None
-    block: tuple[int, int] = (1, 1)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its values. The first number in a dtype's name is its bits, as in "BF16" and "F8_E4M3"."""
-        bits = re.search(r"\d+", self.dtype)
-        return math.prod(self.shape) * (int(bits[0]) // 8 if bits else 1)
 
 
 class Shards:
@@ -61,20 +34,29 @@ class Shards:
 
     Attributes:
         folder: the folder.
-        tensors: name -> tensor, for all files. Scales of fp8 weights are part of their weights.
+        tensors: name -> tensor, for all files. A quantized weight is one tensor.
+        files: names of the files, sorted.
+        format: the format of quantized weights that the folder declares; None for plain floats.
 
     Raises:
         ValueError: several files without an index, an unreadable index, a damaged file, an index that disagrees with
-            the files, or scales that do not fit their weight.
+            the files, or weights that do not have the declared format.
         FileNotFoundError: no weights, or a missing file that the index names.
+        NotImplementedError: an unsupported format.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.format: WeightFormat | None
+        self.tensors: dict[str, StoredTensor]
+        if files := gguf_files(folder):
+            self.files, self.format = files, GgufFormat(folder, files)
+            self.tensors = self.format.join({}, folder)
+            return
         index = _read_index(folder)
         files = sorted(set(index.values())) if index is not None else [_single_file(folder)]
         _check_files(folder, files)
-        self.tensors: dict[str, StoredTensor] = {}
+        self.tensors = {}
         for file in files:
             for name, stored in _read_header(folder / file):
                 if name in self.tensors:
@@ -85,30 +67,29 @@ class Shards:
                 self.tensors[name] = stored
         if index is not None:
             self._check_index(index)
-        self._pair_scales()
+        self.files = sorted({stored.file for stored in self.tensors.values()})
+        self.format = read_format(folder)
+        if self.format is not None:
+            self.tensors = self.format.join(self.tensors, folder)
+        self._check_joined()
 
-    @property
-    def files(self) -> list[str]:
-        """Names of the files, sorted."""
-        return sorted({stored.file for stored in self.tensors.values()})
+    def _check_joined(self) -> None:
+        """Refuses parts of quantized weights that the declared format does not have."""
+        if left := sorted(name for name in self.tensors if PARTS.search(name)):
+            declared = "does not declare a format" if self.format is None else f"declares {self.format.title}"
+            raise ValueError(
+                f"{self.folder} has {listed(left)}, parts of quantized weights, but {self._declares()} {declared}: a "
+                "mix of formats is not supported; use config.json and weights of the same download, or the model in "
+                "bf16"
+            )
+        if self.format is not None and all(stored.encoding is None for stored in self.tensors.values()):
+            raise ValueError(
+                f"{self.folder} has no weights in {self.format}: use the file of the same download as the weights, or "
+                "remove the declaration if the weights are floats"
+            )
 
-    def _pair_scales(self) -> None:
-        """Moves the scales of fp8 weights from `tensors` to their weights."""
-        for name, stored in list(self.tensors.items()):
-            if stored.dtype != FP8 or len(stored.shape) < 2 or (scale := self.tensors.get(name + _SCALE)) is None:
-                continue
-            block = fp8_block(read_config(self.folder))
-            if block is None:
-                continue  # CheckpointPlan refuses the dtype
-            rows, columns = (-(-size // of) for size, of in zip(stored.shape[-2:], block, strict=True))
-            if scale.shape != (*stored.shape[:-2], rows, columns):
-                raise ValueError(
-                    f"{name}{_SCALE} of {self.folder} has shape {list(scale.shape)}, but {name} {list(stored.shape)} "
-                    f"has {rows} x {columns} blocks of {block[0]} x {block[1]}: "
-                    "check that weight_block_size in config.json belongs to these weights"
-                )
-            self.tensors[name] = replace(stored, scale=scale, block=block)
-            del self.tensors[name + _SCALE]
+    def _declares(self) -> str:
+        return "config.json" if self.format is None else self.format.file
 
     def _check_index(self, index: dict[str, str]) -> None:
         where = self.folder / INDEX_FILE
@@ -144,24 +125,46 @@ class ShardReader:
         self._open: dict[str, Any] = {}
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """Reads a tensor, or `rows` of its first dimension. Weights in fp8 are converted to bf16, and so copied.
+        """Reads a tensor, or `rows` of its first dimension. Quantized weights are dequantized, and so copied.
 
         Raises:
-            ValueError: the tensor has NaN or Inf.
+            ValueError: the tensor has NaN or Inf, or values that contradict its format.
         """
         stored = self._shards.tensors[name]
-        if stored.scale is None:
-            return self._finite(stored.file, name, self._stored(stored.file, name, rows))
-        # Rows of a matrix share blocks; stacked matrices do not.
+        if stored.encoding is None:
+            return self._finite(stored.file, name, self._stored(stored.file, stored.name, rows))
+        # Rows of a matrix share blocks or words; stacked matrices do not.
         part = rows if len(stored.shape) > 2 else None
-        codes = self._stored(stored.file, name, part)
-        scale = self._stored(stored.scale.file, name + _SCALE, part).float()
-        self._finite(stored.scale.file, name + _SCALE, scale)
-        for dim, size in ((-2, stored.block[0]), (-1, stored.block[1])):
-            scale = scale.repeat_interleave(size, dim)
-        weight = (codes.float() * scale[..., : codes.shape[-2], : codes.shape[-1]]).to(torch.bfloat16)
-        self._finite(stored.file, name, weight)
+        weight = stored.encoding.dequantize(self._parts(stored, part))
+        self._finite(stored.file, stored.name, weight)
         return weight if rows is None or part is not None else weight[rows]
+
+    def read_codes(self, name: str) -> Int4Codes:
+        """Reads a quantized matrix as codes, whose scales and zero points are in fp32.
+
+        Raises:
+            ValueError: scales that are NaN or Inf, or see `Encoding.codes`.
+        """
+        stored = self._shards.tensors[name]
+        assert stored.encoding is not None, f"{name} has no codes"
+        codes = stored.encoding.codes(self._parts(stored, None))
+        self._finite(stored.file, stored.name, codes.scale)
+        return codes
+
+    def read_part(self, name: str, role: str) -> Tensor:
+        """Reads one part of a quantized weight."""
+        part = self._shards.tensors[name].parts[role]
+        return self._stored(part.file, part.name, None)
+
+    def _parts(self, stored: StoredTensor, rows: slice | None) -> dict[str, Tensor]:
+        """The parts of a quantized weight; of stacked matrices only `rows`. All but the codes are checked."""
+        found = {}
+        for role, part in stored.parts.items():
+            shared = rows is None or part.shape[:1] != stored.shape[:1]
+            found[role] = self._stored(part.file, part.name, None if shared else rows)
+            if role != "codes":
+                self._finite(part.file, part.name, found[role])
+        return found
 
     def _finite(self, file: str, name: str, tensor: Tensor) -> Tensor:
         """Returns the tensor; raises if a value is NaN or Inf."""
@@ -176,7 +179,12 @@ class ShardReader:
         from safetensors import safe_open
 
         if file not in self._open:
-            handle = safe_open(self._shards.folder / file, framework="pt", device="cpu")
+            shards = self._shards
+            handle: Any
+            if isinstance(shards.format, GgufFormat):
+                handle = open_gguf(shards.folder, file, shards.format, shards.tensors)
+            else:
+                handle = safe_open(shards.folder / file, framework="pt", device="cpu")
             self._open[file] = self._stack.enter_context(handle)
         handle = self._open[file]
         tensor: Tensor = handle.get_tensor(name) if rows is None else handle.get_slice(name)[rows]
@@ -216,6 +224,12 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     return dict(index)
 
 
+def gguf_files(folder: Path) -> list[str]:
+    """GGUF files of a folder that has no safetensors."""
+    found = sorted(path.name for path in folder.glob("*.gguf"))
+    return [] if any(folder.glob("*.safetensors")) else found
+
+
 def _single_file(folder: Path) -> str:
     found = sorted(path.name for path in folder.glob("*.safetensors"))
     if SINGLE_FILE in found:
@@ -242,6 +256,6 @@ def _read_header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
         with safe_open(path, framework="pt", device="cpu") as file:
             for name in file.keys():  # noqa: SIM118  safe_open is not a mapping
                 part = file.get_slice(name)
-                yield name, StoredTensor(path.name, tuple(part.get_shape()), part.get_dtype())
+                yield name, StoredTensor(path.name, tuple(part.get_shape()), part.get_dtype(), name)
     except SafetensorError as error:
         raise ValueError(f"{path} is cut short or damaged ({error}): download it again") from None

@@ -5,6 +5,7 @@ Experts are read and packed a few at a time, so that memory never holds a whole 
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -15,14 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from executorch_moe.backends.fusion import ExpertLayout, FusedLayer, FusionOptions, NotFusable
-from executorch_moe.backends.fusion.modules import find_experts, kind_of, recognize_module
+from executorch_moe.backends.fusion.modules import find_experts, kind_of, pack_layer_codes, recognize_module
+from executorch_moe.export.models.linears import stored_int4
 from executorch_moe.export.models.pretrained import read_config
 from executorch_moe.kernels import SCHEMES, FusedExperts, PackedExperts, pack_experts
+from executorch_moe.kernels.packing.experts import unpack_experts
 from executorch_moe.kernels.schemes import check_layer_group_size
 
+from .deviation import Deviation
 from .plan import CheckpointPlan, below, meta_model
 from .shards import ShardReader, Shards
 from .sizes import check_sizes
+from .stored_codes import KeptCodes, kept_codes, mark_linears, read_codes, round_anew
 from .work_folder import WorkFolder, manifest_of
 
 RUN_BYTES = 32 << 20
@@ -40,6 +45,7 @@ class LayerPlan:
         layout: its storage order and activation.
         num_experts, top_k, hidden_size, intermediate_size: E, top_k, H and I.
         stored_bytes: bytes of its tensors in the checkpoint.
+        kept: how the checkpoint's codes are packed; None if weights are rounded.
     """
 
     name: str
@@ -50,6 +56,7 @@ class LayerPlan:
     hidden_size: int
     intermediate_size: int
     stored_bytes: int
+    kept: KeptCodes | None = None
 
     @property
     def exported_name(self) -> str:
@@ -114,7 +121,9 @@ class StreamedModel:
                 f"num_experts_per_tok={top_k} of config.json must be between 1 and its {num_experts} experts: "
                 "use the number that the model was trained with"
             )
-        _check_group_size(self.fusion, hidden, intermediate)
+        kept = kept_codes(self.plan, name, layout, self.fusion, (hidden, intermediate))
+        if kept is None:
+            _check_group_size(self.fusion, hidden, intermediate)
         stored = [self.shards.tensors[source] for source in self.plan.names_below(name)]
         return LayerPlan(
             name=name,
@@ -125,6 +134,7 @@ class StreamedModel:
             hidden_size=hidden,
             intermediate_size=intermediate,
             stored_bytes=sum(tensor.nbytes for tensor in stored),
+            kept=kept,
         )
 
     def load(
@@ -163,7 +173,9 @@ class StreamedModel:
             records.append(record)
             if on_layer is not None:
                 on_layer(record)
-        self.plan.load(except_below=(*skip, *(layer.name for layer in self.layers)))
+        skip = (*skip, *(layer.name for layer in self.layers))
+        self.plan.load(except_below=skip)
+        mark_linears(self.plan, self.model, skip)
         return records
 
     def load_placeholders(self, prepare: Callable[[nn.Module], None] | None = None) -> None:
@@ -175,39 +187,44 @@ class StreamedModel:
             prepare: changes the model while everything but its experts is on the meta device.
         """
         for layer in self.layers:
-            one = _pack_run(self.fusion, *layer.layout.canonical(self._zeros(layer)))
+            one = self._pack_zeros(layer)
             placeholders = _for_all(one, lambda t: torch.empty(layer.num_experts, *t.shape[1:], dtype=t.dtype))  # noqa: B023
             parent, _, attribute = layer.name.rpartition(".")
             experts = FusedExperts(replace(one, **placeholders), layer.layout.activation)
             setattr(self.model.get_submodule(parent), attribute, experts)
         self.plan.share_weights(self.model)
+        mark_linears(self.plan, self.model, tuple(layer.name for layer in self.layers), empty=True)
         if prepare is not None:
             prepare(self.model)
         _fill_with_zeros(self.model)
 
-    def _zeros(self, layer: LayerPlan) -> dict[str, Tensor]:
-        """Zeros in the shapes of one expert's parameters."""
-        experts = self.model.get_submodule(layer.name)
-        return {name: torch.zeros(1, *p.shape[1:], dtype=p.dtype) for name, p in experts.named_parameters()}
+    def _pack_zeros(self, layer: LayerPlan) -> PackedExperts:
+        """One expert of a layer with zeros as weights."""
+        parameters = {
+            name: torch.zeros(1, *parameter.shape[1:], dtype=parameter.dtype)
+            for name, parameter in self.model.get_submodule(layer.name).named_parameters()
+        }
+        if layer.kept is None:
+            return _pack_run(self.fusion, *layer.layout.canonical(parameters))
+        codes = {name: layer.kept.empty(parameters.pop(name)) for name in _matrices(layer.layout)}
+        return pack_layer_codes(layer.layout, codes, parameters, self.fusion.scheme)
 
     def manifest(self) -> dict[str, Any]:
         """Everything on which the packed layers depend, for `WorkFolder`."""
-        return manifest_of(self.shards, asdict(self.fusion))
+        declared = "" if self.shards.format is None else str(self.shards.format)
+        return manifest_of(self.shards, {**asdict(self.fusion), "format": declared})
 
     def _pack(self, layer: LayerPlan) -> tuple[FusedLayer, PackedExperts]:
         """Packs one layer, a few experts at a time."""
         count = layer.num_experts
         whole: PackedExperts | None = None
+        deviation = None if self.shards.format is None else Deviation()
         step = self._run_length(layer)
         for start in range(0, count, step):
             run = slice(start, min(start + step, count))
             # One reader for each run frees the files' pages before the next run is read.
             with self.shards.reader() as reader:
-                weights = layer.layout.canonical(self._read(reader, layer.name, run))
-                try:
-                    part = _pack_run(self.fusion, *weights, first_expert=start)
-                except ValueError as error:
-                    raise ValueError(f"experts {layer.exported_name} ({layer.family}) not packed: {error}") from error
+                part = self._pack_part(reader, layer, run, deviation)
             if whole is None:
                 whole = replace(part, **_for_all(part, lambda t: t.new_empty(count, *t.shape[1:])))
             for into, of in zip(whole.tensors().values(), part.tensors().values(), strict=True):
@@ -220,11 +237,57 @@ class StreamedModel:
             whole,
             top_k=layer.top_k,
             activation=layer.layout.activation,
-            algorithm=self.fusion.algorithm,
+            algorithm=self._algorithm(layer),
             bytes_before=layer.stored_bytes,
             bytes_after=whole.nbytes(),
+            error=None if deviation is None else deviation.relative(),
         )
         return record, whole
+
+    def _algorithm(self, layer: LayerPlan) -> str:
+        """How the weights of a layer were rounded, for its record."""
+        if layer.kept is None:
+            return self.fusion.algorithm
+        whole = len(layer.kept.names) == len(_matrices(layer.layout))
+        return "kept" if whole else f"kept, {self.fusion.algorithm}"
+
+    def _pack_part(
+        self, reader: ShardReader, layer: LayerPlan, run: slice, deviation: Deviation | None
+    ) -> PackedExperts:
+        """Reads and packs experts `run` of a layer."""
+        if layer.kept is not None:
+            return self._pack_codes(reader, layer, layer.kept, run, deviation)
+        weights = layer.layout.canonical(self._read(reader, layer.name, run))
+        with _named(layer):
+            part = _pack_run(self.fusion, *weights, first_expert=run.start)
+        if deviation is not None:
+            for actual, expected in zip(unpack_experts(part), weights[:2], strict=True):
+                deviation.add(actual, expected)
+        return part
+
+    def _pack_codes(
+        self, reader: ShardReader, layer: LayerPlan, kept: KeptCodes, run: slice, deviation: Deviation | None
+    ) -> PackedExperts:
+        codes = {}
+        for name in _matrices(layer.layout):
+            target = f"{layer.name}.{name}"
+            if name in kept.names:
+                exact = read_codes(self.plan, reader, target, run, kept.group_size)
+                codes[name] = exact.rounded()
+                if deviation is not None:
+                    deviation.add_rounded(codes[name], exact)
+            else:
+                expected = self.plan.read_experts(reader, target, run)
+                codes[name] = round_anew(expected, kept, self.fusion)
+                if deviation is not None:
+                    deviation.add(codes[name].dequantize(), expected)
+        biases = {
+            name: self.plan.read_experts(reader, f"{layer.name}.{name}", run)
+            for name in (layer.layout.gate_up_bias, layer.layout.down_bias)
+            if name is not None
+        }
+        with _named(layer):
+            return pack_layer_codes(layer.layout, codes, biases, self.fusion.scheme)
 
     def _run_length(self, layer: LayerPlan) -> int:
         """Number of experts to pack at a time: all, if the checkpoint's tensors cannot be read in parts."""
@@ -241,10 +304,26 @@ class StreamedModel:
         }
 
 
+@contextlib.contextmanager
+def _named(layer: LayerPlan) -> Iterator[None]:
+    """Names the layer in errors of packing."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"experts {layer.exported_name} ({layer.family}) not packed: {error}") from error
+
+
+def _matrices(layout: ExpertLayout) -> tuple[str, ...]:
+    """Names of the matrices of an experts module."""
+    return *layout.gate_up, layout.down
+
+
 def _fill_with_zeros(model: nn.Module) -> None:
     """Replaces tensors on the meta device by zeros; shared tensors remain shared."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
+        if (stored := stored_int4(module)) is not None:
+            module.stored_int4 = stored.map(_zeros)  # type: ignore[assignment]
         for name, tensor in module._parameters.items():
             if tensor is not None and tensor.is_meta:
                 if id(tensor) not in made:

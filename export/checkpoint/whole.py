@@ -7,15 +7,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from executorch_moe.export.models.pretrained import (
-    fp8_block,
-    plain_outputs_,
-    read_config,
-    require_transformers,
-    special_tokens,
-)
+from executorch_moe.export.models.pretrained import plain_outputs_, read_config, require_transformers, special_tokens
 
-from .shards import COMPLETE, Shards, all_finite, listed
+from .formats import read_format
+from .gguf import GgufFormat
+from .shards import COMPLETE, Shards, all_finite, gguf_files, listed
 from .sizes import check_sizes
 
 
@@ -23,11 +19,13 @@ def check_loadable(folder: Path) -> None:
     """Checks that `load_model` supports the format of a folder's weights.
 
     Raises:
-        NotImplementedError: weights in fp8, which only `StreamedModel` reads.
+        NotImplementedError: quantized weights, which only `StreamedModel` reads.
+        ValueError: see `read_format`.
     """
-    if fp8_block(read_config(folder)) is not None:
+    found = GgufFormat(folder, files) if (files := gguf_files(folder)) else read_format(folder)
+    if found is not None:
         raise NotImplementedError(
-            f"the weights in {folder} are in fp8, which only --experts ours reads: leave --experts out"
+            f"the weights in {folder} are quantized ({found}), which only --experts ours reads: leave --experts out"
         )
 
 
@@ -41,7 +39,7 @@ def load_model(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> nn.
 
     Raises:
         ValueError: weights that are unreadable, missing, NaN or Inf, or that do not fit the configuration.
-        NotImplementedError: weights in fp8, which only `StreamedModel` reads.
+        NotImplementedError: quantized weights, which only `StreamedModel` reads.
     """
     transformers = require_transformers()
     check_loadable(folder)

@@ -26,8 +26,8 @@ def export(
     model: Annotated[
         str,
         typer.Argument(
-            help="Folder of a Hugging Face model; 'demo', a small model in this package; or random weights, as in "
-            "synthetic:qwen3-30b-a3b."
+            help="Folder of a Hugging Face model, or a GGUF file; 'demo', a small model in this package; or random "
+            "weights, as in synthetic:qwen3-30b-a3b."
         ),
     ],
     max_context: Annotated[

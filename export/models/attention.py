@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .keywords import check, take_cache
+from .linears import StoredInt4, stored_int4
 from .pretrained import require_transformers
 
 NAME = "executorch_moe_grouped"
@@ -132,6 +133,7 @@ def _merged(linears: list[nn.Linear]) -> nn.Linear:
     merged.weight = nn.Parameter(weight, requires_grad=False)
     if linears[0].bias is not None:
         merged.bias = nn.Parameter(torch.cat([linear.bias.detach() for linear in linears]), requires_grad=False)
+    merged.stored_int4 = StoredInt4.joined([stored_int4(linear) for linear in linears])
     return merged
 
 

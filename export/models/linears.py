@@ -11,14 +11,15 @@ Letters: T tokens, N out, K in, g group size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from executorch_moe.kernels.decode.op import one_token_linear
-from executorch_moe.kernels.packing.rounding import quantize_int4
+from executorch_moe.kernels.packing.rounding import Q_MAX, Q_MIN, Int4Codes, quantize_int4
 
 
 def matvec(weight: Tensor, x: Tensor) -> Tensor:
@@ -71,20 +72,72 @@ class Int8Linear(nn.Module):
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
 
+@dataclass(frozen=True)
+class StoredInt4:
+    """Scales of the 4-bit codes that a linear layer's weight was made of: w = q * scale (+ zero), q in [-8, 7].
+
+    It is the attribute `stored_int4` of an `nn.Linear` whose weight was dequantized, so that the layer can have its
+    codes back. The weight and these scales determine them.
+
+    Attributes:
+        scale: bf16 [N, K/g].
+        zero: bf16 [N, K/g], or None.
+    """
+
+    scale: Tensor
+    zero: Tensor | None
+
+    def codes(self, weight: Tensor) -> Int4Codes:
+        """The codes of a weight [N, K] that was dequantized and rounded to bf16 or a wider type."""
+        grouped = weight.float().unflatten(-1, (self.scale.shape[-1], -1))
+        shifted = grouped if self.zero is None else grouped - self.zero.float()[..., None]
+        unit = torch.where(self.scale == 0, torch.ones_like(self.scale), self.scale).float()
+        q = (shifted / unit[..., None]).round().clamp(Q_MIN, Q_MAX).to(torch.int8)
+        return Int4Codes(q.flatten(-2), self.scale, self.zero)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> StoredInt4:
+        """Applies a function to scales and zero points."""
+        return StoredInt4(function(self.scale), None if self.zero is None else function(self.zero))
+
+    @staticmethod
+    def joined(parts: Sequence[StoredInt4 | None]) -> StoredInt4 | None:
+        """The scales of weights that are concatenated along N; None unless all have some of the same kind."""
+        there = [part for part in parts if part is not None]
+        zeros = [part.zero for part in there if part.zero is not None]
+        alike = len({part.scale.shape[1] for part in there}) == 1 and len(zeros) in (0, len(there))
+        if len(there) != len(parts) or not alike:
+            return None
+        return StoredInt4(torch.cat([part.scale for part in there]), torch.cat(zeros) if zeros else None)
+
+
+def stored_int4(linear: nn.Module) -> StoredInt4 | None:
+    """The scales of a linear layer that was stored as 4-bit codes; None for other layers."""
+    found: StoredInt4 | None = getattr(linear, "stored_int4", None)
+    return found
+
+
 class Int4Linear(nn.Module):
-    """y = x @ w.T + bias, with 4-bit codes: w = (nibble - 8) * scale.
+    """y = x @ w.T + bias, with 4-bit codes: w = (nibble - 8) * scale (+ zero).
 
     qdata: uint8 [N, K/g, g/2]. Byte j of a group holds value j in the low nibble and value j + g/2 in the high one, so
     that neighboring bytes are multiplied with neighboring activations.
-    scale: bf16 [N, K/g].
+    scale: bf16 [N, K/g]. zero: the same, or None.
     """
 
-    def __init__(self, weight: Tensor, group_size: int, bias: Tensor | None = None) -> None:
+    def __init__(
+        self, weight: Tensor, group_size: int, bias: Tensor | None = None, stored: StoredInt4 | None = None
+    ) -> None:
+        """
+        Args:
+            weight: float [N, K]. group_size: K values that share a scale. bias: float [N] or None.
+            stored: scales of the codes that the weight has already; `group_size` is then ignored.
+        """
         super().__init__()
-        codes, scale = quantize_int4(weight, group_size)
-        halves = (codes + 8).to(torch.uint8).unflatten(-1, (-1, 2, group_size // 2))
+        codes = Int4Codes(*quantize_int4(weight, group_size)) if stored is None else stored.codes(weight)
+        halves = (codes.q + 8).to(torch.uint8).unflatten(-1, (-1, 2, codes.group_size // 2))
         self.register_buffer("qdata", halves[:, :, 0] | (halves[:, :, 1] << 4))
-        self.register_buffer("scale", scale)
+        self.register_buffer("scale", codes.scale)
+        self.register_buffer("zero", codes.zero)
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,9 +146,15 @@ class Int4Linear(nn.Module):
         scale = self.scale.to(torch.float32)[:, :, None]
         if is_one_token(x):
             groups = x.reshape(1, self.qdata.shape[1], 2, self.qdata.shape[2]).to(torch.float32)
-            y = ((low * groups[:, :, 0] + high * groups[:, :, 1]) * scale).sum((1, 2)).reshape(*x.shape[:-1], -1)
+            products = (low * groups[:, :, 0] + high * groups[:, :, 1]) * scale
+            if self.zero is not None:
+                products = products + (groups[:, :, 0] + groups[:, :, 1]) * self.zero.to(torch.float32)[:, :, None]
+            y = products.sum((1, 2)).reshape(*x.shape[:-1], -1)
         else:
-            weight = (torch.stack((low, high), 2) * scale[:, :, None]).to(x.dtype).flatten(1)
+            values = torch.stack((low, high), 2) * scale[:, :, None]
+            if self.zero is not None:
+                values = values + self.zero.to(torch.float32)[:, :, None, None]
+            weight = values.to(x.dtype).flatten(1)
             y = nn.functional.linear(x, weight)
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 

@@ -45,11 +45,11 @@ def resolve(model: str | Path) -> Path:
         # By name and not by import: export may not import examples.
         return Path(str(importlib.resources.files(f"executorch_moe.examples.{model}") / "checkpoint"))
     folder = Path(model)
-    remedy = "give a folder with config.json and *.safetensors (nothing is downloaded), or 'demo'"
+    remedy = "give a folder with config.json and *.safetensors (nothing is downloaded), a GGUF file, or 'demo'"
     if not folder.is_dir():
         raise FileNotFoundError(f"model={str(model)!r} is not a folder: {remedy}")
     for pattern in ("config.json", "*.safetensors"):
-        if not any(folder.glob(pattern)):
+        if not any(folder.glob(pattern)) and not (pattern == "*.safetensors" and any(folder.glob("*.gguf"))):
             raise FileNotFoundError(f"model={str(model)!r} has no {pattern}: {remedy}")
     return folder
 
@@ -59,12 +59,12 @@ def check_supported(folder: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: config.json is unreadable, or the model has no experts.
-        NotImplementedError: an unsupported architecture, or quantized weights other than fp8 in blocks.
+        NotImplementedError: an unsupported architecture.
     """
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = config["model_type"]
-        method = dict(config.get("quantization_config") or {}).get("quant_method")
+        dict(config.get("quantization_config") or {})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{folder / 'config.json'} is not a model configuration ({type(error).__name__}: {error}): "
@@ -80,10 +80,6 @@ def check_supported(folder: Path) -> dict[str, Any]:
             f"model_type={kind!r} in {folder / 'config.json'} is not supported yet: "
             f"use a model of type {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
-    if method and fp8_block(config) is None:
-        raise NotImplementedError(
-            f"the weights in {folder} are quantized ({method}), which is not supported yet: use the model in bf16"
-        )
     return config
 
 
@@ -94,19 +90,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}
-
-
-def fp8_block(config: dict[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns of a block that shares one scale, for weights stored in fp8; None for other models."""
-    quantization = config.get("quantization_config")
-    if not isinstance(quantization, dict):
-        return None
-    block = quantization.get("weight_block_size")
-    if quantization.get("quant_method") != "fp8" or not isinstance(block, list) or len(block) != 2:
-        return None
-    if not all(isinstance(size, int) and size > 0 for size in block):
-        return None
-    return block[0], block[1]
 
 
 def plain_outputs_(config: Any) -> None:

@@ -8,7 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from executorch_moe.export.models.linears import Int4Linear, Int8Embedding, Int8Linear, MergedLinear
+from executorch_moe.export.models.linears import (
+    Int4Linear,
+    Int8Embedding,
+    Int8Linear,
+    MergedLinear,
+    StoredInt4,
+    stored_int4,
+)
 
 KINDS = ("none", "int8", "int4")
 CPU_GROUP_SIZE = 32
@@ -37,10 +44,10 @@ def stored_formats(
     return {"linear": names[kind], "lm_head": names[lm_head or kind], "embedding": rows}
 
 
-def _quantized(weight: Tensor, bias: Tensor | None, kind: str, group_size: int) -> nn.Module:
+def _quantized(weight: Tensor, bias: Tensor | None, kind: str, group_size: int, stored: StoredInt4 | None) -> nn.Module:
     if kind == "int8":
         return Int8Linear(weight, bias)
-    return Int4Linear(weight, group_size, bias)
+    return Int4Linear(weight, group_size, bias, stored)
 
 
 def _wanted(name: str, kind: str, lm_head: str | None) -> str:
@@ -55,7 +62,7 @@ def check_widths(module: nn.Module, kind: str, group_size: int, *, lm_head: str 
         ValueError: a group size that does not divide a layer's inputs.
     """
     for name, child in module.named_modules():
-        if type(child) is not nn.Linear or _wanted(name, kind, lm_head) != "int4":
+        if type(child) is not nn.Linear or _wanted(name, kind, lm_head) != "int4" or stored_int4(child):
             continue
         if child.weight.shape[1] % group_size or group_size % 2:
             raise ValueError(
@@ -73,8 +80,9 @@ def quantize_dense_(
 ) -> nn.Module:
     """Replaces the linear layers of a model, or of a part of it, in place; leaves experts and routers alone.
 
-    It merges the query, key and value projections of a layer. Replaced layers are left alone, so that it may be called
-    for each layer as it is loaded, and for the model at the end.
+    A layer that was stored as 4-bit codes keeps them for "int4"; see `StoredInt4`. It merges the query, key and value
+    projections of a layer. Replaced layers are left alone, so that it may be called for each layer as it is loaded, and
+    for the model at the end.
 
     Args:
         module: a transformers model or decoder layer.
@@ -104,7 +112,7 @@ def quantize_dense_(
     for name, child in list(module.named_modules()):
         wanted = _wanted(name, kind, lm_head)
         if type(child) is nn.Linear and wanted != "none":
-            _replace(module, name, _quantized(child.weight, child.bias, wanted, group_size))
+            _replace(module, name, _quantized(child.weight, child.bias, wanted, group_size, stored_int4(child)))
         elif type(child) is nn.Embedding and embedding == "int8":
             _replace(module, name, Int8Embedding(child.weight))
     return module
@@ -115,7 +123,9 @@ def _merge_qkv(attention: nn.Module, kind: str, group_size: int) -> None:
     weights: list[Tensor] = [linear.weight for linear in linears]  # type: ignore[misc]
     biases = [linear.bias for linear in linears]
     bias = None if biases[0] is None else torch.cat(biases)  # type: ignore[arg-type]
-    merged = MergedLinear(_quantized(torch.cat(weights), bias, kind, group_size), [len(weight) for weight in weights])
+    stored = StoredInt4.joined([stored_int4(linear) for linear in linears])
+    whole = _quantized(torch.cat(weights), bias, kind, group_size, stored)
+    merged = MergedLinear(whole, [len(weight) for weight in weights])
     for projection, replacement in zip(QKV, (merged, *merged.followers), strict=True):
         setattr(attention, projection, replacement)
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from executorch_moe.export.models.linears import StoredInt4, stored_int4
+
 from .dense import CPU_GROUP_SIZE as DENSE_GROUP_SIZE
 from .dense import KINDS
 
@@ -21,7 +23,8 @@ def quantize_dense_(model: nn.Module, dense: str) -> nn.Module:
     Args:
         model: a model on any device, with weights of any float dtype.
         dense: "int8": torchao's `IntxUnpackedToInt8Tensor`, one code a byte (CUDA targets have another int8 format, see
-            `dense.stored_formats`). "int4": ExecuTorch's `ExportableInt4Tensor`, two codes a byte. "none": no change.
+            `dense.stored_formats`). "int4": ExecuTorch's `ExportableInt4Tensor`, two codes a byte; a layer that was
+            stored as 4-bit codes with groups of a multiple of 32 keeps them, see `StoredInt4`. "none": no change.
 
     Returns:
         The same model.
@@ -37,7 +40,8 @@ def quantize_dense_(model: nn.Module, dense: str) -> nn.Module:
     quantized: dict[Tensor, nn.Parameter] = {}
     for _, layer in _layers(model):
         if layer.weight not in quantized:
-            quantized[layer.weight] = nn.Parameter(_quantize(layer.weight.detach(), dense), requires_grad=False)
+            tensor = _quantize(layer.weight.detach(), dense, stored_int4(layer))
+            quantized[layer.weight] = nn.Parameter(tensor, requires_grad=False)
         layer.weight = quantized[layer.weight]
     return model
 
@@ -68,13 +72,16 @@ def stored_bytes(weight: Tensor) -> int:
     return sum(getattr(tensor, part).nbytes for part in parts) if parts else weight.nbytes
 
 
-def _quantize(weight: Tensor, dense: str) -> Tensor:
+def _quantize(weight: Tensor, dense: str, stored: StoredInt4 | None) -> Tensor:
     from executorch.extension.llm.export import ExportableInt4Tensor
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
     # In fp32, because torchao computes scales and codes in the dtype of its input.
     bits = {"int8": torch.int8, "int4": torch.int4}[dense]
-    tensor: Any = IntxUnpackedToInt8Tensor.from_hp(weight.float(), (1, DENSE_GROUP_SIZE), bits)
+    if dense == "int4" and stored is not None and weight.shape[1] // stored.scale.shape[1] % DENSE_GROUP_SIZE == 0:
+        tensor: Any = _with_codes(weight, stored)
+    else:
+        tensor = IntxUnpackedToInt8Tensor.from_hp(weight.float(), (1, DENSE_GROUP_SIZE), bits)
     if dense == "int4":
         tensor = ExportableInt4Tensor.from_intx_unpacked_to_int8_tensor(tensor)
     result: Any = tensor.to(dtype=weight.dtype)
@@ -82,3 +89,19 @@ def _quantize(weight: Tensor, dense: str) -> Tensor:
         # Transposed tensors of one row count as contiguous, but ExecuTorch takes their strides for another order.
         setattr(result, part, getattr(result, part).clone(memory_format=torch.contiguous_format))
     return result  # type: ignore[no-any-return]
+
+
+def _with_codes(weight: Tensor, stored: StoredInt4) -> Tensor:
+    """torchao's tensor with the codes that a weight was made of, in groups of 32."""
+    from torchao.quantization import IntxUnpackedToInt8Tensor
+
+    codes = stored.codes(weight).regrouped(DENSE_GROUP_SIZE)
+    scale = codes.scale.float()
+    # q * scale + zero = (q - zero_point) * scale. Stored zero points are integers; those of zero scales do not matter.
+    zero_point = torch.zeros_like(scale)
+    if codes.zero is not None:
+        zero_point = (-codes.zero.float() / torch.where(scale == 0, 1.0, scale)).round()
+    tensor: Any = IntxUnpackedToInt8Tensor(
+        codes.q, scale, zero_point.to(torch.int8), torch.int4, (1, DENSE_GROUP_SIZE), torch.float32, None
+    )
+    return tensor  # type: ignore[no-any-return]

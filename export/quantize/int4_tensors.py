@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from executorch_moe.backends.fusion.modules import pack_layer_codes
 from executorch_moe.backends.fusion.recognize import ExpertLayout
 from executorch_moe.kernels import Int4Codes, PackedExperts, pack_codes
 
@@ -128,22 +129,7 @@ def pack_quantized(layout: ExpertLayout, parameters: Mapping[str, Tensor], schem
         )
     codes = dict(zip(names, _alike([int4_codes(parameters[name]) for name in names]), strict=True))
     biases = {name: parameters[name] for name in (layout.gate_up_bias, layout.down_bias) if name is not None}
-
-    def rows(parts: Mapping[str, Tensor | None]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        return layout.canonical({**biases, **{name: part for name, part in parts.items() if part is not None}})
-
-    q13, q2, gate_up_bias, down_bias = rows({name: code.q for name, code in codes.items()})
-    s13, s2, *_ = rows({name: code.scale for name, code in codes.items()})
-    z13 = z2 = None
-    if codes[layout.down].zero is not None:
-        z13, z2, *_ = rows({name: code.zero for name, code in codes.items()})
-    return pack_codes(
-        Int4Codes(q13, s13, z13),
-        Int4Codes(q2, s2, z2),
-        scheme=scheme,
-        gate_up_bias=gate_up_bias,
-        down_bias=down_bias,
-    )
+    return pack_layer_codes(layout, codes, biases, scheme)
 
 
 def _check_groups(kind: str, weight: Tensor, block_size: Sequence[int], qdata: Tensor, codes_a_byte: int = 1) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from executorch_moe.export.checkpoint.gguf import find_folder, is_gguf
 from executorch_moe.export.checkpoint.work_folder import work_folder_path
 from executorch_moe.export.models.pretrained import resolve, special_tokens
 from executorch_moe.export.models.synthetic import is_synthetic
@@ -45,14 +46,19 @@ def check_report(report: Path, options: ExportOptions) -> None:
     """
     check_output("report", report)
     pte, place = options.pte, _place(report)
-    folder = None if is_synthetic(options.model) else _place(resolve(options.model) / "config.json").parent
+    if is_synthetic(options.model):
+        source = None
+    elif is_gguf(options.model):
+        source = _place(Path(options.model))
+    else:
+        source = _place(resolve(options.model) / "config.json").parent
     if place in map(_place, (pte, pte.with_suffix(".ptd"), tokenizer_path(pte), record_path(pte))):
         whose = "is a file of the artifact"
     elif place.is_relative_to(_place(work_folder_path(pte) / "any").parent):
         whose = "is in the folder of packed layers"
     elif options.target.kernel_configs is not None and place == _place(options.target.kernel_configs):
         whose = "is the file of --kernel-configs"
-    elif folder is not None and place.is_relative_to(folder) and place.exists() and not _is_report(place):
+    elif source is not None and place.is_relative_to(source) and place.exists() and not _is_report(place):
         whose = "is a file of the model"
     else:
         return
@@ -90,7 +96,7 @@ def constant_methods(options: ExportOptions, config: Any, max_context: int, toke
     Raises:
         ValueError: see `special_tokens`.
     """
-    ends, begins = special_tokens(None if is_synthetic(options.model) else resolve(options.model), config)
+    ends, begins = special_tokens(None if is_synthetic(options.model) else find_folder(options.model), config)
     constants = {
         "get_max_context_len": max_context,
         "get_max_seq_len": max_context,

@@ -67,9 +67,10 @@ class ExportSummary:
         table.add_column(overflow="fold")
         experts = self.options.experts
         scheme = experts.scheme
-        if SCHEMES[scheme].packed:
-            scheme += f", group size {experts.group_size}, {experts.algorithm}"
         layers = self.report.layers
+        if SCHEMES[scheme].packed:
+            kinds = dict.fromkeys((layer.group_size, layer.algorithm) for layer in layers)
+            scheme += "".join(f", group size {size}, {_how(algorithm)}" for size, algorithm in kinds)
         table.add_row(
             "experts", f"{len(layers)} layers fused, {layers[0].num_experts} experts each, top-{layers[0].top_k}"
         )
@@ -168,6 +169,11 @@ def model_sizes(config: Any) -> dict[str, int]:
         "head_dim": config.head_dim,
         "vocabulary": config.vocab_size,
     }
+
+
+def _how(algorithm: str) -> str:
+    """How the weights of a layer were rounded, for people."""
+    return algorithm.replace("kept", "codes of the checkpoint")
 
 
 def bytes_beside_experts(model: nn.Module, report: FusionReport) -> tuple[int, int]:

@@ -72,6 +72,11 @@ class Int4Codes:
         row_scale = None if self.row_scale is None else function(self.row_scale)
         return Int4Codes(function(self.q), function(self.scale), zero, row_scale)
 
+    def rounded(self) -> Int4Codes:
+        """The same codes with scales and zero points rounded to bf16, as the packed layout stores them."""
+        zero = None if self.zero is None else self.zero.bfloat16()
+        return Int4Codes(self.q, self.scale.bfloat16(), zero, self.row_scale)
+
     def regrouped(self, group_size: int) -> Int4Codes:
         """The same values with a smaller group size, which must divide the current one."""
         times = self.group_size // group_size

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from executorch_moe.export.check import dequantized
+from executorch_moe.export.checkpoint.formats import check_format
 from executorch_moe.export.checkpoint.shards import INDEX_FILE
 from executorch_moe.export.checkpoint.whole import load_model
-from executorch_moe.export.models.pretrained import check_supported
 from executorch_moe.kernels import pack_experts
 
 from ..families import FAMILIES, Logits, by_name, tokens
@@ -61,7 +61,7 @@ def test_streamed_equals_loaded_whole(name: str, save: Callable[..., Any], tmp_p
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
 def test_fp8_in_blocks_is_read_as_the_bf16_it_stands_for(name: str, tmp_path: Path) -> None:
     plain = save_fp8(name, tmp_path / "fp8")
-    check_supported(tmp_path / "fp8")
+    check_format(tmp_path / "fp8")
     found, expected = stream(tmp_path / "fp8"), stream(plain)
     assert found.shards.tensors.keys() == expected.shards.tensors.keys()
     for model in (found, expected):
@@ -74,7 +74,9 @@ def test_fp8_in_blocks_is_read_as_the_bf16_it_stands_for(name: str, tmp_path: Pa
 
 def test_fp8_that_is_not_whole_or_of_another_kind(tmp_path: Path) -> None:
     save_fp8("qwen3_moe", folder := tmp_path / "fp8")
-    with pytest.raises(NotImplementedError, match="are in fp8, which only --experts ours reads"):
+    with pytest.raises(
+        NotImplementedError, match=r"are quantized \(fp8, blocks of 16 x 24 .*which only --experts ours"
+    ):
         load_model(folder, torch.float32)
     config, text = folder / "config.json", (folder / "config.json").read_text()
     config.write_text(text.replace("[16, 24]", "[8, 24]"))
@@ -83,8 +85,9 @@ def test_fp8_that_is_not_whole_or_of_another_kind(tmp_path: Path) -> None:
     ):
         stream(folder)
     config.write_text(text.replace("[16, 24]", "null"))
-    with pytest.raises(NotImplementedError, match=r"are quantized \(fp8\), which is not supported yet"):
-        check_supported(folder)
+    check_format(folder)
+    with pytest.raises(ValueError, match=r"_scale_inv of .* needs one scale, or one for each of \d+ rows"):
+        stream(folder)
     config.write_text(text)
     index = json.loads((folder / INDEX_FILE).read_text())
     name, file = next(item for item in index["weight_map"].items() if item[0].endswith("_scale_inv"))

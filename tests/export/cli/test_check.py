@@ -146,7 +146,7 @@ def test_operators_and_numerics_that_fail(monkeypatch: pytest.MonkeyPatch) -> No
 def test_an_expert_of_an_early_token_counts() -> None:
     """The logits after each token are compared: one that only the first tokens choose shows in no others."""
     options = ExportOptions("tiny", target=Target("cpu"))
-    fused, reference, layers = checking.probe_models(options, resolve("tiny"))
+    fused, reference, layers, _ = checking.probe_models(options, resolve("tiny"))
     per_token: list[list[int]] = []
     experts: Any = reference.get_submodule("model.layers.0.mlp.experts")
     hook = experts.register_forward_pre_hook(lambda _, args: per_token.extend(args[1].tolist()))

@@ -32,9 +32,9 @@ def test_export_spoiled_models(model_folder: Path, tmp_path: Path) -> None:
     (model_folder / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 64}))
     assert "model_type='llama'" in (line := refused("export", model_folder, "-o", out))
     assert "is not a Mixture-of-Experts model (no experts in its configuration): use a model of type qwen3_moe" in line
-    quantized = json.loads(config) | {"quantization_config": {"quant_method": "fp8"}}
+    quantized = json.loads(config) | {"quantization_config": {"quant_method": "bitsandbytes"}}
     (model_folder / "config.json").write_text(json.dumps(quantized))
-    assert "are quantized (fp8), which is not supported yet" in refused("export", model_folder, "-o", out)
+    assert "are quantized (bitsandbytes), which is not supported yet" in refused("export", model_folder, "-o", out)
     (model_folder / "config.json").write_text(config)
     weights = model_folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100_000])

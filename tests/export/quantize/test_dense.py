@@ -176,7 +176,9 @@ def test_formats_have_names_of_their_own(
     options = ExportOptions(
         "tiny", experts=Experts(group_size=group_size), dense=Dense(**choices), target=Target(target)
     )
-    layer = SimpleNamespace(num_experts=8, top_k=2, hidden_size=128, intermediate_size=64)
+    layer = SimpleNamespace(
+        num_experts=8, top_k=2, hidden_size=128, intermediate_size=64, group_size=32, algorithm="minmax"
+    )
     report: Any = SimpleNamespace(layers=[layer], bytes_after=1000)
     summary = ExportSummary(options, report, 128, 2000)
     assert list(json.loads(summary.record())["dense_formats"].values()) == formats

@@ -1,0 +1,12 @@
+"""GGUF files (llama.cpp) as checkpoints.
+
+blocks         ggml's block types: values, and 4-bit codes of those that have them
+architectures  names of tensors and parameters of the model, as transformers has them
+files          the files: tables of tensors, reading tensors
+folder         a model folder made from the metadata of a file
+"""
+
+from .files import GgufFormat, open_gguf
+from .folder import find_folder, is_gguf, model_folder
+
+__all__ = ["GgufFormat", "find_folder", "is_gguf", "model_folder", "open_gguf"]

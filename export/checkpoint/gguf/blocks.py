@@ -1,0 +1,126 @@
+"""Block types of ggml: rows consist of blocks, whose bytes hold codes and scales.
+
+Values are computed by the package gguf. Three types have 4-bit codes with one scale for 32 weights: codes can be kept.
+A nibble of byte j in a run of bytes is value j (low) or value j + length of the run (high).
+    Q4_0  18 bytes, 32 weights: d fp16, 16 bytes of nibbles; value = (nibble - 8) * d
+    Q4_1  20 bytes, 32 weights: d fp16, m fp16, 16 bytes of nibbles; value = nibble * d + m
+    Q4_K  144 bytes, 256 weights in 8 groups: d fp16, dmin fp16, 12 bytes with 6-bit scales and minima of the groups,
+          4 runs of 32 bytes with two groups each; value = nibble * d * scale - dmin * minimum
+
+Source: ggml's `block_q4_0`, `block_q4_1`, `block_q4_K` and `get_scale_min_k4`; the package gguf, `quants.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from executorch_moe.export.checkpoint.formats.base import Encoding
+from executorch_moe.kernels import Int4Codes
+
+GROUP = 32
+CODED = ("Q4_0", "Q4_1", "Q4_K")
+"""Types whose codes can be kept."""
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TYPES = (*CODED, "Q5_0", "Q5_1", "Q8_0", "Q5_K", "Q6_K", "MXFP4", *FLOATS)
+"""Types that can be read."""
+
+
+@dataclass(frozen=True)
+class GgufEncoding(Encoding):
+    """A tensor of blocks.
+
+    Attributes:
+        kind: name of ggml's type.
+        rows: order of the rows in the model, as indices of stored rows; None if it is the same.
+    """
+
+    kind: str
+    rows: tuple[int, ...] | None = None
+
+    @property
+    def group_size(self) -> int:  # type: ignore[override]
+        """32 for types with 4-bit codes, else 0."""
+        return GROUP if self.kind in CODED else 0
+
+    @property
+    def symmetric(self) -> bool:  # type: ignore[override]
+        """True if codes have no zero points."""
+        return self.kind == "Q4_0"
+
+    def dequantize(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """fp32 [N, K], exact; floats keep their dtype."""
+        stored = parts["codes"]
+        if self.kind in FLOATS:
+            return self._ordered(stored)
+        import gguf
+
+        kind: Any = gguf.GGMLQuantizationType[self.kind]
+        return self._ordered(torch.from_numpy(gguf.quants.dequantize(stored.numpy(), kind)))
+
+    def codes(self, parts: Mapping[str, Tensor]) -> Int4Codes:
+        q, scale, zero = _UNPACK[self.kind](parts["codes"])
+        codes = Int4Codes((q.to(torch.int8) - 8).contiguous(), scale, zero)
+        return codes if self.rows is None else codes.map(self._ordered)
+
+    def _ordered(self, tensor: Tensor) -> Tensor:
+        return tensor if self.rows is None else tensor[list(self.rows)]
+
+
+@dataclass(frozen=True)
+class StackedEncoding(Encoding):
+    """Experts of GPT-OSS, from tensors [E, N, K] of blocks or floats, or from biases [E, N].
+
+    Roles: "gate" and "up", whose rows alternate in the result; or "down" alone. Weights are transposed to [E, K, N].
+
+    Attributes:
+        kinds: role -> name of ggml's type.
+    """
+
+    kinds: tuple[tuple[str, str], ...]
+
+    def dequantize(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """fp32 or the files' floats, [E, K, N], or [E, N] for biases."""
+        found = [GgufEncoding(kind).dequantize({"codes": parts[role]}) for role, kind in self.kinds]
+        rows = found[0] if len(found) == 1 else torch.stack(found, 2).flatten(1, 2)
+        return rows.transpose(1, 2).contiguous() if rows.dim() == 3 else rows
+
+
+def _halves(byte: Tensor) -> Tensor:
+    """uint8 [..., R, B] -> uint8 [..., R, 2B]: low nibbles of a run, then its high ones."""
+    return torch.cat((byte & 0xF, byte >> 4), -1)
+
+
+def _fp16(byte: Tensor) -> Tensor:
+    """uint8 [..., 2 * count] -> fp32 [..., count]."""
+    return byte.contiguous().view(torch.float16).float()
+
+
+def _q4_0(stored: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    blocks = stored.unflatten(-1, (-1, 18))
+    return _halves(blocks[..., 2:]).flatten(-2), _fp16(blocks[..., :2])[..., 0], None
+
+
+def _q4_1(stored: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    blocks = stored.unflatten(-1, (-1, 20))
+    scale, minimum = _fp16(blocks[..., :4]).unbind(-1)
+    return _halves(blocks[..., 4:]).flatten(-2), scale, minimum + 8 * scale
+
+
+def _q4_k(stored: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    blocks = stored.unflatten(-1, (-1, 144))
+    d, dmin = _fp16(blocks[..., :4]).split(1, -1)
+    # Groups 0 to 3 have 6 bits in one byte. Of groups 4 to 7, four bits are in the last bytes, two in the first ones.
+    low, minimum, both = blocks[..., 4:16].unflatten(-1, (3, 4)).unbind(-2)
+    scales = torch.cat((low & 0x3F, (both & 0xF) | ((low >> 2) & 0x30)), -1)
+    minima = torch.cat((minimum & 0x3F, (both >> 4) | ((minimum >> 2) & 0x30)), -1)
+    scale = (d * scales.float()).flatten(-2)
+    zero = 8 * scale - (dmin * minima.float()).flatten(-2)
+    return _halves(blocks[..., 16:].unflatten(-1, (4, 32))).flatten(-3), scale, zero
+
+
+_UNPACK = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q4_K": _q4_k}

@@ -1,0 +1,203 @@
+"""Weights whose 4-bit codes the checkpoint has already: which are kept, and how they are read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from executorch_moe.backends.fusion import ExpertLayout, FusionOptions
+from executorch_moe.export.models.linears import StoredInt4
+from executorch_moe.kernels import SCHEMES, Int4Codes
+from executorch_moe.kernels.packing.rounding import round_weights
+from executorch_moe.kernels.schemes import check_layer_group_size
+
+from .formats import StoredTensor, WeightFormat
+from .formats.int4 import Int4Encoding
+from .plan import CheckpointPlan, Source
+from .shards import ShardReader
+
+# Conversions of transformers that move whole rows, so that they can be applied to codes and scales alike.
+_MOVES_ROWS = ("MergeModulelist", "Concatenate")
+
+
+@dataclass(frozen=True)
+class KeptCodes:
+    """How the codes of one expert layer are packed.
+
+    Attributes:
+        group_size: weights along K that share a scale.
+        zeros: True if the weights have zero points.
+        names: of the layer's matrices whose codes are kept; others are rounded to the same group size.
+    """
+
+    group_size: int
+    zeros: bool
+    names: frozenset[str]
+
+    def empty(self, weight: Tensor) -> Int4Codes:
+        """Codes of zeros in the shape of a weight [E, N, K]."""
+        *rows, k = weight.shape
+        scale = torch.zeros(*rows, k // self.group_size)
+        return Int4Codes(
+            torch.zeros(weight.shape, dtype=torch.int8), scale, torch.zeros_like(scale) if self.zeros else None
+        )
+
+
+def kept_codes(
+    plan: CheckpointPlan, module: str, layout: ExpertLayout, fusion: FusionOptions, sizes: tuple[int, int]
+) -> KeptCodes | None:
+    """How to keep the codes of an experts module; None if its weights must be rounded.
+
+    Reads only the order of groups, if the checkpoint has one.
+
+    Args:
+        plan: of the checkpoint.
+        module: name of the experts module.
+        layout: of the module.
+        fusion: scheme of the packed weights.
+        sizes: H and I.
+
+    Raises:
+        ValueError: groups in an order that codes cannot have, or experts of which only some are quantized.
+    """
+    if plan.shards.format is None:
+        return None
+    if layout.transposed or not SCHEMES[fusion.scheme].packed:
+        return None
+    found: dict[str, list[StoredTensor]] = {}
+    for name in (*layout.gate_up, layout.down):
+        source = plan.sources[f"{module}.{name}"]
+        found[name] = [plan.shards.tensors[stored] for stored in source.all_names()]
+    if not plan.shards.format.mixed:
+        _check_alike(plan.shards.format, [stored for some in found.values() for stored in some])
+    names = frozenset(
+        name
+        for name, some in found.items()
+        if _moves_rows(plan.sources[f"{module}.{name}"]) and all(_group_size(stored) for stored in some)
+    )
+    coded = [stored for name in names for stored in found[name]]
+    if not names or (fusion.scheme == "w4a8" and not (len(names) == len(found) and _one_scale_a_row(coded))):
+        return None
+    group_size = math.gcd(*map(_group_size, coded))
+    try:
+        check_layer_group_size(group_size, *sizes)
+    except ValueError:
+        return None
+    with plan.shards.reader() as reader:
+        for name in filter(names.__contains__, found):
+            for stored in plan.sources[f"{module}.{name}"].all_names():
+                _check_order(plan, reader, stored)
+    zeros = any(stored.encoding is not None and not stored.encoding.symmetric for stored in coded)
+    # HQQ chooses zero points, so that weights that are rounded have some.
+    return KeptCodes(group_size, zeros or (len(names) < len(found) and fusion.algorithm == "hqq"), names)
+
+
+def _check_alike(declared: WeightFormat, stored: list[StoredTensor]) -> None:
+    """Checks that all matrices of a layer are stored in one format.
+
+    Raises:
+        ValueError: they are not.
+    """
+    kinds = {type(tensor.encoding): tensor for tensor in stored}
+    if len(kinds) > 1:
+        first, second = list(kinds.values())[:2]
+        raise ValueError(
+            f"{first.name} is stored as {first.dtype}, but {second.name} as {second.dtype} ({declared}): a mix of "
+            "formats in one layer is not supported; use the model in bf16"
+        )
+
+
+def _group_size(stored: StoredTensor) -> int:
+    return 0 if stored.encoding is None else stored.encoding.group_size
+
+
+def _check_order(plan: CheckpointPlan, reader: ShardReader, name: str) -> None:
+    """Checks that the codes of a stored weight can be kept; reads the order of its groups.
+
+    Raises:
+        ValueError: groups of weights that are not neighbors.
+    """
+    stored = plan.shards.tensors[name]
+    if "group_of" in stored.parts and isinstance(stored.encoding, Int4Encoding):
+        group_of = stored.encoding.order(reader.read_part(name, "group_of"), stored.shape[-1])
+        if group_of is not None:
+            stored.encoding.order_of_groups(group_of)
+
+
+def round_anew(weight: Tensor, kept: KeptCodes, fusion: FusionOptions) -> Int4Codes:
+    """Rounds a matrix [E, N, K] of a layer whose other matrices keep their codes."""
+    scheme = SCHEMES[fusion.scheme]
+    codes = round_weights(weight, kept.group_size, fusion.algorithm, kept.zeros and scheme.takes_zeros)
+    return codes if codes.zero is not None or not kept.zeros else replace(codes, zero=torch.zeros_like(codes.scale))
+
+
+def read_codes(plan: CheckpointPlan, reader: ShardReader, target: str, run: slice, group_size: int) -> Int4Codes:
+    """Reads experts `run` of a stacked weight as codes [E, N, K] with groups of `group_size`; scales are in fp32."""
+    source = plan.sources[target]
+    codes = {
+        pattern: [reader.read_codes(name).regrouped(group_size) for name in names[run]]
+        for pattern, names in source.names.items()
+    }
+
+    def made(part: str) -> Tensor | None:
+        parts: dict[str, Any] = {pattern: [getattr(code, part) for code in some] for pattern, some in codes.items()}
+        if any(tensor is None for some in parts.values() for tensor in some):
+            return None
+        return plan.convert(source, parts)[target]
+
+    q, scale = made("q"), made("scale")
+    assert q is not None and scale is not None
+    return Int4Codes(q, scale, made("zero"))
+
+
+def mark_linears(plan: CheckpointPlan, model: nn.Module, skip: tuple[str, ...] = (), *, empty: bool = False) -> None:
+    """Gives linear layers that are stored as 4-bit codes their `StoredInt4`, in place.
+
+    Args:
+        plan: of the checkpoint.
+        model: its model.
+        skip: names of modules to leave alone.
+        empty: scales without values, for a model on the meta device.
+    """
+    for target, source in plan.sources.items():
+        name = source.all_names()[0]
+        encoding = plan.shards.tensors[name].encoding
+        module = model.get_submodule(target.rpartition(".")[0])
+        if type(module) is not nn.Linear or encoding is None or not encoding.group_size or source.converter is not None:
+            continue
+        if any(target.startswith(f"{part}.") for part in skip):
+            continue
+        with plan.shards.reader() as reader:
+            try:
+                _check_order(plan, reader, name)
+            except ValueError:  # its values are right in any order
+                continue
+        if empty:
+            scale = torch.empty(module.out_features, module.in_features // encoding.group_size, dtype=torch.bfloat16)
+            scale = scale.to("meta")
+            zero = None if encoding.symmetric else scale
+        else:
+            with plan.shards.reader() as reader:
+                codes = reader.read_codes(name).rounded()
+            scale, zero = codes.scale, codes.zero
+        module.stored_int4 = StoredInt4(scale, zero)  # type: ignore[assignment]
+
+
+def _one_scale_a_row(stored: list[StoredTensor]) -> bool:
+    """True if each row of each weight is one group without zero points: int8 products take any scale of a row."""
+    return all(
+        tensor.encoding is not None and tensor.encoding.symmetric and _group_size(tensor) == tensor.shape[-1]
+        for tensor in stored
+    )
+
+
+def _moves_rows(source: Source) -> bool:
+    return (
+        source.stacks_experts()
+        and all(type(operation).__name__ in _MOVES_ROWS for operation in source.converter.operations)
+        and all(getattr(operation, "dim", 0) in (0, 1) for operation in source.converter.operations)
+    )

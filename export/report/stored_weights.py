@@ -1,0 +1,69 @@
+"""Lines that say what becomes of the weights of a quantized checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from executorch_moe.backends.fusion import FusedLayer
+from executorch_moe.export.checkpoint.plan import below
+from executorch_moe.export.checkpoint.streaming import StreamedModel
+from executorch_moe.export.models.linears import stored_int4
+from executorch_moe.export.options import ExportOptions
+
+
+def stored_weights(streamed: StreamedModel, records: Sequence[FusedLayer], options: ExportOptions) -> list[str]:
+    """What an export does with the weights of a quantized checkpoint; nothing for weights that are stored as floats.
+
+    Args:
+        streamed: the model; not yet changed by `build.prepare_`.
+        records: of its packed layers.
+        options: of the export.
+    """
+    if streamed.shards.format is None:
+        return []
+    return [f"stored as {streamed.shards.format}: {'; '.join([*_experts(records), *_linears(streamed, options)])}"]
+
+
+def _experts(records: Sequence[FusedLayer]) -> list[str]:
+    found = []
+    for kind in dict.fromkeys((layer.algorithm, layer.scheme, layer.group_size) for layer in records):
+        layers = [layer for layer in records if (layer.algorithm, layer.scheme, layer.group_size) == kind]
+        algorithm, scheme, group_size = kind
+        kept, _, rest = algorithm.partition(", ")
+        if kept == "kept":
+            how = f"codes kept as {scheme}, groups of {group_size}, scales rounded to bf16"
+            how = f"{how}, matrices of other types rounded again with {rest}" if rest else how
+        elif algorithm:
+            how = f"rounded again to {scheme}, groups of {group_size}, {algorithm}"
+        else:
+            how = f"converted to {scheme}"
+        error = max(layer.error or 0.0 for layer in layers)
+        found.append(f"{_counted(len(layers), 'expert layer')} {how}, relative error {error:.1e}")
+    return found
+
+
+def _linears(streamed: StreamedModel, options: ExportOptions) -> list[str]:
+    kept = again = 0
+    for target, source in streamed.plan.sources.items():
+        if any(below(target, layer.name) for layer in streamed.layers):
+            continue
+        if streamed.shards.tensors[source.all_names()[0]].encoding is None:
+            continue
+        name = target.rpartition(".")[0]
+        module: nn.Module = streamed.model.get_submodule(name)
+        if stored_int4(module) and options.dense.kind_of(name) == "int4":
+            kept += 1
+        else:
+            again += 1
+    found = [f"{_counted(kept, 'linear layer')} with codes kept as int4"] if kept else []
+    if again:
+        kind = options.dense.linears
+        then = "" if kind == "none" else f", then quantized to {kind}"
+        found.append(f"{_counted(again, 'linear layer')} dequantized to {options.target.dtype}{then}")
+    return found
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
