@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,13 @@ from .pages import ROOT, Block, all_blocks
 BLOCKS = all_blocks("python")
 
 
-@pytest.mark.parametrize("block", [block for block in BLOCKS if not block.reason], ids=str)
+def runs(block: Block) -> Any:
+    """Exports of the demo model take a minute of one core, as `make demo` does."""
+    exports = "export_model(" in block.text
+    return pytest.param(block, id=str(block), marks=pytest.mark.exhaustive if exports else ())
+
+
+@pytest.mark.parametrize("block", [runs(block) for block in BLOCKS if not block.reason])
 @pytest.mark.slow
 @pytest.mark.xdist_group("docs")
 def test_python_runs(block: Block, workspace: Workspace) -> None:

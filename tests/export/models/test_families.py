@@ -72,8 +72,8 @@ def test_every_mode_is_fused_and_keeps_its_values(family: Family, experts: str, 
             assert relative_error(fused.module()(ids), Logits(model)(ids)) < BOUND
 
 
-# The experts' weights are exact in 4 bits, so that w4a16 must be as close as bf16. test_export_families.py runs all
-# families in ExecuTorch, with caches.
+# The experts' weights are exact in 4 bits, so that w4a16 must be as close as bf16. test_export_families.py runs the
+# families in ExecuTorch with caches.
 @pytest.mark.parametrize(
     ("family", "scheme"),
     [
