@@ -10,7 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from executorch_moe.backends.artifact.files import save
+from executorch_moe.backends.lower import lower
 from executorch_moe.export.cli.app import app
 from executorch_moe.export.generate.generator import Generation
 from executorch_moe.export.models.pretrained import resolve
@@ -98,10 +101,16 @@ def test_generate_refuses_what_does_not_fit(exported: Callable[[str, str], Path]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("other", ["model", pytest.param("scheme", marks=pytest.mark.exhaustive)])
 def test_generate_refuses_files_that_do_not_belong_together(
-    exported: Callable[[str, str], Path], tmp_path: Path
+    other: str, exported: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
     pte = exported("w4a16", "cpu")
+    if other == "scheme":
+        another = exported("w4a8", "cpu")
+    else:
+        program = torch.export.export(torch.nn.Linear(4, 3), (torch.randn(2, 4),))
+        another = save(lower({"forward": program}, "cpu"), tmp_path / "another").pte
     for suffix in (".pte", ".tokenizer.json"):
         shutil.copy(pte.with_suffix(suffix), tmp_path / f"x{suffix}")
     assert "x.ptd" in refused("generate", tmp_path / "x.pte", "-p", "a")
@@ -113,7 +122,7 @@ def test_generate_refuses_files_that_do_not_belong_together(
         "generate", tmp_path / "x.pte", "-p", "a"
     )
     tokenizer.write_text(text)
-    shutil.copy(exported("w4a8", "cpu").with_suffix(".ptd"), tmp_path / "x.ptd")
+    shutil.copy(another.with_suffix(".ptd"), tmp_path / "x.ptd")
     assert "does not belong to" in refused("generate", tmp_path / "x.pte", "-p", "a")
     data = pte.with_suffix(".ptd").read_bytes()
     (tmp_path / "x.ptd").write_bytes(data[: len(data) // 2])
