@@ -47,7 +47,7 @@ def tune_layer(shape_text: str, scheme: str, out: Path | None, layers: int, cons
         **versions(("torch", "triton")),
     }
     # Refuses a damaged file before the tuning.
-    with_entry(before, made_by, entry(tuner.layer, tuner.scheme, TunedLayer((), ())))
+    with_entry(before, made_by, entry(tuner.layer, tuner.scheme, TunedLayer((), (), ())))
     trials = tuner.trials()
     with Progress(console=console, transient=True) as progress:
         jobs = tuner.jobs(trials)

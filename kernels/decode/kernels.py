@@ -1,6 +1,6 @@
 """Kernels for decoding one token: everything in a decoder layer except the experts.
 
-A decode step at batch 1 is a chain of short kernels, and each launch costs time. So each operator fuses several steps:
+A decode step at batch 1 is a chain of short kernels, each of which costs time. So each operator fuses several steps:
     one_token_attention  norm; projection of query, key and value; their norm and rotation; attention over the cache
     one_token_router     output projection plus residual; norm; router; top-k; softmax
     one_token_linear     a matrix-vector product
@@ -229,18 +229,16 @@ def moe_one_token_attention(
 ):  # fmt: skip
     """Attention of one token: program (key/value head, part) does every SPLITS-th block of the positions.
 
-    The last part is the token itself, whose key and value are not in the cache yet.
-
-    `position`, keys and values are read before the wait. That is safe because they are complete before this kernel can
-    start, whatever wrote them (the cache update of an earlier step or of prefill, a kernel that computes the position):
+    The last part is the token itself, whose key and value are not in the cache yet. `position`, keys and values are
+    read before the wait. They are complete before this kernel can start, whatever wrote them (the cache update of an
+    earlier step or of prefill, a kernel that computes the position):
     1. The operator's first launch, `moe_one_token_matvec`, also takes the three tensors and reads them after its wait
        (HAS_AHEAD). Inductor orders launches by their arguments, so each write to them comes before that launch, or, if
        it belongs to this token, after this kernel, which reads them too.
     2. So launches that Inductor may put between `moe_one_token_matvec` and this kernel write none of them.
-    3. This kernel starts when all programs of the previous launch have ended or have called `launch_dependents`. Our
-       kernels call it after their own wait; others never call it. So by then all launches before the previous one have
-       ended, and their writes are visible. `moe_one_token_matvec` is the previous launch or has ended; in both cases
-       all launches before it have ended.
+    3. This kernel starts when all programs of the previous launch have ended or called `launch_dependents`, which our
+       kernels do after their own wait, and others never. By then all launches before the previous one have ended, and
+       their writes are visible. `moe_one_token_matvec` is the previous launch or has ended: all before it has ended.
     """
     head, part = tl.program_id(0), tl.program_id(1)
     D: tl.constexpr = 2 * HALF
@@ -316,9 +314,8 @@ def moe_one_token_attention(
     tl.debug_barrier()  # the stores of all threads must precede the release by one thread
     arrived = tl.atomic_add(arrivals_ptr + head, 1, sem="acq_rel", scope="gpu")
     if arrived == SPLITS:
-        # Parts behind the last position wrote nothing. A thread has the same elements of every part, so nothing is
-        # summed across threads, and all loads can be in flight at once. .cg: other multiprocessors wrote this; L1 may
-        # be stale, L2 is not.
+        # A thread has the same elements of every part, so nothing is summed across threads, and all loads can be in
+        # flight at once. Parts without positions wrote nothing. .cg: others wrote this; L1 may be stale, L2 is not.
         query = head * GROUPS + tl.arange(0, G_POW2)
         real_query = tl.arange(0, G_POW2) < GROUPS
         highest = tl.full((G_POW2,), -float("inf"), dtype=tl.float32)
@@ -337,11 +334,8 @@ def moe_one_token_attention(
             factor = tl.exp(maxima - tl.where(real_query, highest, 0.0))
             sums_of_all += sums * factor
             result += values * factor[:, None]
-        tl.store(
-            out_ptr + cells,
-            to_bf16(result / tl.where(real_query, sums_of_all, 1.0)[:, None], PTX),
-            mask=real_query[:, None],
-        )
+        result /= tl.where(real_query, sums_of_all, 1.0)[:, None]
+        tl.store(out_ptr + cells, to_bf16(result, PTX), mask=real_query[:, None])
 
 
 @triton.jit

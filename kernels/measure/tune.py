@@ -225,7 +225,7 @@ class Tuner:
         kept: list[MatvecRow] = []
         if not self.scheme.packed or self.scheme.act_group(2):
             return kept
-        pairs = list(itertools.product(*(matvec_candidates(self.layer, gemm) for gemm in (1, 2))))
+        pairs = list(itertools.product(matvec_candidates(self.layer, 1), matvec_candidates(self.layer, 2)))
         for tokens in FEW_TOKENS:
             inputs = self._inputs(tokens)
             times = {}
