@@ -93,7 +93,8 @@ class KernelBenchmark:
         shape: a preset's name, or numbers: ExTOP_KxHxI or ExTOP_KxHxIxGROUP_SIZE, as 128x8x2048x768x128.
         tokens, implementations, schemes: each combination that exists is measured.
         routing: "uniform", "zipf" (1.2) or "hot" (all tokens to the same top_k experts).
-        layers: with different weights and routing in one CUDA graph. replays: the median is over these.
+        layers: with different weights and routing in one CUDA graph. None: `layers_beyond_l2`.
+        replays: the median is over these.
     """
 
     shape: str = "qwen35"
@@ -101,7 +102,7 @@ class KernelBenchmark:
     implementations: tuple[str, ...] = ("ours", "ours-tile")
     schemes: tuple[str, ...] = ("w4a16",)
     routing: str = "uniform"
-    layers: int = 3
+    layers: int | None = None
     replays: int = 25
 
     def __post_init__(self) -> None:
@@ -117,7 +118,7 @@ class KernelBenchmark:
             get_scheme(scheme)
         if not self.tokens or min(self.tokens) < 1:
             raise ValueError(f"tokens={list(self.tokens)} must be one or more positive numbers, as 1,64,512")
-        if min(self.layers, self.replays) < 1:
+        if min(self.layers or 1, self.replays) < 1 or self.layers == 0:
             raise ValueError(f"layers={self.layers} and replays={self.replays} must be at least 1")
         if not self.pairs():
             raise ValueError(
@@ -128,6 +129,15 @@ class KernelBenchmark:
     def pairs(self) -> list[tuple[str, str]]:
         """Implementation and scheme of each series to measure."""
         return [(i, s) for i in self.implementations for s in self.schemes if s in IMPLEMENTATIONS[i]]
+
+    def layer_count(self) -> int:
+        """`layers`, or what it stands for on the GPU of this machine."""
+        if self.layers is not None:
+            return self.layers
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return layers_beyond_l2(
+            parse_shape(self.shape), self.schemes, properties.L2_cache_size, properties.total_memory
+        )
 
     def run(self) -> Iterator[Row]:
         """Measures; yields each row as soon as it is known. The GPU holds the weights of one implementation at a time.
@@ -149,7 +159,7 @@ class KernelBenchmark:
         for implementation, scheme in self.pairs():
             generator = torch.Generator("cuda").manual_seed(0)
             steps, packed = [], []
-            for _ in range(self.layers):
+            for _ in range(self.layer_count()):
                 own = implementation not in WITH_OUR_WEIGHTS
                 packed.append(None if own else random_packed(shape, scheme, "cuda", generator))
                 steps.append(step_of(implementation, shape, generator, packed[-1], self.tokens))
@@ -171,6 +181,21 @@ class KernelBenchmark:
                 )  # fmt: skip
             del steps, packed
             torch.cuda.empty_cache()
+
+
+def layers_beyond_l2(shape: LayerShape, schemes: Sequence[str], l2: int, memory: int) -> int:
+    """Number of layers whose weights leave L2 before they are read again: at least 3.
+
+    The weights of top_k experts, which one token reads, are twice the L2 cache in sum, as far as all layers fit into
+    0.4 of the memory.
+
+    Args:
+        l2, memory: bytes of the GPU.
+    """
+    bits = [get_scheme(scheme).weight_bits for scheme in schemes]
+    expert = 3 * shape.hidden * shape.intermediate / 8  # bytes, for one bit a weight
+    wanted = -(-2 * l2 // int(min(bits) * expert * shape.top_k))
+    return max(3, min(wanted, int(0.4 * memory / (max(bits) * expert * shape.experts))))
 
 
 def step_of(
@@ -240,10 +265,11 @@ def header(benchmark: KernelBenchmark) -> str:
     """GPU, versions and method, as one paragraph."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "triton"))
+    layers = benchmark.layer_count() if torch.cuda.is_available() else benchmark.layers
     return (
         f"{device}, {versions}. One expert layer, shape {benchmark.shape}, {benchmark.routing} routing: routing, "
         f"GEMMs, activation and sum over top_k. Median of {benchmark.replays} replays of a CUDA graph of "
-        f"{benchmark.layers} layers with different weights and routing. Floor: {H200_FLOPS / 1e12:.0f} TFLOP/s, "
+        f"{layers} layers with different weights and routing. Floor: {H200_FLOPS / 1e12:.0f} TFLOP/s, "
         f"{H200_BYTES / 1e12:.1f} TB/s of touched weights (measured on an H200)."
     )
 

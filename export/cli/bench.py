@@ -150,8 +150,12 @@ def bench_kernel(
         ),
     ] = "uniform",
     layers: Annotated[
-        int, typer.Option(help="Layers with different weights in one CUDA graph.", rich_help_panel=WHAT)
-    ] = 3,
+        int | None,
+        typer.Option(
+            help="Layers with different weights in one CUDA graph; by default enough that they do not stay in L2.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
     replays: Annotated[int, typer.Option(help="Replays; the median is shown.", rich_help_panel=WHAT)] = 25,
     output_format: FormatOption = "md",
     out: ResultOption = None,

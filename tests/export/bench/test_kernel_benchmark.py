@@ -245,3 +245,19 @@ def test_every_implementation_runs() -> None:
     rows = kb.with_ratios(benchmark.run())
     assert len(rows) == 2 * len(benchmark.pairs())
     assert all(row.microseconds > 0 and row.vs_upstream for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("shape", "schemes", "memory", "expected"),
+    [
+        ("qwen35", ["w4a16"], 150e9, 10),  # 12.6 MB of eight experts in a layer; 120 MB wanted
+        ("qwen35", ["w4a16", "bf16"], 150e9, 10),
+        ("mixtral", ["w4a16"], 150e9, 3),
+        ("qwen35", ["bf16"], 16e9, 3),
+        ("qwen35", ["w4a16"], 6e9, 5),  # 0.4 GB a layer
+    ],
+)
+def test_weights_of_the_default_number_of_layers_do_not_stay_in_l2(
+    shape: str, schemes: list[str], memory: float, expected: int
+) -> None:
+    assert kb.layers_beyond_l2(SHAPES[shape], schemes, 60_000_000, int(memory)) == expected
