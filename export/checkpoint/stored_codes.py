@@ -1,4 +1,4 @@
-"""Weights whose 4-bit codes the checkpoint has already: which are kept, and how they are read."""
+"""4-bit codes of quantized checkpoints: which weights keep them, and how they are read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .formats.int4 import Int4Encoding
 from .plan import CheckpointPlan, Source
 from .shards import ShardReader
 
-# Conversions of transformers that move whole rows, so that they can be applied to codes and scales alike.
+# Conversions of transformers that move whole rows: they can be applied to codes and to scales.
 _MOVES_ROWS = ("MergeModulelist", "Concatenate")
 
 
@@ -52,7 +52,7 @@ def kept_codes(
 ) -> KeptCodes | None:
     """How to keep the codes of an experts module; None if its weights must be rounded.
 
-    Reads only the order of groups, if the checkpoint has one.
+    Reads no weights, only `g_idx` if the checkpoint has it.
 
     Args:
         plan: of the checkpoint.
@@ -62,7 +62,7 @@ def kept_codes(
         sizes: H and I.
 
     Raises:
-        ValueError: groups in an order that codes cannot have, or experts of which only some are quantized.
+        ValueError: groups of weights that are not consecutive, or a layer in several formats.
     """
     if plan.shards.format is None:
         return None
@@ -92,7 +92,7 @@ def kept_codes(
             for stored in plan.sources[f"{module}.{name}"].all_names():
                 _check_order(plan, reader, stored)
     zeros = any(stored.encoding is not None and not stored.encoding.symmetric for stored in coded)
-    # HQQ chooses zero points, so that weights that are rounded have some.
+    # HQQ fits zero points, so matrices that are rounded with it have them.
     return KeptCodes(group_size, zeros or (len(names) < len(found) and fusion.algorithm == "hqq"), names)
 
 
@@ -119,7 +119,7 @@ def _check_order(plan: CheckpointPlan, reader: ShardReader, name: str) -> None:
     """Checks that the codes of a stored weight can be kept; reads the order of its groups.
 
     Raises:
-        ValueError: groups of weights that are not neighbors.
+        ValueError: groups of weights that are not consecutive.
     """
     stored = plan.shards.tensors[name]
     if "group_of" in stored.parts and isinstance(stored.encoding, Int4Encoding):
@@ -174,7 +174,7 @@ def mark_linears(plan: CheckpointPlan, model: nn.Module, skip: tuple[str, ...] =
         with plan.shards.reader() as reader:
             try:
                 _check_order(plan, reader, name)
-            except ValueError:  # its values are right in any order
+            except ValueError:  # dequantizing needs no order of groups
                 continue
         if empty:
             scale = torch.empty(module.out_features, module.in_features // encoding.group_size, dtype=torch.bfloat16)
@@ -188,7 +188,7 @@ def mark_linears(plan: CheckpointPlan, model: nn.Module, skip: tuple[str, ...] =
 
 
 def _one_scale_a_row(stored: list[StoredTensor]) -> bool:
-    """True if each row of each weight is one group without zero points: int8 products take any scale of a row."""
+    """True if each row of each weight is one group without zero points: `w4a8` takes any such scale."""
     return all(
         tensor.encoding is not None and tensor.encoding.symmetric and _group_size(tensor) == tensor.shape[-1]
         for tensor in stored

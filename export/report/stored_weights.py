@@ -1,4 +1,4 @@
-"""Lines that say what becomes of the weights of a quantized checkpoint."""
+"""The lines of an export that say which weights of a quantized checkpoint keep their codes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from executorch_moe.export.options import ExportOptions
 
 
 def stored_weights(streamed: StreamedModel, records: Sequence[FusedLayer], options: ExportOptions) -> list[str]:
-    """What an export does with the weights of a quantized checkpoint; nothing for weights that are stored as floats.
+    """What an export does with the weights of a quantized checkpoint; no line if all are stored as floats.
 
     Args:
         streamed: the model; not yet changed by `build.prepare_`.
@@ -33,7 +33,7 @@ def _experts(records: Sequence[FusedLayer]) -> list[str]:
         algorithm, scheme, group_size = kind
         kept, _, rest = algorithm.partition(", ")
         if kept == "kept":
-            how = f"codes kept as {scheme}, groups of {group_size}, scales rounded to bf16"
+            how = f"with codes kept as {scheme}, groups of {group_size}, scales rounded to bf16"
             how = f"{how}, matrices of other types rounded again with {rest}" if rest else how
         elif algorithm:
             how = f"rounded again to {scheme}, groups of {group_size}, {algorithm}"

@@ -34,8 +34,8 @@ class Awq(WeightFormat):
     """The format of a checkpoint; see the module.
 
     Raises:
-        NotImplementedError: other than 4 bits, or another layout.
-        ValueError: parameters that are none.
+        NotImplementedError: another number of bits, or another layout.
+        ValueError: invalid parameters.
     """
 
     def __init__(self, declared: Declared) -> None:
@@ -46,7 +46,7 @@ class Awq(WeightFormat):
         self.group_size = group_size_of(declared.within({"group_size": declared.get("q_group_size"), **declared}))
         self.symmetric = not flag(declared, "zero_point", default=True)
         self.file = declared.file
-        group = f"groups of {self.group_size}" if self.group_size else "one group a row"
+        group = f"groups of {self.group_size}" if self.group_size else "one group per row"
         self.title = f"AWQ, 4 bits, {group}, {'symmetric' if self.symmetric else 'with zero points'}"
 
     def join(self, tensors: Mapping[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:

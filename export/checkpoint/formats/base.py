@@ -1,8 +1,8 @@
 """What formats of quantized weights have in common.
 
 A format joins the stored tensors of a weight (codes, scales, zero points) to one `StoredTensor` with the name and the
-shape that the weight has in the model. Its `Encoding` computes values, or 4-bit codes, from them. So the plan of a
-checkpoint maps weights to the model in the same way for every format.
+shape that the weight has in the model. Its `Encoding` computes values, or 4-bit codes, from them. The plan of a
+checkpoint therefore maps weights to the model in the same way for every format.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class StoredTensor:
     Attributes:
         file: name of the file; of a quantized weight, that of its codes.
         shape: shape of the tensor, or of the weight.
-        dtype: safetensors' name, such as "BF16", or the name of a format.
+        dtype: name of the dtype in safetensors, such as "BF16", or name of the format.
         name: name in the file; of a quantized weight, that of its codes.
-        encoding: how `parts` make the values of a quantized weight; None for other tensors.
+        encoding: computes the values of a quantized weight from `parts`; None for other tensors.
         parts: role in the encoding ("codes", "scale") -> tensor.
     """
 
@@ -41,7 +41,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its values. The first number in a dtype's name is its bits, as in "BF16" and "F8_E4M3"."""
+        """Bytes in the file. The first number in a dtype's name is its bits, as in "BF16" and "F8_E4M3"."""
         if self.parts:
             return sum(part.nbytes for part in self.parts.values())
         bits = re.search(r"\d+", self.dtype)
@@ -49,7 +49,7 @@ class StoredTensor:
 
 
 class Encoding(ABC):
-    """How the parts of a quantized weight make its values."""
+    """Computes the values of a quantized weight from its parts."""
 
     group_size = 0
     """Weights along K that share a scale, if the weight is 4-bit codes that `codes` returns; else 0."""
@@ -68,7 +68,7 @@ class Encoding(ABC):
         """The weight's codes, with scales and zero points in fp32, exact.
 
         Raises:
-            ValueError: values that contradict the format, or an order of groups that codes cannot have.
+            ValueError: values that contradict the format, or groups of weights that are not consecutive.
         """
         raise NotImplementedError(f"{type(self).__name__} has no 4-bit codes")
 
@@ -77,9 +77,9 @@ class WeightFormat(ABC):
     """A format that a checkpoint declares, with its parameters.
 
     Attributes:
-        title: the format and its parameters, for people, such as "GPTQ, 4 bits, groups of 128".
+        title: the format and its parameters as messages show them, such as "GPTQ, 4 bits, groups of 128".
         file: name of the file that declares it.
-        mixed: True if tensors of several types are usual, also in one layer.
+        mixed: True if tensors of several types may be mixed, even in one layer.
     """
 
     title = ""
@@ -115,7 +115,7 @@ PARTS = re.compile(
 
 
 def weights_of(tensors: Mapping[str, StoredTensor], codes: str) -> Iterator[tuple[str, StoredTensor]]:
-    """Prefix ("model.layers.0.q_proj.") and codes of each weight whose codes have the name PREFIX + `codes`."""
+    """Prefix ("model.layers.0.q_proj.") and codes of each weight; the codes have the name PREFIX + `codes`."""
     for name, stored in tensors.items():
         if name.endswith(f".{codes}"):
             yield name.removesuffix(codes), stored
@@ -153,7 +153,7 @@ def check_part(part: StoredTensor, shape: tuple[int, ...], dtypes: tuple[str, ..
     """Checks shape and dtype of a part.
 
     Raises:
-        ValueError: another shape or dtype than the format asks for.
+        ValueError: a shape or dtype that the format does not have.
     """
     if part.shape != shape or part.dtype not in dtypes:
         raise ValueError(

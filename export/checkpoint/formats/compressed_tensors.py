@@ -1,10 +1,10 @@
-"""Checkpoints of compressed-tensors (llm-compressor), which declares one of several formats for its weights.
+"""Checkpoints of compressed-tensors (llm-compressor), which has several formats for weights.
 
 pack-quantized, 4-bit integers:
 PREFIX.weight_packed int32 [N, K/8]: nibble i of word [n, c] is the code of k = 8c + i.
 PREFIX.weight_scale float [N, K/group_size].
 PREFIX.weight_zero_point, if not symmetric: int32 [N/8, K/group_size]: nibble i of word [r, g] is the zero point of
-n = 8r + i; or int8 [N, K/group_size] less 8, as older versions wrote it.
+n = 8r + i; or int8 [N, K/group_size] minus 8, as older versions wrote it.
 PREFIX.weight_shape int64 [2]: N and K.
 PREFIX.weight_g_idx int32 [K], optional: the group of each k; -1 means that groups are in order.
 
@@ -49,8 +49,8 @@ class PackQuantized(WeightFormat):
     """4-bit integers; see the module.
 
     Raises:
-        NotImplementedError: other bits or another kind of groups.
-        ValueError: parameters that are none.
+        NotImplementedError: another number of bits, or another kind of groups.
+        ValueError: invalid parameters.
     """
 
     def __init__(self, weights: Declared) -> None:
@@ -60,7 +60,7 @@ class PackQuantized(WeightFormat):
         self.group_size = group_size_of(weights) if strategy == "group" else 0
         self.symmetric = flag(weights, "symmetric", default=True)
         self.file = weights.file
-        group = f"groups of {self.group_size}" if self.group_size else "one group a row"
+        group = f"groups of {self.group_size}" if self.group_size else "one group per row"
         zeros = "symmetric" if self.symmetric else "with zero points"
         self.title = f"{METHOD} pack-quantized, 4 bits, {group}, {zeros}"
 
@@ -125,7 +125,7 @@ FORMATS: dict[str, Callable[[Declared], WeightFormat]] = {
     "nvfp4-pack-quantized": _nvfp4,
     "mxfp4-pack-quantized": _mxfp4,
 }
-"""`format` -> how its weights are read, from the declaration of weights."""
+"""`format` -> function that makes the `WeightFormat` from the declaration of the weights."""
 
 
 def compressed_tensors(declared: Declared) -> WeightFormat:

@@ -1,4 +1,4 @@
-"""Which format a checkpoint declares: `quantization_config` in config.json, or a file of its own."""
+"""Which format a checkpoint declares, in `quantization_config` of config.json or in a separate file."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def read_format(folder: Path) -> WeightFormat | None:
 
     Raises:
         NotImplementedError: an unsupported format, or unsupported parameters of it.
-        ValueError: parameters that are none, or a file that is not readable.
+        ValueError: invalid parameters, or a file that is not readable.
     """
     for declared, method in _declarations(folder):
         make = METHODS.get(method)
@@ -69,7 +69,7 @@ def check_format(folder: Path) -> None:
 
 
 def _declarations(folder: Path) -> Iterator[tuple[Declared, str]]:
-    """Declarations with the name of their method, the one that counts first."""
+    """Declarations with the name of their method, in order of precedence."""
     config = _read(folder / CONFIG, damaged_is_empty=True)
     for key in ("quantization_config", "compression_config"):
         if values := config.get(key):
@@ -88,7 +88,7 @@ def _read(path: Path, *, damaged_is_empty: bool = False) -> dict[str, Any]:
     """A JSON object; empty if there is no such file.
 
     Raises:
-        ValueError: something else in the file.
+        ValueError: the file is not readable or holds something else.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -1,13 +1,13 @@
-"""Weights in fp4 (e2m1) with one scale for each group of neighbors along K: NVFP4 and MXFP4. Two codes share a byte.
+"""Weights in fp4 (e2m1) with one scale per group of consecutive weights along K: NVFP4, MXFP4. Two codes share a byte.
 
 e2m1 has the values 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives. The low nibble of a byte has the even k.
 
-NVFP4 has groups of 16, a scale in fp8 (e4m3) for each, and one in fp32 for the tensor.
+NVFP4 has groups of 16, a scale in fp8 (e4m3) per group, and one in fp32 for the tensor.
     modelopt            PREFIX.weight uint8 [N, K/2], weight_scale fp8 [N, K/16], weight_scale_2 fp32:
                         value = e2m1 * weight_scale * weight_scale_2
     compressed-tensors  PREFIX.weight_packed, weight_scale, weight_global_scale fp32:
                         value = e2m1 * weight_scale / weight_global_scale
-MXFP4 has groups of 32, and a power of two (e8m0: the exponent plus 127) for each. All values are exact in bf16.
+MXFP4 has groups of 32, and a power of two (e8m0: the exponent plus 127) per group. All values are exact in bf16.
     GPT-OSS             X_blocks uint8 [E, N, K/32, 16], X_scales uint8 [E, N, K/32]. The model's X is [E, K, N].
     compressed-tensors  PREFIX.weight_packed uint8 [N, K/2], weight_scale uint8 [N, K/32]
 
@@ -43,7 +43,7 @@ def e2m1(packed: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Nvfp4Encoding(Encoding):
-    """One weight in NVFP4. `divides`: the tensor's scale is a divisor, as in compressed-tensors."""
+    """One weight in NVFP4. `divides`: True if the tensor's scale is a divisor, as in compressed-tensors."""
 
     divides: bool
 
@@ -60,7 +60,7 @@ class Mxfp4Encoding(Encoding):
 
     Attributes:
         name: of the codes in the file, for messages.
-        transposed: the model has it as [E, K, N], as GPT-OSS.
+        transposed: True if the model has it as [E, K, N], as GPT-OSS does.
     """
 
     name: str
@@ -84,9 +84,9 @@ class Fp4(WeightFormat):
 
     Args:
         declared: the declaration.
-        name: of the format, for people.
-        roles: role -> end of the name, of codes, scales and in NVFP4 the tensor's scale.
-        divides: the tensor's scale is a divisor.
+        name: of the format, for messages.
+        roles: role -> end of the tensor's name, for codes, scales and, in NVFP4, the scale of the tensor.
+        divides: True if the tensor's scale is a divisor.
     """
 
     def __init__(self, declared: Declared, name: str, roles: Mapping[str, str], *, divides: bool = False) -> None:
@@ -119,7 +119,7 @@ class Fp4(WeightFormat):
 
 
 class GptOssMxfp4(WeightFormat):
-    """Stacked experts in MXFP4 as GPT-OSS is published; see the module."""
+    """Stacked experts in MXFP4, as in the published GPT-OSS; see the module."""
 
     title = f"MXFP4, groups of {MX_GROUP}"
 

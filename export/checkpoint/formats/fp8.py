@@ -1,8 +1,8 @@
-"""Weights in fp8 (float8 e4m3) with one scale for each block, row or tensor. They are read as bf16.
+"""Weights in fp8 (float8 e4m3) with one scale per block, row or tensor. They are read as bf16.
 
-A weight X is stored in fp8, and X_scale or X_scale_inv holds its factors (in spite of the second name, which DeepSeek
-chose). [N, 1] or [N] is one for each row, one value is for the whole tensor, and blocks have the size that the
-configuration declares. Stacked weights [E, N, K] have the same with E in front.
+A weight X is stored in fp8. X_scale or X_scale_inv holds its scales; both are factors, although DeepSeek's name for the
+second suggests an inverse. [N, 1] or [N] is one per row, one value is for the whole tensor, and blocks have the size
+that the configuration declares. Stacked weights [E, N, K] have the same with E in front.
 
 Source: `weight_dequant` of DeepSeek-V3's inference code; transformers' fine-grained FP8 (`fp8`, with or without blocks)
 and FBGEMM (`fbgemm_fp8`, rows); `FloatQuantizationCompressor` of compressed-tensors; FP8 of NVIDIA's modelopt.
@@ -28,7 +28,7 @@ _SCALES = ("_scale_inv", "_scale")
 
 @dataclass(frozen=True)
 class BlockEncoding(Encoding):
-    """value = code * scale of its block of `rows` x `columns`; 0 stands for all."""
+    """value = code * scale of its block of `rows` x `columns`; 0 means all rows or columns."""
 
     rows: int
     columns: int
@@ -50,14 +50,14 @@ class Fp8(WeightFormat):
 
     Args:
         declared: the declaration.
-        block: rows and columns of a block; None for one scale a row or tensor.
-        name: of the format, for people.
+        block: rows and columns of a block; None for one scale per row or tensor.
+        name: of the format, for messages.
     """
 
     def __init__(self, declared: Declared, block: tuple[int, int] | None, name: str = "fp8") -> None:
         self.block = block
         self.file = declared.file
-        self.title = f"{name}, blocks of {block[0]} x {block[1]}" if block else f"{name}, one scale a row or tensor"
+        self.title = f"{name}, blocks of {block[0]} x {block[1]}" if block else f"{name}, one scale per row or tensor"
 
     def join(self, tensors: Mapping[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:
         joined = without_activations(tensors)
@@ -83,7 +83,7 @@ class Fp8(WeightFormat):
                 raise ValueError(
                     f"{scale.name} of {folder} has shape {list(scale.shape)}, but {stored.name} {list(stored.shape)} "
                     f"has {rows} x {columns} blocks of {self.block[0]} x {self.block[1]}: "
-                    f"check that the size of blocks in {self.file} belongs to these weights"
+                    f"check that the block size in {self.file} belongs to these weights"
                 )
             return BlockEncoding(*self.block)
         one = [(), (1,), (1, 1), tuple(stack), (*stack, 1), (*stack, 1, 1)]
@@ -102,7 +102,7 @@ def fp8(declared: Declared) -> WeightFormat:
 
     Raises:
         NotImplementedError: another number format than e4m3.
-        ValueError: a size of blocks that is none.
+        ValueError: an invalid block size.
     """
     choice(declared, "fmt", ("e4m3",), default="e4m3")
     return Fp8(declared, block_of(declared, "weight_block_size"))

@@ -3,8 +3,8 @@
 PREFIX.qweight int32 [K/8, N]: nibble i of word [r, n] is the code of k = 8r + i.
 PREFIX.scales fp16 [K/group_size, N].
 PREFIX.qzeros int32 [K/group_size, N/8]: nibble i of word [g, c] is the zero point of n = 8c + i. Version 1, the usual
-one, stores it less 1, modulo 16: no tool chooses a zero point of 16, so that a stored 15 means 0. Version 2
-(`checkpoint_format: gptq_v2`) stores it as it is.
+one, stores it minus 1, modulo 16. No tool chooses a zero point of 16, so a stored 15 means 0. Version 2
+(`checkpoint_format: gptq_v2`) stores it unchanged.
 PREFIX.g_idx int32 [K], optional: the group of each k, which is k // group_size unless `desc_act` is true.
 
 Source: the packing of `QuantLinear` in AutoGPTQ 0.7 and GPTQModel; `convert_gptq_v1_to_v2_format` of GPTQModel.
@@ -27,7 +27,7 @@ _VERSIONS = ("gptq", "gptq_v2")
 
 @dataclass(frozen=True)
 class GptqEncoding(Int4Encoding):
-    """One weight; see the module. `minus` is what stored zero points lack, 1 or 0."""
+    """One weight; see the module. `minus` is what the file subtracts from zero points, 1 or 0."""
 
     minus: int = 0
 
@@ -42,8 +42,8 @@ class Gptq(WeightFormat):
     """The format of a checkpoint; see the module.
 
     Raises:
-        NotImplementedError: other than 4 bits, or another layout.
-        ValueError: parameters that are none.
+        NotImplementedError: another number of bits, or another layout.
+        ValueError: invalid parameters.
     """
 
     def __init__(self, declared: Declared) -> None:
@@ -55,7 +55,7 @@ class Gptq(WeightFormat):
         self.minus = 0 if "gptq_v2" in versions else 1
         version = ", version 2" if self.minus == 0 else ""
         self.file = declared.file
-        group = f"groups of {self.group_size}" if self.group_size else "one group a row"
+        group = f"groups of {self.group_size}" if self.group_size else "one group per row"
         self.title = f"GPTQ{version}, 4 bits, {group}, {'symmetric' if self.symmetric else 'with zero points'}"
 
     def join(self, tensors: Mapping[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:

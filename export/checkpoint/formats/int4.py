@@ -1,7 +1,7 @@
-"""4-bit integers in 32-bit words, of which GPTQ, AWQ and compressed-tensors have different orders.
+"""4-bit integers packed in 32-bit words, which GPTQ, AWQ and compressed-tensors store in different orders.
 
-value = (code - zero_point) * scale, with one scale and zero point for each group of neighbors along K. Codes and zero
-points are 0 to 15 in files; here both are 8 less, so that a symmetric weight has zero points of 0.
+value = (code - zero_point) * scale, with one scale and zero point per group of consecutive weights along K. Codes and
+zero points are 0 to 15 in files. Here 8 is subtracted from both, so that a symmetric weight has zero points of 0.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PER_WORD = 8
 
 @dataclass(frozen=True)
 class Unpacked:
-    """A weight in natural order.
+    """A weight whose codes are in the order of K.
 
     Attributes:
         q: int8 [N, K] in [-8, 7].
@@ -45,7 +45,7 @@ class Int4Encoding(Encoding):
     Attributes:
         name: of the codes in the file, for messages.
         group_size: weights along K that share a scale.
-        symmetric: True if zero points are absent, or are all in the middle.
+        symmetric: True if zero points are absent, or all are 8 in the file.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Int4Encoding(Encoding):
 
     @abstractmethod
     def unpack(self, parts: Mapping[str, Tensor]) -> Unpacked:
-        """The weight in natural order."""
+        """The weight with codes in the order of K."""
 
     def _unpacked(self, parts: Mapping[str, Tensor]) -> Unpacked:
         unpacked = self.unpack(parts)
@@ -105,18 +105,18 @@ class Int4Encoding(Encoding):
         return None if torch.equal(group_of, torch.arange(k) // self.group_size) else group_of
 
     def order_of_groups(self, group_of: Tensor) -> Tensor:
-        """The group of each run of `group_size` neighbors. Groups as a whole may be in any order.
+        """The group of each run of `group_size` consecutive weights. Whole groups may be in any order.
 
         Args:
             group_of: integers [K], the group of each k.
 
         Raises:
-            ValueError: a group whose weights are not neighbors.
+            ValueError: a group whose weights are not consecutive.
         """
         runs = group_of.long().unflatten(0, (-1, self.group_size))
         if not torch.equal(runs, runs[:, :1].expand_as(runs)):
             raise ValueError(
-                f"{self.name} has groups of weights that are not neighbors (g_idx, made by desc_act=true), so that its "
+                f"{self.name} has groups of weights that are not consecutive (g_idx, from desc_act=true), so its "
                 "codes cannot be kept: use a checkpoint that was quantized with desc_act=false, or the model in bf16"
             )
         return runs[:, 0]

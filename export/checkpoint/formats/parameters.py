@@ -10,7 +10,7 @@ BITS = 4
 
 
 class Declared(Mapping[str, Any]):
-    """The declaration of a format: a JSON object, and where it is.
+    """The declaration of a format: a JSON object, and the file that has it.
 
     Attributes:
         folder: of the model.
@@ -36,7 +36,7 @@ class Declared(Mapping[str, Any]):
         return self.folder / self.file
 
     def within(self, values: object) -> Declared:
-        """An object inside of this one; an empty one if `values` is none."""
+        """An object inside this one; empty if `values` is not an object."""
         return Declared(values if isinstance(values, Mapping) else {}, self.folder, self.file)
 
 
@@ -72,10 +72,10 @@ def flag(declared: Declared, key: str, *, default: bool) -> bool:
 
 
 def group_size_of(declared: Declared) -> int:
-    """The group size; 0 for one group a row, which is declared as -1 or null.
+    """The group size; 0 for one group per row, which is declared as -1 or null.
 
     Raises:
-        ValueError: it is no whole number of at least 1.
+        ValueError: it is not a whole number of at least 1.
     """
     value = declared.get("group_size")
     if value is None or value == -1:

@@ -1,6 +1,6 @@
 """GGUF files (llama.cpp) as checkpoints.
 
-blocks         ggml's block types: values, and 4-bit codes of those that have them
+blocks         ggml's block types: values, and 4-bit codes of some types
 architectures  names of tensors and parameters of the model, as transformers has them
 files          the files: tables of tensors, reading tensors
 folder         a model folder made from the metadata of a file

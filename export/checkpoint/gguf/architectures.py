@@ -26,9 +26,10 @@ class Architecture:
         router: name of the router below a layer.
         constants: further entries of the configuration.
         shared: prefix of the shared expert below a layer; "" if there is none.
-        paired: queries and keys are stored for rotation of neighboring pairs, not of halves as in transformers.
+        paired: True if queries and keys are stored for rotation of neighboring pairs, not of halves as in transformers.
         names: names of further parts of a layer, or of parts with another name than usual.
-        stacked: transformers has the experts stacked and transposed, gate and up in alternating columns, with biases.
+        stacked: True if transformers has the experts stacked and transposed, gate and up in alternating columns, with
+            biases.
     """
 
     model_type: str
@@ -135,7 +136,7 @@ def order_of_rows(
 ) -> tuple[int, ...] | None:
     """The stored row of each row of the model's tensor; None if the order is the same.
 
-    Files whose queries and keys rotate neighboring pairs alternate the two halves of a head that transformers rotates.
+    If a file rotates neighboring pairs, the rows of a head alternate between the two halves that transformers rotates.
     """
     match = _NAME.match(name)
     if not architecture.paired or match is None or match["part"] not in ("attn_q", "attn_k"):
@@ -160,8 +161,8 @@ def configuration(metadata: Mapping[str, Any], names: set[str], vocabulary: int)
     name = metadata["general.architecture"]
     if name not in ARCHITECTURES or not any("_exps." in tensor for tensor in names):
         raise NotImplementedError(
-            f"architecture {name!r} is not supported yet, or has no experts in this file (experts are read of "
-            f"{', '.join(ARCHITECTURES)}): use the model's safetensors"
+            f"architecture {name!r} is not supported yet, or has no experts in this file (supported: "
+            f"{', '.join(ARCHITECTURES)}, with experts): use the model's safetensors"
         )
     kind = ARCHITECTURES[name]
 

@@ -1,7 +1,7 @@
 """Block types of ggml: rows consist of blocks, whose bytes hold codes and scales.
 
-Values are computed by the package gguf. Three types have 4-bit codes with one scale for 32 weights: codes can be kept.
-A nibble of byte j in a run of bytes is value j (low) or value j + length of the run (high).
+The package gguf computes the values. Three types have 4-bit codes with one scale per 32 weights: codes can be kept.
+In a run of L bytes, byte j has value j in its low nibble and value j + L in its high nibble.
     Q4_0  18 bytes, 32 weights: d fp16, 16 bytes of nibbles; value = (nibble - 8) * d
     Q4_1  20 bytes, 32 weights: d fp16, m fp16, 16 bytes of nibbles; value = nibble * d + m
     Q4_K  144 bytes, 256 weights in 8 groups: d fp16, dmin fp16, 12 bytes with 6-bit scales and minima of the groups,
@@ -91,7 +91,7 @@ class StackedEncoding(Encoding):
 
 
 def _halves(byte: Tensor) -> Tensor:
-    """uint8 [..., R, B] -> uint8 [..., R, 2B]: low nibbles of a run, then its high ones."""
+    """uint8 [..., R, L] -> uint8 [..., R, 2L]: the low nibbles of a run, then its high nibbles."""
     return torch.cat((byte & 0xF, byte >> 4), -1)
 
 
@@ -114,7 +114,7 @@ def _q4_1(stored: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
 def _q4_k(stored: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     blocks = stored.unflatten(-1, (-1, 144))
     d, dmin = _fp16(blocks[..., :4]).split(1, -1)
-    # Groups 0 to 3 have 6 bits in one byte. Of groups 4 to 7, four bits are in the last bytes, two in the first ones.
+    # Groups 0 to 3 have 6 bits in one byte. Groups 4 to 7 have four bits in the last bytes and two in the first ones.
     low, minimum, both = blocks[..., 4:16].unflatten(-1, (3, 4)).unbind(-2)
     scales = torch.cat((low & 0x3F, (both & 0xF) | ((low >> 2) & 0x30)), -1)
     minima = torch.cat((minimum & 0x3F, (both >> 4) | ((minimum >> 2) & 0x30)), -1)

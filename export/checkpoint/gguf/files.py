@@ -17,7 +17,7 @@ from executorch_moe.export.checkpoint.formats.base import StoredTensor, WeightFo
 from .architectures import ARCHITECTURES, configuration, expert_names, name_in_model, order_of_rows, stacked_name
 from .blocks import FLOATS, TYPES, GgufEncoding, StackedEncoding
 
-# Factors of frequencies that llama.cpp computes for some models; transformers computes them from the configuration.
+# RoPE frequency factors, which llama.cpp stores for some models; transformers computes them from the configuration.
 _IGNORED = ("rope_freqs.weight",)
 _EXPERT = re.compile(r"^(?P<name>.*)\[(?P<expert>\d+)\]$")
 
@@ -45,7 +45,7 @@ def read_tables(folder: Path, files: list[str]) -> tuple[dict[str, Any], dict[st
 
     Raises:
         ValueError: a file that is cut short or damaged.
-        NotImplementedError: a type of tensors that is not supported.
+        NotImplementedError: a tensor type that is not supported.
         RuntimeError: the package gguf is missing.
     """
     try:
@@ -68,7 +68,7 @@ def read_tables(folder: Path, files: list[str]) -> tuple[dict[str, Any], dict[st
         except Exception as error:  # the reader raises whatever numpy raises
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(
-                f"{folder / file} is cut short, damaged or no GGUF file ({reason}): download it again"
+                f"{folder / file} is cut short, damaged or not a GGUF file ({reason}): download it again"
             ) from None
     for name, entry in tensors.items():
         if entry.kind not in TYPES:
@@ -138,7 +138,7 @@ def read_configuration(path: Path, metadata: Mapping[str, Any], tensors: Mapping
     """The config.json of a file.
 
     Raises:
-        ValueError: metadata that are missing.
+        ValueError: missing metadata.
         NotImplementedError: see `configuration`.
     """
     try:
@@ -160,7 +160,7 @@ def _stored(name: str, entry: Entry, shape: tuple[int, ...], rows: tuple[int, ..
 
 
 def _stacked(name: str, parts: Mapping[str, StoredTensor], folder: Path) -> StoredTensor:
-    """A stacked weight or bias of several tensors, in the shape that transformers has it.
+    """A stacked weight or bias made of several tensors, in the shape that it has in transformers.
 
     Raises:
         ValueError: a missing part.
@@ -184,7 +184,7 @@ def _count(shape: tuple[int, ...]) -> int:
 
 
 class OpenGguf:
-    """A mapped file, with the methods of safetensors' `safe_open` that readers use.
+    """A mapped file, with those methods of safetensors' `safe_open` that readers use.
 
     Names are those of `StoredTensor.name`: NAME, or NAME[NUMBER] for one of stacked experts.
     """
@@ -215,7 +215,7 @@ class OpenGguf:
         return data.reshape(self._shapes[name])
 
     def get_slice(self, name: str) -> Tensor:
-        """The same; rows of it are views."""
+        """The same. Slices of it are views."""
         return self.get_tensor(name)
 
 

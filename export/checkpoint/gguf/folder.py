@@ -1,4 +1,4 @@
-"""A model folder for a GGUF file, which has configuration and tokenizer in its metadata."""
+"""Makes a model folder for a GGUF file, whose metadata has configuration and tokenizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .files import read_configuration, read_tables
 
 _SPLIT = re.compile(r"^(?P<name>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 _folders: list[tempfile.TemporaryDirectory[str]] = []
-"""Made by this process; removed when it ends."""
+"""Folders that this process made; they are removed when it ends."""
 
 
 def is_gguf(model: str | Path) -> bool:
@@ -24,10 +24,10 @@ def is_gguf(model: str | Path) -> bool:
 
 
 def find_folder(model: str) -> Path:
-    """`resolve`, and `model_folder` for GGUF files.
+    """The folder of a model: `model_folder` for GGUF files, `resolve` for all others.
 
     Raises:
-        As these two.
+        FileNotFoundError, ValueError, NotImplementedError, RuntimeError: see these two.
     """
     return model_folder(Path(model)) if is_gguf(model) else resolve(model)
 
@@ -50,7 +50,7 @@ def model_folder(path: Path) -> Path:
 @functools.cache
 def _made(path: Path, size: int, changed: int) -> Path:
     parts = _parts(path)
-    path = parts[0]  # it has the metadata
+    path = parts[0]  # the part with the metadata
     metadata, tensors = read_tables(path.parent, [part.name for part in parts])
     config = read_configuration(path, metadata, tensors)
     tokenizer = _tokenizer(path, metadata)

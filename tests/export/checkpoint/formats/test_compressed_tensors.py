@@ -125,7 +125,7 @@ def test_orders_of_groups(tmp_path: Path) -> None:
     model.load()
     assert logits_error(model.model, saved.reference) < 1e-2
     edit(tmp_path, order((torch.arange(128) % 4).to(torch.int32)))
-    with pytest.raises(ValueError, match="groups of weights that are not neighbors"):
+    with pytest.raises(ValueError, match="groups of weights that are not consecutive"):
         streamed(tmp_path)
 
 

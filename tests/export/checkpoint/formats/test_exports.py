@@ -115,7 +115,8 @@ def test_the_check_says_what_becomes_of_the_weights(tmp_path: Path) -> None:
     assert result.passed, result.findings
     (line,) = (finding.found for finding in result.findings if finding.name == "stored weights")
     start = (
-        "stored as GPTQ, 4 bits, groups of 64, symmetric (declared in config.json): 1 expert layer codes kept as w4a16"
+        "stored as GPTQ, 4 bits, groups of 64, symmetric (declared in config.json): 1 expert layer with codes kept "
+        "as w4a16"
     )
     assert line.startswith(start) and "4 linear layers dequantized to fp32" in line
 
@@ -150,7 +151,7 @@ def with_other_bits(folder: Path) -> None:
     ("damage", "message"),
     [
         (without_scales, f"has {GATE}.qweight but lacks {GATE}.scales"),
-        (with_mixed_groups, f"{GATE}.qweight has groups of weights that are not neighbors"),
+        (with_mixed_groups, f"{GATE}.qweight has groups of weights that are not consecutive"),
         (with_other_bits, "bits=8 of config.json, which is not supported yet"),
     ],
 )
@@ -247,7 +248,9 @@ def test_a_gguf_file(tmp_path: Path, executorch_runtime: None) -> None:
     result = check_export(options_for(written.path))
     assert result.passed, result.findings
     (line,) = (finding.found for finding in result.findings if finding.name == "stored weights")
-    assert line.startswith("stored as GGUF with Q4_K (model.gguf): 1 expert layer codes kept as w4a16, groups of 32")
+    assert line.startswith(
+        "stored as GGUF with Q4_K (model.gguf): 1 expert layer with codes kept as w4a16, groups of 32"
+    )
     out, lines = tmp_path / "gguf.pte", io.StringIO()
     with pytest.raises(ValueError, match=r"model.gguf' is a file of the model: choose another"):
         check_report(written.path, options_for(written.path, out))
@@ -263,7 +266,7 @@ def test_artifacts(save: Callable[[Path], Saved], tmp_path: Path, executorch_run
     saved = save(tmp_path / "model")
     out, lines = tmp_path / "kept.pte", io.StringIO()
     summary = export_model(options_for(tmp_path / "model", out), Console(file=lines, width=400))
-    assert "1 expert layer codes kept as w4a16, groups of 64" in lines.getvalue()
+    assert "1 expert layer with codes kept as w4a16, groups of 64" in lines.getvalue()
     assert "4 linear layers dequantized to fp32" in lines.getvalue()
     assert summary.report.layers[0].algorithm == "kept"
     program = load(out)

@@ -208,7 +208,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_truncated_file(length: int, file: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(file.read_bytes()[:length])
-    with pytest.raises(ValueError, match=r"cut\.gguf is cut short, damaged or no GGUF file .*download it again"):
+    with pytest.raises(ValueError, match=r"cut\.gguf is cut short, damaged or not a GGUF file .*download it again"):
         model_folder(cut)
 
 
@@ -216,7 +216,7 @@ def test_files_that_are_missing_or_none(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"model='.*none\.gguf' is not a file"):
         model_folder(tmp_path / "none.gguf")
     (tmp_path / "text.gguf").write_text("hello " * 100)
-    with pytest.raises(ValueError, match=r"text\.gguf is cut short, damaged or no GGUF file \(GGUF magic invalid\)"):
+    with pytest.raises(ValueError, match=r"text\.gguf is cut short, damaged or not a GGUF file \(GGUF magic invalid\)"):
         model_folder(tmp_path / "text.gguf")
     (tmp_path / "m-00001-of-00002.gguf").write_text("")
     with pytest.raises(FileNotFoundError, match=r"lacks m-00002-of-00002\.gguf: download all 2 parts"):

@@ -157,7 +157,7 @@ def test_groups_in_another_order_are_folded(tmp_path: Path) -> None:
 def test_groups_that_cannot_be_folded(tmp_path: Path) -> None:
     mixed = torch.arange(H) % 4
     save_ordered(tmp_path / "experts", mixed)
-    with pytest.raises(ValueError, match=r"gate_proj.qweight has groups .* not neighbors .*desc_act=false"):
+    with pytest.raises(ValueError, match=r"gate_proj.qweight has groups .* not consecutive .*desc_act=false"):
         streamed(tmp_path / "experts")
     # Linear layers are dequantized, which takes any order.
     saved = save_ordered(tmp_path / "linears", mixed, attention=True)
