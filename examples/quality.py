@@ -163,7 +163,7 @@ def main() -> None:
     console = Console()
     baseline = perplexity(Logits(load_model(resolve("tiny"), torch.bfloat16)), data)
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    title = f"perplexity a byte; {data.shape[0]} windows of {WINDOW} bytes, {versions}"
+    title = f"perplexity per byte; {data.shape[0]} windows of {WINDOW} bytes, {versions}"
     columns = ("experts", "algorithm", "group", "weights' error", "PyTorch", "ExecuTorch", "apart", "to bf16")
     table = Table(*columns, title=title)
     table.add_row("eager, all in bf16", "", "", "", f"{baseline:.4f}", "", "", "")

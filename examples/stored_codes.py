@@ -1,4 +1,4 @@
-"""Prints the perplexity of the tiny model from 4-bit checkpoints: codes kept, and rounded again.
+"""Prints the perplexity of the tiny model from 4-bit checkpoints, with codes kept and rounded again.
 
     python examples/stored_codes.py [--windows N]      (CPU, about 3 minutes)
 
@@ -31,7 +31,7 @@ AGAIN = (("minmax", 32), ("minmax", 64), ("hqq", 32), ("hqq", 64))
 
 
 def stored(weight: Tensor, group_size: int) -> Int4Codes:
-    """Codes of a checkpoint for a weight [E, N, K]; scales and zero points are exact in fp32."""
+    """Codes that a checkpoint has for a weight [E, N, K]; scales and zero points are exact in fp32."""
     grouped = weight.float().unflatten(-1, (-1, group_size))
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
     scale = ((high - low) / 15).half().float()
@@ -42,7 +42,7 @@ def stored(weight: Tensor, group_size: int) -> Int4Codes:
 
 @torch.no_grad()
 def checkpoint(group_size: int) -> tuple[nn.Module, dict[str, tuple[Int4Codes, Int4Codes]]]:
-    """The tiny model on the values of a checkpoint, and the codes of each experts module: gate and up, and down."""
+    """The tiny model with the values of a checkpoint, and the codes of each experts module: (gate and up, down)."""
     model, codes = load_model(resolve("tiny"), torch.float32), {}
     for name, experts in find_experts(model):
         codes[name] = stored(experts.gate_up_proj, group_size), stored(experts.down_proj, group_size)
@@ -78,7 +78,7 @@ def main() -> None:
     data = windows(parser.parse_args().windows)
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     columns = ("checkpoint", "experts", "error", "perplexity", "to checkpoint")
-    table = Table(*columns, title=f"perplexity a byte; {data.shape[0]} windows of {WINDOW} bytes, {versions}")
+    table = Table(*columns, title=f"perplexity per byte; {data.shape[0]} windows of {WINDOW} bytes, {versions}")
     for group_size in GROUP_SIZES:
         name = f"4 bits, groups of {group_size}"
         model, codes = checkpoint(group_size)

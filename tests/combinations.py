@@ -1,4 +1,4 @@
-"""Combinations of test parameters: some of them run in `make test`, all in `make test-full`."""
+"""Combinations of test parameters: `make test` runs some of them, `make test-full` all."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def combinations(
     """The product of `axes` for `pytest.mark.parametrize`, most of it with the marker `exhaustive`.
 
     Args:
-        axes: the values of each parameter, or name in the test's id -> value.
-        one_of: every `one_of`-th combination is not marked, in an order in which all values take turns.
-        chosen: instead of `one_of`, is called with one value of each axis: whether the combination is not marked.
+        axes: for each parameter its values, or a mapping from the name in the test's id to the value.
+        one_of: one in `one_of` combinations is not marked, chosen so that values take turns.
+        chosen: used instead of `one_of`; gets one value per axis and returns True if the combination is not marked.
 
     Raises:
         AssertionError: all combinations of a value are marked, so that `make test` would leave it out.

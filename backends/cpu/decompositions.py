@@ -19,7 +19,7 @@ from executorch_moe.kernels.arguments import ExpertArguments
 from executorch_moe.kernels.experts.aten import fused_experts_aten
 
 KEPT_WHOLE = (torch.ops.aten.linear.default,)
-"""ExecuTorch has a CPU kernel for linear layers. Decomposed, each call would transpose their weights."""
+"""Not decomposed: ExecuTorch has a CPU kernel for linear layers. Decomposed, each call would transpose the weights."""
 
 
 def _right_shift(x: Tensor, bits: int) -> Tensor:
@@ -83,7 +83,7 @@ def _dequantize_int4(
 
 
 def _dequantizers() -> dict[Any, Any]:
-    """Decompositions of the registered dequantizing operators; programs cannot contain unregistered ones."""
+    """Decompositions of the dequantizing operators that are registered; programs cannot contain others."""
     known = {"dequantize_affine": _dequantize_affine, "dequantize_int4_tensor": _dequantize_int4}
     ops = torch.ops.torchao
     return {getattr(ops, name).default: function for name, function in known.items() if hasattr(ops, name)}
@@ -102,8 +102,8 @@ def _attention(
 ) -> Tensor:
     """`scaled_dot_product_attention` without copies of keys and values.
 
-    Heads that share a key are rows of one matrix product. ExecuTorch's `permute_copy` takes about 9 ns an element, ten
-    times as long as its matrix products, so the smaller of keys and scores is transposed.
+    Heads that share a key are rows of one matrix product. ExecuTorch's `permute_copy` takes about 9 ns per
+    element, ten times as long as its matrix products, so the smaller of keys and scores is transposed.
 
     Args:
         query: [..., heads, T, D]. key, value: [..., kv_heads, C, D] and [..., kv_heads, C, Dv], where kv_heads divides
@@ -111,7 +111,7 @@ def _attention(
         attn_mask: bool or float, broadcastable to [..., heads, T, C].
 
     Returns:
-        [..., heads, T, Dv]; zeros for rows whose mask excludes every key, as torch's own.
+        [..., heads, T, Dv]; zeros for rows whose mask excludes every key, as torch's own operator.
     """
     shared = 3 if enable_gqa else 2  # the last dimensions, in which queries and keys differ
     if not query.shape[:-shared] == key.shape[:-shared] == value.shape[:-shared]:
@@ -144,7 +144,7 @@ def _attention(
 
 
 def _needed() -> dict[Any, Any]:
-    """Operators that ExecuTorch's own decompositions would not handle, or not well."""
+    """Decompositions of operators that ExecuTorch does not decompose, or decomposes into slow programs."""
     return {
         torch.ops.executorch_moe.fused_experts.default: lambda *args: fused_experts_aten(ExpertArguments(*args)),
         torch.ops.aten.scaled_dot_product_attention.default: _attention,
@@ -153,7 +153,7 @@ def _needed() -> dict[Any, Any]:
 
 
 def _table() -> dict[Any, Any]:
-    """All decompositions. With ExecuTorch's own among them, it need not trace the program once more for them."""
+    """All decompositions. They include ExecuTorch's own, so that it need not trace the program a second time."""
     table = dict(_default_decomposition_table())
     for op in KEPT_WHOLE:
         table.pop(op, None)
@@ -169,9 +169,9 @@ def _table() -> dict[Any, Any]:
 
 
 def decompose(program: ExportedProgram) -> ExportedProgram:
-    """The program in operators that ExecuTorch has CPU kernels for, equal nodes merged.
+    """The program in operators that ExecuTorch has CPU kernels for, with equal nodes merged.
 
-    A program that has neither experts nor attention nor quantized weights is returned as it is.
+    A program that has neither experts nor attention nor quantized weights is returned unchanged.
     """
     needed = _needed()
     quantized = any(is_traceable_wrapper_subclass(tensor) for tensor in program.state_dict.values())
@@ -184,7 +184,7 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
 
 
 def _merge_equal(graph: torch.fx.Graph) -> None:
-    """Replaces each node by the first one of the same operator and arguments. Layers repeat masks and layouts.
+    """Replaces each node by the first one with the same operator and arguments. Layers repeat masks and layouts.
 
     Nodes that are outputs stay, because the program's signature names them.
     """
@@ -192,7 +192,7 @@ def _merge_equal(graph: torch.fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function" or not _is_pure(node.target):
             continue
-        # With types: 1, 1.0 and True are equal, but give tensors of different dtypes.
+        # The key has types, because 1, 1.0 and True are equal but give tensors of different dtypes.
         leaves, spec = tree_flatten((node.args, node.kwargs))
         known = first.setdefault((node.target, str(spec), tuple((type(leaf), leaf) for leaf in leaves)), node)
         if known is not node:

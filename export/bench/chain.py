@@ -2,8 +2,8 @@
 
 Method: one CUDA graph holds the decode step of a few layers with different weights, so that weights are never in L2
 (`decode_chain`). The time of a layer is the difference between graphs of three passes over the layers and of one pass,
-by CUDA events: it has no part of the graph's start. The times of single launches come from a profile of replays, which
-makes everything a little slower.
+by CUDA events, which excludes the start of the graph. The times of single launches come from a profile of replays;
+profiling makes everything a little slower.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class LaunchRow:
     """One launch of the chain, or the mean of the launches at the same place of several layers.
 
     Attributes:
-        operator: as in `DecodeChain.step`. layer: index; -1 behind the layers, and None for a mean.
-        time: microseconds. nbytes: that it must read from memory; None if unknown. floor_us: their time at the measured
-            bandwidth.
+        operator: as in `DecodeChain.step`. layer: index; -1 after the last layer, and None for a mean.
+        time: microseconds. nbytes: bytes that it must read from memory; None if unknown.
+        floor_us: time of these bytes at the measured bandwidth.
     """
 
     operator: str
@@ -53,15 +53,15 @@ class ChainResult:
     """Times of a chain.
 
     Attributes:
-        settings: what was measured, by option. device, versions: where.
-        layer_us: microseconds of a layer, by events. chain_us: of one pass with the launches behind the layers.
+        settings: option -> value. device: name of the GPU. versions: package -> version.
+        layer_us: microseconds of a layer, by events. chain_us: of one pass, with the launches after the last layer.
         profiled_layer_us: of a layer within the profile.
         model_layers: of the whole model. model_us: its decode step, chain_us plus the layers that the chain lacks.
         l2_bytes: size of the GPU's L2 cache; the chain must read more, so that each layer reads from memory.
         bandwidth: measured bytes/s of a large copy. launch_us: measured microseconds of an empty kernel in a graph.
-        errors: relative L2 error of what the first layer returns, by operator and result.
-        kinds: a row for each launch of a layer, the mean over all layers but the first and the last, if there are
-            three, and rows for the launches behind the layers.
+        errors: name of a result of the first layer -> relative L2 error.
+        kinds: one row per launch of a layer, the mean over all layers but the first and the last (the last layer alone
+            if there are one or two), and the launches after the last layer.
         launches: all launches of the chain, medians over the replays.
     """
 
@@ -130,7 +130,7 @@ class ChainResult:
 
 
 def as_json(results: Sequence[ChainResult]) -> str:
-    """All fields of all results as JSON, a list."""
+    """All fields of all results, as a JSON list."""
     return json.dumps([asdict(result) for result in results], indent=2)
 
 
@@ -152,7 +152,7 @@ def chain(
         options: forced choices of the experts.
 
     Raises:
-        ValueError: no GPU, or an argument that is not possible.
+        ValueError: no GPU, or an invalid argument.
         RuntimeError: see `measure`.
     """
     check_arguments(shape, layers, dense, scheme, group_size, repeats)
@@ -161,10 +161,10 @@ def chain(
 
 
 def check_arguments(shape: str, layers: int, dense: str, scheme: str, group_size: int, repeats: int) -> None:
-    """Checks what `chain` is asked for, and then that there is a GPU.
+    """Checks the arguments of `chain`, and then that there is a GPU.
 
     Raises:
-        ValueError: something that is not possible, or no GPU.
+        ValueError: an invalid argument, or no GPU.
     """
     check_sizes(find_shape(shape), layers, dense, scheme, group_size)
     if repeats < 1:
@@ -187,7 +187,7 @@ class Timed(NamedTuple):
 
 
 def time_chain(made: DecodeChain, repeats: int = 50, options: Options = Options()) -> Timed:
-    """Times a chain by events and checks its results, without a profile: seconds, to compare many kernels.
+    """Times a chain by events and checks its results, without a profile. Takes seconds, to compare many kernels.
 
     Args:
         made, repeats, options: as for `measure`.
@@ -315,9 +315,9 @@ def launch_rows(
 
 
 def bytes_of_launch(sizes: Sequence[int], index: int, launches: int) -> int | None:
-    """Bytes of launch `index` of an operator with `launches` launches, whose bytes are known for `len(sizes)`.
+    """Bytes of launch `index` of an operator with `launches` launches; `sizes` has the bytes of each expected launch.
 
-    One launch reads everything. None if the operator has another number of launches.
+    A single launch reads everything. None if the operator has another number of launches than expected.
     """
     if launches == 1:
         return sum(sizes)
@@ -327,7 +327,7 @@ def bytes_of_launch(sizes: Sequence[int], index: int, launches: int) -> int | No
 
 
 def rows_of_kinds(rows: Sequence[LaunchRow], layers: int) -> list[LaunchRow]:
-    """Means over the layers, of the launches at the same place; launches behind the layers are kept.
+    """Means over the layers of the launches at the same place; launches after the last layer are kept.
 
     The first layer has nothing before it, and the cache update follows the last: both are left out if others remain.
     """

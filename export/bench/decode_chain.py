@@ -1,9 +1,9 @@
 """The decode step of a Qwen3-MoE model as calls of the operators that an exported program has, and checks of it.
 
-For each layer `one_token_attention`, `one_token_router` and `fused_experts`, in the order of `models.decoder_layer`;
-at the end the cache update of all layers, which an exported program does in one launch too, the last norm and
-`one_token_linear` for the vocabulary. The embedding, the angles of the position and the choice of the token are left
-out: they are five launches of a whole token.
+Each layer calls `one_token_attention`, `one_token_router` and `fused_experts`, in the order of `models.decoder_layer`.
+After the last layer come the cache update of all layers, in one launch as in an exported program, the last norm, and
+`one_token_linear` for the vocabulary. The embedding, cosines and sines of the position, and the choice of the token are
+left out: five launches per token.
 
 Letters: H hidden size, D head_dim, C positions in the cache, V vocabulary.
 """
@@ -33,9 +33,9 @@ EPS = 1e-6
 SHAPES = {"qwen3": "qwen3-30b-a3b"}
 """Names of `kernels.shapes` -> the synthetic model with such experts."""
 LARGEST_ERROR = {"bf16": 4.0e-3, "w4a16": 4.5e-3, "w4a8": 1.2e-2}
-"""Relative L2 errors of experts by scheme: the bounds of docs/numerics.md."""
+"""Scheme -> bound on the relative L2 error of the experts, as in docs/numerics.md."""
 LARGEST_DENSE_ERROR = 1e-2
-"""Relative L2 error of what the operators for one token return, rounded to bf16 two or three times."""
+"""Bound on the relative L2 error of the one-token operators, whose results are rounded to bf16 two or three times."""
 Run = Callable[[str, int, Callable[[], Any]], Any]
 """Calls an operator: (its name, index of the layer or -1, a function without arguments) -> the function's result."""
 
@@ -76,7 +76,7 @@ class ChainLayer:
 
 @dataclass
 class LayerResults:
-    """What the operators of one layer returned: three, four and one tensor."""
+    """What the operators of one layer returned."""
 
     attention: tuple[Tensor, Tensor, Tensor]
     router: tuple[Tensor, Tensor, Tensor, Tensor]
@@ -106,11 +106,11 @@ def find_shape(text: str) -> SyntheticModel:
 
 
 def check_sizes(model: SyntheticModel, layers: int, dense: str, scheme: str, group_size: int) -> None:
-    """Checks what a chain is made of.
+    """Checks the sizes and formats of a chain.
 
     Raises:
-        ValueError: no layer, an unknown `dense` or `scheme`, or a group size that does not divide the sizes of the
-            experts.
+        ValueError: fewer than one layer, an unknown `dense` or `scheme`, or a group size that does not divide the
+            sizes of the experts.
     """
     if layers < 1:
         raise ValueError(f"layers={layers} must be at least 1")
@@ -124,7 +124,8 @@ class DecodeChain:
     """Random weights of a few layers, and the decode step through them.
 
     Attributes:
-        model: sizes; its `layers` is the number of a whole model. layers: those that exist, with different weights.
+        model: sizes; its `layers` is the number of layers of a whole model.
+        layers: those of the chain, with different weights.
         context: positions in the cache that attention reads.
     """
 
@@ -152,7 +153,7 @@ class DecodeChain:
         self.device = device
         self._generator = torch.Generator(device).manual_seed(seed)
         h, d = model.hidden, model.head_dim
-        # Room for this token and some more, as in a longer cache.
+        # Room for this token, rounded up to 128 positions.
         self._cache = self._normal(layers, 2, 1, model.kv_heads, -(-(context + 1) // 128) * 128, d)
         self.layers = [self._layer(index) for index in range(layers)]
         self.norm = torch.ones(h, dtype=torch.bfloat16, device=device)
@@ -193,7 +194,7 @@ class DecodeChain:
         """One token through all layers, `passes` times, then through the last norm and the vocabulary.
 
         Args:
-            passes: more of them make a longer chain with the same weights. The cache is updated once.
+            passes: passes over the layers; more make a longer chain with the same weights. The cache is updated once.
             run: calls each operator.
 
         Returns:
@@ -233,7 +234,7 @@ class DecodeChain:
     def bytes_of(self, operator: str) -> tuple[int, ...]:
         """Bytes that each launch of an operator must read from memory: weights, scales, norms and cache.
 
-        Activations are left out: the launch before has just written them to the L2 cache.
+        Activations are left out: the previous launch has just written them to the L2 cache.
         """
         m, w = self.model, self.layers[0]
         packed = w.experts.packed()
@@ -253,7 +254,7 @@ def check_first_layer(made: DecodeChain, results: LayerResults) -> dict[str, flo
     """Relative L2 errors of the first layer's results against the operators in fp32 on the same inputs.
 
     Raises:
-        RuntimeError: an error above the bounds of docs/numerics.md, or experts that are not the best ones.
+        RuntimeError: an error above its bound, such as experts that do not have the largest logits.
     """
     m, w = made.model, made.layers[0]
     attention = one_token_attention_aten(
@@ -266,7 +267,7 @@ def check_first_layer(made: DecodeChain, results: LayerResults) -> dict[str, flo
     router = one_token_router_aten(
         RouteArguments(results.attention[1], *w.out, results.attention[0], w.post_norm, w.router, m.top_k, EPS)
     )
-    # A near tie may choose another expert. The logits of the chosen ones, rounded as a linear layer's, must be as high.
+    # With nearly equal logits, another expert may be chosen. Rounded to bf16, the chosen logits must equal the largest.
     logits = (normed.float() @ w.router.float().T).bfloat16().float()
     best = logits.topk(m.top_k).values
     expected = LayerInputs(w.experts.packed(), normed, ids, weights).answer.expected

@@ -1,8 +1,8 @@
 """Humming's grouped GEMMs (PyPI humming-kernels, Apache-2.0) as an implementation of an expert layer in `bench kernel`.
 
-The package is optional. It compiles its kernels on the machine, with NVRTC or nvcc, about a minute for a shape.
+The package is optional. It compiles its kernels on the machine, with NVRTC or nvcc, in about a minute per shape.
 
-Source: the interface is that of humming-kernels 0.1.19, from its own sources and how vLLM 0.33 calls it.
+Source: the sources of humming-kernels 0.1.19, and vLLM 0.33, which calls it.
 """
 
 from __future__ import annotations
@@ -42,12 +42,13 @@ def check_humming() -> None:
 
 
 def plain_codes(packed: PackedExperts, gemm: int) -> tuple[Tensor, Tensor]:
-    """Codes and scales of GEMM `gemm`, 1 or 2, of a packed layer without our order and padding.
+    """Codes and scales of GEMM `gemm`, 1 or 2, of a packed layer, without our order of codes and our padding.
 
-    value = (nibble - 8) * scale. gate rows come first, then up rows. Scales of w4a8 are products, rounded to bf16.
+    value = (nibble - 8) * scale. Gate rows come first, then up rows. Scales of w4a8 are row scale times
+    multiple, rounded to bf16.
 
     Returns:
-        uint8 [E, N, K/2], the low nibble has the even k; bf16 [E, N, K/group_size].
+        Codes uint8 [E, N, K/2], even k in the low nibble; scales bf16 [E, N, K/group_size].
     """
     order = fragment_order(packed.scheme, gemm)
     w, scale = (packed.w13, packed.w13_scale) if gemm == 1 else (packed.w2, packed.w2_scale)
@@ -62,7 +63,7 @@ def plain_codes(packed: PackedExperts, gemm: int) -> tuple[Tensor, Tensor]:
         return halves[0, :, :i].flatten(0, 1)
 
     codes, scales = [], []
-    for expert in range(packed.num_experts):  # one at a time: as fp32, a layer takes eight times its memory
+    for expert in range(packed.num_experts):  # one at a time: a layer in fp32 takes eight times the memory of its codes
         at = slice(expert, expert + 1)
         nibbles = (rows(unpack_int4(w[at], order))[:, :k] + 8).to(torch.uint8).unflatten(1, (-1, 2))
         codes.append(nibbles[..., 0] | (nibbles[..., 1] << 4))
@@ -74,7 +75,7 @@ class HummingGemm:
     """One grouped GEMM of all experts."""
 
     def __init__(self, codes: Tensor, scales: Tensor, act: str | None, pair_counts: Sequence[int]) -> None:
-        """Arranges the weights, and chooses the kernels for these numbers of pairs.
+        """Converts the weights to Humming's layout, and chooses the kernels for these numbers of pairs.
 
         Args:
             codes, scales: of `plain_codes`. act: as in `ACTIVATIONS`.
@@ -110,7 +111,7 @@ class HummingGemm:
         return int(next(entry[2]["block_shape"][0] for entry in self.entries if entry[0] < pairs <= entry[1]))
 
     def __call__(self, x: Tensor, pairs: int, top_k: int, lists: PaddedLists, activation: dict[str, str]) -> Tensor:
-        """Multiplies.
+        """Runs the GEMM.
 
         Args:
             x: bf16 [pairs / top_k, K], or twice as many columns with an activation.

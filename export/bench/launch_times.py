@@ -13,14 +13,14 @@ from .breakdown import Kernel
 class LaunchTime:
     """One launch of a chain, microseconds.
 
-    A launch may start and wait before the one before it has ended. So durations overlap, while times in the chain do
+    A launch may start, and wait, before the previous one has ended. Durations therefore overlap. Times in the chain do
     not: they add up to the time from the end of the first launch to the end of the last.
 
     Attributes:
         kernel: name.
-        in_chain: from the end of all launches before it to its own end; 0 if it ends first.
+        in_chain: from the end of all previous launches to its own end; 0 if it ends before them.
         duration: from its start to its end.
-        start: its start after the end of all launches before it; negative if it overlaps with them.
+        start: its start, relative to the end of all previous launches; negative if it overlaps with them.
     """
 
     kernel: str
@@ -30,7 +30,7 @@ class LaunchTime:
 
 
 def in_order(kernels: Sequence[Kernel]) -> list[LaunchTime]:
-    """Times of launches that follow each other; before the first one there is nothing.
+    """Times of launches in a row; the first one counts from its own start.
 
     Args:
         kernels: sorted by start.
@@ -45,12 +45,12 @@ def in_order(kernels: Sequence[Kernel]) -> list[LaunchTime]:
 
 
 def is_copy(name: str) -> bool:
-    """Whether a record is a copy of memory, which has another name in a graph than alone."""
+    """Whether a record of a profile is a memory copy, which has another name inside a graph."""
     return name.lower().startswith("memcpy")
 
 
 def of_replays(kernels: Sequence[Kernel], names: Sequence[str]) -> list[LaunchTime]:
-    """Times of the launches of a graph that was replayed: for each launch the medians over the replays.
+    """Times of the launches of a replayed graph: for each launch, medians over the replays.
 
     Args:
         kernels: of all replays, sorted by start.
@@ -63,7 +63,7 @@ def of_replays(kernels: Sequence[Kernel], names: Sequence[str]) -> list[LaunchTi
     if not kernels or len(kernels) % len(names):
         raise RuntimeError(
             f"{again}: {len(kernels)} launches are not a multiple of {len(names)}: run it again, and report it if it "
-            "stays so"
+            "persists"
         )
     replays = []
     for first in range(0, len(kernels), len(names)):
@@ -72,7 +72,7 @@ def of_replays(kernels: Sequence[Kernel], names: Sequence[str]) -> list[LaunchTi
             if found.kernel != name and not (is_copy(found.kernel) and is_copy(name)):
                 raise RuntimeError(
                     f"{again}: launch {index} is {found.kernel}, expected {name}: run it again, and report it if it "
-                    "stays so"
+                    "persists"
                 )
         replays.append(replay)
     return [

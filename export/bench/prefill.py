@@ -25,7 +25,8 @@ class Part:
 
     Attributes:
         name: of the part. launches: number. microseconds: own time (see `breakdown.own_times`).
-        nbytes, flops: that it must do at least; None if unknown. floor_us: their time at the measured rates.
+        nbytes, flops: the least that the part must move and compute; None if unknown. floor_us: their time at the
+            measured rates.
     """
 
     name: str
@@ -51,7 +52,7 @@ class PromptBreakdown:
     """The time of a prompt.
 
     Attributes:
-        tokens: of the prompt. chunk: most tokens of a call, or None.
+        tokens: of the prompt. chunk: largest number of tokens per call, or None.
         prompt_us: microseconds from the start of the first kernel to the end of the last, within the profile.
         gap_us: microseconds in which no kernel ran.
         bandwidth, flops: measured bytes/s of a large copy, and bf16 FLOP/s of a large matrix product.
@@ -113,9 +114,9 @@ class PromptBreakdown:
 def parts_of(kernels: Sequence[Kernel]) -> list[str]:
     """The part of each kernel of a prompt, by its name and by what runs before and after it.
 
-    Names of matrix products do not tell which one it is: the first after attention is the output projection, the
-    next the router's, and others before attention are those of query, key and value. Between routing and the sum, the
-    first half of the launches of our grouped GEMM are GEMM1: there is one for each variant of tile height.
+    The name of a matrix product does not tell which one it is. The first after attention is the output projection, the
+    next one the router, and others before attention are those of query, key and value. Between routing and the sum,
+    the first half of the launches of our grouped GEMM are GEMM1: each GEMM has one launch per variant of tile height.
 
     Args:
         kernels: sorted by start.
@@ -173,7 +174,7 @@ def break_down_prompt(
         tokens: of the prompt.
         work: of `prompt_work`; without it, no bytes, FLOPs and floors.
         bandwidth: bytes/s. flops: FLOP/s.
-        chunk: most tokens of a call.
+        chunk: largest number of tokens per call.
     """
     span = max(kernel.start + kernel.duration for kernel in kernels) - kernels[0].start
     own = own_times(kernels)

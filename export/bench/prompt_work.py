@@ -1,6 +1,6 @@
-"""What the launches of a prompt must do at least: bytes and FLOPs of each part of a Qwen3-MoE model.
+"""The least work of a prompt: bytes and FLOPs of each part of a Qwen3-MoE model.
 
-Bytes are those of weights and cache, and of activations where a part reads and writes them once; activations may stay
+Bytes are those of weights and cache, and of activations as if each part read and wrote them once; activations may stay
 in the L2 cache, which is faster.
 
 Letters: T tokens, H hidden size, I width of an expert, D head_dim, E experts, V vocabulary.
@@ -27,7 +27,7 @@ class Work(NamedTuple):
     flops: float = 0
 
     def floor_us(self, bandwidth: float, flops: float) -> float:
-        """Microseconds at these rates, bytes/s and FLOP/s, of which the slower decides."""
+        """Microseconds at these rates, in bytes/s and FLOP/s: the longer of both times."""
         return 1e6 * max(self.nbytes / bandwidth, self.flops / flops)
 
 
@@ -75,7 +75,7 @@ def prompt_work(record: Mapping[str, Any], tokens: int, chunk: int | None = None
 
     Args:
         record: of an export for CUDA.
-        tokens: T of the prompt. chunk: most tokens of one call; each call reads the weights again.
+        tokens: T of the prompt. chunk: largest number of tokens per call; each call reads the weights again.
     """
     m = sizes_of(record)
     formats = record.get("dense_formats")
@@ -97,12 +97,12 @@ def _call_work(
     h, i, pairs = m.hidden, m.intermediate, t * m.top_k
     heads, rows = m.heads * m.head_dim, (m.heads + 2 * m.kv_heads) * m.head_dim
     expert = record["expert_bytes"] / (m.layers * m.experts)
-    # Experts that a token of uniform routing does not choose remain with probability 1 - top_k / E for each token.
+    # With uniform routing, a token leaves an expert out with probability 1 - top_k / E.
     touched = expert * m.experts * (1 - (1 - m.top_k / m.experts) ** t)
     scores = sum(range(start + 1, start + t + 1))  # position p attends to p + 1 positions
 
     def linear(n: int, k: int) -> Work:
-        # Prompts multiply in bf16: stored weights of 8 or 4 bits are converted first, which is a part of its own.
+        # Prompts multiply in bf16: weights stored in 8 or 4 bits are converted first, which is a separate part.
         return Work(matrix_bytes(n, k, "none") + 2 * t * (n + k), 2 * t * n * k)
 
     stored = formats["linear"]

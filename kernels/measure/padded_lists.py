@@ -1,7 +1,6 @@
-"""Our routing for grouped GEMMs of other libraries, which take lists padded to whole row blocks and do not sum.
+"""Our routing for grouped GEMMs of other libraries, which take lists padded to whole row blocks and do not sum pairs.
 
-Their result of a layer is then comparable with ours: the same tokens, routing and weights, and no launch more than
-needed.
+Times of a layer are then comparable with ours: the same tokens, routing and weights, and no unneeded launches.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ class PaddedLists(NamedTuple):
     """Pairs by expert, in blocks of `block_m` rows.
 
     Attributes:
-        pair_ids: int32 [blocks * block_m]; the number of pairs where a block is padded.
-        block_expert: int32 [blocks]. num_rows: int32 [1], rows of all blocks that exist.
+        pair_ids: int32 [blocks * block_m]; the number of pairs in padded rows.
+        block_expert: int32 [blocks]. num_rows: int32 [1], rows of all blocks in use, padding included.
     """
 
     pair_ids: Tensor

@@ -1,7 +1,8 @@
-"""Makes Triton's interpreter replace the functions of `triton.language` once in a launch instead of in every call.
+"""Makes Triton's interpreter replace the functions of `triton.language` once per launch instead of in every call.
 
-The interpreter does it at the start of a launch and again in each call of a device function, where nothing is left to
-replace. Launches of the grouped GEMM make thousands of calls and take a third less time without it.
+The interpreter replaces them at the start of a launch and again in each call of a device function, where nothing is
+left to replace. Launches of the grouped GEMM make thousands of such calls. Without the repetition, they take a third
+less time.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def patched_once() -> Iterator[None]:
         scope = stock(function)
         inside = bool(patched)
         patched.update(modules)
-        if inside:  # a device function: the launch restores
+        if inside:  # a device function: the end of the launch restores them
             return scope
 
         def restore() -> None:
