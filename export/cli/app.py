@@ -106,7 +106,7 @@ def is_debug() -> bool:
 
 
 def is_users(error: Exception) -> bool:
-    """True for an error that this package raised about its input, or that the system raised about a file."""
+    """True for an error that this package raised for its input, or that the system raised for a file."""
     from executorch_moe.backends.errors import raised_here
 
     if isinstance(error, OSError):
@@ -294,7 +294,7 @@ VerifyOption = Annotated[
 ]
 PrefillChunkOption = Annotated[
     int | None,
-    typer.Option(help="Most prompt tokens in one call; by default the whole prompt.", rich_help_panel=RUN),
+    typer.Option(help="Largest number of prompt tokens per call; by default the whole prompt.", rich_help_panel=RUN),
 ]
 VerboseOption = Annotated[
     bool, typer.Option("--verbose", "-v", help="Show warnings of other packages.", rich_help_panel=DEBUGGING)
@@ -302,7 +302,9 @@ VerboseOption = Annotated[
 ResultOption = Annotated[
     Path | None, typer.Option("--out", "-o", help="Write the result to this file.", rich_help_panel=RESULT)
 ]
-PlotOption = Annotated[Path | None, typer.Option(help="Also write this picture (.png, .svg).", rich_help_panel=RESULT)]
+PlotOption = Annotated[
+    Path | None, typer.Option(help="Also write a plot to this file (.png, .svg).", rich_help_panel=RESULT)
+]
 
 
 def main() -> None:

@@ -70,13 +70,13 @@ def bench_model(
     out: ResultOption = None,
     plot: Annotated[
         Path | None,
-        typer.Option(help="With --profile: also write this picture (.png, .svg).", rich_help_panel=RESULT),
+        typer.Option(help="With --profile: also write a plot to this file (.png, .svg).", rich_help_panel=RESULT),
     ] = None,
     verbose: VerboseOption = False,
     old_prompt_tokens: Annotated[str | None, typer.Option("-p", hidden=True)] = None,
     old_format: Annotated[str | None, typer.Option("--output", hidden=True)] = None,
 ) -> None:
-    """Prefill and decode speed of an exported model, mean and spread over repeats, as llama-bench shows them."""
+    """Measure prefill and decode speed of an exported model: mean and spread over repeats, as in llama-bench."""
     quiet_unless(verbose)
     from executorch_moe.export.bench.breakdown import check_profile
     from executorch_moe.export.bench.model import benchmark_model
@@ -216,7 +216,7 @@ def bench_chain(
     out: ResultOption = None,
     verbose: VerboseOption = False,
 ) -> None:
-    """Time the launches of a decode step where they run: in a chain of decoder layers, one CUDA graph (needs a GPU)."""
+    """Time each launch of a decode step in a chain of decoder layers, as one CUDA graph (needs a GPU)."""
     quiet_unless(verbose)
     from executorch_moe.export.bench import chain as cb
     from executorch_moe.export.progress import progress_bar

@@ -39,8 +39,8 @@ def export(
     output: Annotated[
         str,
         typer.Option(
-            help="What the methods return: token, the next one, sampled on the device; greedy, the most likely token; "
-            "logits, for runners that sample themselves.",
+            help="What the methods return: token (the next one, sampled on the device), greedy (the most likely one), "
+            "or logits, for runners that sample themselves.",
             autocompletion=values("token", "greedy", "logits"),
             rich_help_panel=WHAT,
         ),
@@ -103,12 +103,16 @@ def export(
     ] = None,
     embedding: Annotated[
         str,
-        typer.Option(help="none or int8, on CUDA targets.", autocompletion=values(*KINDS[:2]), rich_help_panel=OTHERS),
+        typer.Option(
+            help="The embedding, on CUDA targets: none or int8.",
+            autocompletion=values(*KINDS[:2]),
+            rich_help_panel=OTHERS,
+        ),
     ] = "none",
     dtype: Annotated[
         str,
         typer.Option(
-            help="Of everything except the experts: bf16, fp32, or auto (bf16 on GPUs, fp32 on the CPU).",
+            help="Dtype of everything except the experts: bf16, fp32, or auto (bf16 on GPUs, fp32 on the CPU).",
             autocompletion=values("auto", "bf16", "fp32"),
             rich_help_panel=OTHERS,
         ),
@@ -126,7 +130,7 @@ def export(
     kernel_configs: Annotated[
         Path | None,
         typer.Option(
-            help="JSON with measured configurations of ExecuTorch's own kernels, for a GPU by name.",
+            help="JSON with measured configurations of ExecuTorch's own kernels, for an export for a named GPU.",
             rich_help_panel=TARGET,
         ),
     ] = None,
@@ -136,7 +140,7 @@ def export(
         bool,
         typer.Option(
             "--placeholder-weights",
-            help="Write no large weights: the GPU that loads the artifact makes them.",
+            help="Write no large weights: the GPU that loads the artifact generates them.",
             rich_help_panel=SYNTHETIC,
         ),
     ] = False,

@@ -40,7 +40,7 @@ CHECKS = "Checks"
 
 @command(app, "inspect")
 def inspect(
-    artifacts: Annotated[list[Path], typer.Argument(help="The .pte of an export, or several.")],
+    artifacts: Annotated[list[Path], typer.Argument(help="One or more .pte files of exports.")],
     target: Annotated[
         str | None,
         typer.Option(
@@ -72,7 +72,7 @@ def inspect(
         ),
     ] = False,
 ) -> None:
-    """Show what is inside an artifact: the tables of one, or one line for each of several.
+    """Show what is inside an artifact: tables for one, one line each for several.
 
     For artifacts with CUDA delegates, check that ExecuTorch's runtime can load them. Exit status 2 if a check fails.
     """

@@ -24,7 +24,7 @@ def tune(
         typer.Option("--out", "-o", help="The table to add the entry to; by default this package's own for this GPU."),
     ] = None,
 ) -> None:
-    """Find the fastest configurations of an expert layer on this GPU, and write them into a table."""
+    """Find the fastest configurations of an expert layer on this GPU, and write them to a table."""
     quiet_unless(False)
     from executorch_moe.export.bench.tune import tune_layer
 
