@@ -48,7 +48,7 @@ def chosen(module: ModuleType) -> dict[str, dict[str, int]]:
 
 
 def packed(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Random weights of experts in ExecuTorch's layout: two codes a byte, one scale for each group of a row."""
+    """Random weights of experts in ExecuTorch's layout: two codes per byte, one scale per group of a row."""
     codes = torch.randint(-128, 128, (EXPERTS, rows, columns // 2), dtype=torch.int8, device="cuda")
     scale = torch.rand(EXPERTS, rows, columns // GROUP, device="cuda") * columns**-0.5 / 4.6
     return codes, scale.bfloat16()

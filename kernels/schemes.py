@@ -50,7 +50,7 @@ class Scheme:
         return self.gemm1_act_group if gemm == 1 else self.gemm2_act_group
 
     def row_scaled(self, gemm: int) -> bool:
-        """True if the weight scales of GEMM `gemm` (1 or 2) are small multiples of one scale a row.
+        """True if the weight scales of GEMM `gemm` (1 or 2) are small multiples of one scale per row.
 
         Codes times multiples fit int8, so that the sum over K needs no scaling. Source: QServe, "progressive group
         quantization".

@@ -129,7 +129,8 @@ def check_fused_experts(arguments: ExpertArguments) -> None:
                     f"{weight}_{kind_of}",
                     t,
                     (e, k_pad // groups + extra, n_pad),
-                    f"it must hold one value a group of group_size={group_size}{' and one a row' * extra}; {repack}",
+                    f"it must hold one value per group of group_size={group_size}{' and one per row' * extra}; "
+                    f"{repack}",
                 )
         if matrix.bias is not None:
             _dtype(f"{weight}_bias", matrix.bias, (torch.float32,))

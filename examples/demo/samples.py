@@ -58,7 +58,7 @@ def write_on(
     given = [tokenizer.encode(prompt).ids for prompt in prompts]
     starts = torch.tensor([len(tokens) for tokens in given], device=device)
     rows = torch.arange(len(prompts), device=device)
-    # What stands to the right of a token does not change its logits, so rows of several lengths need no mask.
+    # Tokens to the right of a token do not change its logits, so rows of several lengths need no mask.
     end = model.config.eos_token_id
     ids = torch.full((len(prompts), int(starts.max()) + length), end, device=device)
     for row, tokens in enumerate(given):

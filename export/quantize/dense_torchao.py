@@ -16,14 +16,14 @@ from .dense import KINDS
 def quantize_dense_(model: nn.Module, dense: str) -> nn.Module:
     """Quantizes, in place, the weight of each `nn.Linear` and `nn.Embedding` to 8 or 4 bits.
 
-    Quantization is symmetric, to the nearest code, with one scale for 32 neighbors along the input. Layers that share a
+    Quantization is symmetric, to the nearest code, with one scale per 32 inputs. Layers that share a
     weight share the quantized one. Experts and routers of transformers' MoE models are other modules and are left
     alone.
 
     Args:
         model: a model on any device, with weights of any float dtype.
-        dense: "int8": torchao's `IntxUnpackedToInt8Tensor`, one code a byte (CUDA targets have another int8 format, see
-            `dense.stored_formats`). "int4": ExecuTorch's `ExportableInt4Tensor`, two codes a byte; a layer that was
+        dense: "int8": torchao's `IntxUnpackedToInt8Tensor`, one code per byte (CUDA targets have another int8 format:
+            see `dense.stored_formats`). "int4": ExecuTorch's `ExportableInt4Tensor`, two codes per byte; a layer that was
             stored as 4-bit codes with groups of a multiple of 32 keeps them, see `StoredInt4`. "none": no change.
 
     Returns:

@@ -172,7 +172,7 @@ def model_sizes(config: Any) -> dict[str, int]:
 
 
 def _how(algorithm: str) -> str:
-    """How the weights of a layer were rounded, for people."""
+    """How the weights of a layer were rounded, as the summary shows it."""
     return algorithm.replace("kept", "codes of the checkpoint")
 
 

@@ -190,7 +190,7 @@ def _matvec(
 ) -> Launch:
     """weight @ norm(x + add) * scale + residual. For arguments that are None, a tensor that the kernel never reads."""
     n, k = weight.shape
-    # Rows of a program: few enough that the programs fill a large GPU. Weights of a chunk: 128 a thread.
+    # Rows of a program: few enough that the programs fill a large GPU. Weights of a chunk: 128 per thread.
     block_n = 8 if n > 4096 else 4
     steps, block_k = row_pieces(k, weight.dtype.itemsize)
     steps = min(steps, max(1, MAX_CELLS // (block_k * block_n)))

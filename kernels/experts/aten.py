@@ -20,7 +20,7 @@ from executorch_moe.kernels.schemes import (
 
 
 def quantize_activations(x: Tensor, act_group: int) -> Tensor:
-    """Round activations to int8 codes times one scale a group, as the kernels of w4a8 do.
+    """Round activations to int8 codes times one scale per group, as the kernels of w4a8 do.
 
     Args:
         x: float [..., K].

@@ -234,7 +234,7 @@ def pack_codes(
         gate_up: codes [E, 2I, H], gate rows first, then up rows.
         down: codes [E, H, I]. If the group sizes differ, both become their greatest common divisor, which is exact.
         scheme: "w4a16", or "w4a8" for codes without zero points. For w4a8, the `gate_up` scales of a row must be 1 to
-            16 times one scale; a single scale a row always is.
+            16 times one scale; a single scale per row always is.
         gate_up_bias, down_bias: float [E, 2I] and [E, H], or None.
 
     Returns:

@@ -133,7 +133,7 @@ def dequantize_in_place(packed: Tensor, scale: Tensor, zero: Tensor | None, sche
 
     It gives the values of `dequantize`, but the low and the high nibbles as two matrices with columns in the order of
     the bytes. The product with activations in the same order needs no permuted weights: ExecuTorch's `permute_copy`
-    takes about 9 ns an element, which would be most of a decode step.
+    takes about 9 ns per element, which would be most of a decode step.
 
     Args:
         packed, scale, zero, scheme: as for `dequantize`; scale is not None.

@@ -1,8 +1,8 @@
 """Rounding weights to 4 bits: the nearest code under a min-max scale, and half-quadratic quantization (HQQ).
 
-Both give codes q in [-8, 7]. Each group of `group_size` neighbors in a row has one scale, and in some schemes one zero
-point: value = q * scale (+ zero). Scales and zero points are rounded to bf16 before the codes are chosen, so that each
-code is the nearest one for the stored scale and zero point.
+Both give codes q in [-8, 7]. Each group of `group_size` consecutive weights in a row has one scale, and in some schemes one
+zero point: value = q * scale (+ zero). Scales and zero points are rounded to bf16 before the codes are chosen, so that
+each code is the nearest one for the stored scale and zero point.
 
 For int8 products, a group's scale is a multiple, 1 to 16, of its row's scale.
 
@@ -86,7 +86,7 @@ class Int4Codes:
         return Int4Codes(self.q, self.scale.repeat_interleave(times, -1), zero, self.row_scale)
 
     def row_scaled(self) -> Int4Codes:
-        """The same values with scales that are multiples of one scale a row.
+        """The same values with scales that are multiples of one scale per row.
 
         Raises:
             ValueError: the scales are not such multiples.
@@ -139,7 +139,7 @@ def round_weights(
         group_size: consecutive K values that share a scale; divides K.
         algorithm: "minmax" or "hqq". The same weights give the same codes.
         zeros: whether hqq chooses zero points; minmax never does.
-        row_scaled: make scales multiples of one scale a row; no zero points.
+        row_scaled: make scales multiples of one scale per row; no zero points.
 
     Returns:
         Int4Codes with q [..., N, K].
@@ -170,7 +170,7 @@ def round_weights(
 
 
 def _round_scales(weight: Tensor, codes: Int4Codes) -> Int4Codes:
-    """Rounds the scales of codes for weights [N, K] to multiples of one scale a row, and chooses the codes again.
+    """Rounds the scales of codes for weights [N, K] to multiples of one scale per row, and chooses the codes again.
 
     The row's scale makes its largest group scale MAX_MULTIPLE. Of the multiples next to a group's scale, the one with
     the smallest squared error is taken.

@@ -63,7 +63,7 @@ def links(page: Path) -> list[str]:
 
 
 def code_spans(page: Path) -> list[str]:
-    """What stands between backticks in the text of a page, spans over a line end included."""
+    """Texts between backticks in a page; a text may continue on the next line."""
     text = re.sub(r"(?<=\S)\n(?=\S)", " ", prose(page))
     return _CODE.findall(text)
 

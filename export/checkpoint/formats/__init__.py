@@ -2,7 +2,7 @@
 
 base      the protocol of a format, stored tensors, and helpers
 declared  which format config.json or a separate file declares
-others    one module a format
+others    one module per format
 """
 
 from .base import Encoding, StoredTensor, WeightFormat

@@ -195,7 +195,7 @@ class Block(nn.Module):
 
 
 def test_a_decode_step_permutes_no_weights_and_no_cache() -> None:
-    """ExecuTorch's `permute_copy` takes about 9 ns an element: nine tenths of a step, when it permuted all of these."""
+    """ExecuTorch's `permute_copy` takes about 9 ns per element: nine tenths of a step that permuted all of these."""
     module, args = Block().eval(), (torch.randn(1, 256), *routed(1, 256)[1:], torch.ones(1, 512, dtype=torch.bool))
     edge = to_edge_transform_and_lower(export(module, args), partitioner=[MoECpuPartitioner()])
     graph = edge.exported_program().graph

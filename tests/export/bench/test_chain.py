@@ -181,7 +181,7 @@ class Recorder(TorchDispatchMode):
 
 @pytest.fixture
 def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs the chain on the CPU in place of CUDA graphs, with made-up times: 10 us a layer, and 7 behind the layers."""
+    """Runs the chain on the CPU without CUDA graphs, with made-up times: 10 us per layer, 7 us after the last layer."""
 
     def capture(steps: list[Callable[[], Any]]) -> tuple[Any, list[Any]]:
         recorder = Recorder()

@@ -1,4 +1,4 @@
-"""fp8 with one scale a tensor, row or block: weights quantized by the package compressed-tensors, or by the definition.
+"""fp8 with one scale per tensor, row or block: weights quantized by compressed-tensors, or by the definition.
 
 Blocks as DeepSeek and Qwen publish them are in `test_streaming`.
 """
