@@ -23,8 +23,8 @@ def quantize_dense_(model: nn.Module, dense: str) -> nn.Module:
     Args:
         model: a model on any device, with weights of any float dtype.
         dense: "int8": torchao's `IntxUnpackedToInt8Tensor`, one code per byte (CUDA targets have another int8 format:
-            see `dense.stored_formats`). "int4": ExecuTorch's `ExportableInt4Tensor`, two codes per byte; a layer that was
-            stored as 4-bit codes with groups of a multiple of 32 keeps them, see `StoredInt4`. "none": no change.
+            see `dense.stored_formats`). "int4": ExecuTorch's `ExportableInt4Tensor`, two codes per byte; a layer that
+            was stored as 4-bit codes with groups of a multiple of 32 keeps them, see `StoredInt4`. "none": no change.
 
     Returns:
         The same model.

@@ -1,8 +1,8 @@
 """Rounding weights to 4 bits: the nearest code under a min-max scale, and half-quadratic quantization (HQQ).
 
-Both give codes q in [-8, 7]. Each group of `group_size` consecutive weights in a row has one scale, and in some schemes one
-zero point: value = q * scale (+ zero). Scales and zero points are rounded to bf16 before the codes are chosen, so that
-each code is the nearest one for the stored scale and zero point.
+Both give codes q in [-8, 7]. Each group of `group_size` consecutive weights in a row has one scale, and in some schemes
+one zero point: value = q * scale (+ zero). Scales and zero points are rounded to bf16 before the codes are chosen, so
+that each code is the nearest one for the stored scale and zero point.
 
 For int8 products, a group's scale is a multiple, 1 to 16, of its row's scale.
 
