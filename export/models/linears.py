@@ -1,6 +1,6 @@
 """Linear layers and embeddings with 8- and 4-bit weights, and matrix-vector products for one token. For CUDA targets.
 
-One token takes one kernel a layer, which reads each packed weight once: `one_token_linear` for int8 weights and bf16
+One token takes one kernel per layer, which reads each packed weight once: `one_token_linear` for int8 weights and bf16
 activations, else plain tensor operators, which Inductor fuses. For more tokens the weights are converted to the
 activations' dtype first.
 ExecuTorch's `int4_plain_mm` family is not used: its kernels are part of ExecuTorch's own runtime, so that the delegate
@@ -76,8 +76,8 @@ class Int8Linear(nn.Module):
 class StoredInt4:
     """Scales of the 4-bit codes that a linear layer's weight was made of: w = q * scale (+ zero), q in [-8, 7].
 
-    It is the attribute `stored_int4` of an `nn.Linear` whose weight was dequantized, so that the layer can have its
-    codes back. The weight and these scales determine them.
+    It is the attribute `stored_int4` of an `nn.Linear` whose weight was dequantized, so that its codes can be
+    recovered: the weight and these scales determine them.
 
     Attributes:
         scale: bf16 [N, K/g].
@@ -101,7 +101,7 @@ class StoredInt4:
 
     @staticmethod
     def joined(parts: Sequence[StoredInt4 | None]) -> StoredInt4 | None:
-        """The scales of weights that are concatenated along N; None unless all have some of the same kind."""
+        """The scales of weights that are concatenated along N; None unless all parts have scales of the same kind."""
         there = [part for part in parts if part is not None]
         zeros = [part.zero for part in there if part.zero is not None]
         alike = len({part.scale.shape[1] for part in there}) == 1 and len(zeros) in (0, len(there))

@@ -36,10 +36,10 @@ class ExportSummary:
         embedding_bytes: of these, bytes that only the embedding reads.
         cache_bytes: bytes of the KV cache.
         sizes: of the model, see `model_sizes`.
-        reads_written: decode reads only the positions of the cache that were written.
+        reads_written: True if decode reads only the positions of the cache that were written.
         files: the files that were written.
         seconds: step -> its time.
-        peaks: step -> most bytes resident during it.
+        peaks: step -> peak of resident bytes.
         compiled: one record per GPU by name.
         accesses: one record per CUDA target of the memory accesses of generated kernels.
     """
