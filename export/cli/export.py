@@ -33,7 +33,7 @@ def export(
     max_context: Annotated[
         int | None,
         typer.Option(
-            help="Tokens in the KV cache; by default 2048, or the model's own limit if less.", rich_help_panel=WHAT
+            help="Positions in the KV cache; by default 2048, or the model's own limit if less.", rich_help_panel=WHAT
         ),
     ] = None,
     output: Annotated[
