@@ -77,7 +77,7 @@ def test_pre_commit_runs_what_make_lint_runs() -> None:
 def test_markers_are_in_the_folder_that_make_test_names(marker: str, folder: str) -> None:
     """The runs for these markers collect only the folders named in the Makefile."""
     runs = [line for line in (ROOT / "Makefile").read_text().splitlines() if "$(PYTEST) -m" in line]
-    (run,) = (run for run in runs if re.search(rf' -m "?[a-z ]*\b{marker}\b', run) and "not " not in run)
+    (run,) = (run for run in runs if re.search(rf' -m "[(a-z ]*\b{marker}\b', run) and f"not {marker}" not in run)
     assert f" tests/{folder}" in run
     tests = ROOT / "tests"
     marked = [path.relative_to(tests) for path in tests.rglob("test_*.py") if f"mark.{marker}" in path.read_text()]
