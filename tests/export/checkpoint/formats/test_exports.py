@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from executorch_moe.backends.runtime import load
 from executorch_moe.export.build import prepare_, stream, trace_methods
 from executorch_moe.export.check import check_export, load_prepared
 from executorch_moe.export.checkpoint.deviation import Deviation
+from executorch_moe.export.checkpoint.gguf.folder import find_folder
 from executorch_moe.export.checkpoint.streaming import StreamedModel
 from executorch_moe.export.checkpoint.work_folder import WorkFolder
 from executorch_moe.export.models.causal_lm import CausalLM
@@ -47,7 +49,23 @@ def with_zeros(folder: Path) -> Saved:
     return save_awq(folder, 64)
 
 
-@pytest.mark.parametrize("save", [symmetric, with_zeros])
+def packed_integers(folder: Path) -> Saved:
+    pytest.importorskip("compressed_tensors", reason="needs the package compressed-tensors")
+    from .test_compressed_tensors import save_packed
+
+    return save_packed(folder, 64)
+
+
+def gguf_codes(folder: Path) -> Saved:
+    pytest.importorskip("gguf", reason="needs the package gguf")
+    if not hasattr(importlib.import_module("transformers.integrations.gguf"), "convert_gguf_tokenizer"):
+        pytest.skip("needs a transformers that converts tokenizers of GGUF files")
+    from .gguf_files import big_model, only, write
+
+    return Saved(folder, write(folder / "model.gguf", big_model(), only("Q4_K")).reference, {})
+
+
+@pytest.mark.parametrize("save", [symmetric, with_zeros, packed_integers])
 @pytest.mark.parametrize("target", ["cpu", "sm_90"])
 def test_linear_layers_keep_their_codes(save: Callable[[Path], Saved], target: str, tmp_path: Path) -> None:
     saved = save(tmp_path)
@@ -77,19 +95,21 @@ def _weight(linear: nn.Module) -> torch.Tensor:
     return many.detach()
 
 
-@pytest.mark.parametrize("save", [symmetric, with_zeros])
+@pytest.mark.parametrize("save", [symmetric, with_zeros, packed_integers, gguf_codes])
 @torch.no_grad()
 def test_a_model_whose_linear_layers_keep_their_codes(save: Callable[[Path], Saved], tmp_path: Path) -> None:
     """The modules of a CUDA target, run eagerly on the CPU."""
     saved = save(tmp_path)
     dense, target = Dense("int4", lm_head="none"), Target("sm_90", "fp32")
-    options = dataclasses.replace(options_for(tmp_path, target="sm_90", dense=dense), target=target)
-    model = stream(options, tmp_path)
+    given = tmp_path / "model.gguf" if save is gguf_codes else tmp_path
+    options = dataclasses.replace(options_for(given, target="sm_90", dense=dense), target=target)
+    model = stream(options, find_folder(str(given)))
     model.load()
     (line,) = stored_weights(model, [], options)
-    assert line.endswith("4 linear layers with codes kept as int4")
+    layers = len(saved.reference.model.layers)
+    assert f"{4 * layers} linear layers with codes kept as int4" in line
     prepare_(model.model, options)
-    assert sum(isinstance(module, Int4Linear) for module in model.model.modules()) == 2
+    assert sum(isinstance(module, Int4Linear) for module in model.model.modules()) == 2 * layers
     module = CausalLM(model.model, CONTEXT)
     compare(lambda method, *given: module(*given), saved)
     if save is with_zeros:
