@@ -9,6 +9,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -27,8 +28,17 @@ def version(distribution: str) -> str:
 
 
 def commit() -> str:
-    """Commit under test, from the variable COMMIT or from git, with a note if the working tree differs from it."""
+    """Commit under test, from the variable COMMIT or from git, with a note if the working tree differs from it.
+
+    Raises:
+        SystemExit: COMMIT is no commit's name: nobody could tell later what a record is about.
+    """
     if given := os.environ.get("COMMIT"):
+        if not re.fullmatch(r"[0-9a-f]{7,40}", given):
+            raise SystemExit(
+                f"error: COMMIT={given} is not the name of a commit: use the output of `git rev-parse HEAD`, or unset it "
+                "in a git checkout"
+            )
         return given
     git = ["git", "-C", str(ROOT)]
     try:

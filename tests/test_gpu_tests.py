@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu_tests import PYTEST, ROOT, run_pytest
+from benchmarks.gpu_tests import PYTEST, ROOT, commit, run_pytest
 
 TESTS = """
 import time
@@ -95,3 +95,11 @@ def test_an_interrupted_run_leaves_a_record(tmp_path: Path) -> None:
 
 def test_the_status_is_pytests() -> None:
     assert run_pytest([sys.executable, "-c", "raise SystemExit(5)"]) == 5
+
+
+def test_a_record_names_a_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMMIT", "7886356")
+    assert commit() == "7886356"
+    monkeypatch.setenv("COMMIT", "MERGE")
+    with pytest.raises(SystemExit, match="COMMIT=MERGE is not the name of a commit"):
+        commit()
