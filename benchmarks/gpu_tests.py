@@ -36,8 +36,8 @@ def commit() -> str:
     if given := os.environ.get("COMMIT"):
         if not re.fullmatch(r"[0-9a-f]{7,40}", given):
             raise SystemExit(
-                f"error: COMMIT={given} is not the name of a commit: use the output of `git rev-parse HEAD`, or unset it "
-                "in a git checkout"
+                f"error: COMMIT={given} is not the name of a commit: use the output of `git rev-parse HEAD`, or unset "
+                "it in a git checkout"
             )
         return given
     git = ["git", "-C", str(ROOT)]
