@@ -1,4 +1,4 @@
-"""Device functions that several kernels share: tile order, waiting for launches, weight decoding, activation.
+"""Device functions that several kernels share: tile order, waiting for launches, bf16, weight decoding, activation.
 
 Inductor copies them into its output under their global names, so kernels must import each by name: neither through the
 module nor with `as`.
@@ -66,6 +66,21 @@ def to_bf16(x, PTX: tl.constexpr):
         bits = x.to(tl.int32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         return nearest.to(tl.float32, bitcast=True).to(tl.bfloat16)
+
+
+@triton.jit
+def bf16_round(x, PTX: tl.constexpr):
+    """fp32 -> the nearest bf16, as fp32."""
+    return to_bf16(x, PTX).to(tl.float32)
+
+
+@triton.jit
+def dot_bf16(a, b, acc, PTX: tl.constexpr):
+    """acc + a @ b of bf16 operands, fp32 accumulator."""
+    if PTX:
+        return tl.dot(a, b, acc)
+    else:  # the interpreter multiplies raw bf16 bits; fp32 holds the same values
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
 
 
 @triton.jit

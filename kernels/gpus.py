@@ -35,6 +35,10 @@ class Gpu:
     max_shared: int
 
 
+INTERPRETER_GPU = Gpu(90, 4, MAX_DYNAMIC_SHARED[90])
+"""The GPU that Triton's interpreter is configured for: few multiprocessors, so that each program does many tiles."""
+
+
 @dataclass(frozen=True)
 class GpuModel:
     """A GPU product, with the values of its data sheet.

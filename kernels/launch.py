@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.library import wrap_triton
 from triton.runtime.jit import JITFunction
+
+from .gpus import INTERPRETER_GPU, Gpu, gpu_of
 
 
 @dataclass
@@ -47,6 +50,20 @@ class Launch:
     def options(self) -> dict[str, Any]:
         """Triton's launch options. From sm_90 on, the launch overlaps with the previous one; see `launches_before`."""
         return {"num_warps": self.num_warps, **({"launch_pdl": True} if self.constexprs["PTX"] >= 90 else {})}
+
+
+def kernel_gpu(tensor: Tensor) -> Gpu:
+    """The GPU to configure kernels for that work on `tensor`; see `gpu_of`."""
+    return INTERPRETER_GPU if _interpreted() else gpu_of(tensor.device.index)
+
+
+def ptx_of(gpu: Gpu) -> int:
+    """The kernels' constant PTX; see _device.py."""
+    return 0 if _interpreted() else gpu.capability
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def on_device(arguments: Iterable[Any]) -> AbstractContextManager[Any]:

@@ -17,6 +17,7 @@ import torch
 from executorch_moe.backends.cuda.patches.registry import LAUNCHES, LOCK, USES, replacing
 
 WAITING_KERNELS = (
+    "moe_cached_attention",
     "moe_few_tokens_gemm",
     "moe_grouped_gemm",
     "moe_matvec",
@@ -26,6 +27,7 @@ WAITING_KERNELS = (
     "moe_one_token_attention",
     "moe_one_token_matvec",
     "moe_one_token_router",
+    "moe_rotated_heads",
     "moe_sum_pairs",
 )
 """Kernels that wait for the launches before them. Another kernel would read data that is not written yet."""

@@ -1,8 +1,9 @@
 """Attention with grouped key/value heads without copies; on CUDA one projection for query, key and value.
 
 With an attention mask, transformers repeats key/value heads in memory: with 32 query and 4 key/value heads, it writes
-and reads eight copies of the whole cache for each token. ExecuTorch's Triton kernels, which replace the operator on
-CUDA, take grouped heads directly, as does its decomposition for the CPU.
+and reads eight copies of the whole cache for each token. On CUDA, several bf16 tokens take our `cached_attention`,
+which reads the visible positions only. Everything else is torch's operator, for which ExecuTorch has Triton kernels on
+CUDA and a decomposition on the CPU, both with grouped heads.
 
 Letters: T tokens, D head_dim, C positions in the cache.
 """
@@ -14,8 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from executorch_moe.kernels.prompt.arguments import HEAD_DIMS
+from executorch_moe.kernels.prompt.op import fits_cached_attention
+
 from .keywords import check, take_cache
-from .linears import StoredInt4, stored_int4
+from .linears import StoredInt4, is_one_token, stored_int4
 from .pretrained import require_transformers
 
 NAME = "executorch_moe_grouped"
@@ -40,8 +44,9 @@ def grouped_attention(
 
     Args:
         query: [B, heads, T, head_dim]. key, value: [B, key_value_heads, C, head_dim].
-        attention_mask: bool [B, 1, T, C], true where attention is allowed. None: causal attention, unless
-            `is_causal`, or else the module's attribute of that name, is false; `sdpa_mask` omits a purely causal mask.
+        attention_mask: bool [B, 1, T, C], true where attention is allowed; or int64 [1, 1, T, 1 or 2], the last, or
+            the first and the last visible position of each token. None: causal attention, unless `is_causal`, or else
+            the module's attribute of that name, is false; `sdpa_mask` omits a purely causal mask.
         keywords: see `keywords.HARMLESS`.
 
     Returns:
@@ -54,6 +59,12 @@ def grouped_attention(
     check("grouped_attention", keywords)
     if s_aux is not None:
         raise NotImplementedError("attention with sinks: use attn_implementation='eager'")
+    if attention_mask is not None and attention_mask.dtype == torch.int64:
+        tokens, factor = query.transpose(1, 2), query.shape[-1] ** -0.5 if scaling is None else scaling
+        if not is_one_token(tokens[:, :, 0]) and not dropout and fits_cached_attention(tokens, key, value):
+            visible = attention_mask[0, 0]
+            return torch.ops.executorch_moe.cached_attention(tokens, key, value, visible, factor), None
+        attention_mask = mask_of(attention_mask, key.shape[2])
     causal = attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     out = nn.functional.scaled_dot_product_attention(
         query,
@@ -69,12 +80,19 @@ def grouped_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
+def mask_of(visible: Tensor, context: int) -> Tensor:
+    """Mask bool [1, 1, T, C], true where attention is allowed, of visible positions int64 [1, 1, T, 1 or 2]."""
+    positions = torch.arange(context, device=visible.device)
+    mask = positions <= visible[..., -1:]
+    return mask & (positions >= visible[..., :1]) if visible.shape[-1] == 2 else mask
+
+
 class MergedAttention(nn.Module):
     """Replaces Qwen3-MoE's attention: one projection for query, key and value.
 
-    Both halves of a head are read from the projection, not from a normalized copy, so that Inductor fuses norm,
-    rotation and the cache write into one kernel. The result is rounded once, after the rotation; transformers rounds
-    after the norm too.
+    For several tokens, `rotated_heads` computes norm and rotation. Elsewhere both halves of a head are read from the
+    projection, not from a normalized copy, so that Inductor fuses norm, rotation and the cache write into one kernel.
+    The result is rounded once, after the rotation; transformers rounds after the norm too.
     """
 
     def __init__(self, attention: Any) -> None:
@@ -105,7 +123,18 @@ class MergedAttention(nn.Module):
         """
         cache = take_cache(type(self).__name__, keywords)
         shape = hidden_states.shape[:-1]
-        qkv = self.qkv_proj(hidden_states).view(*shape, self.heads + 2 * self.kv_heads, 2, self.head_dim // 2)
+        qkv = self.qkv_proj(hidden_states)
+        if self._takes_operators(hidden_states, attention_mask, cache):
+            cos, sin = (part[..., : self.head_dim // 2] for part in position_embeddings)  # the two halves are equal
+            tokens, new = torch.ops.executorch_moe.rotated_heads(
+                qkv, self.q_norm, self.k_norm, cos, sin, self.kv_heads, self.eps
+            )
+            keys, values = cache.update(new[0], new[1], self.layer_idx)
+            out, _weights = grouped_attention(
+                self, tokens.transpose(1, 2), keys, values, attention_mask, scaling=self.scaling
+            )
+            return self.o_proj(out.flatten(-2)), None
+        qkv = qkv.view(*shape, self.heads + 2 * self.kv_heads, 2, self.head_dim // 2)
         rotated = self.heads + self.kv_heads
         # [1, T, D] -> [1, T, 1, 2, D/2]. The rotation of (a, b) is (a cos - b sin, b cos + a sin).
         cos, sin = (part.to(torch.float32).unflatten(-1, (1, 2, -1)) for part in position_embeddings)
@@ -117,6 +146,17 @@ class MergedAttention(nn.Module):
             key, value = cache.update(key, value, self.layer_idx)
         out, _weights = grouped_attention(self, query, key, value, attention_mask, scaling=self.scaling)
         return self.o_proj(out.flatten(-2)), None
+
+    def _takes_operators(self, hidden_states: Tensor, mask: Tensor | None, cache: Any) -> bool:
+        """True for several tokens of a model for CUDA, whose cache and mask come from `CausalLM`."""
+        return (
+            cache is not None
+            and mask is not None
+            and mask.dtype == torch.int64
+            and hidden_states.dtype == torch.bfloat16
+            and self.head_dim in HEAD_DIMS
+            and not is_one_token(hidden_states)
+        )
 
     def _norm_and_rotate(self, x: Tensor, norm: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x [1, T, heads, 2, D/2] -> [1, heads, T, D]; norm [2, D/2], cos and sin fp32 [1, T, 1, 2, D/2]."""

@@ -16,6 +16,7 @@ from torch.export import Dim, ExportedProgram
 
 from executorch_moe.export.host_memory import size, total_memory
 
+from .attention import NAME
 from .keywords import cache_name, check
 from .linears import OneTokenLinears
 from .pretrained import plain_outputs_
@@ -148,10 +149,18 @@ class CausalLM(nn.Module):
         return output.logits  # type: ignore[no-any-return]
 
     def _mask(self, kind: str, cache_position: Tensor) -> Tensor:
-        """Mask [1, 1, T, C] for one kind of layer: bool, true where attention is allowed, or for eager attention the
-        values that are added to the scores."""
+        """Mask for one kind of layer, as the model's attention takes it.
+
+        For CUDA, the visible positions, see `grouped_attention`; else [1, 1, T, C]: bool, true where attention is
+        allowed, or for eager attention the values that are added to the scores.
+        """
         # A query attends to positions up to its own, all of which are written. The rest of the cache holds zeros or
         # rows of an earlier, longer text.
+        if self.model.config._attn_implementation == NAME:
+            last = cache_position[None, None, :, None]
+            if kind == "sliding_attention":
+                return torch.cat([(last - self.model.config.sliding_window + 1).clamp(min=0), last], -1)
+            return last
         positions, own = torch.arange(self.max_context, device=cache_position.device)[None, :], cache_position[:, None]
         mask = positions <= own
         if kind == "sliding_attention":

@@ -15,13 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from executorch_moe.kernels._device import launches_before, to_bf16
-
-
-@triton.jit
-def bf16_round(x, PTX: tl.constexpr):
-    """fp32 -> the nearest bf16, as fp32."""
-    return to_bf16(x, PTX).to(tl.float32)
+from executorch_moe.kernels._device import bf16_round, dot_bf16, launches_before, to_bf16
 
 
 @triton.jit
@@ -183,15 +177,6 @@ def norm_and_rotate(
     first = low * cos - high * sin
     second = high * cos + low * sin
     return bf16_round(first, PTX), bf16_round(second, PTX)
-
-
-@triton.jit
-def dot_bf16(a, b, acc, PTX: tl.constexpr):
-    """acc + a @ b of bf16 operands, fp32 accumulator."""
-    if PTX:
-        return tl.dot(a, b, acc)
-    else:  # the interpreter multiplies raw bf16 bits; fp32 holds the same values
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
 
 
 @triton.jit

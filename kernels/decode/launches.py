@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import torch
 import triton
 from torch import Tensor
 
-from executorch_moe.kernels.gpus import Gpu, gpu_of
-from executorch_moe.kernels.launch import Launch
-from executorch_moe.kernels.tuning.configs import INTERPRETER_GPU
+from executorch_moe.kernels.gpus import Gpu
+from executorch_moe.kernels.launch import Launch, kernel_gpu, ptx_of
 
 from .arguments import AttentionArguments, RouteArguments
 from .kernels import moe_one_token_attention, moe_one_token_matvec, moe_one_token_router
@@ -37,7 +35,7 @@ def run_one_token_linear(
     """One launch; `gpu` and `submit` as in `experts.plan.run_fused_experts`."""
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    submit(_matvec(x, None, None, weight, scale, None, out, out, None, 0.0, _ptx(gpu or _gpu(x))))
+    submit(_matvec(x, None, None, weight, scale, None, out, out, None, 0.0, ptx_of(gpu or kernel_gpu(x))))
     return out
 
 
@@ -51,8 +49,8 @@ def run_one_token_attention(
     hidden, update, norm, weight, scale, q_norm, k_norm, cos, sin, position, key, value, scaling, eps = arguments
     hidden, update = hidden.contiguous(), None if update is None else update.contiguous()
     q_norm, k_norm, cos, sin = (t.contiguous() for t in (q_norm, k_norm, cos, sin))
-    gpu = gpu or _gpu(hidden)
-    ptx = _ptx(gpu)
+    gpu = gpu or kernel_gpu(hidden)
+    ptx = ptx_of(gpu)
     _, kv_heads, context, head_dim = key.shape
     heads = weight.shape[0] // head_dim - 2 * kv_heads
     groups = triton.next_power_of_2(heads // kv_heads)
@@ -108,7 +106,7 @@ def run_one_token_router(
     """Two launches; `gpu` and `submit` as in `experts.plan.run_fused_experts`."""
     x, weight, scale, residual, norm, router, top_k, eps = arguments
     x, residual = x.contiguous(), residual.contiguous()
-    ptx = _ptx(gpu or _gpu(x))
+    ptx = ptx_of(gpu or kernel_gpu(x))
     (experts, hidden), device = router.shape, x.device
     out, normed = torch.empty_like(residual), residual.new_empty(1, hidden)
     arrivals = torch.empty(1, dtype=torch.int32, device=device)
@@ -160,18 +158,6 @@ def splits_of(gpu: Gpu, kv_heads: int, width: int) -> int:
     """
     most = max(1, min(MAX_PART_CELLS // width, gpu.num_sms // kv_heads))
     return 1 << (most.bit_length() - 1)
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-def _ptx(gpu: Gpu) -> int:
-    return 0 if _interpreted() else gpu.capability
-
-
-def _gpu(x: Tensor) -> Gpu:
-    return INTERPRETER_GPU if _interpreted() else gpu_of(x.device.index)
 
 
 def _matvec(

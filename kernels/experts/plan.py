@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +11,8 @@ import triton
 from torch import Tensor
 
 from executorch_moe.kernels.arguments import ExpertArguments
-from executorch_moe.kernels.gpus import Gpu, gpu_of
-from executorch_moe.kernels.launch import Launch
+from executorch_moe.kernels.gpus import Gpu
+from executorch_moe.kernels.launch import Launch, kernel_gpu, ptx_of
 from executorch_moe.kernels.schemes import max_scale_ratio, round_up
 from executorch_moe.kernels.tuning.choose import (
     MAX_PAIRS,
@@ -23,7 +22,7 @@ from executorch_moe.kernels.tuning.choose import (
     heuristic_few_tokens,
     matvec_configs,
 )
-from executorch_moe.kernels.tuning.configs import INTERPRETER_GPU, GemmConfig
+from executorch_moe.kernels.tuning.configs import GemmConfig
 
 from .elementwise import moe_quantize_rows, moe_sum_pairs
 from .few_tokens_gemm import moe_few_tokens_gemm
@@ -363,13 +362,11 @@ def run_fused_experts(
         bf16 [T, H].
     """
     hidden_states = arguments.hidden_states
-    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
-    if gpu is None:
-        gpu = INTERPRETER_GPU if interpreted else gpu_of(hidden_states.device.index)
+    gpu = gpu or kernel_gpu(hidden_states)
     num_tokens = hidden_states.shape[0]
     if isinstance(num_tokens, int) and num_tokens == 0:
         return torch.empty_like(hidden_states)
-    p = Problem(arguments, gpu, 0 if interpreted else gpu.capability, options, submit)
+    p = Problem(arguments, gpu, ptx_of(gpu), options, submit)
     return RUN[options.path or choose_path(p)](p)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED, Gpu
+from executorch_moe.kernels.gpus import Gpu
 from executorch_moe.kernels.schemes import K_BLOCK, Scheme
 
 GROUP_SIZES_M = (1, 8, 16, 32)
@@ -73,10 +73,6 @@ class MatvecConfig:
                 raise ValueError(f"{name}={value} must be a power of two")
         if self.reps * 2 > self.rows:
             raise ValueError(f"reps={self.reps} must be at most half of rows={self.rows}")
-
-
-INTERPRETER_GPU = Gpu(90, 4, MAX_DYNAMIC_SHARED[90])
-"""The GPU that Triton's interpreter is configured for: few multiprocessors, so that each program does many tiles."""
 
 
 def pipeline_bytes(config: GemmConfig, scheme: Scheme, gemm: int) -> int:

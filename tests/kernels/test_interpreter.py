@@ -25,11 +25,12 @@ from executorch_moe.kernels.experts.plan import (
     run_fused_experts,
     run_routing,
 )
+from executorch_moe.kernels.gpus import INTERPRETER_GPU
 from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.reference import reference_experts
 from executorch_moe.kernels.schemes import Scheme
 from executorch_moe.kernels.tuning.choose import MAX_PAIRS, Variant
-from executorch_moe.kernels.tuning.configs import INTERPRETER_GPU, GemmConfig
+from executorch_moe.kernels.tuning.configs import GemmConfig
 
 from ..combinations import combinations
 from .cases import BOUNDS, CASES, ZERO_CASE, Case, make, relative_error

@@ -7,13 +7,12 @@ import os
 import pytest
 import torch
 
-from executorch_moe.kernels.gpus import find_model
+from executorch_moe.kernels.gpus import INTERPRETER_GPU, find_model
 from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.measure.compile import compile_kernel
 from executorch_moe.kernels.measure.padded_lists import padded_lists, weighted_sum
 from executorch_moe.kernels.measure.timing import make_layers
 from executorch_moe.kernels.shapes import LayerShape
-from executorch_moe.kernels.tuning.configs import INTERPRETER_GPU
 
 
 @pytest.mark.interpreter

@@ -48,10 +48,13 @@ def test_one_by_one_is_as_at_once(dense: str) -> None:
     lm.reset()
     for position, token in enumerate(TEXT):
         one_by_one = run(lm, [token], position)
-    # bf16 is rounded at other places, and a near tie may select another expert: close, but not equal.
     assert (one_by_one - at_once).norm() / at_once.norm() < 0.05
     for one, other in zip(lm.kv_cache.buffers(), caches, strict=True):
-        assert (one - other).float().norm() / other.float().norm() < 0.05
+        one, other = (part[0, :, : len(TEXT)].float().transpose(0, 1).flatten(1) for part in (one, other))
+        errors = sorted(((one - other).norm(dim=1) / other.norm(dim=1)).tolist())
+        # bf16 is rounded at other places. So one token, whose logits of the router are nearly equal, may get another
+        # expert.
+        assert errors[-2] < 0.02 and errors[-1] < 0.5
 
 
 def operators(lm: CausalLM, method: str) -> list[str]:

@@ -1,0 +1,117 @@
+"""`rotated_heads` and `cached_attention` as launches of the kernels in kernels.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from executorch_moe.kernels.gpus import Gpu
+from executorch_moe.kernels.launch import Launch, kernel_gpu, ptx_of
+
+from .arguments import CachedAttentionArguments, HeadsArguments
+from .kernels import moe_cached_attention, moe_rotated_heads
+
+HEADS_BLOCK = 16
+"""Tokens that a program of `moe_rotated_heads` handles."""
+
+
+class AttentionTile(NamedTuple):
+    """Tile of `moe_cached_attention`.
+
+    Attributes:
+        rows: query heads of a program. positions: of the cache at a time. stages: blocks of positions in flight.
+        num_warps: of a program.
+    """
+
+    rows: int
+    positions: int
+    stages: int
+    num_warps: int
+
+
+def attention_tile(gpu: Gpu, head_dim: int) -> AttentionTile:
+    """The tile for a GPU: its blocks fit shared memory, and the accumulator the registers (tests hold both)."""
+    if gpu.max_shared >= 200_000:
+        return AttentionTile(128, 32, 3, 8) if head_dim == 256 else AttentionTile(128, 128, 2, 8)
+    if head_dim == 256:
+        return AttentionTile(64, 32, 2, 8)
+    return AttentionTile(128, 64, 2, 8)
+
+
+def run_rotated_heads(
+    arguments: HeadsArguments, *, gpu: Gpu | None = None, submit: Callable[[Launch], None] = Launch.run
+) -> tuple[Tensor, Tensor]:
+    """One launch; `gpu` and `submit` as in `experts.plan.run_fused_experts`."""
+    qkv, q_norm, k_norm, cos, sin, kv_heads, eps = arguments
+    qkv, q_norm, k_norm, cos, sin = (t.contiguous() for t in (qkv, q_norm, k_norm, cos, sin))
+    tokens, head_dim = qkv.shape[1], q_norm.numel()
+    heads = qkv.shape[2] // head_dim - 2 * kv_heads
+    query, new = qkv.new_empty(1, tokens, heads, head_dim), qkv.new_empty(2, 1, kv_heads, tokens, head_dim)
+    rotation = Launch(
+        moe_rotated_heads,
+        (_blocks(tokens, HEADS_BLOCK), heads + 2 * kv_heads),
+        {
+            "qkv_ptr": qkv,
+            "q_norm_ptr": q_norm,
+            "k_norm_ptr": k_norm,
+            "cos_ptr": cos,
+            "sin_ptr": sin,
+            "query_ptr": query,
+            "new_ptr": new,
+            "T": tokens,
+        },
+        {
+            "EPS": eps,
+            "HEADS": heads,
+            "KV_HEADS": kv_heads,
+            "HALF": head_dim // 2,
+            "BLOCK_T": HEADS_BLOCK,
+            "PTX": ptx_of(gpu or kernel_gpu(qkv)),
+        },
+    )
+    submit(rotation)
+    return query, new
+
+
+def run_cached_attention(
+    arguments: CachedAttentionArguments,
+    *,
+    tile: AttentionTile | None = None,
+    gpu: Gpu | None = None,
+    submit: Callable[[Launch], None] = Launch.run,
+) -> Tensor:
+    """One launch; `gpu` and `submit` as in `experts.plan.run_fused_experts`. tile: None for `attention_tile`'s."""
+    query, key, value, visible, scaling = arguments
+    query, visible = query.contiguous(), visible.contiguous()
+    _, tokens, heads, head_dim = query.shape
+    _, kv_heads, context, _ = key.shape
+    gpu = gpu or kernel_gpu(query)
+    tile = tile or attention_tile(gpu, head_dim)
+    out = torch.empty_like(query)
+    attention = Launch(
+        moe_cached_attention,
+        (kv_heads, _blocks(tokens * (heads // kv_heads), tile.rows)),
+        {"query_ptr": query, "key_ptr": key, "value_ptr": value, "visible_ptr": visible, "out_ptr": out, "T": tokens},
+        {
+            "SCALING": scaling,
+            "C": context,
+            "KV_HEADS": kv_heads,
+            "GROUPS": heads // kv_heads,
+            "D": head_dim,
+            "HAS_FIRST": visible.shape[1] == 2,
+            "BLOCK_M": tile.rows,
+            "BLOCK_N": tile.positions,
+            "STAGES": tile.stages,
+            "PTX": ptx_of(gpu),
+        },
+        num_warps=tile.num_warps,
+    )
+    submit(attention)
+    return out
+
+
+def _blocks(size: int, block: int) -> int:
+    return (size + block - 1) // block

@@ -1,0 +1,102 @@
+"""The operators `rotated_heads` and `cached_attention`, their fakes and their CPU kernels.
+
+Neither writes to its arguments: the caller writes the new keys and values to the cache between the two.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from executorch_moe.kernels.inference_only import inference_operator
+
+from .arguments import (
+    CachedAttentionArguments,
+    HeadsArguments,
+    check_cached_attention,
+    check_rotated_heads,
+    check_visible,
+)
+from .arguments import fits_cached_attention as fits_cached_attention
+from .aten import cached_attention_aten, rotated_heads_aten
+from .launches import run_cached_attention, run_rotated_heads
+
+
+@inference_operator("rotated_heads", HeadsArguments)
+def rotated_heads(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """RMS norm of each head of query and key, and their rotary embedding; values are copied.
+
+    Args:
+        qkv: bf16 [1, T, (heads + 2 * kv_heads) * D], one projection of query, key and value.
+        q_norm, k_norm: float, D elements. fp32, bf16 or fp16.
+        cos, sin: float [1, T, D/2], for the first half of a head; the second half has the same angles.
+        kv_heads: heads of key and of value. eps: of the norms.
+
+    Returns:
+        Query, bf16 [1, T, heads, D]; keys and values, bf16 [2, 1, kv_heads, T, D].
+
+    Raises:
+        ValueError: see `check_rotated_heads`.
+        NotImplementedError: backward.
+    """
+    arguments = HeadsArguments(*args, **kwargs)
+    check_rotated_heads(arguments)
+    on_cpu = arguments.qkv.device.type == "cpu"
+    return rotated_heads_aten(arguments) if on_cpu else run_rotated_heads(arguments)
+
+
+@inference_operator("cached_attention", CachedAttentionArguments)
+def cached_attention(*args: Any, **kwargs: Any) -> Tensor:
+    """Attention of several tokens over a cache, which has the tokens' own keys and values already.
+
+    Time and memory traffic depend on the positions that are visible, not on the size of the cache.
+
+    Args:
+        query: bf16 [1, T, heads, D], D one of `HEAD_DIMS`. heads / kv_heads consecutive heads share one of the cache.
+        key, value: bf16 [1, kv_heads, C, D]. Positions that no token sees may hold anything, NaN included.
+        visible: int64, the positions that a token sees: [T, 1], the last one, or [T, 2], the first and the last one.
+        scaling: factor of the scores, positive.
+
+    Returns:
+        bf16 [1, T, heads, D].
+
+    Raises:
+        ValueError: see `check_cached_attention`; on the CPU also positions outside [0, C).
+        NotImplementedError: backward.
+    """
+    arguments = CachedAttentionArguments(*args, **kwargs)
+    check_cached_attention(arguments)
+    on_cpu = arguments.query.device.type == "cpu"
+    return cached_attention_aten(arguments) if on_cpu else run_cached_attention(arguments)
+
+
+@rotated_heads.register_kernel("cpu")
+def _(*args):  # type: ignore[no-untyped-def]
+    arguments = HeadsArguments(*args)
+    check_rotated_heads(arguments)
+    return rotated_heads_aten(arguments)
+
+
+@cached_attention.register_kernel("cpu")
+def _(*args):  # type: ignore[no-untyped-def]
+    arguments = CachedAttentionArguments(*args)
+    check_cached_attention(arguments)
+    check_visible(arguments.visible, arguments.key.shape[2])
+    return cached_attention_aten(arguments)
+
+
+@rotated_heads.register_fake
+def _(*args):  # type: ignore[no-untyped-def]
+    arguments = HeadsArguments(*args)
+    check_rotated_heads(arguments)
+    qkv, kv_heads, head_dim = arguments.qkv, arguments.kv_heads, arguments.q_norm.numel()
+    tokens, heads = qkv.shape[1], qkv.shape[2] // head_dim - 2 * kv_heads
+    return qkv.new_empty(1, tokens, heads, head_dim), qkv.new_empty(2, 1, kv_heads, tokens, head_dim)
+
+
+@cached_attention.register_fake
+def _(*args):  # type: ignore[no-untyped-def]
+    arguments = CachedAttentionArguments(*args)
+    check_cached_attention(arguments)
+    return arguments.query.new_empty(arguments.query.shape)
