@@ -29,6 +29,7 @@ WAITING_KERNELS = (
     "moe_one_token_router",
     "moe_rotated_heads",
     "moe_sum_pairs",
+    "moe_top_experts",
 )
 """Kernels that wait for the launches before them. Another kernel would read data that is not written yet."""
 

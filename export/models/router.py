@@ -7,6 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from executorch_moe.kernels.prompt.op import fits_top_experts
+
+from .linears import is_one_token
+
 
 class TopKFirstRouter(nn.Module):
     """Replaces a `Qwen3MoeTopKRouter` that renormalizes; gives the same experts and weights.
@@ -22,8 +26,14 @@ class TopKFirstRouter(nn.Module):
         self.weight = router.weight
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden_states [..., H] -> logits [T, E], weights [T, top_k] and expert ids int64 [T, top_k]."""
+        """hidden_states [..., H] -> logits [T, E], weights [T, top_k] and expert ids int64 [T, top_k].
+
+        Weights are fp32 for several tokens, which `top_experts` computes in one launch.
+        """
         logits = nn.functional.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
+        if not is_one_token(logits) and fits_top_experts(logits.shape[1], self.top_k):
+            weights, experts = torch.ops.executorch_moe.top_experts(logits, self.top_k)
+            return logits, weights, experts
         chosen, experts = torch.topk(logits.to(torch.float32), self.top_k, dim=-1)
         return logits, chosen.softmax(-1).to(logits.dtype), experts
 

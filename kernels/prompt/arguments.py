@@ -1,4 +1,4 @@
-"""Arguments of `rotated_heads` and `cached_attention`, and their checks.
+"""Arguments of `rotated_heads`, `cached_attention` and `top_experts`, and their checks.
 
 The operators, their fakes and their CPU kernels share the checks, which depend only on shapes, dtypes and devices.
 """
@@ -13,6 +13,8 @@ from torch import Tensor
 
 HEAD_DIMS = (32, 64, 128, 256)
 """Supported sizes of a head: tensor cores take powers of two of at least 16, and half a head is rotated at a time."""
+MAX_EXPERTS = 1024
+"""A program holds the logits of several tokens in registers."""
 FLOATS = (torch.bfloat16, torch.float32, torch.float16)
 
 
@@ -125,6 +127,29 @@ def check_cached_attention(arguments: CachedAttentionArguments) -> None:
         if not t.is_contiguous():
             raise ValueError(f"{name} must be contiguous, strides are {list(t.stride())}: call .contiguous() once")
     _check_devices("query", query, arguments._asdict())
+
+
+def fits_top_experts(experts: int, top_k: int) -> bool:
+    """True if `top_experts` supports a router of these sizes."""
+    return 1 <= top_k <= experts <= MAX_EXPERTS
+
+
+def check_top_experts(logits: Tensor, top_k: int) -> None:
+    """Check the arguments of `top_experts` against its docstring.
+
+    Raises:
+        ValueError: a dtype, shape or value that the operator does not accept.
+    """
+    _check_dtype("logits", logits, FLOATS)
+    if logits.dim() != 2 or not 1 <= logits.shape[1] <= MAX_EXPERTS:
+        raise ValueError(
+            f"logits has shape {list(logits.shape)}, expected [T, E] with E from 1 to {MAX_EXPERTS}: flatten the "
+            "tokens, or use torch.topk for more experts"
+        )
+    if not 1 <= top_k <= logits.shape[1]:
+        raise ValueError(
+            f"top_k={top_k} must be from 1 to the E={logits.shape[1]} experts of logits: pass the model's own top_k"
+        )
 
 
 def check_visible(visible: Tensor, context: int) -> None:

@@ -1,4 +1,4 @@
-"""`rotated_heads` and `cached_attention` in ATen, for running and tracing on the CPU."""
+"""`rotated_heads`, `cached_attention` and `top_experts` in ATen, for running and tracing on the CPU."""
 
 from __future__ import annotations
 
@@ -45,3 +45,11 @@ def cached_attention_aten(arguments: CachedAttentionArguments) -> Tensor:
         enable_gqa=True,
     )
     return out.to(query.dtype).transpose(1, 2).contiguous()
+
+
+def top_experts_aten(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """`op.top_experts` in ATen. A stable sort puts the lower of experts with equal logits first."""
+    logits = logits.float()
+    ranked = logits.masked_fill(logits != logits, torch.inf)
+    order = torch.sort(ranked, dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
+    return logits.gather(-1, order).softmax(-1), order

@@ -1,6 +1,6 @@
-"""Kernels of attention for several tokens.
+"""Kernels for several tokens.
 
-Letters: T tokens, D head_dim, G query heads of a key/value head, C positions of the cache.
+Letters: T tokens, E experts, D head_dim, G query heads of a key/value head, C positions of the cache.
 """
 
 from __future__ import annotations
@@ -158,3 +158,46 @@ def moe_cached_attention(
         )
     out = acc / total[:, None]
     tl.store(out_ptr + cells, to_bf16(out, PTX), mask=(row < T * GROUPS)[:, None])
+
+
+@triton.jit
+def moe_top_experts(
+    logits_ptr,  # float [T, E]
+    weights_ptr,  # fp32 [T, TOP_K]
+    ids_ptr,  # int64 [T, TOP_K]
+    T,
+    E: tl.constexpr, E_POW2: tl.constexpr, TOP_K: tl.constexpr, K_POW2: tl.constexpr, BLOCK_T: tl.constexpr,
+    PTX: tl.constexpr,
+):  # fmt: skip
+    """The TOP_K largest logits of each token, largest first, and the softmax over them; BLOCK_T tokens a program.
+
+    Of equal logits, that of the lower expert comes first. NaN ranks as infinity: TOP_K different experts are chosen for
+    any logits, and the weights are NaN. A key of 64 bits holds a logit, mapped to an integer in the same order, above
+    the expert's number, counted from the end: keys differ from each other, so the largest one is one expert.
+    """
+    zero = launches_before(False, PTX)
+    logits_ptr += zero
+    weights_ptr += zero
+    ids_ptr += zero
+    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    expert, place = tl.arange(0, E_POW2), tl.arange(0, K_POW2)
+    real = (token < T)[:, None] & (expert < E)[None, :]
+    logits = tl.load(logits_ptr + token[:, None] * E + expert[None, :], mask=real, other=0.0).to(tl.float32)
+    bits = (tl.where(logits == logits, logits, float("inf")) + 0.0).to(tl.int32, bitcast=True)  # -0 + 0 = 0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    keys = (ordered.to(tl.int64) << 32) | (E_POW2 - 1 - expert)[None, :]
+    keys = tl.where((expert < E)[None, :], keys, -(2**63))
+    chosen = tl.full((BLOCK_T, K_POW2), -(2**63), dtype=tl.int64)
+    for k in tl.static_range(TOP_K):
+        largest = tl.max(keys, axis=1)[:, None]
+        chosen = tl.where((place == k)[None, :], largest, chosen)
+        keys = tl.where(keys == largest, -(2**63), keys)
+    ordered = (chosen >> 32).to(tl.int32)
+    values = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    values = tl.where((place < TOP_K)[None, :], values, -float("inf"))
+    shares = tl.exp(values - tl.max(values, axis=1)[:, None])
+    weights = shares / tl.sum(shares, axis=1)[:, None]
+    cells = token[:, None] * TOP_K + place[None, :]
+    wanted = (token < T)[:, None] & (place < TOP_K)[None, :]
+    tl.store(weights_ptr + cells, weights, mask=wanted)
+    tl.store(ids_ptr + cells, E_POW2 - 1 - (chosen & 0x7FFFFFFF), mask=wanted)

@@ -1,4 +1,4 @@
-"""`rotated_heads` and `cached_attention` as launches of the kernels in kernels.py."""
+"""`rotated_heads`, `cached_attention` and `top_experts` as launches of the kernels in kernels.py."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from executorch_moe.kernels.gpus import Gpu
 from executorch_moe.kernels.launch import Launch, kernel_gpu, ptx_of
 
 from .arguments import CachedAttentionArguments, HeadsArguments
-from .kernels import moe_cached_attention, moe_rotated_heads
+from .kernels import moe_cached_attention, moe_rotated_heads, moe_top_experts
 
 HEADS_BLOCK = 16
 """Tokens that a program of `moe_rotated_heads` handles."""
+
+
+ROUTER_BLOCK = 8
+"""Tokens that a program of `moe_top_experts` handles."""
 
 
 class AttentionTile(NamedTuple):
@@ -111,6 +116,31 @@ def run_cached_attention(
     )
     submit(attention)
     return out
+
+
+def run_top_experts(
+    logits: Tensor, top_k: int, *, gpu: Gpu | None = None, submit: Callable[[Launch], None] = Launch.run
+) -> tuple[Tensor, Tensor]:
+    """One launch; `gpu` and `submit` as in `experts.plan.run_fused_experts`."""
+    logits = logits.contiguous()
+    tokens, experts = logits.shape
+    weights = logits.new_empty(tokens, top_k, dtype=torch.float32)
+    ids = logits.new_empty(tokens, top_k, dtype=torch.int64)
+    choice = Launch(
+        moe_top_experts,
+        (_blocks(tokens, ROUTER_BLOCK),),
+        {"logits_ptr": logits, "weights_ptr": weights, "ids_ptr": ids, "T": tokens},
+        {
+            "E": experts,
+            "E_POW2": triton.next_power_of_2(experts),
+            "TOP_K": top_k,
+            "K_POW2": triton.next_power_of_2(top_k),
+            "BLOCK_T": ROUTER_BLOCK,
+            "PTX": ptx_of(gpu or kernel_gpu(logits)),
+        },
+    )
+    submit(choice)
+    return weights, ids
 
 
 def _blocks(size: int, block: int) -> int:

@@ -1,12 +1,13 @@
-"""The operators `rotated_heads` and `cached_attention`, their fakes and their CPU kernels.
+"""The operators `rotated_heads`, `cached_attention` and `top_experts`, their fakes and their CPU kernels.
 
-Neither writes to its arguments: the caller writes the new keys and values to the cache between the two.
+None of them writes to its arguments: the caller writes the new keys and values to the cache between the first two.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from executorch_moe.kernels.inference_only import inference_operator
@@ -16,11 +17,13 @@ from .arguments import (
     HeadsArguments,
     check_cached_attention,
     check_rotated_heads,
+    check_top_experts,
     check_visible,
 )
 from .arguments import fits_cached_attention as fits_cached_attention
-from .aten import cached_attention_aten, rotated_heads_aten
-from .launches import run_cached_attention, run_rotated_heads
+from .arguments import fits_top_experts as fits_top_experts
+from .aten import cached_attention_aten, rotated_heads_aten, top_experts_aten
+from .launches import run_cached_attention, run_rotated_heads, run_top_experts
 
 
 @inference_operator("rotated_heads", HeadsArguments)
@@ -71,6 +74,25 @@ def cached_attention(*args: Any, **kwargs: Any) -> Tensor:
     return cached_attention_aten(arguments) if on_cpu else run_cached_attention(arguments)
 
 
+@inference_operator("top_experts")
+def top_experts(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The experts of each token and their weights, for a router with a softmax over the chosen experts.
+
+    Args:
+        logits: float [T, E], E at most `MAX_EXPERTS`. top_k: experts of a token.
+
+    Returns:
+        Weights, fp32 [T, top_k], which sum to 1; experts, int64 [T, top_k], by falling logits, and by number if logits
+        are equal. The experts of a token differ from each other and are in [0, E) even if logits are NaN.
+
+    Raises:
+        ValueError: see `check_top_experts`.
+        NotImplementedError: backward.
+    """
+    check_top_experts(logits, top_k)
+    return top_experts_aten(logits, top_k) if logits.device.type == "cpu" else run_top_experts(logits, top_k)
+
+
 @rotated_heads.register_kernel("cpu")
 def _(*args):  # type: ignore[no-untyped-def]
     arguments = HeadsArguments(*args)
@@ -100,3 +122,16 @@ def _(*args):  # type: ignore[no-untyped-def]
     arguments = CachedAttentionArguments(*args)
     check_cached_attention(arguments)
     return arguments.query.new_empty(arguments.query.shape)
+
+
+@top_experts.register_kernel("cpu")
+def _(logits, top_k):  # type: ignore[no-untyped-def]
+    check_top_experts(logits, top_k)
+    return top_experts_aten(logits, top_k)
+
+
+@top_experts.register_fake
+def _(logits, top_k):  # type: ignore[no-untyped-def]
+    check_top_experts(logits, top_k)
+    shape = (logits.shape[0], top_k)
+    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)

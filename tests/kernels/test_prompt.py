@@ -10,8 +10,13 @@ from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED, Gpu
 from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.measure.compile import compile_launch
 from executorch_moe.kernels.prompt import op as ops
-from executorch_moe.kernels.prompt.aten import cached_attention_aten, rotated_heads_aten
-from executorch_moe.kernels.prompt.launches import AttentionTile, run_cached_attention, run_rotated_heads
+from executorch_moe.kernels.prompt.aten import cached_attention_aten, rotated_heads_aten, top_experts_aten
+from executorch_moe.kernels.prompt.launches import (
+    AttentionTile,
+    run_cached_attention,
+    run_rotated_heads,
+    run_top_experts,
+)
 
 from .test_memory import same_bits_in_any_order
 from .test_one_token import random
@@ -51,6 +56,16 @@ ATTENTION = {
     "two tokens at the end of the cache": (126, 2, 8, 1, 32, 128),
     "a window": (50, 40, 4, 2, 32, 100, 20),
     "a window that is longer than the text": (0, 21, 2, 1, 32, 32, 64),
+}
+
+
+LOGITS = {
+    "random": lambda: random(37, 128).float(),
+    "bf16": lambda: random(9, 20),
+    "equal": lambda: torch.zeros(5, 12),
+    "both zeros": lambda: torch.tensor([[-0.0, 0.0, -0.0, 1.0, -1.0, 0.0]]),
+    "not finite": lambda: torch.tensor([[torch.nan, torch.inf, -torch.inf, 3.0, torch.nan, -torch.inf]]),
+    "nothing but -inf": lambda: torch.full((2, 6), -torch.inf),
 }
 
 
@@ -137,6 +152,33 @@ def test_wrong_arguments_of_heads_are_named(change: dict[str, object], message: 
         ops.rotated_heads(*arguments._replace(**change))
 
 
+@pytest.mark.parametrize("name", LOGITS)
+def test_top_experts_are_those_of_torch(name: str) -> None:
+    logits = LOGITS[name]()
+    weights, ids = ops.top_experts(logits, 4)
+    values = logits.float().nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    expected = torch.sort(values, dim=1, descending=True, stable=True).indices[:, :4]
+    assert torch.equal(ids, expected)
+    chosen = logits.float().gather(1, ids)
+    torch.testing.assert_close(weights, chosen.softmax(1), equal_nan=True)
+    if chosen.isfinite().all():
+        torch.library.opcheck(torch.ops.executorch_moe.top_experts, (logits, 4), test_utils=CHECKS)
+
+
+@pytest.mark.parametrize(
+    ("logits", "top_k", "message"),
+    [
+        (torch.zeros(3, 4, dtype=torch.int64), 2, "logits has dtype int64, expected bfloat16 or float32 or float16"),
+        (torch.zeros(4), 2, r"logits has shape \[4\], expected \[T, E\]"),
+        (torch.zeros(1, 2000), 2, r"logits has shape \[1, 2000\], expected \[T, E\] with E from 1 to 1024"),
+        (torch.zeros(3, 4), 5, "top_k=5 must be from 1 to the E=4 experts"),
+    ],
+)
+def test_wrong_arguments_of_top_experts_are_named(logits: Tensor, top_k: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ops.top_experts(logits, top_k)
+
+
 def close(found: Tensor, expected: Tensor) -> None:
     assert found.shape == expected.shape and found.dtype == expected.dtype
     torch.testing.assert_close(found.float(), expected.float(), rtol=0.01, atol=0.01)
@@ -159,6 +201,18 @@ def test_interpreted_attention(name: str) -> None:
     same_bits_in_any_order(lambda: run_cached_attention(arguments, tile=SMALL))
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("top_k", [1, 3, 5])
+@pytest.mark.parametrize("name", LOGITS)
+def test_interpreted_top_experts(name: str, top_k: int) -> None:
+    logits = LOGITS[name]()
+    (weights, ids), expected = run_top_experts(logits, top_k), top_experts_aten(logits, top_k)
+    assert torch.equal(ids, expected[1])
+    torch.testing.assert_close(weights, expected[0], equal_nan=True)
+    if weights.isfinite().all():
+        same_bits_in_any_order(lambda: run_top_experts(logits, top_k))
+
+
 @pytest.mark.compiler
 @pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -177,6 +231,8 @@ def test_kernels_compile_without_spills(capability: int, head_dim: int) -> None:
         qkv = torch.empty(1, 1000, 40 * head_dim, **bf16)
         heads = ops.HeadsArguments(qkv, norm, norm, angles, angles, 4, EPS)
         run_rotated_heads(heads, gpu=gpu, submit=launches.append)
+        for experts in (128, 512):
+            run_top_experts(torch.empty(1000, experts, **bf16), 8, gpu=gpu, submit=launches.append)
     for launch in launches:
         report = compile_launch(launch, capability)
         assert report.spill_bytes == 0 and report.shared <= gpu.max_shared, (launch.kernel.__name__, report)
@@ -205,3 +261,14 @@ def test_attention_on_a_gpu(name: str, head_dim: int) -> None:
     found = ops.cached_attention(*there)
     close(found.cpu(), ops.cached_attention(*arguments))
     assert torch.equal(ops.cached_attention(*there), found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("top_k", [1, 3, 5])
+@pytest.mark.parametrize("name", LOGITS)
+def test_top_experts_on_a_gpu(name: str, top_k: int) -> None:
+    logits = LOGITS[name]()
+    weights, ids = ops.top_experts(logits.cuda(), top_k)
+    expected = ops.top_experts(logits, top_k)
+    assert torch.equal(ids.cpu(), expected[1])
+    torch.testing.assert_close(weights.cpu(), expected[0], equal_nan=True)
