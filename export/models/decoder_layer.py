@@ -1,7 +1,8 @@
-"""A Qwen3-MoE decoder layer with a fused path for decoding one token.
+"""A Qwen3-MoE decoder layer of few kernels.
 
 For one token, two operators compute everything before the experts, and no other kernel runs between them:
-`one_token_attention` and `one_token_router`. For several tokens the layer computes what transformers' layer does.
+`one_token_attention` and `one_token_router`. For several tokens the layer computes what transformers' layer does, with
+`residual_norm` for the norms; `MergedAttention` and `TopKFirstRouter` have operators of their own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from executorch_moe.kernels.decode.op import fits_one_token
+from executorch_moe.kernels.prompt.op import fits_residual_norm
 
 from .attention import MergedAttention
 from .causal_lm import CacheView
@@ -23,8 +25,8 @@ from .router import TopKFirstRouter
 class OneTokenDecoderLayer(nn.Module):
     """Replaces a Qwen3-MoE decoder layer that has a `MergedAttention` and a `TopKFirstRouter`; keeps the names.
 
-    For one token, a layer returns the residual stream and the experts' output as two tensors: the first kernel of the
-    next layer adds them. The last of consecutive such layers adds them itself.
+    A layer returns the residual stream and the experts' output as two tensors: the first kernel of the next layer adds
+    them. The last of consecutive such layers adds them itself.
 
     Attributes:
         last: the layer returns the sum.
@@ -47,12 +49,12 @@ class OneTokenDecoderLayer(nn.Module):
         """Computes the layer behind transformers' interface of a decoder layer.
 
         Args:
-            hidden_states: float [1, T, H], or the two tensors that the layer before returned for one token.
+            hidden_states: float [1, T, H], or the two tensors that the layer before returned.
             attention_mask: as for `grouped_attention`.
             position_embeddings: cosines and sines, [1, T, D] each.
 
         Returns:
-            [1, T, H], or for one token, unless the layer is the `last`, two tensors whose sum that is.
+            [1, T, H], or, unless the layer is the `last`, two tensors whose sum that is.
 
         Raises:
             ValueError: an unknown argument, or a value that would change the result; see `keywords.take_cache`.
@@ -62,11 +64,12 @@ class OneTokenDecoderLayer(nn.Module):
         assert position_embeddings is not None
         if self._takes_one_token_path(hidden, cache):
             hidden, update = self._one_token(hidden, update, position_embeddings, cache)
-            return hidden + update if self.last else (hidden, update)
-        assert update is None, "consecutive layers must take the same path"
-        normed = self.input_layernorm(hidden)
-        hidden = hidden + self.self_attn(normed, position_embeddings, attention_mask, cache=cache)[0]
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        else:
+            hidden, normed = _residual_norm(hidden, update, self.input_layernorm)
+            update = self.self_attn(normed, position_embeddings, attention_mask, cache=cache)[0]
+            hidden, normed = _residual_norm(hidden, update, self.post_attention_layernorm)
+            update = self.mlp(normed)
+        return hidden + update if self.last else (hidden, update)
 
     def _takes_one_token_path(self, hidden: Tensor, cache: Any) -> bool:
         return (
@@ -97,6 +100,15 @@ class OneTokenDecoderLayer(nn.Module):
         return hidden, self.mlp.experts(normed, experts, weights)[None]
 
 
+def _residual_norm(hidden: Tensor, update: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
+    """hidden + update, and its norm, [1, T, H] each."""
+    if update is not None and fits_residual_norm(hidden) and not is_one_token(hidden):
+        summed, normed = torch.ops.executorch_moe.residual_norm(hidden, update, norm.weight, norm.variance_epsilon)
+        return summed, normed
+    hidden = hidden if update is None else hidden + update
+    return hidden, norm(hidden)
+
+
 def _weights(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """Weight and scale (None for bf16) of a linear layer that the one-token operators take, None for other layers."""
     if isinstance(linear, Int8Linear) and linear.bias is None:
@@ -118,15 +130,10 @@ def replace_decoder_layers_(module: nn.Module) -> nn.Module:
                     child[index] = OneTokenDecoderLayer(layer)
             for layer, following in zip(child, [*child[1:], None], strict=True):
                 if isinstance(layer, OneTokenDecoderLayer):
-                    layer.last = not _takes_two(following)
+                    layer.last = not isinstance(following, OneTokenDecoderLayer)
         else:
             replace_decoder_layers_(child)
     return module
-
-
-def _takes_two(layer: nn.Module | None) -> bool:
-    """True for a layer that accepts (hidden states, update) from the layer before it when decoding one token."""
-    return isinstance(layer, OneTokenDecoderLayer) and not layer.self_attn.sliding_window
 
 
 def _fits(layer: nn.Module) -> bool:

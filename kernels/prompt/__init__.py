@@ -1,6 +1,6 @@
-"""Operators for several tokens: norm and rotation of the heads, attention over the cache, and the choice of experts.
+"""Operators for several tokens: all of a decoder layer but the experts and the linear layers.
 
-op         `rotated_heads`, `cached_attention`, `top_experts`
+op         `residual_norm`, `rotated_heads`, `cached_attention`, `top_experts`
 arguments  their arguments and the checks of them
 launches   from arguments to kernel launches
 kernels    the Triton kernels

@@ -1,4 +1,4 @@
-"""Arguments of `rotated_heads`, `cached_attention` and `top_experts`, and their checks.
+"""Arguments of the operators for several tokens, and their checks.
 
 The operators, their fakes and their CPU kernels share the checks, which depend only on shapes, dtypes and devices.
 """
@@ -15,6 +15,8 @@ HEAD_DIMS = (32, 64, 128, 256)
 """Supported sizes of a head: tensor cores take powers of two of at least 16, and half a head is rotated at a time."""
 MAX_EXPERTS = 1024
 """A program holds the logits of several tokens in registers."""
+MAX_HIDDEN = 8192
+"""A program of `residual_norm` holds a row in registers."""
 FLOATS = (torch.bfloat16, torch.float32, torch.float16)
 
 
@@ -84,8 +86,7 @@ def check_rotated_heads(arguments: HeadsArguments) -> None:
                 f"{name} has shape {list(t.shape)}, expected [1, {qkv.shape[1]}, {head_dim // 2}]: pass the angles of "
                 "the first half of a head, which the second half shares, for each token"
             )
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps={eps} must be a finite number, 0 or more: pass that of the norm, as 1e-6")
+    _check_eps(eps)
     _check_devices("qkv", qkv, arguments._asdict())
 
 
@@ -127,6 +128,35 @@ def check_cached_attention(arguments: CachedAttentionArguments) -> None:
         if not t.is_contiguous():
             raise ValueError(f"{name} must be contiguous, strides are {list(t.stride())}: call .contiguous() once")
     _check_devices("query", query, arguments._asdict())
+
+
+def fits_residual_norm(hidden: Tensor) -> bool:
+    """True if `residual_norm` supports hidden states [..., H]."""
+    return hidden.dtype == torch.bfloat16 and hidden.shape[-1] <= MAX_HIDDEN
+
+
+def check_residual_norm(hidden: Tensor, update: Tensor, norm: Tensor, eps: float) -> None:
+    """Check the arguments of `residual_norm` against its docstring.
+
+    Raises:
+        ValueError: a dtype, shape, device or value that the operator does not accept.
+    """
+    for name, t in (("hidden", hidden), ("update", update)):
+        _check_dtype(name, t, (torch.bfloat16,))
+    if hidden.dim() != 3 or hidden.shape[0] != 1 or not 1 <= hidden.shape[2] <= MAX_HIDDEN:
+        raise ValueError(
+            f"hidden has shape {list(hidden.shape)}, expected [1, T, H] with H from 1 to {MAX_HIDDEN}: pass the tokens "
+            "of one text, or use the model's own norm"
+        )
+    if update.dim() != 3 or update.shape[0] != 1 or update.shape[1:] != hidden.shape[1:]:
+        raise ValueError(f"update has shape {list(update.shape)}, expected that of hidden, {list(hidden.shape)}")
+    _check_dtype("norm", norm, FLOATS)
+    if norm.numel() != hidden.shape[2]:
+        raise ValueError(
+            f"norm has shape {list(norm.shape)}, expected {hidden.shape[2]} elements: pass one for each of H"
+        )
+    _check_eps(eps)
+    _check_devices("hidden", hidden, {"update": update, "norm": norm})
 
 
 def fits_top_experts(experts: int, top_k: int) -> bool:
@@ -173,6 +203,11 @@ def _check_dtype(name: str, t: Tensor, allowed: tuple[torch.dtype, ...]) -> None
         raise ValueError(
             f"{name} has dtype {str(t.dtype).removeprefix('torch.')}, expected {names}: convert it with .to(...)"
         )
+
+
+def _check_eps(eps: float) -> None:
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps={eps} must be a finite number, 0 or more: pass that of the norm, as 1e-6")
 
 
 def _check_devices(first: str, where: Tensor, arguments: dict[str, object]) -> None:

@@ -1,4 +1,4 @@
-"""`rotated_heads`, `cached_attention` and `top_experts` in ATen, for running and tracing on the CPU."""
+"""The operators for several tokens in ATen, for running and tracing on the CPU."""
 
 from __future__ import annotations
 
@@ -53,3 +53,11 @@ def top_experts_aten(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     ranked = logits.masked_fill(logits != logits, torch.inf)
     order = torch.sort(ranked, dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
     return logits.gather(-1, order).softmax(-1), order
+
+
+def residual_norm_aten(hidden: Tensor, update: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`op.residual_norm` in ATen: fp32, rounded to bf16 where the kernel rounds."""
+    summed = (hidden + update).contiguous()
+    row = summed.float()
+    normed = row * torch.rsqrt(row.pow(2).mean(-1, keepdim=True) + eps) * norm.flatten().float()
+    return summed, normed.to(hidden.dtype)

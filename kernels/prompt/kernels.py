@@ -201,3 +201,24 @@ def moe_top_experts(
     wanted = (token < T)[:, None] & (place < TOP_K)[None, :]
     tl.store(weights_ptr + cells, weights, mask=wanted)
     tl.store(ids_ptr + cells, E_POW2 - 1 - (chosen & 0x7FFFFFFF), mask=wanted)
+
+
+@triton.jit
+def moe_residual_norm(
+    hidden_ptr, update_ptr,  # bf16 [T, H]
+    norm_ptr,  # float [H]
+    sum_ptr, normed_ptr,  # bf16 [T, H]
+    EPS: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """hidden + update, rounded to bf16, and its RMS norm; program i does token i."""
+    offs = tl.arange(0, BLOCK_H)
+    inside = offs < H
+    norm = tl.load(norm_ptr + offs, mask=inside, other=0.0).to(tl.float32)
+    zero = launches_before(False, PTX)
+    cells = tl.program_id(0).to(tl.int64) * H + offs + zero
+    hidden = tl.load(hidden_ptr + cells, mask=inside, other=0.0).to(tl.float32)
+    update = tl.load(update_ptr + cells, mask=inside, other=0.0).to(tl.float32)
+    x = bf16_round(hidden + update, PTX)
+    tl.store(sum_ptr + cells, to_bf16(x, PTX), mask=inside)
+    x = x * tl.rsqrt(tl.sum(x * x, axis=0) / H + EPS) * norm
+    tl.store(normed_ptr + cells, to_bf16(x, PTX), mask=inside)

@@ -1,4 +1,4 @@
-"""`rotated_heads`, `cached_attention` and `top_experts` as launches of the kernels in kernels.py."""
+"""The operators for several tokens as launches of the kernels in kernels.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from executorch_moe.kernels.gpus import Gpu
 from executorch_moe.kernels.launch import Launch, kernel_gpu, ptx_of
 
 from .arguments import CachedAttentionArguments, HeadsArguments
-from .kernels import moe_cached_attention, moe_rotated_heads, moe_top_experts
+from .kernels import moe_cached_attention, moe_residual_norm, moe_rotated_heads, moe_top_experts
 
 HEADS_BLOCK = 16
 """Tokens that a program of `moe_rotated_heads` handles."""
@@ -44,6 +44,33 @@ def attention_tile(gpu: Gpu, head_dim: int) -> AttentionTile:
     if head_dim == 256:
         return AttentionTile(64, 32, 2, 8)
     return AttentionTile(128, 64, 2, 8)
+
+
+def run_residual_norm(
+    hidden: Tensor,
+    update: Tensor,
+    norm: Tensor,
+    eps: float,
+    *,
+    gpu: Gpu | None = None,
+    submit: Callable[[Launch], None] = Launch.run,
+) -> tuple[Tensor, Tensor]:
+    """One launch; `gpu` and `submit` as in `experts.plan.run_fused_experts`."""
+    hidden, update, norm = hidden.contiguous(), update.contiguous(), norm.contiguous()
+    summed, normed = torch.empty_like(hidden), torch.empty_like(hidden)
+    launch = Launch(
+        moe_residual_norm,
+        (hidden.shape[1],),
+        {"hidden_ptr": hidden, "update_ptr": update, "norm_ptr": norm, "sum_ptr": summed, "normed_ptr": normed},
+        {
+            "EPS": eps,
+            "H": hidden.shape[2],
+            "BLOCK_H": triton.next_power_of_2(hidden.shape[2]),
+            "PTX": ptx_of(gpu or kernel_gpu(hidden)),
+        },
+    )
+    submit(launch)
+    return summed, normed
 
 
 def run_rotated_heads(

@@ -1,6 +1,7 @@
-"""The operators `rotated_heads`, `cached_attention` and `top_experts`, their fakes and their CPU kernels.
+"""The operators for several tokens, their fakes and their CPU kernels.
 
-None of them writes to its arguments: the caller writes the new keys and values to the cache between the first two.
+None of them writes to its arguments: between `rotated_heads` and `cached_attention`, the caller writes the new keys and
+values to the cache.
 """
 
 from __future__ import annotations
@@ -16,14 +17,36 @@ from .arguments import (
     CachedAttentionArguments,
     HeadsArguments,
     check_cached_attention,
+    check_residual_norm,
     check_rotated_heads,
     check_top_experts,
     check_visible,
 )
 from .arguments import fits_cached_attention as fits_cached_attention
+from .arguments import fits_residual_norm as fits_residual_norm
 from .arguments import fits_top_experts as fits_top_experts
-from .aten import cached_attention_aten, rotated_heads_aten, top_experts_aten
-from .launches import run_cached_attention, run_rotated_heads, run_top_experts
+from .aten import cached_attention_aten, residual_norm_aten, rotated_heads_aten, top_experts_aten
+from .launches import run_cached_attention, run_residual_norm, run_rotated_heads, run_top_experts
+
+
+@inference_operator("residual_norm")
+def residual_norm(hidden: Tensor, update: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The residual stream after an update, and its RMS norm.
+
+    Args:
+        hidden, update: bf16 [1, T, H], H at most `MAX_HIDDEN`.
+        norm: float, H elements, the norm's weight. fp32, bf16 or fp16. eps: of the norm.
+
+    Returns:
+        hidden + update, and its norm, bf16 [1, T, H] each.
+
+    Raises:
+        ValueError: see `check_residual_norm`.
+        NotImplementedError: backward.
+    """
+    check_residual_norm(hidden, update, norm, eps)
+    run = residual_norm_aten if hidden.device.type == "cpu" else run_residual_norm
+    return run(hidden, update, norm, eps)
 
 
 @inference_operator("rotated_heads", HeadsArguments)
@@ -91,6 +114,18 @@ def top_experts(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """
     check_top_experts(logits, top_k)
     return top_experts_aten(logits, top_k) if logits.device.type == "cpu" else run_top_experts(logits, top_k)
+
+
+@residual_norm.register_kernel("cpu")
+def _(hidden, update, norm, eps):  # type: ignore[no-untyped-def]
+    check_residual_norm(hidden, update, norm, eps)
+    return residual_norm_aten(hidden, update, norm, eps)
+
+
+@residual_norm.register_fake
+def _(hidden, update, norm, eps):  # type: ignore[no-untyped-def]
+    check_residual_norm(hidden, update, norm, eps)
+    return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape)
 
 
 @rotated_heads.register_kernel("cpu")

@@ -10,10 +10,16 @@ from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED, Gpu
 from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.measure.compile import compile_launch
 from executorch_moe.kernels.prompt import op as ops
-from executorch_moe.kernels.prompt.aten import cached_attention_aten, rotated_heads_aten, top_experts_aten
+from executorch_moe.kernels.prompt.aten import (
+    cached_attention_aten,
+    residual_norm_aten,
+    rotated_heads_aten,
+    top_experts_aten,
+)
 from executorch_moe.kernels.prompt.launches import (
     AttentionTile,
     run_cached_attention,
+    run_residual_norm,
     run_rotated_heads,
     run_top_experts,
 )
@@ -67,6 +73,40 @@ LOGITS = {
     "not finite": lambda: torch.tensor([[torch.nan, torch.inf, -torch.inf, 3.0, torch.nan, -torch.inf]]),
     "nothing but -inf": lambda: torch.full((2, 6), -torch.inf),
 }
+
+
+NORM = [(1, 64), (9, 100), (3, 2048)]
+
+
+def norm_arguments(tokens: int, hidden: int) -> tuple[Tensor, Tensor, Tensor, float]:
+    return random(1, tokens, hidden), random(1, tokens, hidden, seed=1), random(hidden).float(), EPS
+
+
+@pytest.mark.parametrize(("tokens", "hidden"), NORM)
+def test_residual_norm_is_that_of_plain_modules(tokens: int, hidden: int) -> None:
+    x, update, norm, eps = arguments = norm_arguments(tokens, hidden)
+    summed, normed = ops.residual_norm(*arguments)
+    assert torch.equal(summed, x + update)
+    expected = torch.nn.functional.rms_norm((x + update).double(), (hidden,), norm.double(), eps)
+    torch.testing.assert_close(normed.double(), expected, rtol=0.01, atol=0.01)
+    torch.library.opcheck(torch.ops.executorch_moe.residual_norm, arguments, test_utils=CHECKS)
+
+
+@pytest.mark.parametrize(
+    ("changed", "to", "message"),
+    [
+        (0, torch.zeros(1, 9, 100), "hidden has dtype float32, expected bfloat16"),
+        (0, random(9, 100), r"hidden has shape \[9, 100\], expected \[1, T, H\] with H from 1 to 8192"),
+        (1, random(1, 8, 100), r"update has shape \[1, 8, 100\], expected that of hidden, \[1, 9, 100\]"),
+        (2, random(99), r"norm has shape \[99\], expected 100 elements"),
+        (3, float("nan"), "eps=nan must be a finite number"),
+    ],
+)
+def test_wrong_arguments_of_residual_norm_are_named(changed: int, to: object, message: str) -> None:
+    arguments: list[object] = list(norm_arguments(9, 100))
+    arguments[changed] = to
+    with pytest.raises(ValueError, match=message):
+        ops.residual_norm(*arguments)
 
 
 @pytest.mark.parametrize("sizes", HEADS)
@@ -185,6 +225,16 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize(("tokens", "hidden"), NORM)
+def test_interpreted_residual_norm(tokens: int, hidden: int) -> None:
+    arguments = norm_arguments(tokens, hidden)
+    found, expected = run_residual_norm(*arguments), residual_norm_aten(*arguments)
+    assert torch.equal(found[0], expected[0])
+    close(found[1], expected[1])
+    same_bits_in_any_order(lambda: run_residual_norm(*arguments))
+
+
+@pytest.mark.interpreter
 @pytest.mark.parametrize("sizes", HEADS)
 def test_interpreted_heads(sizes: tuple[int, int, int, int]) -> None:
     arguments = ops.HeadsArguments(*heads_arguments(*sizes))
@@ -231,11 +281,23 @@ def test_kernels_compile_without_spills(capability: int, head_dim: int) -> None:
         qkv = torch.empty(1, 1000, 40 * head_dim, **bf16)
         heads = ops.HeadsArguments(qkv, norm, norm, angles, angles, 4, EPS)
         run_rotated_heads(heads, gpu=gpu, submit=launches.append)
+        row = torch.empty(1, 1000, 6000, **bf16)
+        run_residual_norm(row, row, torch.empty(6000, **bf16), EPS, gpu=gpu, submit=launches.append)
         for experts in (128, 512):
             run_top_experts(torch.empty(1000, experts, **bf16), 8, gpu=gpu, submit=launches.append)
     for launch in launches:
         report = compile_launch(launch, capability)
         assert report.spill_bytes == 0 and report.shared <= gpu.max_shared, (launch.kernel.__name__, report)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "hidden"), [*NORM, (1000, 6000)])
+def test_residual_norm_on_a_gpu(tokens: int, hidden: int) -> None:
+    arguments = norm_arguments(tokens, hidden)
+    found = ops.residual_norm(*(part.cuda() if isinstance(part, Tensor) else part for part in arguments))
+    expected = ops.residual_norm(*arguments)
+    assert torch.equal(found[0].cpu(), expected[0])
+    close(found[1].cpu(), expected[1])
 
 
 @pytest.mark.gpu

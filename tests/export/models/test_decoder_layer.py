@@ -62,13 +62,16 @@ def operators(lm: CausalLM, method: str) -> list[str]:
     return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
 
 
-def test_decode_is_three_operators_a_layer_and_prefill_none_of_the_new() -> None:
+def test_the_operators_of_both_methods() -> None:
     decode, prefill = (operators(model("int8"), method) for method in ("decode", "prefill"))
     for name in ("one_token_attention", "one_token_router", "fused_experts"):
         assert decode.count(f"executorch_moe.{name}.default") == 3
+    for name in ("rotated_heads", "cached_attention", "top_experts", "fused_experts"):
+        assert prefill.count(f"executorch_moe.{name}.default") == 3
+    assert prefill.count("executorch_moe.residual_norm.default") == 5  # nothing is added to the first layer's input
     assert not any("one_token_attention" in name or "one_token_router" in name for name in prefill)
     # No other operators of attention or router remain.
-    assert not any(word in name for name in decode for word in ("dot_product", "topk", "softmax"))
+    assert not any(word in name for name in decode + prefill for word in ("dot_product", "topk", "softmax"))
 
 
 @pytest.mark.parametrize(
@@ -139,11 +142,11 @@ def test_layers_without_experts_among_those_with(options: dict[str, Any]) -> Non
 
 
 def test_a_window_in_some_layers() -> None:
-    """Layers with a sliding window have no path for one token, and take one tensor."""
+    """Layers with a sliding window have no path for one token."""
     model = qwen3(num_hidden_layers=4)
     for index in (1, 2):
         model.model.layers[index].self_attn.sliding_window = 64
     lm = prepared(model)
-    assert [layer.last for layer in lm.model.model.layers] == [True, True, False, True]
+    assert [layer.last for layer in lm.model.model.layers] == [False, False, False, True]
     check_one_by_one(lm)
     assert operators(lm, "decode").count("executorch_moe.one_token_attention.default") == 2
