@@ -38,9 +38,14 @@ class AttentionTile(NamedTuple):
 
 
 def attention_tile(gpu: Gpu, head_dim: int) -> AttentionTile:
-    """The tile for a GPU: its blocks fit shared memory, and the accumulator the registers (tests hold both)."""
+    """The tile for a GPU: its blocks fit shared memory, and the accumulator the registers (tests hold both).
+
+    Measured on an H100 only, at 512 to 16,384 tokens: docs/prompts.md.
+    """
     if gpu.max_shared >= 200_000:
-        return AttentionTile(128, 32, 3, 8) if head_dim == 256 else AttentionTile(128, 128, 2, 8)
+        if head_dim == 256:
+            return AttentionTile(128, 32, 3, 8)
+        return AttentionTile(128, 64, 3, 8) if head_dim == 128 else AttentionTile(64, 64, 3, 4)
     if head_dim == 256:
         return AttentionTile(64, 32, 2, 8)
     return AttentionTile(128, 64, 2, 8)
