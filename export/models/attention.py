@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from executorch_moe.kernels.prompt.arguments import HEAD_DIMS
-from executorch_moe.kernels.prompt.op import fits_cached_attention
+from executorch_moe.kernels.prefill.arguments import HEAD_DIMS
+from executorch_moe.kernels.prefill.op import fits_cached_attention
 
 from .keywords import check, take_cache
 from .linears import StoredInt4, is_one_token, stored_int4

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from executorch_moe.kernels.decode.op import fits_one_token
-from executorch_moe.kernels.prompt.op import fits_residual_norm
+from executorch_moe.kernels.prefill.op import fits_residual_norm
 
 from .attention import MergedAttention
 from .causal_lm import CacheView

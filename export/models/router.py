@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from executorch_moe.kernels.prompt.op import fits_top_experts
+from executorch_moe.kernels.prefill.op import fits_top_experts
 
 from .linears import is_one_token
 

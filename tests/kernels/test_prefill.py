@@ -9,14 +9,14 @@ from torch import Tensor
 from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED, Gpu
 from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.measure.compile import compile_launch
-from executorch_moe.kernels.prompt import op as ops
-from executorch_moe.kernels.prompt.aten import (
+from executorch_moe.kernels.prefill import op as ops
+from executorch_moe.kernels.prefill.aten import (
     cached_attention_aten,
     residual_norm_aten,
     rotated_heads_aten,
     top_experts_aten,
 )
-from executorch_moe.kernels.prompt.launches import (
+from executorch_moe.kernels.prefill.launches import (
     AttentionTile,
     run_cached_attention,
     run_residual_norm,

@@ -40,7 +40,7 @@ class AttentionTile(NamedTuple):
 def attention_tile(gpu: Gpu, head_dim: int) -> AttentionTile:
     """The tile for a GPU: its blocks fit shared memory, and the accumulator the registers (tests hold both).
 
-    Measured on an H100 only, at 512 to 16,384 tokens: docs/prompts.md.
+    Measured on an H100 only, at 512 to 16,384 tokens: docs/prefill.md.
     """
     if gpu.max_shared >= 200_000:
         if head_dim == 256:
