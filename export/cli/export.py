@@ -26,10 +26,18 @@ def export(
     model: Annotated[
         str,
         typer.Argument(
-            help="Folder of a Hugging Face model, or a GGUF file; 'demo', a small model in this package; or random "
-            "weights, as in synthetic:qwen3-30b-a3b."
+            help="Folder of a Hugging Face model, or its id (Qwen/Qwen3-30B-A3B, or ID@REVISION); a GGUF file; 'demo', "
+            "a small model in this package; or random weights, as in synthetic:qwen3-30b-a3b."
         ),
     ],
+    download: Annotated[
+        bool,
+        typer.Option(
+            "--download",
+            help="Download a model that is given by its id, or what is missing of it, into huggingface_hub's cache.",
+            rich_help_panel=WHAT,
+        ),
+    ] = False,
     max_context: Annotated[
         int | None,
         typer.Option(
@@ -190,6 +198,8 @@ def export(
         seed=seed,
         placeholder_weights=placeholder_weights or thin,
     )
+    if download:
+        fetch(model)
     if check:
         raise typer.Exit(run_check(options, verbose))
     if report is not None:
@@ -213,6 +223,24 @@ def export_child(request: Annotated[str, typer.Argument(help="`own_process.Reque
     asked = own_process.Request.from_json(request)
     own_process.end_with_parent(asked.parent)
     run_export(asked.options, asked.report, asked.verbose)
+
+
+def fetch(model: str) -> None:
+    """Downloads a model that is given by its id.
+
+    Raises:
+        ValueError: the name is no id. RuntimeError: see `hub.download`.
+    """
+    from executorch_moe.export.hub import download, hub_model
+
+    on_hub = hub_model(model)
+    if on_hub is None:
+        raise ValueError(
+            f"--download is for a model by its id on the Hub, as in Qwen/Qwen3-30B-A3B, and model={model!r} is none: "
+            "leave the option out"
+        )
+    console.print(f"downloading {on_hub.repository} ...")
+    console.print(f"done downloading {on_hub.repository}: {download(on_hub)}", soft_wrap=True, highlight=False)
 
 
 def run_check(options: ExportOptions, verbose: bool) -> int:

@@ -1,4 +1,4 @@
-"""Reads configuration and tokenizer of a Hugging Face model folder. Nothing is downloaded."""
+"""Finds a Hugging Face model and reads its configuration. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from executorch_moe.backends.versions import check_versions
+from executorch_moe.export.hub import cached, hub_model
 
 # Values of model_type in config.json that `CausalLM` supports. The partitioners fuse the experts of any model.
 SUPPORTED_MODEL_TYPES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "glm4_moe", "gpt_oss", "deepseek_v3")
@@ -36,16 +37,21 @@ def require_transformers() -> Any:
 
 
 def resolve(model: str | Path) -> Path:
-    """Path of a model folder; the names in `BUNDLED` are models that are part of this package.
+    """Path of a model's folder.
+
+    Args:
+        model: a folder; a model's id on the Hub, if it is in huggingface_hub's cache, see `hub.hub_model`; or one of
+            `BUNDLED`, models that are part of this package.
 
     Raises:
-        FileNotFoundError: the folder, its config.json or its weights are missing.
+        FileNotFoundError: the folder, its config.json or its weights are missing, or the cache lacks the model.
+        RuntimeError: an id on the Hub without the package huggingface_hub.
     """
     if str(model) in BUNDLED:
         # By name and not by import: export may not import examples.
         return Path(str(importlib.resources.files(f"executorch_moe.examples.{model}") / "checkpoint"))
-    folder = Path(model)
-    remedy = "give a folder with config.json and *.safetensors (nothing is downloaded), a GGUF file, or 'demo'"
+    folder = cached(on_hub) if (on_hub := hub_model(model)) else Path(model)
+    remedy = "give a folder with config.json and *.safetensors, a GGUF file, a model's id on the Hub, or 'demo'"
     if not folder.is_dir():
         raise FileNotFoundError(f"model={str(model)!r} is not a folder: {remedy}")
     for pattern in ("config.json", "*.safetensors"):
