@@ -125,7 +125,7 @@ def check_gated_delta_net(arguments: DeltaRuleArguments) -> None:
         raise ValueError("projected has T=0 tokens, expected 1 at least: skip the layer if there is no token")
     _check_dtype("conv_state", conv_state, (projected.dtype,))
     _check_shape(
-        "conv_state", conv_state, (sizes.conv_size - 1, sizes.channels), "it holds the K - 1 tokens before `position`"
+        "conv_state", conv_state, (sizes.conv_size, sizes.channels), "it holds the last K tokens before `position`"
     )
     for name, t, count in (("dt_bias", dt_bias, value_heads), ("a_log", a_log, value_heads)):
         _check_dtype(name, t, FLOATS)

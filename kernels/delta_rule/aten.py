@@ -15,16 +15,22 @@ def gated_delta_net_aten(arguments: DeltaRuleArguments) -> tuple[Tensor, Tensor,
     sizes, eps = arguments.sizes, arguments.eps
     keys, channels, values = sizes.key_heads * sizes.key_dim, sizes.channels, sizes.values
     tokens, group = projected.shape[0], sizes.value_heads // sizes.key_heads
-    continued = position != 0  # select, not multiply: a state that is not used may hold NaN
-    conv_state = torch.where(continued, conv_state, torch.zeros_like(conv_state))
-    state = torch.where(continued, recurrent_state, torch.zeros_like(recurrent_state))
-    inputs = torch.cat([conv_state, projected[:, :channels]])
-    new_conv_state = inputs.narrow(0, tokens, sizes.conv_size - 1).clone()
+    # Selected, not multiplied: what is not used may hold NaN.
+    state = torch.where(position != 0, recurrent_state, torch.zeros_like(recurrent_state))
+    taps = sizes.conv_size
+    before = position + torch.arange(1 - taps, 0, device=position.device)
+    # Plus K, because `remainder` of ExecuTorch 1.5 on the CPU gives negative results for negative numbers.
+    past = conv_state.index_select(0, (before + taps).remainder(taps))
+    past = torch.where((before >= 0)[:, None], past, torch.zeros_like(past))
+    inputs = torch.cat([past, projected[:, :channels]])
+    # Row r of the new state has the last position that is r modulo K; `ago` counts from the last of all positions.
+    ago = (position + (tokens - 1 + taps) - torch.arange(taps, device=position.device)).remainder(taps)
+    new_conv_state = inputs.index_select(0, (tokens + taps - 2) - ago)
 
     weight = conv_weight.float()
     inputs = inputs.float()
     x = inputs.narrow(0, 0, tokens) * weight[:, 0]
-    for tap in range(1, sizes.conv_size):
+    for tap in range(1, taps):
         x = x + inputs.narrow(0, tap, tokens) * weight[:, tap]
     x = x * torch.sigmoid(x)
     query = _unit(x[:, :keys].reshape(tokens, sizes.key_heads, sizes.key_dim)) * sizes.key_dim**-0.5

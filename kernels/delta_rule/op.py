@@ -35,14 +35,15 @@ def gated_delta_net(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         projected: bf16, fp16 or fp32 [T, C + Hv * Dv + 2 * Hv]: query, key, value, z, b and a of each token.
         conv_weight: float [C, K]; the last column is that of the token itself.
         dt_bias, a_log: float [Hv]. norm_weight: float [Dv].
-        conv_state: as `projected`, [K - 1, C]: the last columns query, key and value of `projected` before these
-            tokens, oldest first.
+        conv_state: as `projected`, [K, C]: row p % K has query, key and value of `projected` at position p, for the K
+            positions before these tokens. Rows of positions below 0 may hold anything.
         recurrent_state: fp32 [Hv, Dk, Dv].
         position: int64 [1], of the first token. At 0 a text starts: both states count as zero, whatever they hold.
         num_key_heads: Hk. key_dim: Dk. eps: of the RMS norm.
 
     Returns:
-        The input of the output projection, as `projected`, [T, Hv * Dv]; the new conv_state; the new recurrent_state.
+        The input of the output projection, as `projected`, [T, Hv * Dv]; the new conv_state, with zeros for positions
+        below 0; the new recurrent_state.
 
     Raises:
         ValueError: see `check_gated_delta_net`.
@@ -69,6 +70,6 @@ def _(*args):  # type: ignore[no-untyped-def]
     projected, sizes = arguments.projected, arguments.sizes
     return (
         projected.new_empty(projected.shape[0], sizes.values),
-        projected.new_empty(sizes.conv_size - 1, sizes.channels),
+        projected.new_empty(sizes.conv_size, sizes.channels),
         arguments.recurrent_state.new_empty(sizes.value_heads, sizes.key_dim, sizes.value_dim),
     )

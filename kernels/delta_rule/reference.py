@@ -32,10 +32,15 @@ def gated_delta_net_reference(
     value_heads, _, value_dim = recurrent_state.shape
     keys, values = num_key_heads * key_dim, value_heads * value_dim
     qkv, z, b, a = projected.split([2 * keys + values, values, value_heads, value_heads], dim=1)
-    if int(position) == 0:
-        conv_state, recurrent_state = torch.zeros_like(conv_state), torch.zeros_like(recurrent_state)
-    inputs, state = torch.cat([conv_state, qkv]), recurrent_state.to(compute)
     width, group = conv_weight.shape[1], value_heads // num_key_heads
+    first, end = int(position), int(position) + projected.shape[0]
+    if first == 0:
+        recurrent_state = torch.zeros_like(recurrent_state)
+    rows_by_position = {p: conv_state[p % width] for p in range(max(0, first - width), first)}
+    rows_by_position.update({first + t: row for t, row in enumerate(qkv)})
+    nothing = torch.zeros_like(qkv[0])
+    inputs = torch.stack([rows_by_position.get(p, nothing) for p in range(first - width + 1, end)])
+    state = recurrent_state.to(compute)
     decay = -a_log.to(compute).exp() * torch.nn.functional.softplus(a.to(compute) + dt_bias.to(compute))
     rows = []
     for t in range(projected.shape[0]):
@@ -52,4 +57,7 @@ def gated_delta_net_reference(
         out = (state * (query * key_dim**-0.5)[:, :, None]).sum(1)
         out = out * torch.rsqrt(out.pow(2).mean(1, keepdim=True) + eps) * norm_weight.to(compute)
         rows.append(out.flatten() * torch.nn.functional.silu(z[t].to(compute)))
-    return torch.stack(rows).to(projected.dtype), inputs[projected.shape[0] :].clone(), state.to(recurrent_state.dtype)
+    new_conv_state = torch.empty_like(conv_state)
+    for p in range(end - width, end):
+        new_conv_state[p % width] = rows_by_position.get(p, nothing)
+    return torch.stack(rows).to(projected.dtype), new_conv_state, state.to(recurrent_state.dtype)

@@ -52,7 +52,7 @@ def make(
     projected[:, -sizes.value_heads :] += add.a
     projected[:, -2 * sizes.value_heads : -sizes.value_heads] += add.b
     state = random(sizes.value_heads, sizes.key_dim, sizes.value_dim, deviation=0.3)
-    conv_state = random(sizes.conv_size - 1, sizes.channels)
+    conv_state = random(sizes.conv_size, sizes.channels)
     if position == 0:
         state.fill_(torch.nan)
         conv_state.fill_(torch.nan)

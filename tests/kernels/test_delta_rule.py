@@ -62,11 +62,12 @@ def test_a_layer_is_that_of_transformers(family: str, tokens: int) -> None:
         state = torch.full((4, 16, 32), torch.nan)
         out, conv_state, state = operator(
             projected, layer.conv1d.weight.squeeze(1), layer.dt_bias, layer.A_log, layer.norm.weight,
-            torch.full((3, 192), torch.nan), state, torch.tensor([0]), 2, 16, layer.layer_norm_epsilon,
+            torch.full((4, 192), torch.nan), state, torch.tensor([0]), 2, 16, layer.layer_norm_epsilon,
         )  # fmt: skip
         assert relative_error(layer.out_proj(out), layer(hidden)[0]) < 1e-5
-        inputs = torch.cat([torch.zeros(3, 192), projected[:, :192]])
-        assert torch.equal(conv_state, inputs[-3:])
+        for position in range(tokens - 4, tokens):
+            row = projected[position, :192] if position >= 0 else torch.zeros(192)
+            assert torch.equal(conv_state[position % 4], row)
         assert state.isfinite().all()
 
 
@@ -79,7 +80,7 @@ def test_states_are_those_of_transformers() -> None:
     layer = layer_of("qwen3_5_moe")
     cache = DynamicCache(config=Qwen3_5MoeTextConfig(num_hidden_layers=1, layer_types=["linear_attention"]))
     hidden = torch.randn(1, 9, 48, generator=torch.Generator().manual_seed(3))
-    states = torch.zeros(3, 192), torch.zeros(4, 16, 32)
+    states = torch.zeros(4, 192), torch.zeros(4, 16, 32)
     for first, end in ((0, 6), (6, 7), (7, 8), (8, 9)):
         expected = layer(hidden[:, first:end], cache=cache)[0]
         out, *states = gated_delta_net(
@@ -88,7 +89,10 @@ def test_states_are_those_of_transformers() -> None:
         )  # fmt: skip
         assert relative_error(layer.out_proj(out), expected) < 1e-5
         assert relative_error(states[1], cache.get_recurrent_state(0, state_idx=0)[0]) < 1e-5
-        assert relative_error(states[0], cache.get_conv_state(0, state_idx=0)[0, :, -3:].T) < 1e-6
+        assert (
+            relative_error(states[0][torch.arange(end - 3, end) % 4], cache.get_conv_state(0, state_idx=0)[0, :, -3:].T)
+            < 1e-6
+        )
 
 
 @pytest.mark.parametrize("gates", GATES)
@@ -156,7 +160,7 @@ CHECKS: list[tuple[str, Callable[[Any], Any], str]] = [
     ("dt_bias", lambda t: t[:1], r"dt_bias has shape \[1\], expected \[4\]: pass one number for each value head"),
     ("a_log", lambda t: t.long(), "a_log has dtype int64"),
     ("norm_weight", lambda t: t[:1], r"norm_weight has shape \[1\], expected \[32\]"),
-    ("conv_state", lambda t: t[1:], r"conv_state has shape \[2, 192\], expected \[3, 192\]"),
+    ("conv_state", lambda t: t[1:], r"conv_state has shape \[3, 192\], expected \[4, 192\]"),
     ("conv_state", lambda t: t.bfloat16(), "conv_state has dtype bfloat16, expected float32: convert"),
     ("recurrent_state", lambda t: t.bfloat16(), "recurrent_state has dtype bfloat16, expected float32"),
     ("recurrent_state", lambda t: t[None], r"recurrent_state has shape \[1, 4, 16, 32\], expected \[value_heads,"),

@@ -12,7 +12,6 @@ from executorch_moe.backends.artifact.files import save
 from executorch_moe.backends.lower import lower
 from executorch_moe.backends.runtime.loader import load
 from executorch_moe.kernels.delta_rule.reference import gated_delta_net_reference
-
 from tests.kernels.delta_rule_cases import EPS, LENGTHS, TINY, make, relative_error
 
 
