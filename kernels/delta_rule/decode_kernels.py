@@ -39,7 +39,11 @@ def keep_input(new_conv_ptr, channels, x, position, mine, C: tl.constexpr, K: tl
     for ago in tl.static_range(1, K):
         empty = tl.zeros_like(x)
         slot = (position - ago + K) % K
-        tl.store(new_conv_ptr + slot * C + channels, rounded(empty, new_conv_ptr, PTX), mask=(channels >= 0) & mine & (position < ago))
+        tl.store(
+            new_conv_ptr + slot * C + channels,
+            rounded(empty, new_conv_ptr, PTX),
+            mask=(channels >= 0) & mine & (position < ago),
+        )
 
 
 @triton.jit
