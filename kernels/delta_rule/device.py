@@ -27,7 +27,7 @@ def silu(x):
 
 @triton.jit
 def log_decay(a, dt_bias, a_log):
-    """-exp(a_log) * softplus(a + dt_bias), at least -128: exp of less is 0 in fp32, and sums of it stay exact enough."""
+    """-exp(a_log) * softplus(a + dt_bias), at least -128, whose exp is 0 in fp32: differences of sums stay exact."""
     x = a + dt_bias
     softplus = tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
     return tl.maximum(-tl.exp(a_log) * softplus, -128.0)
@@ -35,7 +35,7 @@ def log_decay(a, dt_bias, a_log):
 
 @triton.jit
 def dot(a, b, acc, PTX: tl.constexpr):
-    """acc + a @ b with an fp32 accumulator. fp32 operands take three products of tf32, which lose hardly more than fp32."""
+    """acc + a @ b with an fp32 accumulator. fp32 operands take three products of tf32 each."""
     if not PTX:  # the interpreter multiplies raw bf16 bits; fp32 holds the same values
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     elif a.dtype == tl.float32:

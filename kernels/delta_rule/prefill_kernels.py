@@ -91,20 +91,20 @@ def moe_delta_rule_inputs(
         head -= 2 * HK
         offs_v = tl.arange(0, DV)
         channels = 2 * HK * DK + head * DV + offs_v
-        x = silu(convolved(projected_ptr, conv_ptr, weight_ptr, channels, times, position, T, P, C, K))
-        x = tl.where(real[:, None], x, 0.0)
-        start = head.to(tl.int64) * rows + chunk * CHUNK
-        cells = start * DV + tl.arange(0, CHUNK)[:, None] * DV + offs_v[None, :]
-        tl.store(v_ptr + cells, rounded(x, v_ptr, PTX))
+        v = silu(convolved(projected_ptr, conv_ptr, weight_ptr, channels, times, position, T, P, C, K))
+        v = tl.where(real[:, None], v, 0.0)
+        value_start = head.to(tl.int64) * rows + chunk * CHUNK
+        cells = value_start * DV + tl.arange(0, CHUNK)[:, None] * DV + offs_v[None, :]
+        tl.store(v_ptr + cells, rounded(v, v_ptr, PTX))
         gates_ptr = projected_ptr + times.to(tl.int64) * P + (C + HV * DV) + head
         b = tl.load(gates_ptr, mask=real, other=0.0).to(tl.float32)
         a = tl.load(gates_ptr + HV, mask=real, other=0.0).to(tl.float32)
         dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
         a_log = tl.load(a_log_ptr + head).to(tl.float32)
         log_decays = tl.where(real, log_decay(a, dt_bias, a_log), 0.0)
-        tl.store(decay_ptr + start + tl.arange(0, CHUNK), tl.cumsum(log_decays, axis=0))
+        tl.store(decay_ptr + value_start + tl.arange(0, CHUNK), tl.cumsum(log_decays, axis=0))
         beta = tl.where(real, 1.0 / (1.0 + tl.exp(-b)), 0.0)
-        tl.store(beta_ptr + start + tl.arange(0, CHUNK), beta)
+        tl.store(beta_ptr + value_start + tl.arange(0, CHUNK), beta)
 
 
 @triton.jit
