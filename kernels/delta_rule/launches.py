@@ -126,12 +126,13 @@ def _chunks(
             "T": tokens,
         },
         {**common, "K": sizes.conv_size, "SCALE": sizes.key_dim**-0.5},
+        num_warps=8,
     )
     submit(inputs)
     w = projected.new_empty(sizes.value_heads, rows, sizes.key_dim)
     u = torch.empty_like(values)
     pointers = {"qk_ptr": qk, "v_ptr": values, "decay_ptr": decay, "beta_ptr": beta, "w_ptr": w, "u_ptr": u}
-    submit(Launch(moe_delta_rule_chunk, (chunks, sizes.value_heads), pointers, common))
+    submit(Launch(moe_delta_rule_chunk, (chunks, sizes.value_heads), pointers, common, num_warps=4))
     wide = projected.dtype.itemsize > 2
     block_v = min(16 if wide else 32, sizes.value_dim)
     blocks = sizes.value_dim // block_v

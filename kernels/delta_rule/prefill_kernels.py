@@ -132,7 +132,7 @@ def moe_delta_rule_chunk(
     before = offs_t[:, None] > offs_t[None, :]
     a = dot(k, tl.trans(k), tl.zeros((CHUNK, CHUNK), dtype=tl.float32), PTX)
     a *= tl.exp(tl.where(before, decay[:, None] - decay[None, :], 0.0)) * beta[:, None]
-    x = inverse(tl.where(before, a, 0.0), CHUNK, PTX)
+    x = inverse(tl.where(before, a, 0.0), PTX)
     v = tl.load(v_ptr + zero + start * DV + value_cells)
     u = dot(rounded(x * beta[None, :], u_ptr, PTX), v, tl.zeros((CHUNK, DV), dtype=tl.float32), PTX)
     tl.store(u_ptr + zero + start * DV + value_cells, rounded(u, u_ptr, PTX))
