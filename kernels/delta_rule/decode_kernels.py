@@ -101,11 +101,11 @@ def moe_delta_rule_one_token(
     q = tl.sum(tl.where(is_key == 0, qk * SCALE, 0.0), axis=0)
     k = tl.sum(tl.where(is_key == 1, qk, 0.0), axis=0)
 
-    state = tl.where(position == 0, 0.0, state * decay)
-    update = (v - tl.sum(state * k[:, None], axis=0)) * beta
-    # q @ (state + k update) in two parts, so that both sums over the state are independent of each other.
-    out = tl.sum(state * q[:, None], axis=0) + tl.sum(q * k, axis=0) * update
-    tl.store(new_state_ptr + cells, state + k[:, None] * update[None, :])
+    state = tl.where(position == 0, 0.0, state)
+    update = (v - tl.sum(state * k[:, None], axis=0) * decay) * beta
+    # q @ (decay * state + k update) in two parts, so that both sums over the state are independent of each other.
+    out = tl.sum(state * q[:, None], axis=0) * decay + tl.sum(q * k, axis=0) * update
+    tl.store(new_state_ptr + cells, state * decay + k[:, None] * update[None, :])
     out *= tl.rsqrt(tl.sum(out * out, axis=0) / DV + EPS) * norm * silu(z)
     tl.store(out_ptr + head * DV + offs_v, rounded(out, out_ptr, PTX))
     keep_input(new_conv_ptr, qk_channels, qk_new, position, head % GROUP == 0, C, K, PTX)

@@ -15,9 +15,10 @@ from executorch_moe.kernels.delta_rule.op import gated_delta_net
 from executorch_moe.kernels.delta_rule.reference import gated_delta_net_reference
 from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED, Gpu
 from executorch_moe.kernels.launch import Launch
-from executorch_moe.kernels.measure.compile import compile_kernel, compile_launch
+from executorch_moe.kernels.measure.compile import compile_kernel, compile_launch, cuobjdump
 
 from .delta_rule_cases import GATES, LENGTHS, QWEN35, TINY, errors, make, on
+from .wgmma_registers import hazards, parse
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 3e-3}
 """Largest relative error of results and states. The operands of tensor cores have three decimals in bf16."""
@@ -147,6 +148,18 @@ def test_a_token_reads_its_state_once_and_before_the_wait() -> None:
     loads = 128 * 128 * 4 // (16 * 32 * launch.num_warps)
     assert before.count("ld.global.v4.b32") == loads and after.count("ld.global.v4.b32") == 0
     assert before.count("st.global") == 0 and after.count("st.global.v4.b32") == loads
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_no_operand_is_written_over_while_it_is_read(dtype: torch.dtype) -> None:
+    """As in test_compile.py: a wgmma may read its registers until a wait."""
+    found = 0
+    for launch in launches_for(QWEN35, 1642, dtype, Gpu(90, 132, MAX_DYNAMIC_SHARED[90])):
+        code = parse(cuobjdump(compile_kernel(launch, 90).asm["cubin"], "-sass"))
+        found += any(instruction.is_wgmma for instruction in code)
+        assert not list(hazards(code)), launch.kernel.__name__
+    assert found == 3
 
 
 GPU_CASES = [
