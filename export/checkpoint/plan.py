@@ -121,6 +121,8 @@ class CheckpointPlan:
         shards: the stored tensors.
         state: name -> weight of the model.
         sources: name of a weight -> its stored tensors.
+        left_out: names of stored tensors that the text model does not use: of other modalities, and of layers for
+            multi-token prediction.
         made: names of the weights that the stored tensors make.
 
     Raises:
@@ -164,11 +166,17 @@ class CheckpointPlan:
             source = sources.setdefault(target, Source(target, converter))
             source.names.setdefault(pattern or "", []).append(name)
         further = self._prediction_layers(unexpected)
+        self.left_out = [name for name in unexpected if not _IGNORED.search(name)]
         unexpected = [name for name in unexpected if not self._is_ignored(name, "unexpected")]
         if unexpected := [name for name in unexpected if not (_PREDICTION.search(name) or name.startswith(further))]:
             raise ValueError(
                 f"{self.shards.folder} has {_tensors(unexpected)} that {type(model).__name__} does not use: "
                 "check that config.json and weights are of the same model"
+            )
+        if self.left_out and not sources:
+            raise ValueError(
+                f"{self.shards.folder} has {_tensors(self.left_out)} but none of the text model: download the files "
+                "that have it, or use a checkpoint with a text model"
             )
         return sources
 

@@ -103,7 +103,7 @@ class MergedAttention(nn.Module):
         linears = [attention.q_proj, attention.k_proj, attention.v_proj]
         heads, kv_heads, _ = (linear.out_features // self.head_dim for linear in linears)
         self.heads, self.kv_heads = heads, kv_heads
-        self.qkv_proj = _merged(linears)
+        self.qkv_proj = merged(linears)
         self.o_proj = attention.o_proj
         self.eps = attention.q_norm.variance_epsilon
         self.register_buffer("q_norm", attention.q_norm.weight.detach().unflatten(-1, (2, -1)))
@@ -166,15 +166,26 @@ class MergedAttention(nn.Module):
         return x.to(dtype).flatten(-2).transpose(1, 2)
 
 
-def _merged(linears: list[nn.Linear]) -> nn.Linear:
-    """Concatenates linear layers into one, whose outputs are theirs in order."""
-    weight = torch.cat([linear.weight.detach() for linear in linears])
-    merged = nn.Linear(weight.shape[1], weight.shape[0], bias=linears[0].bias is not None, device="meta")
-    merged.weight = nn.Parameter(weight, requires_grad=False)
+def merged(linears: list[nn.Linear], rows: Tensor | None = None) -> nn.Linear:
+    """Concatenates linear layers into one.
+
+    Args:
+        linears: layers of the same input; all or none have a bias.
+        rows: int64, the outputs in order, numbered through all layers; None: the layers' outputs in order.
+    """
+
+    def ordered(parts: list[Tensor]) -> Tensor:
+        whole = torch.cat([part.detach() for part in parts])
+        return whole if rows is None else whole[rows.to(whole.device)]
+
+    weight = ordered([linear.weight for linear in linears])
+    whole = nn.Linear(weight.shape[1], weight.shape[0], bias=linears[0].bias is not None, device="meta")
+    whole.weight = nn.Parameter(weight, requires_grad=False)
     if linears[0].bias is not None:
-        merged.bias = nn.Parameter(torch.cat([linear.bias.detach() for linear in linears]), requires_grad=False)
-    merged.stored_int4 = StoredInt4.joined([stored_int4(linear) for linear in linears])
-    return merged
+        whole.bias = nn.Parameter(ordered([linear.bias for linear in linears]), requires_grad=False)
+    stored = StoredInt4.joined([stored_int4(linear) for linear in linears])
+    whole.stored_int4 = stored if stored is None else stored.map(lambda part: ordered([part]))
+    return whole
 
 
 def merge_attention_(module: nn.Module) -> nn.Module:

@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import nn
 
-CACHE_NAMES = ("cache", "past_key_values")
-"""Names of the cache argument: `cache` since transformers 5.24, `past_key_values` before."""
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""Names of the cache argument: `cache` since transformers 5.24, before `past_key_values`, or `cache_params` for layers
+with a recurrent state."""
 
 Accepts = Callable[[Any], bool]
 
