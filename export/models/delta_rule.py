@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from executorch_moe.kernels.delta_rule.arguments import CONV_SIZES, HEAD_DIMS, DeltaRuleSizes, fits_delta_rule
 from executorch_moe.kernels.delta_rule.op import gated_delta_net
 
 from .attention import merged
@@ -49,7 +50,8 @@ class GatedDeltaNet(nn.Module):
         """Takes over the weights of a layer.
 
         Raises:
-            NotImplementedError: a convolution with a bias, or an activation other than SiLU.
+            NotImplementedError: a convolution with a bias, an activation other than SiLU, or sizes that
+                `gated_delta_net` does not support.
         """
         super().__init__()
         if layer.conv1d.bias is not None or layer.activation not in ("silu", "swish"):
@@ -62,6 +64,15 @@ class GatedDeltaNet(nn.Module):
         self.key_heads, self.value_heads = layer.num_k_heads, layer.num_v_heads
         self.key_dim, self.value_dim = layer.head_k_dim, layer.head_v_dim
         self.eps = layer.norm.variance_epsilon
+        sizes = DeltaRuleSizes(
+            self.key_heads, self.value_heads, self.key_dim, self.value_dim, layer.conv1d.weight.shape[-1]
+        )
+        if not fits_delta_rule(sizes):
+            raise NotImplementedError(
+                f"{type(layer).__name__} with {', '.join(f'{name}={size}' for name, size in sizes._asdict().items())} is "
+                f"not supported: use a model with key_dim and value_dim among {HEAD_DIMS}, conv_size among {CONV_SIZES}, "
+                "and value_heads a multiple of key_heads"
+            )
         if hasattr(layer, _SEPARATE[0]):
             self.in_proj = merged([getattr(layer, name) for name in _SEPARATE])
         else:

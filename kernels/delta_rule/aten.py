@@ -49,7 +49,10 @@ def gated_delta_net_aten(arguments: DeltaRuleArguments) -> tuple[Tensor, Tensor,
     softplus = torch.clamp(a, min=0.0) + torch.log1p(torch.exp(-torch.abs(a)))
     decay = torch.exp(-torch.exp(a_log.float()) * softplus)
     xs = [query.unsqueeze(2), key.unsqueeze(2), value.unsqueeze(2), beta[:, :, None, None], decay[:, :, None, None]]
-    state, out = scan_op(_token, [state], xs, ())
+    if tokens == 1:
+        state, out = _token(state, *(part[0] for part in xs))
+    else:
+        state, out = scan_op(_token, [state], xs, ())
 
     out = out.reshape(tokens, sizes.value_heads, sizes.value_dim)
     out = out * torch.rsqrt(out.pow(2).mean(-1, keepdim=True) + eps) * norm_weight.float()
