@@ -33,6 +33,8 @@ _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 _NUMBERED = re.compile(r"^(?P<list>.*\blayers)\.(?P<number>\d+)\.(?P<rest>.*)$")
 _OF_PREDICTION = re.compile(r"^(eh_proj|enorm|hnorm|shared_head)\.")
 _PREDICTION = re.compile(r"(^|\.)mtp(_layers|_block|_heads)?\.")
+_IN_FP32 = ("A_log", "dt_bias")
+"""Parameters that stay in fp32: the decay of a recurrent state is the exponential of an exponential of them."""
 COMPARED_ROWS = 4096
 """Rows of two stored matrices to compare at a time."""
 
@@ -42,7 +44,7 @@ def meta_model(folder: Path, dtype: torch.dtype, attention: str) -> nn.Module:
 
     Args:
         folder: model folder.
-        dtype: dtype of the parameters.
+        dtype: dtype of the parameters, except those in `_IN_FP32`.
         attention: transformers' `attn_implementation`.
 
     Raises:
@@ -66,6 +68,10 @@ def meta_model(folder: Path, dtype: torch.dtype, attention: str) -> nn.Module:
             "was published with"
         ) from error
     special_tokens(folder, config)
+    for module in model.modules():
+        for name in _IN_FP32:
+            if name in module._parameters:
+                module._parameters[name] = nn.Parameter(module._parameters[name].float(), requires_grad=False)  # type: ignore[union-attr]
     return model.eval()
 
 
@@ -172,11 +178,6 @@ class CheckpointPlan:
             raise ValueError(
                 f"{self.shards.folder} has {_tensors(unexpected)} that {type(model).__name__} does not use: "
                 "check that config.json and weights are of the same model"
-            )
-        if self.left_out and not sources:
-            raise ValueError(
-                f"{self.shards.folder} has {_tensors(self.left_out)} but none of the text model: download the files "
-                "that have it, or use a checkpoint with a text model"
             )
         return sources
 
