@@ -38,7 +38,7 @@ class StaticKVCache(nn.Module):
     """Keys and values of all layers as named buffers `key_L` and `value_L`, each [1, heads, C, width].
 
     Latent attention caches the latents and the rotated part of the keys, which all heads share. Gated delta rule
-    layers have buffers `conv_L` [K-1, channels] and `recurrent_L`, fp32 [heads, key_dim, value_dim], instead.
+    layers have buffers `conv_L` [K, channels] and `recurrent_L`, fp32 [heads, key_dim, value_dim], instead.
     Two exported methods share one cache because runtimes match mutated buffers by name.
 
     Attributes:

@@ -35,7 +35,7 @@ class HoldsStates(Protocol):
     cache_position: Tensor
 
     def states(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """The last inputs of a layer's convolution [K-1, C], and its recurrent state, fp32 [Hv, Dk, Dv]."""
+        """The last inputs of a layer's convolution, a ring [K, C], and its recurrent state, fp32 [Hv, Dk, Dv]."""
         ...
 
 
@@ -97,9 +97,9 @@ class GatedDeltaNet(nn.Module):
 
     @property
     def state_shapes(self) -> tuple[tuple[int, int], tuple[int, int, int]]:
-        """Shapes of the convolution's state [K-1, C] and of the recurrent state [Hv, Dk, Dv]."""
+        """Shapes of the convolution's state [K, C] and of the recurrent state [Hv, Dk, Dv]."""
         channels, width = self.conv_weight.shape
-        return (width - 1, channels), (self.value_heads, self.key_dim, self.value_dim)
+        return (width, channels), (self.value_heads, self.key_dim, self.value_dim)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **keywords: Any) -> Tensor:
         """Computes the layer behind transformers' interface.
