@@ -29,8 +29,8 @@ from .recurrent_checkpoints import TWO_LAYERS, TYPES, save_recurrent, write_mult
 
 NEW = 64
 SPLITS = {"whole": (0,), "chunks of 7": (7,), "chunks of 64": (64,), "one by one": (1,)}
-BOUND = 1.5e-2
-"""Relative error with fused experts, whose activations are bf16; test_delta_rule.py has the bound for all else."""
+BOUND = 5e-3
+"""Relative error of the logits, with fused experts, whose activations are bf16."""
 
 
 @torch.no_grad()
@@ -145,7 +145,7 @@ def test_every_storage_is_that_of_its_weights(scheme: str, dense: str, target: s
     expected = Logits(with_weights_of_(model, streamed.model))(ids)[0]
     errors = (logits - expected).norm(dim=-1) / expected.norm(dim=-1)
     # The median, because a few tokens choose other experts in near-ties. w4a8 rounds the experts' activations to int8.
-    assert max(errors.median(), errors[64:].median()) < (5e-2 if scheme == "w4a8" else BOUND)
+    assert max(errors.median(), errors[64:].median()) < (3 * BOUND if scheme == "w4a8" else BOUND)
 
 
 def test_the_check_command_passes(tmp_path: Path) -> None:
