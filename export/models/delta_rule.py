@@ -19,7 +19,7 @@ from executorch_moe.kernels.delta_rule.arguments import CONV_SIZES, HEAD_DIMS, D
 from executorch_moe.kernels.delta_rule.op import gated_delta_net
 
 from .attention import merged
-from .keywords import take_cache
+from .keywords import STATE_CACHE_NAMES, take_cache
 
 LINEAR = "linear_attention"
 """transformers' name of these layers in `layer_types`."""
@@ -115,7 +115,7 @@ class GatedDeltaNet(nn.Module):
         Raises:
             ValueError: a mask, a cache of another kind, or see `keywords.take_cache`.
         """
-        cache = take_cache(type(self).__name__, keywords)
+        cache = take_cache(type(self).__name__, keywords, STATE_CACHE_NAMES)
         if attention_mask is not None:
             raise ValueError(f"{type(self).__name__} was called with an attention mask: pass texts without padding")
         if cache is None:
