@@ -96,8 +96,8 @@ class Order:
         if not consecutive or (first != 0 and self._next is not None and first != self._next):
             given = f"{first} to {last}" if consecutive else f"{positions.tolist()[:8]}"
             raise ValueError(
-                f"method {method!r} got positions {given}, expected {self._next or 0} and the following ones: this model "
-                "has recurrent layers, whose state cannot go back; run a text again from position 0"
+                f"method {method!r} got positions {given}, expected {self._next or 0} and the following ones: this "
+                "model has recurrent layers, whose state cannot go back; run a text again from position 0"
             )
         self._next = last + 1
 

@@ -306,8 +306,8 @@ def check_chunk(prefill_chunk: int | None, max_context: int) -> None:
         raise ValueError(f"prefill_chunk={prefill_chunk} must be at least 1: try 512")
     if prefill_chunk is not None and prefill_chunk > max_context:
         raise ValueError(
-            f"prefill_chunk={prefill_chunk} is more than the artifact's max_context={max_context}: leave it out, or use "
-            f"{max_context} at most"
+            f"prefill_chunk={prefill_chunk} is more than the artifact's max_context={max_context}: leave it out, or "
+            f"use {max_context} at most"
         )
 
 

@@ -289,8 +289,8 @@ def state_shapes(model: nn.Module) -> dict[int, tuple[tuple[int, ...], tuple[int
     kinds = list(getattr(config, "layer_types", None) or ())[: config.num_hidden_layers]
     if kinds.count(LINEAR) != len(found):
         raise NotImplementedError(
-            f"{type(model).__name__} has {kinds.count(LINEAR)} layers of type {LINEAR}, of which {len(found)} are gated "
-            "delta rule, the only one that is supported: use a model like Qwen3-Next or Qwen3.5-MoE"
+            f"{type(model).__name__} has {kinds.count(LINEAR)} layers of type {LINEAR}, of which {len(found)} are "
+            "gated delta rule, the only one that is supported: use a model like Qwen3-Next or Qwen3.5-MoE"
         )
     return found
 

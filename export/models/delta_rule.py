@@ -69,9 +69,9 @@ class GatedDeltaNet(nn.Module):
         )
         if not fits_delta_rule(sizes):
             raise NotImplementedError(
-                f"{type(layer).__name__} with {', '.join(f'{name}={size}' for name, size in sizes._asdict().items())} is "
-                f"not supported: use a model with key_dim and value_dim among {HEAD_DIMS}, conv_size among {CONV_SIZES}, "
-                "and value_heads a multiple of key_heads"
+                f"{type(layer).__name__} with {', '.join(f'{name}={size}' for name, size in sizes._asdict().items())} "
+                f"is not supported: use a model with key_dim and value_dim among {HEAD_DIMS}, conv_size among "
+                f"{CONV_SIZES}, and value_heads a multiple of key_heads"
             )
         if hasattr(layer, _SEPARATE[0]):
             self.in_proj = merged([getattr(layer, name) for name in _SEPARATE])
@@ -96,7 +96,7 @@ class GatedDeltaNet(nn.Module):
         return torch.cat([part.flatten() for part in (*qkvz.split(sizes, 1), *ba.split(values, 1))])
 
     @property
-    def state_shapes(self) -> tuple[tuple[int, int], tuple[int, int, int]]:
+    def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of the convolution's state [K, C] and of the recurrent state [Hv, Dk, Dv]."""
         channels, width = self.conv_weight.shape
         return (width, channels), (self.value_heads, self.key_dim, self.value_dim)
@@ -124,8 +124,8 @@ class GatedDeltaNet(nn.Module):
             position, (conv, state) = cache.cache_position[:1], cache.states(self.layer_idx)
         else:
             raise ValueError(
-                f"{type(self).__name__} was called with a {type(cache).__name__}: wrap the model in a CausalLM, or call "
-                "it with use_cache=False"
+                f"{type(self).__name__} was called with a {type(cache).__name__}: wrap the model in a CausalLM, or "
+                "call it with use_cache=False"
             )
         out, new_conv, new_state = gated_delta_net(
             self.in_proj(hidden_states)[0], self.conv_weight, self.dt_bias, self.a_log, self.norm_weight, conv, state,

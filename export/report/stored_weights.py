@@ -24,7 +24,10 @@ def stored_weights(streamed: StreamedModel, records: Sequence[FusedLayer], optio
     lines = _left_out(streamed.plan.left_out)
     if streamed.shards.format is None:
         return lines
-    return [*lines, f"stored as {streamed.shards.format}: {'; '.join([*_experts(records), *_linears(streamed, options)])}"]
+    return [
+        *lines,
+        f"stored as {streamed.shards.format}: {'; '.join([*_experts(records), *_linears(streamed, options)])}",
+    ]
 
 
 def _left_out(names: Sequence[str]) -> list[str]:
