@@ -19,6 +19,7 @@ from executorch_moe.kernels.delta_rule.arguments import CONV_SIZES, HEAD_DIMS, D
 from executorch_moe.kernels.delta_rule.op import gated_delta_net
 
 from .attention import merged
+from .linears import SideBySide, stored_int4
 from .keywords import STATE_CACHE_NAMES, take_cache
 
 LINEAR = "linear_attention"
@@ -73,10 +74,18 @@ class GatedDeltaNet(nn.Module):
                 f"is not supported: use a model with key_dim and value_dim among {HEAD_DIMS}, conv_size among "
                 f"{CONV_SIZES}, and value_heads a multiple of key_heads"
             )
-        if hasattr(layer, _SEPARATE[0]):
-            self.in_proj = merged([getattr(layer, name) for name in _SEPARATE])
+        separate = hasattr(layer, _SEPARATE[0])
+        linears = [getattr(layer, name) for name in (_SEPARATE if separate else _INTERLEAVED)]
+        rows = None if separate else self._interleaved_rows()
+        *large, _, _ = linears if separate else [linears[0], None, None]
+        gates = 2 * self.value_heads
+        if all(map(stored_int4, large)) and not all(map(stored_int4, linears)):
+            # Merged with weights that have none, 4-bit codes of a checkpoint would be lost.
+            first = None if rows is None else rows[:-gates]
+            second = None if rows is None else rows[-gates:] - len(linears[0].weight)
+            self.in_proj: nn.Module = SideBySide(merged(large, first), merged(linears[len(large) :], second))
         else:
-            self.in_proj = merged([getattr(layer, name) for name in _INTERLEAVED], self._interleaved_rows())
+            self.in_proj = merged(linears, rows)
         self.out_proj = layer.out_proj
         self.register_buffer("conv_weight", layer.conv1d.weight.detach()[:, 0].clone())
         self.register_buffer("dt_bias", layer.dt_bias.detach().float())
@@ -118,6 +127,10 @@ class GatedDeltaNet(nn.Module):
         cache = take_cache(type(self).__name__, keywords, STATE_CACHE_NAMES)
         if attention_mask is not None:
             raise ValueError(f"{type(self).__name__} was called with an attention mask: pass texts without padding")
+        return self.out_proj(self.mix(hidden_states, cache))  # type: ignore[no-any-return]
+
+    def mix(self, hidden_states: Tensor, cache: Any) -> Tensor:
+        """The input of the output projection, [1, T, Hv * Dv]; arguments as for `forward`."""
         if cache is None:
             position, (conv, state) = torch.zeros(1, dtype=torch.int64, device=hidden_states.device), self._empty()
         elif isinstance(cache, HoldsStates):
@@ -134,7 +147,7 @@ class GatedDeltaNet(nn.Module):
         if cache is not None:
             conv.copy_(new_conv)
             state.copy_(new_state)
-        return self.out_proj(out[None])  # type: ignore[no-any-return]
+        return out[None]
 
     def _empty(self) -> tuple[Tensor, Tensor]:
         conv, state = self.state_shapes

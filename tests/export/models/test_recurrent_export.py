@@ -18,8 +18,11 @@ from executorch_moe.backends.runtime.loader import LoadedProgram, load
 from executorch_moe.export.build import prepare_, stream
 from executorch_moe.export.checkpoint.streaming import StreamedModel
 from executorch_moe.export.cli.app import app
+from executorch_moe.export.models.attention import MergedAttention
 from executorch_moe.export.models.causal_lm import CausalLM
+from executorch_moe.export.models.decoder_layer import Norm
 from executorch_moe.export.models.delta_rule import GatedDeltaNet
+from executorch_moe.export.models.router import SharedExpert
 from executorch_moe.export.options import Dense, Experts, ExportOptions, Target
 
 from ...combinations import EXHAUSTIVE, combinations
@@ -98,29 +101,51 @@ def test_checkpoints_are_read_as_transformers_reads_them(model_type: str, tmp_pa
     assert (logits - expected).norm() / expected.norm() < BOUND
 
 
+def weight_of(linear: torch.nn.Module, inputs: int) -> Tensor:
+    """The weight [N, K] that a linear layer multiplies with, as it was stored and dequantized."""
+    return linear(torch.eye(inputs)).T  # type: ignore[no-any-return]
+
+
+def set_rows_(linears: list[Any], weight: Tensor, rows: Tensor | None = None) -> None:
+    """Gives linear layers the rows of a merged one, which are in the order `rows`."""
+    if rows is not None:
+        weight = torch.empty_like(weight).index_copy_(0, rows, weight)
+    for linear, part in zip(linears, weight.split([len(linear.weight) for linear in linears]), strict=True):
+        linear.weight.copy_(part)
+
+
 def with_weights_of_(model: Any, prepared: Any) -> torch.nn.Module:
     """Gives an unmodified model the rounded and dequantized weights of one that `prepare_` changed."""
+    there, hidden = dict(prepared.named_modules()), model.config.hidden_size
     for name, parameter in model.named_parameters():
-        if name in prepared.state_dict() and (parameter.dim() == 1 or name.endswith("mlp.gate.weight")):
-            parameter.copy_(prepared.state_dict()[name])
+        if name in prepared.state_dict() and name.endswith(("mlp.gate.weight", "norm.weight", "layernorm.weight")):
+            stored = prepared.state_dict()[name]
+            parameter.copy_(stored - 1 if isinstance(there[name.rpartition(".")[0]], Norm) else stored)
+    model.model.embed_tokens.weight.copy_(prepared.model.embed_tokens(torch.arange(model.config.vocab_size)))
     for path, module in model.named_modules():
-        if isinstance(module, torch.nn.Embedding):
-            module.weight.copy_(prepared.get_submodule(path)(torch.arange(len(module.weight))))
-        if not isinstance(module, torch.nn.Linear) or "in_proj" in path:
-            continue
-        if path.endswith(("q_proj", "out_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate", "lm_head")):
-            one = torch.eye(module.in_features, dtype=prepared.dtype)  # k_proj and v_proj want the input of q_proj
-        module.weight.copy_(prepared.get_submodule(path)(one).T)
-    for path, module in prepared.named_modules():
+        if isinstance(module, torch.nn.Linear) and path in there and not path.endswith(("k_proj", "v_proj", "q_proj")):
+            module.weight.copy_(weight_of(there[path], module.in_features))
+    for path, module in there.items():
+        layer = model.get_submodule(path) if isinstance(module, (GatedDeltaNet, MergedAttention, SharedExpert)) else None
         if isinstance(module, GatedDeltaNet):
-            layer = model.get_submodule(path)
             assert torch.equal(layer.A_log, module.a_log)  # kept in fp32
             layer.conv1d.weight.copy_(module.conv_weight[:, None])
             layer.norm.weight.copy_(module.norm_weight)
             linears = [layer.in_proj_qkv, layer.in_proj_z, layer.in_proj_b, layer.in_proj_a]
-            rows = module.in_proj(torch.eye(linears[0].in_features, dtype=prepared.dtype)).T
-            for linear, part in zip(linears, rows.split([len(linear.weight) for linear in linears]), strict=True):
-                linear.weight.copy_(part)
+            set_rows_(linears, weight_of(module.in_proj, hidden))
+        elif isinstance(module, MergedAttention):
+            order = module._order()
+            set_rows_([layer.q_proj, layer.k_proj, layer.v_proj], weight_of(module.qkv_proj, hidden), module._rows(order))
+            for name in ("q_norm", "k_norm"):
+                getattr(layer, name).weight[order] = getattr(module, name).flatten() - 1
+        elif isinstance(module, SharedExpert):
+            gate = model.get_submodule(path.rpartition(".")[0]).shared_expert_gate
+            weight = weight_of(module.gate_up, hidden)[: 2 * module.width + 1]
+            set_rows_([layer.gate_proj, layer.up_proj, gate], weight)
+        elif path.endswith("self_attn"):  # in order, with the same input
+            one = torch.eye(hidden)
+            for linear in ("q_proj", "k_proj", "v_proj"):
+                model.get_submodule(path).get_submodule(linear).weight.copy_(module.get_submodule(linear)(one).T)
     return model  # type: ignore[no-any-return]
 
 
@@ -143,6 +168,8 @@ def test_every_storage_is_that_of_its_weights(scheme: str, dense: str, target: s
     parts = [slice(0, 64), *(slice(at, at + 1) for at in range(64, 70))]
     logits = torch.cat([lm.logits(ids[:, part], positions[part], 0)[0] for part in parts])
     expected = Logits(with_weights_of_(model, streamed.model))(ids)[0]
+    changed = [module for module in streamed.model.modules() if isinstance(module, (MergedAttention, SharedExpert))]
+    assert len(changed) == (5 if target == "sm_90" else 0)
     errors = (logits - expected).norm(dim=-1) / expected.norm(dim=-1)
     # The median, because a few tokens choose other experts in near-ties. w4a8 rounds the experts' activations to int8.
     assert max(errors.median(), errors[64:].median()) < (3 * BOUND if scheme == "w4a8" else BOUND)
