@@ -190,11 +190,11 @@ def attention_of(target: Target, model_type: str = "") -> str:
 
 
 def streamline_(module: nn.Module) -> nn.Module:
-    """Replaces, in place, parts of a Qwen3-MoE model or layer by parts that need fewer kernels on CUDA.
+    """Replaces, in place, parts of a Qwen3 model or layer by parts that need fewer kernels on CUDA.
 
     Models of other families are not changed.
     """
-    return replace_decoder_layers_(replace_routers_(attention.merge_attention_(module)))
+    return replace_decoder_layers_(replace_routers_(attention.merge_attention_(replace_delta_rule_(module))))
 
 
 def build_synthetic(options: ExportOptions, device: synthetic.Device | None = None) -> nn.Module:
