@@ -240,7 +240,7 @@ def merged(linears: list[nn.Linear], rows: Tensor | None = None) -> nn.Linear:
 
 
 def is_offset(norm: Any) -> bool:
-    """True if the weight of an RMS norm is an offset from 1: the weights of a new norm, which changes no sizes, are 0."""
+    """True if the weight of an RMS norm is an offset from 1: those of a new norm are 0."""
     return bool((type(norm)(1).weight == 0).all())
 
 
@@ -252,7 +252,7 @@ def norm_weight(norm: Any) -> Tensor:
 
 def norm_eps(norm: Any) -> float:
     """The epsilon of an RMS norm."""
-    return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", None)))
+    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
 
 
 def merge_attention_(module: nn.Module) -> nn.Module:

@@ -20,7 +20,7 @@ from .attention import NAME
 from .delta_rule import LINEAR, GatedDeltaNet, replace_delta_rule_
 from .keywords import cache_name, check
 from .linears import OneTokenLinears
-from .pretrained import plain_outputs_
+from .pretrained import attention_kinds, plain_outputs_, rope_types
 from .sampling import FindNucleus, Sampler, greedy, nucleus, sample
 
 MIN_CONTEXT = 8
@@ -364,20 +364,6 @@ def check_positions(cache_position: Tensor, max_context: int) -> None:
             f"cache_position has {lowest if lowest < 0 else highest}, expected positions from 0 to {max_context - 1}: "
             "count the tokens of the text from 0, or use a larger max_context"
         )
-
-
-def attention_kinds(config: Any) -> list[str]:
-    """Kinds of attention among a model's layers. `layer_types` decides: a configuration may set an unused window."""
-    if kinds := getattr(config, "layer_types", None):
-        return sorted(set(kinds))
-    return ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
-
-
-def rope_types(config: Any) -> set[str]:
-    """RoPE types of a model's layers, in transformers' names; some configurations set one for each kind of layer."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    parts = [part for part in (parameters, *parameters.values()) if isinstance(part, dict)]
-    return {part["rope_type"] for part in parts if "rope_type" in part}
 
 
 def export_methods(module: CausalLM, *, one_token_linears: bool = False) -> dict[str, ExportedProgram]:

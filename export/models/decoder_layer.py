@@ -46,7 +46,7 @@ class Norm(nn.Module):
 
 
 class OneTokenDecoderLayer(nn.Module):
-    """Replaces a decoder layer that has a `MergedAttention` or `GatedDeltaNet` and a `TopKFirstRouter`; keeps the names.
+    """Replaces a decoder layer that has a `MergedAttention` or `GatedDeltaNet`, and a `TopKFirstRouter`; keeps names.
 
     A layer returns the residual stream and the experts' output as two tensors: the first kernel of the next layer adds
     them. The last of consecutive such layers adds them itself.

@@ -19,8 +19,8 @@ from executorch_moe.kernels.delta_rule.arguments import CONV_SIZES, HEAD_DIMS, D
 from executorch_moe.kernels.delta_rule.op import gated_delta_net
 
 from .attention import merged
-from .linears import SideBySide, stored_int4
 from .keywords import STATE_CACHE_NAMES, take_cache
+from .linears import SideBySide, stored_int4
 
 LINEAR = "linear_attention"
 """transformers' name of these layers in `layer_types`."""

@@ -125,6 +125,20 @@ def plain_outputs_(config: Any) -> None:
         config.return_dict = True
 
 
+def attention_kinds(config: Any) -> list[str]:
+    """Kinds of attention among a model's layers. `layer_types` decides: a configuration may set an unused window."""
+    if kinds := getattr(config, "layer_types", None):
+        return sorted(set(kinds))
+    return ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
+
+
+def rope_types(config: Any) -> set[str]:
+    """RoPE types of a model's layers, in transformers' names; some configurations set one for each kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    parts = [part for part in (parameters, *parameters.values()) if isinstance(part, dict)]
+    return {part["rope_type"] for part in parts if "rope_type" in part}
+
+
 def read_generation_config(folder: Path) -> dict[str, Any]:
     """generation_config.json of a model folder; empty if the file does not exist.
 

@@ -82,8 +82,8 @@ def test_recurrent_layers_one_by_one_are_as_at_once(dense: str) -> None:
 
 def test_decode_of_recurrent_layers_is_fused() -> None:
     decode, prefill = (operators(model("int8", shape=RECURRENT), method) for method in ("decode", "prefill"))
-    counts = {name: decode.count(f"executorch_moe.{name}.default") for name in
-              ("gated_delta_net", "one_token_attention", "one_token_router", "fused_experts", "one_token_linear")}  # fmt: skip
+    ours = ("gated_delta_net", "one_token_attention", "one_token_router", "fused_experts", "one_token_linear")
+    counts = {name: decode.count(f"executorch_moe.{name}.default") for name in ours}
     # One projection a layer of gated delta rule, one for the output gate, two a shared expert, and lm_head.
     assert counts == {
         "gated_delta_net": 4, "one_token_attention": 1, "one_token_router": 5, "fused_experts": 5,

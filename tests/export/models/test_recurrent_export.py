@@ -126,7 +126,9 @@ def with_weights_of_(model: Any, prepared: Any) -> torch.nn.Module:
         if isinstance(module, torch.nn.Linear) and path in there and not path.endswith(("k_proj", "v_proj", "q_proj")):
             module.weight.copy_(weight_of(there[path], module.in_features))
     for path, module in there.items():
-        layer = model.get_submodule(path) if isinstance(module, (GatedDeltaNet, MergedAttention, SharedExpert)) else None
+        layer = (
+            model.get_submodule(path) if isinstance(module, (GatedDeltaNet, MergedAttention, SharedExpert)) else None
+        )
         if isinstance(module, GatedDeltaNet):
             assert torch.equal(layer.A_log, module.a_log)  # kept in fp32
             layer.conv1d.weight.copy_(module.conv_weight[:, None])
@@ -135,7 +137,9 @@ def with_weights_of_(model: Any, prepared: Any) -> torch.nn.Module:
             set_rows_(linears, weight_of(module.in_proj, hidden))
         elif isinstance(module, MergedAttention):
             order = module._order()
-            set_rows_([layer.q_proj, layer.k_proj, layer.v_proj], weight_of(module.qkv_proj, hidden), module._rows(order))
+            set_rows_(
+                [layer.q_proj, layer.k_proj, layer.v_proj], weight_of(module.qkv_proj, hidden), module._rows(order)
+            )
             for name in ("q_norm", "k_norm"):
                 getattr(layer, name).weight[order] = getattr(module, name).flatten() - 1
         elif isinstance(module, SharedExpert):
