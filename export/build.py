@@ -20,8 +20,9 @@ from executorch_moe.export.checkpoint.gguf import find_folder
 from executorch_moe.export.checkpoint.streaming import StreamedModel
 from executorch_moe.export.checkpoint.whole import load_model
 from executorch_moe.export.models import attention, synthetic
-from executorch_moe.export.models.causal_lm import BY_OUTPUT, CausalLM, SamplingLM, export_methods
+from executorch_moe.export.models.causal_lm import BY_OUTPUT, CausalLM, SamplingLM, check_kinds, export_methods
 from executorch_moe.export.models.decoder_layer import replace_decoder_layers_
+from executorch_moe.export.models.delta_rule import replace_delta_rule_
 from executorch_moe.export.models.pretrained import (
     TINY,
     WITH_LATENTS,
@@ -47,13 +48,16 @@ def check_folder(options: ExportOptions) -> Path:
     tokenizer it uses.
 
     Raises:
-        ValueError, NotImplementedError, FileNotFoundError: see `find_folder`, `check_supported`, `check_activation` and
-            `check_format`.
+        ValueError, NotImplementedError, FileNotFoundError: see `find_folder`, `check_supported`, `check_activation`,
+            `check_kinds` and `check_format`.
         RuntimeError: see `require_transformers`.
     """
     require_transformers()
     folder = find_folder(TINY if synthetic.is_synthetic(options.model) else options.model)
-    check_activation(check_supported(folder), folder / "config.json")
+    config = check_supported(folder)
+    check_activation(config, folder / "config.json")
+    if isinstance(kinds := config.get("layer_types"), list):  # transformers refuses other values
+        check_kinds(map(str, kinds))
     check_format(folder)
     return folder
 
@@ -102,8 +106,10 @@ def load_whole(options: ExportOptions, folder: Path) -> nn.Module:
 
 
 def streamline(model: nn.Module) -> nn.Module:
-    """The same model, changed in place to need fewer kernels where its target allows it."""
+    """The same model, changed in place: gated delta rule layers can be traced, and it needs fewer kernels where its
+    target allows it."""
     config: Any = model.config
+    replace_delta_rule_(model)
     return streamline_(model) if config._attn_implementation == attention.NAME else model
 
 
@@ -184,11 +190,11 @@ def attention_of(target: Target, model_type: str = "") -> str:
 
 
 def streamline_(module: nn.Module) -> nn.Module:
-    """Replaces, in place, parts of a Qwen3-MoE model or layer by parts that need fewer kernels on CUDA.
+    """Replaces, in place, parts of a Qwen3 model or layer by parts that need fewer kernels on CUDA.
 
     Models of other families are not changed.
     """
-    return replace_decoder_layers_(replace_routers_(attention.merge_attention_(module)))
+    return replace_decoder_layers_(replace_routers_(attention.merge_attention_(replace_delta_rule_(module))))
 
 
 def build_synthetic(options: ExportOptions, device: synthetic.Device | None = None) -> nn.Module:
@@ -206,6 +212,7 @@ def build_synthetic(options: ExportOptions, device: synthetic.Device | None = No
         return UpstreamMoE(random_weights(shape, str(device), generator), shape.top_k, scheme, shape.group_size)
 
     def prepare(part: nn.Module) -> None:
+        replace_delta_rule_(part)
         if implementation == attention.NAME:
             streamline_(part)
         quantize_dense(part, options)

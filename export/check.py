@@ -268,7 +268,7 @@ def probe_models(options: ExportOptions, folder: Path) -> tuple[nn.Module, nn.Mo
 
     The last part are the lines of `stored_weights` for these layers.
 
-    There are as many layers as are needed to have one of each kind of expert layer.
+    There are as many layers as are needed to have one of each kind of expert layer and of attention.
     """
     attention = attention_of(Target("cpu", "fp32"), check_supported(folder)["model_type"])
     streamed = StreamedModel(folder, torch.float32, attention, options.experts.fusion())
@@ -325,12 +325,15 @@ def _num_layers(model: nn.Module) -> int:
 
 
 def _layers_for_all_kinds(streamed: StreamedModel) -> int:
-    """Number of decoder layers up to the first layer of the last kind of experts."""
+    """Number of decoder layers up to the first layer of the last kind of experts or attention."""
     prefix = _layers_name(streamed.model) + "."
     first: dict[object, int] = {}
     for layer in streamed.layers:
         number = int(layer.name.removeprefix(prefix).partition(".")[0])
         first.setdefault((layer.layout, _kind(layer)), number)
+    config: Any = streamed.model.config
+    for number, kind in enumerate(getattr(config, "layer_types", None) or ()):
+        first.setdefault(kind, number)
     return max(first.values()) + 1
 
 

@@ -20,6 +20,7 @@ from executorch_moe.backends.fusion import ExpertFuser, FusionReport
 from executorch_moe.export.checkpoint.gguf import is_gguf
 from executorch_moe.export.checkpoint.work_folder import WorkFolder, work_folder_path
 from executorch_moe.export.models.pretrained import BUNDLED, tokenizer_json
+from executorch_moe.export.models.synthetic import is_synthetic, parse
 from executorch_moe.export.report.metadata import constant_methods, record_path, tokenizer_path
 from executorch_moe.export.report.stored_weights import stored_weights
 from executorch_moe.export.report.summary import ExportSummary, bytes_beside_experts, model_sizes
@@ -52,6 +53,8 @@ def _export(options: ExportOptions, steps: Steps, held: ExitStack) -> ExportSumm
     fuser = ExpertFuser(options.experts.fusion())
     work: WorkFolder | None = None
     if needs_whole_model(options):
+        if is_synthetic(options.model):
+            options.positions(parse(options.model, options.layers).config())
         with steps.step("load", f"loading {options.model}"):
             model = load_packed(options, folder, fuser.report)
             max_context = options.positions(model.config)

@@ -24,6 +24,7 @@ ROOMS: dict[str, set[str]] = {
     "kernels/experts": {"kernels/packing", "kernels/tuning"},
     "kernels/decode": set(),
     "kernels/prefill": set(),
+    "kernels/delta_rule": set(),
     "kernels/measure": {"kernels/packing", "kernels/tuning", "kernels/experts"},
     "backends/artifact": set(),
     "backends/fusion": set(),

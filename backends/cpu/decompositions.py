@@ -1,4 +1,4 @@
-"""Decompositions for ExecuTorch's CPU kernels: of experts, attention, and operators that it lacks."""
+"""Decompositions for ExecuTorch's CPU kernels: of experts, attention, delta rule, and operators that it lacks."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from torch.utils._pytree import tree_flatten
 
 from executorch_moe.kernels import fused_experts as _fused_experts  # noqa: F401  registers torch.ops.executorch_moe
 from executorch_moe.kernels.arguments import ExpertArguments
+from executorch_moe.kernels.delta_rule.arguments import DeltaRuleArguments
+from executorch_moe.kernels.delta_rule.aten import gated_delta_net_aten
+from executorch_moe.kernels.delta_rule.op import gated_delta_net as _gated_delta_net  # noqa: F401  registers it too
 from executorch_moe.kernels.experts.aten import fused_experts_aten
 
 KEPT_WHOLE = (torch.ops.aten.linear.default,)
@@ -147,6 +150,7 @@ def _needed() -> dict[Any, Any]:
     """Decompositions of operators that ExecuTorch does not decompose, or decomposes into slow programs."""
     return {
         torch.ops.executorch_moe.fused_experts.default: lambda *args: fused_experts_aten(ExpertArguments(*args)),
+        torch.ops.executorch_moe.gated_delta_net.default: lambda *args: gated_delta_net_aten(DeltaRuleArguments(*args)),
         torch.ops.aten.scaled_dot_product_attention.default: _attention,
         **_dequantizers(),
     }
@@ -171,7 +175,7 @@ def _table() -> dict[Any, Any]:
 def decompose(program: ExportedProgram) -> ExportedProgram:
     """The program in operators that ExecuTorch has CPU kernels for, with equal nodes merged.
 
-    A program that has neither experts nor attention nor quantized weights is returned unchanged.
+    A program that has neither experts nor attention nor delta rule nor quantized weights is returned unchanged.
     """
     needed = _needed()
     quantized = any(is_traceable_wrapper_subclass(tensor) for tensor in program.state_dict.values())

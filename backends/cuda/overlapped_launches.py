@@ -18,6 +18,11 @@ from executorch_moe.backends.cuda.patches.registry import LAUNCHES, LOCK, USES, 
 
 WAITING_KERNELS = (
     "moe_cached_attention",
+    "moe_delta_rule_chunk",
+    "moe_delta_rule_inputs",
+    "moe_delta_rule_one_token",
+    "moe_delta_rule_output",
+    "moe_delta_rule_state",
     "moe_few_tokens_gemm",
     "moe_grouped_gemm",
     "moe_matvec",

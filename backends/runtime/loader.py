@@ -44,6 +44,8 @@ _NOT_RUN = "check the file with `executorch-moe inspect --verify` and this insta
 
 TEXT_METHODS, CONTEXT = ("prefill", "decode"), "get_max_context_len"
 """Methods of an exported language model, whose second input is the positions, and the constant that limits these."""
+RECURRENT = "has_recurrent_state"
+"""Constant of an exported language model whose tokens must come in order."""
 
 
 def check_positions(positions: Tensor, max_context: int, method: str) -> None:
@@ -64,6 +66,40 @@ def check_positions(positions: Tensor, max_context: int, method: str) -> None:
             f"method {method!r} got position {lowest if lowest < 0 else highest}, but its cache has positions 0 to "
             f"{max_context - 1}: count the tokens of the text from 0, or export with a larger --max-context"
         )
+
+
+class Order:
+    """Checks that the tokens of a model with recurrent layers come in order: its state cannot go back."""
+
+    def __init__(self) -> None:
+        self._next: int | None = 0
+
+    def restart(self) -> None:
+        """Expects a new text."""
+        self._next = 0
+
+    def follow(self, positions: Tensor, method: str) -> None:
+        """Check the positions of the next call.
+
+        Args:
+            positions: int64 [T]. Positions on a GPU are not checked, nor are those of the call after them.
+            method: name for messages.
+
+        Raises:
+            ValueError: they neither start at 0 nor follow the last position, or have gaps.
+        """
+        if positions.device.type != "cpu" or positions.dim() != 1 or not len(positions):
+            self._next = None
+            return
+        first, last = int(positions[0]), int(positions[-1])
+        consecutive = torch.equal(positions, torch.arange(first, first + len(positions), dtype=positions.dtype))
+        if not consecutive or (first != 0 and self._next is not None and first != self._next):
+            given = f"{first} to {last}" if consecutive else f"{positions.tolist()[:8]}"
+            raise ValueError(
+                f"method {method!r} got positions {given}, expected {self._next or 0} and the following ones: this "
+                "model has recurrent layers, whose state cannot go back; run a text again from position 0"
+            )
+        self._next = last + 1
 
 
 class Engine(Protocol):
@@ -89,6 +125,7 @@ class LoadedProgram:
         self._program, self._engine, self._methods = program, engine, methods
         self.runtime, self.device = runtime, device
         self.note = no_digests(program)
+        self._order = Order() if RECURRENT in program.constant_names else None
 
     @property
     def method_names(self) -> list[str]:
@@ -128,13 +165,15 @@ class LoadedProgram:
 
         Raises:
             ValueError: the method is unknown or was not exported for these inputs; or positions of a language model, if
-                they are on the CPU, are outside its cache.
+                they are on the CPU, are outside its cache, or not in order for a model with recurrent layers.
             RuntimeError: the runtime cannot run the method; the message has its reason.
         """
         if method not in self.method_names:
             raise ValueError(f"no method {method!r} in {self._program.path}: it has {', '.join(self.method_names)}")
         if method in TEXT_METHODS and self._max_context is not None and len(tensors) > 1:
             check_positions(tensors[1], self._max_context, method)
+            if self._order is not None:
+                self._order.follow(tensors[1], method)
         with said_in_one_line(f"{self.runtime} cannot run {method} of {self._program.path}", _NOT_RUN):
             return self._engine.run(self._methods[method], tensors)
 
@@ -146,6 +185,8 @@ class LoadedProgram:
         """
         with _loading(self.runtime, self._program.path):
             self._engine.reset()
+        if self._order is not None:
+            self._order.restart()
 
 
 def load(

@@ -91,9 +91,10 @@ def find_shape(text: str) -> SyntheticModel:
     """
     name, comma, changes = text.removeprefix(PREFIX).partition(",")
     name = SHAPES.get(name, name)
-    if name not in PRESETS:
+    presets = [preset for preset, model in PRESETS.items() if type(model) is SyntheticModel]
+    if name not in presets:
         raise ValueError(
-            f"shape={text!r} is unknown: use one of {', '.join((*SHAPES, *PRESETS))}, with changes as in "
+            f"shape={text!r} is unknown: use one of {', '.join((*SHAPES, *presets))}, with changes as in "
             "qwen3,experts=64,top_k=4"
         )
     model = parse(f"{PREFIX}{name}{comma}{changes}")

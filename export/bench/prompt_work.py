@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from executorch_moe.export.models.synthetic import is_synthetic, parse
+from executorch_moe.export.models.synthetic import SyntheticModel, is_synthetic, parse
 
 QKV, OUT, ROUTER, HEAD = "qkv projection", "output projection", "router", "lm_head"
 CONVERSION = "weights to bf16"
@@ -56,6 +56,8 @@ def sizes_of(record: Mapping[str, Any]) -> ModelSizes | None:
     if not is_synthetic(options.get("model", "")):
         return None
     model = parse(options["model"], options.get("layers"))
+    if type(model) is not SyntheticModel:  # layers of other kinds
+        return None
     return ModelSizes(*(getattr(model, field) for field in ModelSizes._fields))
 
 

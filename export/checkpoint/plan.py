@@ -33,6 +33,8 @@ _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 _NUMBERED = re.compile(r"^(?P<list>.*\blayers)\.(?P<number>\d+)\.(?P<rest>.*)$")
 _OF_PREDICTION = re.compile(r"^(eh_proj|enorm|hnorm|shared_head)\.")
 _PREDICTION = re.compile(r"(^|\.)mtp(_layers|_block|_heads)?\.")
+_IN_FP32 = ("A_log", "dt_bias")
+"""Parameters that stay in fp32: the decay of a recurrent state is the exponential of an exponential of them."""
 COMPARED_ROWS = 4096
 """Rows of two stored matrices to compare at a time."""
 
@@ -42,7 +44,7 @@ def meta_model(folder: Path, dtype: torch.dtype, attention: str) -> nn.Module:
 
     Args:
         folder: model folder.
-        dtype: dtype of the parameters.
+        dtype: dtype of the parameters, except those in `_IN_FP32`.
         attention: transformers' `attn_implementation`.
 
     Raises:
@@ -66,6 +68,10 @@ def meta_model(folder: Path, dtype: torch.dtype, attention: str) -> nn.Module:
             "was published with"
         ) from error
     special_tokens(folder, config)
+    for module in model.modules():
+        for name in _IN_FP32:
+            if name in module._parameters:
+                module._parameters[name] = nn.Parameter(module._parameters[name].float(), requires_grad=False)  # type: ignore[union-attr]
     return model.eval()
 
 
@@ -121,6 +127,8 @@ class CheckpointPlan:
         shards: the stored tensors.
         state: name -> weight of the model.
         sources: name of a weight -> its stored tensors.
+        left_out: names of stored tensors that the text model does not use: of other modalities, and of layers for
+            multi-token prediction.
         made: names of the weights that the stored tensors make.
 
     Raises:
@@ -164,6 +172,7 @@ class CheckpointPlan:
             source = sources.setdefault(target, Source(target, converter))
             source.names.setdefault(pattern or "", []).append(name)
         further = self._prediction_layers(unexpected)
+        self.left_out = [name for name in unexpected if not _IGNORED.search(name)]
         unexpected = [name for name in unexpected if not self._is_ignored(name, "unexpected")]
         if unexpected := [name for name in unexpected if not (_PREDICTION.search(name) or name.startswith(further))]:
             raise ValueError(

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .shards import Shards
+from .shards import COMPLETE, Shards, listed
 
 FACTOR = 4
 """A configuration is absurd if it needs more than this many times the stored weights."""
@@ -23,6 +23,8 @@ _AT_LEAST_ZERO = (
     "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
 )  # fmt: skip
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_BESIDE_TEXT = re.compile(r"(?:^|\.)(?:visual|vision_\w+|mtp(?:_\w+)?)\.")
+"""Parts of a multimodal model that are not of its text model, and layers for multi-token prediction."""
 _DENSE = re.compile(r"\.mlp\.(gate|up|down|gate_up)_proj\.")
 
 
@@ -71,9 +73,14 @@ def check_sizes(config: Mapping[str, Any], shards: Shards) -> None:
 
     Raises:
         ValueError: a size that is not a whole number, or that is absurd; names the field, the weights that it needs and
-            the weights that are stored.
+            the weights that are stored. Or no weights of a text model.
     """
     where = shards.folder / "config.json"
+    if shards.tensors and all(map(_BESIDE_TEXT.search, shards.tensors)):
+        raise ValueError(
+            f"{shards.folder} has {len(shards.tensors)} tensors ({listed(sorted(shards.tensors))}) but none of a text "
+            f"model: {COMPLETE}"
+        )
     check_numbers(config, where)
     stored = sum(math.prod(tensor.shape) for tensor in shards.tensors.values())
     remedy = "check that config.json and weights are of the same model, and correct the number"

@@ -81,10 +81,8 @@ class TextGenerator:
             prefill_chunk: most prompt tokens in one call of prefill; None: the whole prompt.
 
         Raises:
-            ValueError: another program, or a chunk below 1.
+            ValueError: another program, or a chunk below 1 or over the cache.
         """
-        if prefill_chunk is not None and prefill_chunk < 1:
-            raise ValueError(f"prefill_chunk={prefill_chunk} must be at least 1: try 512")
         missing = [name for name in METHODS if name not in program.method_names]
         if missing:
             raise ValueError(
@@ -98,6 +96,7 @@ class TextGenerator:
         says = "get_method_output" in program.constant_names
         self.output = str(program.constant("get_method_output")) if says else "logits"
         self.max_context = int(program.constant("get_max_context_len"))
+        check_chunk(prefill_chunk, self.max_context)
         limited = MODEL_LIMIT in program.constant_names
         self.model_limit = int(program.constant(MODEL_LIMIT)) if limited else None
         self.vocabulary = int(program.constant("get_vocab_size"))
@@ -141,6 +140,8 @@ class TextGenerator:
         opened = PteFile(pte, verify=verify)
         check_tokenizer(opened, beside)
         tokenizer = read_tokenizer(beside)
+        if "get_max_context_len" in opened.constant_names:
+            check_chunk(prefill_chunk, int(opened.constant("get_max_context_len")))  # before weights are loaded
         graphs = ("decode",) if cuda_graph else ()
         program = load(opened, runtime=runtime, cuda_graph=graphs, make_weights=synthetic_weights, verify=verify)
         with said_in_one_line(f"{pte} cannot be used", COPY_AGAIN, ValueError):
@@ -293,6 +294,21 @@ class TextGenerator:
             return out if self.output != "logits" else torch.tensor([[sampler(out, end)]], device=device)
 
         return pick
+
+
+def check_chunk(prefill_chunk: int | None, max_context: int) -> None:
+    """Checks the largest number of prompt tokens in a call; None is no limit.
+
+    Raises:
+        ValueError: it is below 1, or over the number of positions in the cache.
+    """
+    if prefill_chunk is not None and prefill_chunk < 1:
+        raise ValueError(f"prefill_chunk={prefill_chunk} must be at least 1: try 512")
+    if prefill_chunk is not None and prefill_chunk > max_context:
+        raise ValueError(
+            f"prefill_chunk={prefill_chunk} is more than the artifact's max_context={max_context}: leave it out, or "
+            f"use {max_context} at most"
+        )
 
 
 def pte_path(artifact: Path) -> Path:

@@ -24,6 +24,8 @@ from .pretrained import require_transformers
 
 NAME = "executorch_moe_grouped"
 """The attention of models for CUDA targets, whose modules are replaced too."""
+FAMILIES = ("Qwen3MoeAttention", "Qwen3NextAttention", "Qwen3_5MoeAttention")
+"""Attention with a norm for each head of query and key, before a rotation of its halves."""
 CPU_NAME = "executorch_moe_grouped_cpu"
 """The same attention in models for the CPU, which keep transformers' modules."""
 
@@ -88,26 +90,66 @@ def mask_of(visible: Tensor, context: int) -> Tensor:
 
 
 class MergedAttention(nn.Module):
-    """Replaces Qwen3-MoE's attention: one projection for query, key and value.
+    """Replaces the attention of `FAMILIES`: one projection for query, key, value, and the output gate if there is one.
 
     For several tokens, `rotated_heads` computes norm and rotation. Elsewhere both halves of a head are read from the
     projection, not from a normalized copy, so that Inductor fuses norm, rotation and the cache write into one kernel.
     The result is rounded once, after the rotation; transformers rounds after the norm too.
+
+    If only a part of a head is rotated, its elements are put in another order, in queries and keys alike, in which the
+    two elements of each rotated pair are D/2 apart, as if all were rotated; those that are not have the angle 0. Scores
+    are the same, and the cache holds keys in this order.
+
+    Attributes:
+        rotated: number of rotated elements of a head.
+        gated: the projection has a gate for each element of the result, after query, key and value.
     """
 
     def __init__(self, attention: Any) -> None:
-        """Takes over the weights of a `Qwen3MoeAttention`."""
+        """Takes over the weights of an attention of `FAMILIES`."""
         super().__init__()
         self.layer_idx, self.scaling, self.head_dim = attention.layer_idx, attention.scaling, attention.head_dim
-        self.sliding_window, self.is_causal = attention.sliding_window, attention.is_causal
+        self.sliding_window, self.is_causal = getattr(attention, "sliding_window", None), attention.is_causal
         linears = [attention.q_proj, attention.k_proj, attention.v_proj]
-        heads, kv_heads, _ = (linear.out_features // self.head_dim for linear in linears)
-        self.heads, self.kv_heads = heads, kv_heads
-        self.qkv_proj = _merged(linears)
+        self.heads = attention.o_proj.in_features // self.head_dim
+        self.kv_heads = attention.k_proj.out_features // self.head_dim
+        self.gated = attention.q_proj.out_features == 2 * attention.o_proj.in_features
+        parameters = getattr(attention.config, "rope_parameters", None) or {}
+        self.rotated = int(self.head_dim * parameters.get("partial_rotary_factor", 1.0))
+        order = self._order()
+        plain = not self.gated and self.rotated == self.head_dim
+        self.qkv_proj = merged(linears, None if plain else self._rows(order))
         self.o_proj = attention.o_proj
-        self.eps = attention.q_norm.variance_epsilon
-        self.register_buffer("q_norm", attention.q_norm.weight.detach().unflatten(-1, (2, -1)))
-        self.register_buffer("k_norm", attention.k_norm.weight.detach().unflatten(-1, (2, -1)))
+        self.eps = norm_eps(attention.q_norm)
+        for name in ("q_norm", "k_norm"):
+            weight = norm_weight(getattr(attention, name))
+            self.register_buffer(name, weight[order.to(weight.device)].unflatten(-1, (2, -1)))
+
+    def _order(self) -> Tensor:
+        """Elements of a head, in the order in which the two of each pair are D/2 apart."""
+        ends = torch.arange(self.head_dim).split([self.rotated // 2, self.rotated // 2, self.head_dim - self.rotated])
+        rest = ends[2].chunk(2)
+        return torch.cat([ends[0], *rest[:1], ends[1], *rest[1:]])
+
+    def _rows(self, order: Tensor) -> Tensor:
+        """Rows of the projections of query, key and value: query and key in `order`, value, gate."""
+        heads = torch.arange(self.heads * (1 + self.gated) * self.head_dim).view(self.heads, -1, self.head_dim)
+        keys = torch.arange(self.kv_heads * self.head_dim).view(self.kv_heads, -1) + heads.numel()
+        parts = [heads[:, 0, order], keys[:, order], keys + keys.numel(), *([heads[:, 1]] if self.gated else [])]
+        return torch.cat([part.flatten() for part in parts])
+
+    @property
+    def qkv_rows(self) -> int:
+        """Rows of the projection without the gate."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    def angles(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for half a head, [1, T, D/2] each; those of transformers are [1, T, rotated]."""
+        missing = (self.head_dim - self.rotated) // 2
+        cos, sin = (part[..., : self.rotated // 2] for part in position_embeddings)
+        if not missing:
+            return cos, sin
+        return nn.functional.pad(cos, (0, missing), value=1.0), nn.functional.pad(sin, (0, missing))
 
     def forward(
         self,
@@ -123,19 +165,21 @@ class MergedAttention(nn.Module):
         """
         cache = take_cache(type(self).__name__, keywords)
         shape = hidden_states.shape[:-1]
-        qkv = self.qkv_proj(hidden_states)
+        projected = self.qkv_proj(hidden_states)
+        qkv = projected[..., : self.qkv_rows] if self.gated else projected
         if self._takes_operators(hidden_states, attention_mask, cache):
-            cos, sin = (part[..., : self.head_dim // 2] for part in position_embeddings)  # the two halves are equal
             tokens, new = torch.ops.executorch_moe.rotated_heads(
-                qkv, self.q_norm, self.k_norm, cos, sin, self.kv_heads, self.eps
+                qkv, self.q_norm, self.k_norm, *self.angles(position_embeddings), self.kv_heads, self.eps
             )
             keys, values = cache.update(new[0], new[1], self.layer_idx)
             out, _weights = grouped_attention(
                 self, tokens.transpose(1, 2), keys, values, attention_mask, scaling=self.scaling
             )
-            return self.o_proj(out.flatten(-2)), None
+            return self._projected(out, projected), None
         qkv = qkv.view(*shape, self.heads + 2 * self.kv_heads, 2, self.head_dim // 2)
         rotated = self.heads + self.kv_heads
+        if self.rotated < self.head_dim:
+            position_embeddings = tuple(torch.cat([part, part], -1) for part in self.angles(position_embeddings))
         # [1, T, D] -> [1, T, 1, 2, D/2]. The rotation of (a, b) is (a cos - b sin, b cos + a sin).
         cos, sin = (part.to(torch.float32).unflatten(-1, (1, 2, -1)) for part in position_embeddings)
         sin = sin * torch.tensor([[-1.0], [1.0]], device=sin.device)
@@ -145,7 +189,14 @@ class MergedAttention(nn.Module):
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         out, _weights = grouped_attention(self, query, key, value, attention_mask, scaling=self.scaling)
-        return self.o_proj(out.flatten(-2)), None
+        return self._projected(out, projected), None
+
+    def _projected(self, out: Tensor, projected: Tensor) -> Tensor:
+        """The output projection of the heads' results [1, T, heads, D], after their gate."""
+        out = out.flatten(-2)
+        if self.gated:
+            out = out * torch.sigmoid(projected[..., self.qkv_rows :])
+        return self.o_proj(out)  # type: ignore[no-any-return]
 
     def _takes_operators(self, hidden_states: Tensor, mask: Tensor | None, cache: Any) -> bool:
         """True for several tokens of a model for CUDA, whose cache and mask come from `CausalLM`."""
@@ -166,21 +217,48 @@ class MergedAttention(nn.Module):
         return x.to(dtype).flatten(-2).transpose(1, 2)
 
 
-def _merged(linears: list[nn.Linear]) -> nn.Linear:
-    """Concatenates linear layers into one, whose outputs are theirs in order."""
-    weight = torch.cat([linear.weight.detach() for linear in linears])
-    merged = nn.Linear(weight.shape[1], weight.shape[0], bias=linears[0].bias is not None, device="meta")
-    merged.weight = nn.Parameter(weight, requires_grad=False)
+def merged(linears: list[nn.Linear], rows: Tensor | None = None) -> nn.Linear:
+    """Concatenates linear layers into one.
+
+    Args:
+        linears: layers of the same input; all or none have a bias.
+        rows: int64, the outputs in order, numbered through all layers; None: the layers' outputs in order.
+    """
+
+    def ordered(parts: list[Tensor]) -> Tensor:
+        whole = torch.cat([part.detach() for part in parts])
+        return whole if rows is None else whole[rows.to(whole.device)]
+
+    weight = ordered([linear.weight for linear in linears])
+    whole = nn.Linear(weight.shape[1], weight.shape[0], bias=linears[0].bias is not None, device="meta")
+    whole.weight = nn.Parameter(weight, requires_grad=False)
     if linears[0].bias is not None:
-        merged.bias = nn.Parameter(torch.cat([linear.bias.detach() for linear in linears]), requires_grad=False)
-    merged.stored_int4 = StoredInt4.joined([stored_int4(linear) for linear in linears])
-    return merged
+        whole.bias = nn.Parameter(ordered([linear.bias for linear in linears]), requires_grad=False)
+    stored = StoredInt4.joined([stored_int4(linear) for linear in linears])
+    whole.stored_int4 = stored if stored is None else stored.map(lambda part: ordered([part]))
+    return whole
+
+
+def is_offset(norm: Any) -> bool:
+    """True if the weight of an RMS norm is an offset from 1: those of a new norm are 0."""
+    return bool((type(norm)(1).weight == 0).all())
+
+
+def norm_weight(norm: Any) -> Tensor:
+    """The factors of an RMS norm: its weight, or in fp32 1 plus its weight if that is an offset."""
+    weight: Tensor = norm.weight.detach()
+    return 1.0 + weight.float() if is_offset(norm) else weight
+
+
+def norm_eps(norm: Any) -> float:
+    """The epsilon of an RMS norm."""
+    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
 
 
 def merge_attention_(module: nn.Module) -> nn.Module:
-    """Replaces each Qwen3-MoE attention of a model or layer by `MergedAttention`, in place; returns `module`."""
+    """Replaces each attention of `FAMILIES` in a model or layer by `MergedAttention`, in place; returns `module`."""
     for name, child in list(module.named_modules()):
-        if type(child).__name__ == "Qwen3MoeAttention":
+        if type(child).__name__ in FAMILIES:
             owner, _, attribute = name.rpartition(".")
             setattr(module.get_submodule(owner), attribute, MergedAttention(child))
     return module

@@ -6,7 +6,7 @@ Letters: T tokens of one call, C positions in the cache (max_context), V vocabul
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,15 +17,16 @@ from torch.export import Dim, ExportedProgram
 from executorch_moe.export.host_memory import size, total_memory
 
 from .attention import NAME
+from .delta_rule import LINEAR, GatedDeltaNet, replace_delta_rule_
 from .keywords import cache_name, check
 from .linears import OneTokenLinears
-from .pretrained import plain_outputs_
+from .pretrained import attention_kinds, plain_outputs_, rope_types
 from .sampling import FindNucleus, Sampler, greedy, nucleus, sample
 
 MIN_CONTEXT = 8
-KINDS = ("full_attention", "sliding_attention")
-"""Supported kinds of attention, in transformers' names. A layer with a sliding window caches all positions too; only
-its mask differs."""
+KINDS = ("full_attention", "sliding_attention", LINEAR)
+"""Supported kinds of layers, in transformers' names. A layer with a sliding window caches all positions too; only its
+mask differs. Linear attention is supported as gated delta rule (`GatedDeltaNet`)."""
 CHANGING_ROPE = ("dynamic", "longrope")
 """RoPE types whose frequencies depend on the length of the text, which a traced method cannot follow."""
 EXAMPLE_TOKENS = 1024
@@ -36,16 +37,36 @@ assuming divisibility."""
 class StaticKVCache(nn.Module):
     """Keys and values of all layers as named buffers `key_L` and `value_L`, each [1, heads, C, width].
 
-    Latent attention caches the latents and the rotated part of the keys, which all heads share.
+    Latent attention caches the latents and the rotated part of the keys, which all heads share. Gated delta rule
+    layers have buffers `conv_L` [K, channels] and `recurrent_L`, fp32 [heads, key_dim, value_dim], instead.
     Two exported methods share one cache because runtimes match mutated buffers by name.
+
+    Attributes:
+        dtype: of keys, values and `conv_L`.
     """
 
     def __init__(
-        self, num_layers: int, num_heads: int, max_context: int, widths: tuple[int, int], dtype: torch.dtype
+        self,
+        num_layers: int,
+        num_heads: int,
+        max_context: int,
+        widths: tuple[int, int],
+        dtype: torch.dtype,
+        states: Mapping[int, tuple[tuple[int, ...], tuple[int, ...]]] | None = None,
     ) -> None:
+        """
+        Args:
+            num_layers, num_heads: of the model. max_context: C. widths: of a key and of a value. dtype: see above.
+            states: layer -> shapes of its two states, for gated delta rule layers.
+        """
         super().__init__()
-        self.num_layers = num_layers
+        self.num_layers, self.dtype = num_layers, dtype
         for layer in range(num_layers):
+            if states and layer in states:
+                conv, recurrent = states[layer]
+                self.register_buffer(f"conv_{layer}", torch.zeros(conv, dtype=dtype))
+                self.register_buffer(f"recurrent_{layer}", torch.zeros(recurrent, dtype=torch.float32))
+                continue
             for kind, width in zip(("key", "value"), widths, strict=True):
                 zeros = torch.zeros(1, num_heads, max_context, width, dtype=dtype)
                 self.register_buffer(f"{kind}_{layer}", zeros, persistent=True)
@@ -53,6 +74,11 @@ class StaticKVCache(nn.Module):
     def at(self, cache_position: Tensor) -> CacheView:
         """The cache as transformers' attention layers expect it, for writing at `cache_position` int64 [T]."""
         return CacheView(self, cache_position)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the cache is."""
+        return next(self.buffers()).device
 
     def reset(self) -> None:
         """Fills the cache with zeros."""
@@ -77,6 +103,10 @@ class CacheView:
         """Keys and values of a layer, [1, heads, C, width] each."""
         return getattr(self.cache, f"key_{layer_idx}"), getattr(self.cache, f"value_{layer_idx}")
 
+    def states(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """States of a gated delta rule layer; see `delta_rule.HoldsStates`."""
+        return getattr(self.cache, f"conv_{layer_idx}"), getattr(self.cache, f"recurrent_{layer_idx}")
+
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, kwargs: Mapping[str, Any] | None = None, **keywords: Any
     ) -> tuple[Tensor, Tensor]:
@@ -99,24 +129,28 @@ class CausalLM(nn.Module):
     """A causal language model with its cache; both exported methods compute `forward`."""
 
     def __init__(self, model: nn.Module, max_context: int) -> None:
-        """Wraps `model` (a transformers `*ForCausalLM`), keeping its device and dtype; see `plain_outputs_`.
+        """Wraps `model` (a transformers `*ForCausalLM`), keeping its device and dtype.
+
+        It is changed in place: see `plain_outputs_` and `replace_delta_rule_`.
 
         Raises:
-            ValueError, NotImplementedError: see `check_context`.
+            ValueError, NotImplementedError: see `check_context`, `replace_delta_rule_` and `state_shapes`.
         """
         super().__init__()
         config: Any = model.config
         check_context(config, max_context)
         plain_outputs_(config)
         self.kinds = attention_kinds(config)
-        self.model = model
+        self.model = replace_delta_rule_(model)
         self.cache_name = cache_name(model)
         self.max_context = max_context
         # The dtype of a norm: matrices may be quantized.
         dtype = next(parameter.dtype for parameter in model.parameters() if parameter.dim() == 1)
         heads, key_width, value_width = cache_sizes(model)
-        self.kv_cache = StaticKVCache(config.num_hidden_layers, heads, max_context, (key_width, value_width), dtype)
-        self.kv_cache.to(next(model.parameters()).device)
+        widths = key_width, value_width
+        self.kv_cache = StaticKVCache(
+            config.num_hidden_layers, heads, max_context, widths, dtype, state_shapes(model)
+        ).to(next(model.parameters()).device)
 
     def forward(self, input_ids: Tensor, cache_position: Tensor) -> Tensor:
         """Logits after the last token.
@@ -124,6 +158,8 @@ class CausalLM(nn.Module):
         Args:
             input_ids: int64 [1, T].
             cache_position: int64 [T], the position of each token; all positions before the first must be in the cache.
+                Layers with states continue after the last token that was computed, whatever its position; at
+                position 0 they start anew.
 
         Returns:
             fp32 [1, V].
@@ -137,10 +173,11 @@ class CausalLM(nn.Module):
         """Logits after the last `last` tokens, [1, last, V], or after all, [1, T, V], if it is 0; see `forward`."""
         check_positions(cache_position, self.max_context)
         masks = {kind: self._mask(kind, cache_position) for kind in self.kinds}
+        several = len(masks) > 1 or LINEAR in masks
         output = self.model(
             input_ids=input_ids,
             # transformers uses 4-D masks unchanged; a model with several kinds of layers takes one mask for each kind.
-            attention_mask=masks if len(masks) > 1 else masks[self.kinds[0]],
+            attention_mask=masks if several else masks[self.kinds[0]],
             position_ids=cache_position[None],
             use_cache=True,
             logits_to_keep=last,
@@ -148,12 +185,14 @@ class CausalLM(nn.Module):
         )
         return output.logits  # type: ignore[no-any-return]
 
-    def _mask(self, kind: str, cache_position: Tensor) -> Tensor:
+    def _mask(self, kind: str, cache_position: Tensor) -> Tensor | None:
         """Mask for one kind of layer, as the model's attention takes it.
 
         For CUDA, the visible positions, see `grouped_attention`; else [1, 1, T, C]: bool, true where attention is
-        allowed, or for eager attention the values that are added to the scores.
+        allowed, or for eager attention the values that are added to the scores. None for linear attention.
         """
+        if kind == LINEAR:
+            return None
         # A query attends to positions up to its own, all of which are written. The rest of the cache holds zeros or
         # rows of an earlier, longer text.
         if self.model.config._attn_implementation == NAME:
@@ -166,7 +205,7 @@ class CausalLM(nn.Module):
         if kind == "sliding_attention":
             mask = mask & (positions > own - self.model.config.sliding_window)
         if self.model.config._attn_implementation == "eager":
-            mask = torch.zeros_like(mask, dtype=self.kv_cache.key_0.dtype).masked_fill(~mask, -1e9)
+            mask = torch.zeros_like(mask, dtype=self.kv_cache.dtype).masked_fill(~mask, -1e9)
         return mask[None, None]
 
     def reset(self) -> None:
@@ -193,10 +232,7 @@ def check_context(config: Any, max_context: int) -> None:
             f"max_context={max_context} must be between {MIN_CONTEXT} and the model's "
             f"max_position_embeddings={limit}: choose a value in that range"
         )
-    if others := sorted(set(attention_kinds(config)) - set(KINDS)):
-        raise NotImplementedError(
-            f"layers of type {', '.join(others)} are not supported: use a model whose layers are {' or '.join(KINDS)}"
-        )
+    check_kinds(attention_kinds(config))
     if changing := sorted(rope_types(config) & set(CHANGING_ROPE)):
         raise NotImplementedError(
             f"RoPE of type {', '.join(changing)} is not supported: its frequencies depend on the length of the text; "
@@ -216,6 +252,7 @@ def check_cache(config: Any, max_context: int, item_bytes: int) -> None:
         ValueError: it does not fit; gives the bytes needed and available.
     """
     layers = config.num_hidden_layers  # layers with a sliding window cache all positions too
+    layers -= list(getattr(config, "layer_types", None) or ()).count(LINEAR)  # their states are small
     if rank := getattr(config, "kv_lora_rank", None):
         width = rank + config.qk_rope_head_dim
     else:
@@ -227,6 +264,35 @@ def check_cache(config: Any, max_context: int, item_bytes: int) -> None:
             f"max_context={max_context} needs a KV cache of {size(needed)}, but this machine has {size(available)} of "
             f"memory: use at most {available * max_context // needed}, or export on a machine with more memory"
         )
+
+
+def check_kinds(kinds: Iterable[str]) -> None:
+    """Checks the kinds of a model's layers.
+
+    Raises:
+        NotImplementedError: kinds that are not in `KINDS`.
+    """
+    if others := sorted(set(kinds) - set(KINDS)):
+        raise NotImplementedError(
+            f"layers of type {', '.join(others)} are not supported: use a model whose layers are {' or '.join(KINDS)}"
+        )
+
+
+def state_shapes(model: nn.Module) -> dict[int, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Layer -> shapes of its states, for the layers that `replace_delta_rule_` replaced.
+
+    Raises:
+        NotImplementedError: linear attention that is no gated delta rule.
+    """
+    config: Any = model.config
+    found = {child.layer_idx: child.state_shapes for child in model.modules() if isinstance(child, GatedDeltaNet)}
+    kinds = list(getattr(config, "layer_types", None) or ())[: config.num_hidden_layers]
+    if kinds.count(LINEAR) != len(found):
+        raise NotImplementedError(
+            f"{type(model).__name__} has {kinds.count(LINEAR)} layers of type {LINEAR}, of which {len(found)} are "
+            "gated delta rule, the only one that is supported: use a model like Qwen3-Next or Qwen3.5-MoE"
+        )
+    return found
 
 
 def cache_sizes(model: nn.Module) -> tuple[int, int, int]:
@@ -300,20 +366,6 @@ def check_positions(cache_position: Tensor, max_context: int) -> None:
         )
 
 
-def attention_kinds(config: Any) -> list[str]:
-    """Kinds of attention among a model's layers. `layer_types` decides: a configuration may set an unused window."""
-    if kinds := getattr(config, "layer_types", None):
-        return sorted(set(kinds))
-    return ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
-
-
-def rope_types(config: Any) -> set[str]:
-    """RoPE types of a model's layers, in transformers' names; some configurations set one for each kind of layer."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    parts = [part for part in (parameters, *parameters.values()) if isinstance(part, dict)]
-    return {part["rope_type"] for part in parts if "rope_type" in part}
-
-
 def export_methods(module: CausalLM, *, one_token_linears: bool = False) -> dict[str, ExportedProgram]:
     """Exports `module` as `prefill` (dynamic T from 2 to C) and `decode` (T = 1).
 
@@ -322,7 +374,7 @@ def export_methods(module: CausalLM, *, one_token_linears: bool = False) -> dict
     Args:
         one_token_linears: trace linear layers of one row as matrix-vector products (`linears.matvec`). For CUDA.
     """
-    device = module.kv_cache.key_0.device
+    device = module.kv_cache.device
     module.eval()
 
     def example(tokens: int) -> tuple[Tensor, ...]:

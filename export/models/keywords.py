@@ -14,6 +14,8 @@ from torch import nn
 
 CACHE_NAMES = ("cache", "past_key_values")
 """Names of the cache argument: `cache` since transformers 5.24, `past_key_values` before."""
+STATE_CACHE_NAMES = ("cache", "cache_params")
+"""The same for layers with a recurrent state."""
 
 Accepts = Callable[[Any], bool]
 
@@ -82,16 +84,16 @@ def check(owner: str, keywords: Mapping[str, Any]) -> None:
             )
 
 
-def take_cache(owner: str, keywords: Mapping[str, Any]) -> Any:
-    """Returns the cache among keyword arguments, under either name, or None; checks the others.
+def take_cache(owner: str, keywords: Mapping[str, Any], names: tuple[str, ...] = CACHE_NAMES) -> Any:
+    """Returns the cache among keyword arguments, under either of its names, or None; checks the others.
 
     Raises:
         ValueError: two caches, or see `check`.
     """
-    check(owner, {name: value for name, value in keywords.items() if name not in CACHE_NAMES})
-    caches = [keywords[name] for name in CACHE_NAMES if keywords.get(name) is not None]
+    check(owner, {name: value for name, value in keywords.items() if name not in names})
+    caches = [keywords[name] for name in names if keywords.get(name) is not None]
     if len(caches) > 1:
-        raise ValueError(f"{owner} was called with both {' and '.join(CACHE_NAMES)}: give one of them")
+        raise ValueError(f"{owner} was called with both {' and '.join(names)}: give one of them")
     return caches[0] if caches else None
 
 

@@ -207,6 +207,18 @@ class MergedLinear(nn.Module):
         return first
 
 
+class SideBySide(nn.Module):
+    """Linear layers of one input, one after the other; their outputs in one tensor."""
+
+    def __init__(self, *linears: nn.Module) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(linears)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float [..., K] -> [..., sum of N]."""
+        return torch.cat([linear(x) for linear in self.linears], -1)
+
+
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight [N, K] -> qdata int8 [N, K] and scale fp32 [N], with weight ~ qdata * scale.
 

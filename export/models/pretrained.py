@@ -11,7 +11,12 @@ from executorch_moe.backends.versions import check_versions
 from executorch_moe.export.hub import cached, hub_model
 
 # Values of model_type in config.json that `CausalLM` supports. The partitioners fuse the experts of any model.
-SUPPORTED_MODEL_TYPES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "glm4_moe", "gpt_oss", "deepseek_v3")
+SUPPORTED_MODEL_TYPES = (
+    "qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "glm4_moe", "gpt_oss", "deepseek_v3", "qwen3_next",
+    "qwen3_5_moe_text", "qwen3_5_moe",
+)  # fmt: skip
+MULTIMODAL = ("qwen3_5_moe",)
+"""Model types whose configuration has the text model's, which is exported, in `text_config`."""
 WITH_SINKS = ("gpt_oss",)
 """Model types whose attention has a sink for each head."""
 WITH_LATENTS = ("deepseek_v3",)
@@ -63,8 +68,11 @@ def resolve(model: str | Path) -> Path:
 def check_supported(folder: Path) -> dict[str, Any]:
     """Reads config.json and checks that its model is supported.
 
+    Returns:
+        Its content; of a multimodal model, the text model's part with the `model_type` of the whole.
+
     Raises:
-        ValueError: config.json is unreadable, or the model has no experts.
+        ValueError: config.json is unreadable, or the model has no experts, or no text model.
         NotImplementedError: an unsupported architecture.
     """
     try:
@@ -76,6 +84,11 @@ def check_supported(folder: Path) -> dict[str, Any]:
             f"{folder / 'config.json'} is not a model configuration ({type(error).__name__}: {error}): "
             "use the one that the model was published with"
         ) from None
+    if kind in MULTIMODAL and not isinstance(config.get("text_config"), dict):
+        raise ValueError(
+            f"model_type={kind!r} in {folder / 'config.json'} has no text_config, so there is no text model to export: "
+            "use the whole model as it was published"
+        )
     if not any("expert" in key for key in _all_keys(config)):
         raise ValueError(
             f"model_type={kind!r} in {folder / 'config.json'} is not a Mixture-of-Experts model (no experts in its "
@@ -86,16 +99,23 @@ def check_supported(folder: Path) -> dict[str, Any]:
             f"model_type={kind!r} in {folder / 'config.json'} is not supported yet: "
             f"use a model of type {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
-    return config
+    return text_part(config)
+
+
+def text_part(config: dict[str, Any]) -> dict[str, Any]:
+    """The text model's part of a config.json, with the `model_type` of the whole."""
+    text = config.get("text_config") if config.get("model_type") in MULTIMODAL else None
+    return config if not isinstance(text, dict) else {**text, "model_type": config["model_type"]}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder; empty if it is unreadable, which `check_supported` reports."""
+    """config.json of a model folder, of a multimodal model the text model's part; empty if it is unreadable, which
+    `check_supported` reports."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return config if isinstance(config, dict) else {}
+    return text_part(config) if isinstance(config, dict) else {}
 
 
 def plain_outputs_(config: Any) -> None:
@@ -109,6 +129,20 @@ def plain_outputs_(config: Any) -> None:
             setattr(config, name, False)
     if getattr(config, "return_dict", True) is not True:
         config.return_dict = True
+
+
+def attention_kinds(config: Any) -> list[str]:
+    """Kinds of attention among a model's layers. `layer_types` decides: a configuration may set an unused window."""
+    if kinds := getattr(config, "layer_types", None):
+        return sorted(set(kinds))
+    return ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
+
+
+def rope_types(config: Any) -> set[str]:
+    """RoPE types of a model's layers, in transformers' names; some configurations set one for each kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    parts = [part for part in (parameters, *parameters.values()) if isinstance(part, dict)]
+    return {part["rope_type"] for part in parts if "rope_type" in part}
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:

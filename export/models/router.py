@@ -1,4 +1,4 @@
-"""Qwen3-MoE's router with a softmax over the chosen experts only."""
+"""The MLP of Qwen3 models around their experts: a router, and a shared expert with a gate."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ from torch import Tensor, nn
 
 from executorch_moe.kernels.prefill.op import fits_top_experts
 
-from .linears import is_one_token
+from .attention import merged
+from .linears import is_one_token, stored_int4
+
+ROUTERS = ("Qwen3MoeTopKRouter", "Qwen3NextTopKRouter", "Qwen3_5MoeTopKRouter")
+"""Routers with a softmax over all experts, whose chosen weights are then renormalized if `norm_topk_prob`."""
+ROWS = 16
+"""The outputs of a merged projection are padded to a multiple of this, so that matrix products need no masks."""
 
 
 class TopKFirstRouter(nn.Module):
-    """Replaces a `Qwen3MoeTopKRouter` that renormalizes; gives the same experts and weights.
+    """Replaces one of `ROUTERS` that renormalizes; gives the same experts and weights.
 
     A softmax over all experts, renormalized over the chosen ones, equals a softmax over the chosen ones. This saves the
     kernel of the softmax over all experts.
@@ -38,10 +44,71 @@ class TopKFirstRouter(nn.Module):
         return logits, chosen.softmax(-1).to(logits.dtype), experts
 
 
+class SharedExpert(nn.Module):
+    """A shared expert with its gate: one projection for gate and up, and for the expert's own gate."""
+
+    def __init__(self, expert: Any, own_gate: nn.Linear) -> None:
+        """Takes over the weights of the shared expert of a MoE block, and of the linear layer of its gate."""
+        super().__init__()
+        self.down_proj, self.width = expert.down_proj, expert.down_proj.in_features
+        parts = [expert.gate_proj, expert.up_proj]
+        self.own_gate: nn.Module | None = own_gate
+        if not any(map(stored_int4, parts)):  # else their codes would be lost in a merged layer
+            padding = nn.Linear(own_gate.in_features, -(2 * self.width + 1) % ROWS, bias=False, device="meta")
+            padding.weight = nn.Parameter(
+                torch.zeros(padding.weight.shape, dtype=own_gate.weight.dtype, device=own_gate.weight.device), False
+            )
+            parts += [own_gate, padding]
+            self.own_gate = None
+        self.gate_up = merged(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float [T, H] -> [T, H]."""
+        y = self.gate_up(x)
+        gate, up = y[..., : self.width], y[..., self.width : 2 * self.width]
+        own = y[..., 2 * self.width : 2 * self.width + 1] if self.own_gate is None else self.own_gate(x)
+        return torch.sigmoid(own) * self.down_proj(nn.functional.silu(gate) * up)  # type: ignore[no-any-return]
+
+
+class SharedExpertBlock(nn.Module):
+    """Replaces a MoE block that has a `TopKFirstRouter` and a shared expert with a gate; keeps the names."""
+
+    def __init__(self, block: Any) -> None:
+        """Takes over the submodules of a block."""
+        super().__init__()
+        self.gate, self.experts = block.gate, block.experts
+        self.shared_expert = SharedExpert(block.shared_expert, block.shared_expert_gate)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """float [1, T, H] -> [1, T, H]."""
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, weights, experts = self.gate(flat)
+        return (self.experts(flat, experts, weights) + self.shared_expert(flat)).view(hidden_states.shape)  # type: ignore[no-any-return]
+
+
 def replace_routers_(module: nn.Module) -> nn.Module:
-    """Replaces each Qwen3-MoE router that renormalizes, in place; returns `module`."""
+    """Replaces each router of `ROUTERS` that renormalizes, and the block around it if it has a shared expert, in place.
+
+    Returns `module`.
+    """
     for name, child in list(module.named_modules()):
-        if type(child).__name__ == "Qwen3MoeTopKRouter" and child.norm_topk_prob:
-            owner, _, attribute = name.rpartition(".")
-            setattr(module.get_submodule(owner), attribute, TopKFirstRouter(child))
+        if type(child).__name__ in ROUTERS and getattr(child, "norm_topk_prob", True):
+            _replace(module, name, TopKFirstRouter(child))
+    for name, child in list(module.named_modules()):
+        if _has_shared_expert(child):
+            _replace(module, name, SharedExpertBlock(child))
     return module
+
+
+def _has_shared_expert(block: nn.Module) -> bool:
+    expert = getattr(block, "shared_expert", None)
+    return (
+        isinstance(getattr(block, "gate", None), TopKFirstRouter)
+        and isinstance(getattr(block, "shared_expert_gate", None), nn.Linear)
+        and "SiLU" in type(getattr(expert, "act_fn", None)).__name__
+    )
+
+
+def _replace(module: nn.Module, name: str, replacement: nn.Module) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(module.get_submodule(owner), attribute, replacement)

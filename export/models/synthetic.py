@@ -1,4 +1,4 @@
-"""Qwen3-MoE models of any shape with random weights, to measure speed: `synthetic:qwen3-30b-a3b`.
+"""Qwen3-MoE and Qwen3.5-MoE models of any shape with random weights, to measure speed: `synthetic:qwen3-30b-a3b`.
 
 Weights are generated layer by layer. Experts are generated as packed codes, so that the model never exists in bf16.
 """
@@ -67,9 +67,13 @@ class SyntheticModel:
 
     def weight_bytes(self, bits: float) -> int:
         """Estimated bytes of all weights: `bits` for each weight of an expert, bf16 for the rest."""
-        experts = self.experts * 3 * self.hidden * self.intermediate
-        attention = 2 * (self.heads + self.kv_heads) * self.head_dim * self.hidden + self.experts * self.hidden
-        return int(self.layers * (experts * bits / 8 + 2 * attention)) + 2 * 2 * self.vocabulary * self.hidden
+        experts = self.layers * self.experts * 3 * self.hidden * self.intermediate
+        others = self._attention_weights() + self.layers * self.experts * self.hidden
+        return int(experts * bits / 8) + 2 * (others + 2 * self.vocabulary * self.hidden)
+
+    def _attention_weights(self) -> int:
+        """Weights of the attention of all layers."""
+        return self.layers * 2 * (self.heads + self.kv_heads) * self.head_dim * self.hidden
 
     def config(self) -> Any:
         """The transformers configuration."""
@@ -82,6 +86,56 @@ class SyntheticModel:
             rope_parameters={"rope_type": "default", "rope_theta": 1e6}, bos_token_id=None, eos_token_id=None,
         )  # fmt: skip
 
+    def constant(self, name: str) -> float:
+        """Value of the parameter `name`, one with less than two dimensions, that leaves its input about as it is."""
+        return 1.0 if name.endswith("norm.weight") else 0.0
+
+
+@dataclass(frozen=True)
+class SyntheticRecurrentModel(SyntheticModel):
+    """Sizes of a Qwen3.5-MoE model: every fourth layer has full attention, the others are gated delta rule.
+
+    `shared` is the width of the shared expert; `key_heads` and `value_heads` of `linear_dim` are those of the gated
+    delta rule.
+
+    Raises:
+        ValueError: see `SyntheticModel`.
+    """
+
+    shared: int = 512
+    key_heads: int = 16
+    value_heads: int = 32
+    linear_dim: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.value_heads % self.key_heads:
+            raise ValueError(f"value_heads={self.value_heads} must be a multiple of key_heads={self.key_heads}")
+
+    def _attention_weights(self) -> int:
+        full = self.layers // 4
+        queries = (3 * self.heads + 2 * self.kv_heads) * self.head_dim  # query, its gate and the output
+        linear = (2 * self.key_heads + 3 * self.value_heads) * self.linear_dim + 2 * self.value_heads
+        shared = self.layers * (3 * self.shared + 1)
+        return (full * queries + (self.layers - full) * linear + shared) * self.hidden
+
+    def config(self) -> Any:
+        """The transformers configuration."""
+        return require_transformers().Qwen3_5MoeTextConfig(
+            vocab_size=self.vocabulary, hidden_size=self.hidden, num_hidden_layers=self.layers,
+            num_attention_heads=self.heads, num_key_value_heads=self.kv_heads, head_dim=self.head_dim,
+            max_position_embeddings=self.context, num_experts=self.experts, num_experts_per_tok=self.top_k,
+            moe_intermediate_size=self.intermediate, shared_expert_intermediate_size=self.shared,
+            linear_num_key_heads=self.key_heads, linear_num_value_heads=self.value_heads,
+            linear_key_head_dim=self.linear_dim, linear_value_head_dim=self.linear_dim, linear_conv_kernel_dim=4,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
+            tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
+        )  # fmt: skip
+
+    def constant(self, name: str) -> float:
+        """As for `SyntheticModel`; the weights of all norms but one are offsets from 1."""
+        return 1.0 if name.endswith(("linear_attn.norm.weight", "dt_bias")) else 0.0
+
 
 MAX_LAYERS = 1000
 """Limit for a synthetic model. Tracing takes seconds a layer; the largest published models have about 130."""
@@ -90,11 +144,12 @@ LARGEST_GPU = 1 << 40
 MIN_VOCABULARY = 264
 """Tokens of the tiny model's tokenizer, which synthetic models use: bytes and a few special tokens."""
 
-PRESETS = {
+PRESETS: dict[str, SyntheticModel] = {
     model.name: model
     for model in (
         SyntheticModel("qwen3-30b-a3b", 48, 2048, 128, 8, 768, 32, 4, 128, 151936, 40960),
         SyntheticModel("tiny", 2, 128, 8, 2, 128, 4, 2, 32, 300, 512),
+        SyntheticRecurrentModel("qwen3.5-35b-a3b", 40, 2048, 256, 8, 512, 16, 2, 256, 248320, 262144),
     )
 }
 
@@ -113,7 +168,7 @@ def parse(model: str, layers: int | None = None) -> SyntheticModel:
     name, *changes = model.removeprefix(PREFIX).split(",")
     if name not in PRESETS:
         raise ValueError(f"model={model!r} is unknown: use {PREFIX} and one of {', '.join(PRESETS)}")
-    known = [field.name for field in fields(SyntheticModel)[1:]]
+    known = [field.name for field in fields(PRESETS[name])[1:]]
     numbers: dict[str, Any] = {}
     for change in changes:
         field, _, number = change.partition("=")
@@ -215,10 +270,10 @@ def build(
         layer.mlp.experts = (make_experts or fused_experts)(
             shape, scheme, device, _generator(device, seed, f"experts {index}")
         )  # fmt: skip
-        _fill(layer, device, seed, f"layers.{index}")
+        _fill(layer, device, seed, f"layers.{index}", model.constant)
         if prepare is not None:
             prepare(layer)
-    _fill(net, device, seed, "")
+    _fill(net, device, seed, "", model.constant)
     if prepare is not None:
         prepare(net)
     if device == "meta":
@@ -241,14 +296,14 @@ def _generator(device: Device, seed: int, what: str) -> torch.Generator:
     return generator.manual_seed(zlib.crc32(f"{seed} {what}".encode()))
 
 
-def _fill(module: nn.Module, device: Device, seed: int, prefix: str) -> None:
-    """Initializes parameters on the meta device: norms 1, matrices of gain 1, embeddings of variance 1."""
+def _fill(module: nn.Module, device: Device, seed: int, prefix: str, constant: Callable[[str], float]) -> None:
+    """Initializes parameters on the meta device: matrices of gain 1, embeddings of variance 1, others `constant`."""
     for name, parameter in list(module.named_parameters()):
         if not parameter.is_meta:
             continue
         values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
         if values.dim() < 2:
-            values.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+            values.fill_(constant(name))
         else:
             deviation = 1.0 if "embed" in name else values.shape[-1] ** -0.5
             values.normal_(0.0, deviation, generator=_generator(device, seed, f"{prefix}.{name}"))

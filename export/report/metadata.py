@@ -13,9 +13,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from executorch_moe.backends.runtime.loader import RECURRENT
 from executorch_moe.export.checkpoint.gguf import find_folder, is_gguf
 from executorch_moe.export.checkpoint.work_folder import work_folder_path
-from executorch_moe.export.models.pretrained import resolve, special_tokens
+from executorch_moe.export.models.delta_rule import LINEAR
+from executorch_moe.export.models.pretrained import attention_kinds, resolve, special_tokens
 from executorch_moe.export.models.synthetic import is_synthetic
 from executorch_moe.export.options import Dense, Experts, ExportOptions, Target, check_output
 
@@ -110,6 +112,8 @@ def constant_methods(options: ExportOptions, config: Any, max_context: int, toke
         "get_method_output": options.context.output,
         TOKENIZER_DIGEST: tokenizer_digest(tokenizer),
     }
+    if LINEAR in attention_kinds(config):
+        constants[RECURRENT] = True
     if options.placeholder_weights:
         constants[MADE_FROM] = made_from(options)
     return constants

@@ -1,4 +1,4 @@
-"""The lines of an export that say which weights of a quantized checkpoint keep their codes."""
+"""The lines of an export about its checkpoint: tensors that are left out, and codes that are kept."""
 
 from __future__ import annotations
 
@@ -14,16 +14,31 @@ from executorch_moe.export.options import ExportOptions
 
 
 def stored_weights(streamed: StreamedModel, records: Sequence[FusedLayer], options: ExportOptions) -> list[str]:
-    """What an export does with the weights of a quantized checkpoint; no line if all are stored as floats.
+    """What an export leaves out of a checkpoint, and what it does with quantized weights; a line for each, if any.
 
     Args:
         streamed: the model; not yet changed by `build.prepare_`.
         records: of its packed layers.
         options: of the export.
     """
+    lines = _left_out(streamed.plan.left_out)
     if streamed.shards.format is None:
-        return []
-    return [f"stored as {streamed.shards.format}: {'; '.join([*_experts(records), *_linears(streamed, options)])}"]
+        return lines
+    return [
+        *lines,
+        f"stored as {streamed.shards.format}: {'; '.join([*_experts(records), *_linears(streamed, options)])}",
+    ]
+
+
+def _left_out(names: Sequence[str]) -> list[str]:
+    """A line with the first parts of the names of tensors, and how many there are of each."""
+    found: dict[str, int] = {}
+    for name in names:
+        parts = name.split(".")
+        group = ".".join(parts[: 2 if parts[0] == "model" else 1])
+        found[group] = found.get(group, 0) + 1
+    counts = [f"{group}.* ({_counted(count, 'tensor')})" for group, count in found.items()]
+    return [f"left out, not of the text model: {', '.join(counts)}"] if counts else []
 
 
 def _experts(records: Sequence[FusedLayer]) -> list[str]:

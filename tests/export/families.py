@@ -26,19 +26,23 @@ FEW = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 @dataclass(frozen=True)
 class Family:
-    """A model family: class prefix in transformers, and its options in addition to COMMON."""
+    """A model family: class prefix in transformers, and its options in addition to COMMON.
+
+    `configuration` is the prefix of its configuration, if that is another one.
+    """
 
     name: str
     prefix: str
     options: dict[str, Any]
     moe_layers: int = 1
+    configuration: str = ""
 
     def __str__(self) -> str:
         return self.name
 
     def config(self) -> Any:
         transformers = pytest.importorskip("transformers")
-        return getattr(transformers, f"{self.prefix}Config")(**{**COMMON, **self.options})
+        return getattr(transformers, f"{self.configuration or self.prefix}Config")(**{**COMMON, **self.options})
 
     def model(
         self, experts: str = "grouped_mm", dtype: torch.dtype = torch.float32, attention: str | None = None
@@ -60,6 +64,8 @@ class Family:
                 if ".experts." in name:
                     codes = torch.tensor([-7.0, -3.0, -1.0, 1.0, 3.0, 7.0])
                     parameter.copy_(codes[torch.randint(0, len(codes), parameter.shape)] / 32)
+                elif self in RECURRENT and parameter.dim() == 1:
+                    parameter.add_(0.2 * torch.randn(parameter.shape))  # norms and gates, which start all alike
         return model.to(dtype).eval()
 
 
@@ -124,8 +130,31 @@ FAMILIES = (
 )
 
 
+# Three layers of gated delta rule, then one of full attention with an output gate and partial RoPE; a shared expert.
+GATED_DELTA_RULE: dict[str, Any] = {
+    **FEW,
+    "num_experts": 4,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "shared_expert_intermediate_size": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 32,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+}
+RECURRENT = (
+    Family("qwen3_5_moe_text", "Qwen3_5Moe", GATED_DELTA_RULE, moe_layers=4, configuration="Qwen3_5MoeText"),
+    # projections that interleave the parts of each key head
+    Family("qwen3_next", "Qwen3Next", GATED_DELTA_RULE, moe_layers=4),
+)
+"""Families with recurrent layers, which cannot be exported for a changing length without our modules."""
+
+
 def by_name(name: str) -> Family:
-    return next(family for family in FAMILIES if family.name == name)
+    return next(family for family in (*FAMILIES, *RECURRENT) if family.name == name)
 
 
 class Logits(nn.Module):

@@ -15,6 +15,7 @@ from torch import Tensor
 from executorch_moe.kernels._device import launches_before
 from executorch_moe.kernels.decode import op as ops
 from executorch_moe.kernels.decode.launches import run_one_token_attention, run_one_token_linear, run_one_token_router
+from executorch_moe.kernels.delta_rule.launches import run_gated_delta_net
 from executorch_moe.kernels.experts.plan import Options, run_fused_experts
 from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.tuning.choose import MAX_PAIRS, Variant
@@ -22,6 +23,8 @@ from executorch_moe.kernels.tuning.configs import GemmConfig
 
 from ..combinations import combinations
 from .cases import CASES, ZERO_CASE, Case, make
+from .delta_rule_cases import TINY
+from .delta_rule_cases import make as make_delta_rule
 from .memory_rules import MemoryRuleError, check_memory
 from .test_one_token import ATTENTION, EPS, LINEAR, attention_arguments, linear_arguments, random, route_arguments
 
@@ -92,6 +95,12 @@ def test_one_token_router(kind: str, top_k: int) -> None:
 @pytest.mark.parametrize(("kind", "rows", "columns"), LINEAR[1:])
 def test_one_token_linear(kind: str, rows: int, columns: int) -> None:
     same_bits_in_any_order(lambda: run_one_token_linear(*linear_arguments(kind, rows, columns)))
+
+
+@pytest.mark.parametrize(("tokens", "position"), [(1, 0), (1, 5), (2, 1), (65, 0)])
+def test_delta_rule(tokens: int, position: int) -> None:
+    arguments = make_delta_rule(TINY, tokens, position=position)
+    same_bits_in_any_order(lambda: run_gated_delta_net(arguments))
 
 
 def test_a_token_through_decoder_layers() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from executorch_moe.kernels._device import launches_before
 from executorch_moe.kernels.decode import op as ops
 from executorch_moe.kernels.decode.launches import run_one_token_attention, run_one_token_router
+from executorch_moe.kernels.delta_rule.launches import run_gated_delta_net
 from executorch_moe.kernels.experts.plan import Options, run_fused_experts
 from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED, Gpu, find_model
 from executorch_moe.kernels.launch import Launch
@@ -21,19 +22,23 @@ from executorch_moe.kernels.measure.compile import compile_kernel, record_launch
 from executorch_moe.kernels.measure.timing import LayerInputs, make_layers
 from executorch_moe.kernels.shapes import SHAPES, LayerShape
 
+from .delta_rule_cases import QWEN35, make, on
 from .wait_dependence import unordered_stores
 
 H, HEADS, KV_HEADS, HEAD_DIM, CONTEXT = 2048, 32, 4, 128, 640
 
 
 def launches_of_a_layer(capability: int) -> list[Launch]:
-    """All kernels of a decoder layer for one token, and of experts for several tokens, on meta tensors."""
+    """All kernels of decoder layers for one token, of experts and delta rule for several tokens, on meta tensors."""
     gpu = Gpu(capability, 132, MAX_DYNAMIC_SHARED[capability])
     launches: list[Launch] = []
     with torch.device("meta"):
         attention, route = token_arguments(torch.empty(1, 1, H, dtype=torch.bfloat16), None)
         run_one_token_attention(attention, gpu=gpu, submit=launches.append)
         run_one_token_router(route, gpu=gpu, submit=launches.append)
+        for tokens in (1, 70):
+            arguments = on(make(QWEN35, tokens, dtype=torch.bfloat16), "meta")
+            run_gated_delta_net(arguments, gpu=gpu, submit=launches.append)
     for tokens, scheme in ((1, "w4a16"), (600, "w4a8")):
         launches += record_launches(gpu, scheme, tokens, LayerShape(16, 8, H, 512), Options())
     return launches
@@ -82,7 +87,7 @@ def test_all_kernels_wait_where_launches_can_overlap(capability: int) -> None:
         # Nothing is written before the wait.
         assert "st.global" not in ptx.partition("griddepcontrol.wait")[0] or not waits, launch.kernel.__name__
         assert launch.options.get("launch_pdl", False) == (capability >= 90)
-    assert len(seen) == 9, seen
+    assert len(seen) == 14, seen
 
 
 @triton.jit

@@ -131,7 +131,7 @@ def test_methods_that_pick_are_told_how(tokenizer: Tokenizer) -> None:
         (3, [("prefill", [10, 20, 30], [0, 1, 2]), ("prefill", [40, 50], [3, 4])]),
         (1, [("decode", [10 * n], [n - 1]) for n in range(1, 6)]),
         (5, [("prefill", [10, 20, 30, 40, 50], [0, 1, 2, 3, 4])]),
-        (99, [("prefill", [10, 20, 30, 40, 50], [0, 1, 2, 3, 4])]),
+        (16, [("prefill", [10, 20, 30, 40, 50], [0, 1, 2, 3, 4])]),
     ],
 )
 def test_a_prompt_in_chunks(tokenizer: Tokenizer, chunk: int, calls: list[tuple[str, list[int], list[int]]]) -> None:
@@ -145,6 +145,11 @@ def test_a_prompt_in_chunks(tokenizer: Tokenizer, chunk: int, calls: list[tuple[
 def test_a_chunk_of_nothing(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="prefill_chunk=0 must be at least 1"):
         TextGenerator(CountingProgram(), tokenizer, prefill_chunk=0)  # type: ignore[arg-type]
+
+
+def test_a_chunk_over_the_cache(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="prefill_chunk=17 is more than the artifact's max_context=16: leave it out"):
+        TextGenerator(CountingProgram(), tokenizer, prefill_chunk=17)  # type: ignore[arg-type]
 
 
 def test_one_token_prompt_goes_through_decode(tokenizer: Tokenizer) -> None:

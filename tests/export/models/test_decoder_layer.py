@@ -57,6 +57,44 @@ def test_one_by_one_is_as_at_once(dense: str) -> None:
         assert errors[-2] < 0.02 and errors[-1] < 0.5
 
 
+RECURRENT = (
+    "synthetic:qwen3.5-35b-a3b,layers=5,hidden=128,experts=4,top_k=4,intermediate=128,shared=128,heads=4,head_dim=64,"
+    "key_heads=2,value_heads=4,linear_dim=32,vocabulary=300,context=512"
+)
+"""Three layers of gated delta rule, one of full attention with an output gate and partial RoPE, and one more. A token
+takes all experts, so that no near tie decides."""
+
+
+@pytest.mark.parametrize("dense", ["none", "int8", "int4"])
+def test_recurrent_layers_one_by_one_are_as_at_once(dense: str) -> None:
+    lm = model(dense, shape=RECURRENT)
+    layers = lm.model.model.layers
+    assert all(type(layer) is OneTokenDecoderLayer for layer in layers)
+    assert [layer.last for layer in layers] == [False] * 4 + [True]
+    at_once = run(lm, TEXT, 0)
+    caches = [buffer.clone() for buffer in lm.kv_cache.buffers()]
+    for position, token in enumerate(TEXT):
+        one_by_one = run(lm, [token], position)
+    assert (one_by_one - at_once).norm() / at_once.norm() < 0.05
+    for one, other in zip(lm.kv_cache.buffers(), caches, strict=True):
+        assert (one - other).float().norm() / other.float().norm() < 0.05
+
+
+def test_decode_of_recurrent_layers_is_fused() -> None:
+    decode, prefill = (operators(model("int8", shape=RECURRENT), method) for method in ("decode", "prefill"))
+    ours = ("gated_delta_net", "one_token_attention", "one_token_router", "fused_experts", "one_token_linear")
+    counts = {name: decode.count(f"executorch_moe.{name}.default") for name in ours}
+    # One projection a layer of gated delta rule, one for the output gate, two a shared expert, and lm_head.
+    assert counts == {
+        "gated_delta_net": 4, "one_token_attention": 1, "one_token_router": 5, "fused_experts": 5,
+        "one_token_linear": 4 + 1 + 2 * 5 + 1,
+    }  # fmt: skip
+    assert prefill.count("executorch_moe.gated_delta_net.default") == 4
+    assert prefill.count("executorch_moe.one_token_linear.default") == 1  # lm_head, for the last token
+    assert not any("one_token_attention" in name or "one_token_router" in name for name in prefill)
+    assert not any(word in name for name in decode for word in ("dot_product", "topk", "softmax"))
+
+
 def operators(lm: CausalLM, method: str) -> list[str]:
     program = export_methods(lm, one_token_linears=True)[method]
     return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]

@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 from executorch_moe.export.cli.app import app
 from executorch_moe.export.models import synthetic
 from executorch_moe.export.models.causal_lm import CausalLM, check_cache
-from executorch_moe.export.options import ExportOptions, Target
+from executorch_moe.export.models.delta_rule import replace_delta_rule_
+from executorch_moe.export.options import Context, ExportOptions, Target
+from executorch_moe.export.pipeline import export_model
 from executorch_moe.kernels import FusedExperts
 from executorch_moe.kernels.measure import timing as kernels_benchmark
 
@@ -33,6 +35,55 @@ def test_the_30b_preset_is_the_published_shape() -> None:
         "vocab_size": 151_936, "tie_word_embeddings": False, "norm_topk_prob": True,
     }  # fmt: skip
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_the_35b_preset_is_the_published_shape() -> None:
+    config = synthetic.parse("synthetic:qwen3.5-35b-a3b").config()
+    expected = {
+        "num_hidden_layers": 40, "num_experts": 256, "num_experts_per_tok": 8, "hidden_size": 2048,
+        "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, "num_attention_heads": 16,
+        "num_key_value_heads": 2, "head_dim": 256, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+        "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "vocab_size": 248_320,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert config.layer_types == (["linear_attention"] * 3 + ["full_attention"]) * 10
+    assert config.rope_parameters["partial_rotary_factor"] == 0.25
+
+
+RECURRENT = (
+    "synthetic:qwen3.5-35b-a3b,hidden=128,experts=8,top_k=2,intermediate=128,shared=128,heads=4,head_dim=32,key_heads=2,"
+    "value_heads=4,linear_dim=32,vocabulary=300,context=512"
+)
+
+
+@torch.no_grad()
+def test_a_recurrent_model_computes() -> None:
+    """Its streams stay of size 1 through all layers, as far as random weights allow, and all experts are packed."""
+    model = synthetic.parse(RECURRENT, 4)
+    net = synthetic.build(model, group_size=32, dtype=torch.float32, prepare=replace_delta_rule_)
+    assert sum(isinstance(module, FusedExperts) for module in net.modules()) == 4
+    lm = CausalLM(net, 64)
+    logits = torch.cat([lm(torch.tensor([[5, 9, 7]]), torch.arange(3)), lm(torch.tensor([[4]]), torch.tensor([3]))])
+    assert 0.3 < logits.std() < 3 and not torch.equal(*logits)
+    whole = CausalLM(net, 64)(torch.tensor([[5, 9, 7, 4]]), torch.arange(4))
+    torch.testing.assert_close(logits[1:], whole, rtol=0, atol=0.05)
+    actual = sum(tensor.nbytes for tensor in synthetic.build(model, group_size=32).state_dict().values())
+    assert model.weight_bytes(4 + 16 / 32) == pytest.approx(actual, rel=0.05)
+
+
+def test_heads_of_a_recurrent_model_must_fit() -> None:
+    with pytest.raises(ValueError, match="value_heads=32 must be a multiple of key_heads=5"):
+        synthetic.parse("synthetic:qwen3.5-35b-a3b,key_heads=5")
+
+
+def test_a_context_over_the_model_s_is_refused_before_weights_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("executorch_moe.export.build.build_synthetic", None)
+    options = ExportOptions(RECURRENT, tmp_path / "x.pte", target=Target("cpu"), context=Context(513), layers=2)
+    with pytest.raises(ValueError, match=r"max_context=513 must be between 8 and the model's .*=512"):
+        export_model(options)
 
 
 def test_fields_and_layers_by_option() -> None:

@@ -1,0 +1,175 @@
+"""Gated delta rule layers (Qwen3-Next, Qwen3.5-MoE): one projection, one operator, and the output projection.
+
+transformers' layer pads the text to chunks of 64 tokens, and updates its states in ways that depend on the cache's
+history: it cannot be traced for a changing length. `gated_delta_net` computes everything between the projections for
+any length, and continues from the states that the layer's cache holds.
+
+Letters: T tokens, H hidden size, Hk and Hv key and value heads, Dk and Dv their widths, K width of the convolution,
+C = 2 * Hk * Dk + Hv * Dv its channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from executorch_moe.kernels.delta_rule.arguments import CONV_SIZES, HEAD_DIMS, DeltaRuleSizes, fits_delta_rule
+from executorch_moe.kernels.delta_rule.op import gated_delta_net
+
+from .attention import merged
+from .keywords import STATE_CACHE_NAMES, take_cache
+from .linears import SideBySide, stored_int4
+
+LINEAR = "linear_attention"
+"""transformers' name of these layers in `layer_types`."""
+_PARTS = ("conv1d", "A_log", "dt_bias", "norm", "out_proj")
+_SEPARATE = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+_INTERLEAVED = ("in_proj_qkvz", "in_proj_ba")
+
+
+@runtime_checkable
+class HoldsStates(Protocol):
+    """A cache of states: what `GatedDeltaNet` needs of `causal_lm.CacheView`."""
+
+    cache_position: Tensor
+
+    def states(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """The last inputs of a layer's convolution, a ring [K, C], and its recurrent state, fp32 [Hv, Dk, Dv]."""
+        ...
+
+
+class GatedDeltaNet(nn.Module):
+    """Replaces transformers' gated delta rule layer; see `fits`.
+
+    The first token of a text, at position 0, starts from empty states, whatever the cache holds. Any other token must
+    follow the last one: states cannot go back to an earlier position.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        """Takes over the weights of a layer.
+
+        Raises:
+            NotImplementedError: a convolution with a bias, an activation other than SiLU, or sizes that
+                `gated_delta_net` does not support.
+        """
+        super().__init__()
+        if layer.conv1d.bias is not None or layer.activation not in ("silu", "swish"):
+            raise NotImplementedError(
+                f"{type(layer).__name__} with activation {layer.activation!r} and "
+                f"{'a' if layer.conv1d.bias is not None else 'no'} bias in its convolution is not supported: use a "
+                "model with SiLU and no bias"
+            )
+        self.layer_idx = layer.layer_idx
+        self.key_heads, self.value_heads = layer.num_k_heads, layer.num_v_heads
+        self.key_dim, self.value_dim = layer.head_k_dim, layer.head_v_dim
+        self.eps = layer.norm.variance_epsilon
+        sizes = DeltaRuleSizes(
+            self.key_heads, self.value_heads, self.key_dim, self.value_dim, layer.conv1d.weight.shape[-1]
+        )
+        if not fits_delta_rule(sizes):
+            raise NotImplementedError(
+                f"{type(layer).__name__} with {', '.join(f'{name}={size}' for name, size in sizes._asdict().items())} "
+                f"is not supported: use a model with key_dim and value_dim among {HEAD_DIMS}, conv_size among "
+                f"{CONV_SIZES}, and value_heads a multiple of key_heads"
+            )
+        separate = hasattr(layer, _SEPARATE[0])
+        linears = [getattr(layer, name) for name in (_SEPARATE if separate else _INTERLEAVED)]
+        rows = None if separate else self._interleaved_rows()
+        *large, _, _ = linears if separate else [linears[0], None, None]
+        gates = 2 * self.value_heads
+        if all(map(stored_int4, large)) and not all(map(stored_int4, linears)):
+            # Merged with weights that have none, 4-bit codes of a checkpoint would be lost.
+            first = None if rows is None else rows[:-gates]
+            second = None if rows is None else rows[-gates:] - len(linears[0].weight)
+            self.in_proj: nn.Module = SideBySide(merged(large, first), merged(linears[len(large) :], second))
+        else:
+            self.in_proj = merged(linears, rows)
+        self.out_proj = layer.out_proj
+        self.register_buffer("conv_weight", layer.conv1d.weight.detach()[:, 0].clone())
+        self.register_buffer("dt_bias", layer.dt_bias.detach().float())
+        self.register_buffer("a_log", layer.A_log.detach().float())
+        self.register_buffer("norm_weight", layer.norm.weight.detach())
+
+    def _interleaved_rows(self) -> Tensor:
+        """Rows of the interleaved projections in the order of the separate ones.
+
+        For each key head, they have its query, its key, the values and z of its value heads; then, for each key head, b
+        and a of its value heads.
+        """
+        values = self.value_heads // self.key_heads
+        sizes = [self.key_dim, self.key_dim, values * self.value_dim, values * self.value_dim]
+        qkvz = torch.arange(self.key_heads * sum(sizes)).view(self.key_heads, -1)
+        ba = torch.arange(2 * self.value_heads).view(self.key_heads, -1) + qkvz.numel()
+        return torch.cat([part.flatten() for part in (*qkvz.split(sizes, 1), *ba.split(values, 1))])
+
+    @property
+    def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the convolution's state [K, C] and of the recurrent state [Hv, Dk, Dv]."""
+        channels, width = self.conv_weight.shape
+        return (width, channels), (self.value_heads, self.key_dim, self.value_dim)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **keywords: Any) -> Tensor:
+        """Computes the layer behind transformers' interface.
+
+        Args:
+            hidden_states: float [1, T, H].
+            attention_mask: None; texts are not padded.
+            keywords: the cache, a `HoldsStates`; without one, the text starts with the first token.
+
+        Returns:
+            [1, T, H].
+
+        Raises:
+            ValueError: a mask, a cache of another kind, or see `keywords.take_cache`.
+        """
+        cache = take_cache(type(self).__name__, keywords, STATE_CACHE_NAMES)
+        if attention_mask is not None:
+            raise ValueError(f"{type(self).__name__} was called with an attention mask: pass texts without padding")
+        return self.out_proj(self.mix(hidden_states, cache))  # type: ignore[no-any-return]
+
+    def mix(self, hidden_states: Tensor, cache: Any) -> Tensor:
+        """The input of the output projection, [1, T, Hv * Dv]; arguments as for `forward`."""
+        if cache is None:
+            position, (conv, state) = torch.zeros(1, dtype=torch.int64, device=hidden_states.device), self._empty()
+        elif isinstance(cache, HoldsStates):
+            position, (conv, state) = cache.cache_position[:1], cache.states(self.layer_idx)
+        else:
+            raise ValueError(
+                f"{type(self).__name__} was called with a {type(cache).__name__}: wrap the model in a CausalLM, or "
+                "call it with use_cache=False"
+            )
+        out, new_conv, new_state = gated_delta_net(
+            self.in_proj(hidden_states)[0], self.conv_weight, self.dt_bias, self.a_log, self.norm_weight, conv, state,
+            position, self.key_heads, self.key_dim, self.eps,
+        )  # fmt: skip
+        if cache is not None:
+            conv.copy_(new_conv)
+            state.copy_(new_state)
+        return out[None]
+
+    def _empty(self) -> tuple[Tensor, Tensor]:
+        conv, state = self.state_shapes
+        return self.conv_weight.new_zeros(conv), self.a_log.new_zeros(state)
+
+
+def fits(layer: nn.Module) -> bool:
+    """True for a gated delta rule layer of transformers, by its parts."""
+    parts = all(hasattr(layer, name) for name in _PARTS)
+    return parts and any(all(hasattr(layer, name) for name in names) for names in (_SEPARATE, _INTERLEAVED))
+
+
+def replace_delta_rule_(module: nn.Module) -> nn.Module:
+    """Replaces each gated delta rule layer of a model or decoder layer by `GatedDeltaNet`, in place; returns `module`.
+
+    It must be called before linear layers are quantized. Replaced layers are left alone.
+
+    Raises:
+        NotImplementedError: see `GatedDeltaNet`.
+    """
+    for name, child in list(module.named_modules()):
+        if fits(child):
+            owner, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(owner), attribute, GatedDeltaNet(child))
+    return module

@@ -1,0 +1,161 @@
+"""Arguments of `gated_delta_net` and their checks.
+
+The operator, its fake and its CPU kernel share the checks, which depend only on shapes, dtypes and devices.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+HEAD_DIMS = (16, 32, 64, 128)
+"""Supported sizes of a key head and of a value head: powers of two that tensor cores and one program can take."""
+CONV_SIZES = (2, 3, 4, 5, 6, 7, 8)
+"""Supported numbers of tokens under the convolution."""
+FLOATS = (torch.bfloat16, torch.float32, torch.float16)
+UNFUSED = "or compute this layer with transformers' modules"
+
+
+class DeltaRuleArguments(NamedTuple):
+    """Arguments of `op.gated_delta_net`, in its order; its docstring gives shapes and dtypes."""
+
+    projected: Tensor
+    conv_weight: Tensor
+    dt_bias: Tensor
+    a_log: Tensor
+    norm_weight: Tensor
+    conv_state: Tensor
+    recurrent_state: Tensor
+    position: Tensor
+    num_key_heads: int
+    key_dim: int
+    eps: float
+
+    @property
+    def sizes(self) -> DeltaRuleSizes:
+        """Sizes of the layer; valid after `check_gated_delta_net`."""
+        value_heads, value_dim = self.recurrent_state.shape[0], self.recurrent_state.shape[2]
+        return DeltaRuleSizes(self.num_key_heads, value_heads, self.key_dim, value_dim, self.conv_weight.shape[1])
+
+
+class DeltaRuleSizes(NamedTuple):
+    """Sizes of a layer: key heads, value heads, numbers of a head, and tokens under the convolution."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    conv_size: int
+
+    @property
+    def channels(self) -> int:
+        """C: columns of query, key and value, which the convolution reads."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+    @property
+    def values(self) -> int:
+        """Columns of the values, of z and of the result."""
+        return self.value_heads * self.value_dim
+
+    @property
+    def columns(self) -> int:
+        """P: columns of `projected`."""
+        return self.channels + self.values + 2 * self.value_heads
+
+
+def fits_delta_rule(sizes: DeltaRuleSizes) -> bool:
+    """True if the operator supports a layer of these sizes."""
+    return (
+        sizes.key_dim in HEAD_DIMS
+        and sizes.value_dim in HEAD_DIMS
+        and sizes.conv_size in CONV_SIZES
+        and sizes.key_heads > 0
+        and sizes.value_heads > 0
+        and sizes.value_heads % sizes.key_heads == 0
+    )
+
+
+def check_gated_delta_net(arguments: DeltaRuleArguments) -> None:
+    """Check every argument of `gated_delta_net` against its docstring.
+
+    Raises:
+        ValueError: a dtype, shape, device, layout or value that the operator does not accept.
+    """
+    projected, conv_weight, dt_bias, a_log, norm_weight, conv_state, recurrent_state, position = arguments[:8]
+    key_heads, key_dim, eps = arguments[8:]
+    _check_dtype("projected", projected, FLOATS)
+    _check_dtype("recurrent_state", recurrent_state, (torch.float32,))
+    if recurrent_state.dim() != 3 or min(recurrent_state.shape) < 1:
+        raise ValueError(
+            f"recurrent_state has shape {list(recurrent_state.shape)}, expected [value_heads, key_dim, value_dim]: "
+            "pass one layer's state of one text"
+        )
+    value_heads, state_key_dim, value_dim = recurrent_state.shape
+    if state_key_dim != key_dim:
+        raise ValueError(
+            f"recurrent_state has shape {list(recurrent_state.shape)}, expected key_dim={key_dim} in the middle: "
+            "pass the state as [value_heads, key_dim, value_dim]"
+        )
+    for name, size in (("key_dim", key_dim), ("value_dim", value_dim)):
+        if size not in HEAD_DIMS:
+            raise ValueError(f"{name}={size}, expected one of {HEAD_DIMS}: use such a model, {UNFUSED}")
+    if key_heads < 1 or value_heads % key_heads:
+        raise ValueError(
+            f"num_key_heads={key_heads} must divide the {value_heads} value heads of recurrent_state: pass the "
+            "model's linear_num_key_heads"
+        )
+    if conv_weight.dim() != 2 or conv_weight.shape[1] not in CONV_SIZES:
+        raise ValueError(
+            f"conv_weight has shape {list(conv_weight.shape)}, expected [C, K] with K one of {CONV_SIZES}: pass the "
+            f"convolution's weight without its middle axis, {UNFUSED}"
+        )
+    sizes = arguments.sizes
+    _check_shape(
+        "conv_weight", conv_weight, (sizes.channels, sizes.conv_size), "a row for each column of query, key and value"
+    )
+    if projected.dim() != 2 or projected.shape[1] != sizes.columns:
+        raise ValueError(
+            f"projected has shape {list(projected.shape)}, expected [T, {sizes.columns}]: concatenate query, key, "
+            "value, z, b and a of each token in this order"
+        )
+    if isinstance(projected.shape[0], int) and projected.shape[0] < 1:
+        raise ValueError("projected has T=0 tokens, expected 1 at least: skip the layer if there is no token")
+    _check_dtype("conv_state", conv_state, (projected.dtype,))
+    _check_shape(
+        "conv_state", conv_state, (sizes.conv_size, sizes.channels), "it holds the last K tokens before `position`"
+    )
+    for name, t, count in (("dt_bias", dt_bias, value_heads), ("a_log", a_log, value_heads)):
+        _check_dtype(name, t, FLOATS)
+        _check_shape(name, t, (count,), "pass one number for each value head")
+    for name, t in (("conv_weight", conv_weight), ("norm_weight", norm_weight)):
+        _check_dtype(name, t, FLOATS)
+    _check_shape("norm_weight", norm_weight, (value_dim,), "one weight for each number of a value head")
+    _check_dtype("position", position, (torch.int64,))
+    _check_shape("position", position, (1,), "pass the position of the first token")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps={eps} must be a finite number, 0 or more: pass that of the norm, as 1e-6")
+    for name, t in arguments._asdict().items():
+        if not isinstance(t, Tensor):
+            continue
+        if t.device != projected.device:
+            raise ValueError(f"{name} is on {t.device} but projected is on {projected.device}: move both to one device")
+        if name != "projected" and not t.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous, strides are {list(t.stride())}: call .contiguous() once after loading"
+            )
+
+
+def _check_dtype(name: str, t: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    if t.dtype not in allowed:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise ValueError(
+            f"{name} has dtype {str(t.dtype).removeprefix('torch.')}, expected {names}: convert it with .to(...)"
+        )
+
+
+def _check_shape(name: str, t: Tensor, expected: tuple[int, ...], remedy: str) -> None:
+    if tuple(t.shape) != tuple(expected):
+        raise ValueError(f"{name} has shape {list(t.shape)}, expected {list(expected)}: {remedy}")

@@ -1,0 +1,80 @@
+"""`gated_delta_net` in ATen, for running and tracing on the CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._higher_order_ops.scan import scan_op
+
+from .arguments import DeltaRuleArguments
+
+
+def gated_delta_net_aten(arguments: DeltaRuleArguments) -> tuple[Tensor, Tensor, Tensor]:
+    """`op.gated_delta_net` in ATen and one `scan` over the tokens; fp32 inside."""
+    projected, conv_weight, dt_bias, a_log, norm_weight, conv_state, recurrent_state, position = arguments[:8]
+    sizes, eps = arguments.sizes, arguments.eps
+    keys, channels, values = sizes.key_heads * sizes.key_dim, sizes.channels, sizes.values
+    tokens, group = projected.shape[0], sizes.value_heads // sizes.key_heads
+    # Selected, not multiplied: what is not used may hold NaN.
+    state = torch.where(position != 0, recurrent_state, torch.zeros_like(recurrent_state))
+    taps = sizes.conv_size
+    before = position + torch.arange(1 - taps, 0, device=position.device)
+    # Plus K, because `remainder` of ExecuTorch 1.5 on the CPU gives negative results for negative numbers.
+    past = conv_state.index_select(0, (before + taps).remainder(taps))
+    past = torch.where((before >= 0)[:, None], past, torch.zeros_like(past))
+    inputs = torch.cat([past, projected[:, :channels]])
+    # Row r of the new state has the last position that is r modulo K; `ago` counts from the last of all positions.
+    ago = (position + (tokens - 1 + taps) - torch.arange(taps, device=position.device)).remainder(taps)
+    new_conv_state = inputs.index_select(0, (tokens + taps - 2) - ago)
+
+    weight = conv_weight.float()
+    inputs = inputs.float()
+    x = inputs.narrow(0, 0, tokens) * weight[:, 0]
+    for tap in range(1, taps):
+        x = x + inputs.narrow(0, tap, tokens) * weight[:, tap]
+    x = x * torch.sigmoid(x)
+    query = _unit(x[:, :keys].reshape(tokens, sizes.key_heads, sizes.key_dim)) * sizes.key_dim**-0.5
+    key = _unit(x[:, keys : 2 * keys].reshape(tokens, sizes.key_heads, sizes.key_dim))
+    value = x[:, 2 * keys :].reshape(tokens, sizes.value_heads, sizes.value_dim)
+    if group > 1:
+        query, key = (
+            part.unsqueeze(2).expand(tokens, sizes.key_heads, group, sizes.key_dim).reshape(
+                tokens, sizes.value_heads, sizes.key_dim
+            )
+            for part in (query, key)
+        )  # fmt: skip
+    gates = projected[:, channels + values :].float()
+    beta = torch.sigmoid(gates[:, : sizes.value_heads])
+    a = gates[:, sizes.value_heads :] + dt_bias.float()
+    softplus = torch.clamp(a, min=0.0) + torch.log1p(torch.exp(-torch.abs(a)))
+    decay = torch.exp(-torch.exp(a_log.float()) * softplus)
+    xs = [query.unsqueeze(2), key.unsqueeze(2), value.unsqueeze(2), beta[:, :, None, None], decay[:, :, None, None]]
+    if tokens == 1:
+        state, out = _token(state, *(part[0] for part in xs))
+    else:
+        state, out = scan_op(_token, [state], xs, ())
+
+    out = out.reshape(tokens, sizes.value_heads, sizes.value_dim)
+    out = out * torch.rsqrt(out.pow(2).mean(-1, keepdim=True) + eps) * norm_weight.float()
+    z = projected[:, channels : channels + values].float()
+    out = out.reshape(tokens, values) * (z * torch.sigmoid(z))
+    return out.to(projected.dtype), new_conv_state, state
+
+
+def _token(state: Tensor, query: Tensor, key: Tensor, value: Tensor, beta: Tensor, decay: Tensor) -> list[Tensor]:
+    """The delta rule for one token.
+
+    Args:
+        state: [Hv, Dk, Dv]. query, key: [Hv, 1, Dk]. value: [Hv, 1, Dv]. beta, decay: [Hv, 1, 1].
+
+    Returns:
+        The new state; query @ state, [Hv, 1, Dv].
+    """
+    state = state * decay
+    update = (value - torch.bmm(key, state)) * beta
+    state = state + key.transpose(1, 2) * update
+    return [state, torch.bmm(query, state)]
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)

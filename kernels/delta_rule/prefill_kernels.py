@@ -1,0 +1,261 @@
+"""The delta rule for several tokens, in chunks of 64: four launches.
+
+    moe_delta_rule_inputs  convolution, SiLU, norms of query and key, gates               each (chunk, head)
+    moe_delta_rule_chunk   what the tokens of a chunk do to each other: matrices W and U  each (chunk, value head)
+    moe_delta_rule_state   the state from chunk to chunk; U becomes the new values        each (value head, columns)
+    moe_delta_rule_output  query @ state, attention inside the chunk, gated norm          each (chunk, value head)
+
+For one chunk let G_i be the sum of the logarithms of the decays up to token i, and S the state before it. The values
+N_i that token i adds to the state as k_i N_i solve a triangular system (the WY form of a product of Householder-like
+matrices):
+    A_ij = beta_i exp(G_i - G_j) k_i.k_j for j < i        X = (I + A)^-1
+    U = X diag(beta) V                                    W = X diag(beta exp(G)) K
+    N = U - W S                                           S' = exp(G_last) S + sum_i exp(G_last - G_i) k_i N_i
+    o_i = exp(G_i) q_i S + sum_{j <= i} exp(G_i - G_j) (q_i.k_j) N_j
+All exponents are at most 0. Sums and states are fp32; operands of tensor cores have the number format of the layer.
+
+Source: "Gated Delta Networks: Improving Mamba2 with Delta Rule" (Yang, Kautz, Hatamizadeh, 2024), section 3.3, and
+"Parallelizing Linear Transformers with the Delta Rule over Sequence Length" (Yang et al., 2024), sections 3.2 and 3.3.
+
+Letters: as in op.py; chunks are padded with zeros, R is the number of tokens with the padding.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from executorch_moe.kernels._device import launches_before
+
+from .device import dot, inverse, log_decay, rounded, silu
+
+
+@triton.jit
+def convolved(
+    projected_ptr, conv_ptr, weight_ptr, channels, times, position, T,
+    P: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """The convolution at several tokens, fp32 [tokens, channels]."""
+    total = tl.zeros((times.shape[0], channels.shape[0]), dtype=tl.float32)
+    for tap in tl.static_range(K):
+        time = times - (K - 1 - tap)
+        here = (time >= 0) & (time < T)
+        row = projected_ptr + time.to(tl.int64)[:, None] * P + channels[None, :]
+        x = tl.load(row, mask=here[:, None], other=0.0).to(tl.float32)
+        before = position + time
+        past = (time < 0) & (before >= 0)
+        slot = tl.where(past, before % K, 0).to(tl.int32)
+        x += tl.load(conv_ptr + slot[:, None] * C + channels[None, :], mask=past[:, None], other=0.0).to(tl.float32)
+        total += x * tl.load(weight_ptr + channels * K + tap).to(tl.float32)[None, :]
+    return total
+
+
+@triton.jit
+def moe_delta_rule_inputs(
+    projected_ptr,  # [T, P]: query, key, value, z, b, a
+    weight_ptr,  # [C, K], of the convolution
+    dt_bias_ptr, a_log_ptr,  # [HV]
+    position_ptr,  # int64 [1]
+    conv_ptr,  # [K, C]
+    qk_ptr,  # [2 * HK, R, DK]: queries, then keys
+    v_ptr,  # [HV, R, DV]
+    decay_ptr, beta_ptr,  # fp32 [HV, R]: G and beta
+    T,
+    SCALE: tl.constexpr,
+    HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, K: tl.constexpr,
+    CHUNK: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j): queries, keys or values of head j in chunk i. Programs of values also compute the gates."""
+    chunk, head = tl.program_id(0), tl.program_id(1)
+    C: tl.constexpr = 2 * HK * DK + HV * DV
+    P: tl.constexpr = C + HV * DV + 2 * HV
+    rows = tl.num_programs(0) * CHUNK
+    times = chunk * CHUNK + tl.arange(0, CHUNK)
+    real = times < T
+    zero = launches_before(False, PTX)
+    projected_ptr += zero
+    conv_ptr += zero
+    qk_ptr += zero
+    v_ptr += zero
+    decay_ptr += zero
+    beta_ptr += zero
+    position = tl.load(position_ptr + zero)
+    if head < 2 * HK:
+        offs_k = tl.arange(0, DK)
+        x = silu(convolved(projected_ptr, conv_ptr, weight_ptr, head * DK + offs_k, times, position, T, P, C, K))
+        x *= (tl.rsqrt(tl.sum(x * x, axis=1) + 1e-6) * tl.where(head < HK, SCALE, 1.0))[:, None]
+        x = tl.where(real[:, None], x, 0.0)
+        start = (head.to(tl.int64) * rows + chunk * CHUNK) * DK
+        tl.store(qk_ptr + start + tl.arange(0, CHUNK)[:, None] * DK + offs_k[None, :], rounded(x, qk_ptr, PTX))
+    else:
+        head -= 2 * HK
+        offs_v = tl.arange(0, DV)
+        channels = 2 * HK * DK + head * DV + offs_v
+        v = silu(convolved(projected_ptr, conv_ptr, weight_ptr, channels, times, position, T, P, C, K))
+        v = tl.where(real[:, None], v, 0.0)
+        value_start = head.to(tl.int64) * rows + chunk * CHUNK
+        cells = value_start * DV + tl.arange(0, CHUNK)[:, None] * DV + offs_v[None, :]
+        tl.store(v_ptr + cells, rounded(v, v_ptr, PTX))
+        gates_ptr = projected_ptr + times.to(tl.int64) * P + (C + HV * DV) + head
+        b = tl.load(gates_ptr, mask=real, other=0.0).to(tl.float32)
+        a = tl.load(gates_ptr + HV, mask=real, other=0.0).to(tl.float32)
+        dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
+        a_log = tl.load(a_log_ptr + head).to(tl.float32)
+        log_decays = tl.where(real, log_decay(a, dt_bias, a_log), 0.0)
+        tl.store(decay_ptr + value_start + tl.arange(0, CHUNK), tl.cumsum(log_decays, axis=0))
+        beta = tl.where(real, 1.0 / (1.0 + tl.exp(-b)), 0.0)
+        tl.store(beta_ptr + value_start + tl.arange(0, CHUNK), beta)
+
+
+@triton.jit
+def moe_delta_rule_chunk(
+    qk_ptr,  # [2 * HK, R, DK]
+    v_ptr,  # [HV, R, DV]
+    decay_ptr, beta_ptr,  # fp32 [HV, R]
+    w_ptr,  # [HV, R, DK]
+    u_ptr,  # [HV, R, DV]
+    HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    CHUNK: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """W and U of one chunk and value head."""
+    chunk, head = tl.program_id(0), tl.program_id(1)
+    rows = tl.num_programs(0) * CHUNK
+    offs_t, offs_k, offs_v = tl.arange(0, CHUNK), tl.arange(0, DK), tl.arange(0, DV)
+    zero = launches_before(False, PTX)
+    start = head.to(tl.int64) * rows + chunk * CHUNK
+    key_start = (HK + head // (HV // HK)).to(tl.int64) * rows + chunk * CHUNK
+    key_cells = offs_t[:, None] * DK + offs_k[None, :]
+    value_cells = offs_t[:, None] * DV + offs_v[None, :]
+    k = tl.load(qk_ptr + zero + key_start * DK + key_cells)
+    decay = tl.load(decay_ptr + zero + start + offs_t)
+    beta = tl.load(beta_ptr + zero + start + offs_t)
+    before = offs_t[:, None] > offs_t[None, :]
+    a = dot(k, tl.trans(k), tl.zeros((CHUNK, CHUNK), dtype=tl.float32), PTX)
+    a *= tl.exp(tl.where(before, decay[:, None] - decay[None, :], 0.0)) * beta[:, None]
+    x = inverse(tl.where(before, a, 0.0), PTX)
+    v = tl.load(v_ptr + zero + start * DV + value_cells)
+    u = dot(rounded(x * beta[None, :], u_ptr, PTX), v, tl.zeros((CHUNK, DV), dtype=tl.float32), PTX)
+    tl.store(u_ptr + zero + start * DV + value_cells, rounded(u, u_ptr, PTX))
+    factor = beta * tl.exp(decay)
+    w = dot(rounded(x * factor[None, :], w_ptr, PTX), k, tl.zeros((CHUNK, DK), dtype=tl.float32), PTX)
+    tl.store(w_ptr + zero + start * DK + key_cells, rounded(w, w_ptr, PTX))
+
+
+@triton.jit
+def moe_delta_rule_state(
+    projected_ptr,  # [T, P]
+    qk_ptr,  # [2 * HK, R, DK]
+    decay_ptr,  # fp32 [HV, R]
+    w_ptr,  # [HV, R, DK]
+    u_ptr,  # [HV, R, DV]: U, then N
+    position_ptr,  # int64 [1]
+    new_conv_ptr,  # [K, C]
+    state_ptr, new_state_ptr,  # fp32 [HV, DK, DV]; may be the same
+    states_ptr,  # [HV, R / CHUNK, DK, DV]: the state before each chunk
+    T,
+    HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, K: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_V columns of the state of one value head through all chunks, and BLOCK_C columns of the new conv_state."""
+    head, block = tl.program_id(0), tl.program_id(1)
+    C: tl.constexpr = 2 * HK * DK + HV * DV
+    P: tl.constexpr = C + HV * DV + 2 * HV
+    chunks = (T + CHUNK - 1) // CHUNK
+    offs_t, offs_k = tl.arange(0, CHUNK), tl.arange(0, DK)
+    offs_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
+    key_cells = offs_t[:, None] * DK + offs_k[None, :]
+    value_cells = offs_t[:, None] * DV + offs_v[None, :]
+    state_cells = offs_k[:, None] * DV + offs_v[None, :]
+    zero = launches_before(False, PTX)
+    projected_ptr += zero
+    u_ptr += zero
+    new_conv_ptr += zero
+    new_state_ptr += zero
+    states_ptr += zero
+    position = tl.load(position_ptr + zero)
+    state = tl.load(state_ptr + zero + head * (DK * DV) + state_cells)
+    state = tl.where(position == 0, 0.0, state)
+    start = head.to(tl.int64) * (chunks * CHUNK)
+    decay_ptr += zero + start
+    w_ptr += zero + start * DK
+    u_ptr += start * DV
+    qk_ptr += zero + (HK + head // (HV // HK)).to(tl.int64) * (chunks * CHUNK) * DK
+    states_ptr += head.to(tl.int64) * chunks * (DK * DV)
+    for _ in tl.range(0, chunks, num_stages=STAGES):
+        operand = rounded(state, states_ptr, PTX)
+        tl.store(states_ptr + state_cells, operand)
+        w = tl.load(w_ptr + key_cells)
+        k = tl.load(qk_ptr + key_cells)
+        u = tl.load(u_ptr + value_cells).to(tl.float32)
+        decay = tl.load(decay_ptr + offs_t)
+        last = tl.load(decay_ptr + (CHUNK - 1))
+        new = u - dot(w, operand, tl.zeros((CHUNK, BLOCK_V), dtype=tl.float32), PTX)
+        tl.store(u_ptr + value_cells, rounded(new, u_ptr, PTX))
+        new *= tl.exp(last - decay)[:, None]
+        state = dot(tl.trans(k), rounded(new, u_ptr, PTX), state * tl.exp(last), PTX)
+        w_ptr += CHUNK * DK
+        qk_ptr += CHUNK * DK
+        u_ptr += CHUNK * DV
+        decay_ptr += CHUNK
+        states_ptr += DK * DV
+    tl.store(new_state_ptr + head * (DK * DV) + state_cells, state)
+
+    # The last K tokens, into the rows of their positions; zeros into rows of positions below 0.
+    channels = (head * (DV // BLOCK_V) + block) * BLOCK_C + tl.arange(0, BLOCK_C)
+    for ago in tl.static_range(K):
+        time = T - 1 - ago
+        row = ((position + time + K) % K).to(tl.int32)
+        x = tl.load(projected_ptr + time.to(tl.int64) * P + channels, mask=(channels < C) & (time >= 0), other=0.0)
+        changed = (channels < C) & ((time >= 0) | (position + time < 0))
+        tl.store(new_conv_ptr + row * C + channels, x, mask=changed)
+
+
+@triton.jit
+def moe_delta_rule_output(
+    projected_ptr,  # [T, P]
+    norm_ptr,  # [DV]
+    qk_ptr,  # [2 * HK, R, DK]
+    decay_ptr,  # fp32 [HV, R]
+    new_ptr,  # [HV, R, DV]: N
+    states_ptr,  # [HV, R / CHUNK, DK, DV]
+    out_ptr,  # [T, HV * DV]
+    T,
+    EPS: tl.constexpr,
+    HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """The result of one chunk and value head."""
+    chunk, head = tl.program_id(0), tl.program_id(1)
+    C: tl.constexpr = 2 * HK * DK + HV * DV
+    P: tl.constexpr = C + HV * DV + 2 * HV
+    rows = tl.num_programs(0) * CHUNK
+    offs_t, offs_k, offs_v = tl.arange(0, CHUNK), tl.arange(0, BLOCK_K), tl.arange(0, DV)
+    times = chunk * CHUNK + offs_t
+    real = (times < T)[:, None]
+    norm = tl.load(norm_ptr + offs_v).to(tl.float32)
+    zero = launches_before(False, PTX)
+    out_ptr += zero
+    query_start = (head // (HV // HK)).to(tl.int64) * rows + chunk * CHUNK
+    q_ptr = qk_ptr + zero + query_start * DK + offs_t[:, None] * DK + offs_k[None, :]
+    k_ptr = q_ptr + HK * rows.to(tl.int64) * DK
+    start = head.to(tl.int64) * rows + chunk * CHUNK
+    states_ptr += zero + (head.to(tl.int64) * tl.num_programs(0) + chunk) * (DK * DV)
+    scores = tl.zeros((CHUNK, CHUNK), dtype=tl.float32)
+    out = tl.zeros((CHUNK, DV), dtype=tl.float32)
+    for first in tl.range(0, DK, BLOCK_K, num_stages=STAGES):
+        q = tl.load(q_ptr + first)
+        k = tl.load(k_ptr + first)
+        state = tl.load(states_ptr + (first + offs_k)[:, None] * DV + offs_v[None, :])
+        scores = dot(q, tl.trans(k), scores, PTX)
+        out = dot(q, state, out, PTX)
+    decay = tl.load(decay_ptr + zero + start + offs_t)
+    before = offs_t[:, None] >= offs_t[None, :]
+    scores *= tl.exp(tl.where(before, decay[:, None] - decay[None, :], 0.0))
+    scores = rounded(tl.where(before, scores, 0.0), new_ptr, PTX)
+    new = tl.load(new_ptr + zero + start * DV + offs_t[:, None] * DV + offs_v[None, :])
+    out = dot(scores, new, out * tl.exp(decay)[:, None], PTX)
+    out *= tl.rsqrt(tl.sum(out * out, axis=1) / DV + EPS)[:, None] * norm[None, :]
+    z_cells = times.to(tl.int64)[:, None] * P + (C + head * DV + offs_v)[None, :]
+    out *= silu(tl.load(projected_ptr + zero + z_cells, mask=real, other=0.0).to(tl.float32))
+    out_cells = times.to(tl.int64)[:, None] * (HV * DV) + (head * DV + offs_v)[None, :]
+    tl.store(out_ptr + out_cells, rounded(out, out_ptr, PTX), mask=real)
