@@ -80,6 +80,8 @@ def bytes_of(launch: Launch, tokens: int) -> int:
     row = 2 * tokens
     if kind == "moe_delta_rule_inputs":
         total -= row * SIZES.values  # z
+    elif kind == "moe_delta_rule_chunk":
+        total += tensors["v_ptr"].nbytes - tensors["qk_ptr"].nbytes // 2
     elif kind == "moe_delta_rule_output":
         total -= row * (SIZES.columns - SIZES.values)  # only z
     elif kind == "moe_delta_rule_state":

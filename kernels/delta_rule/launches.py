@@ -96,7 +96,10 @@ def _one_token(
 def _chunks(
     arguments: DeltaRuleArguments, states: tuple[Tensor, Tensor], ptx: int, submit: Callable[[Launch], None]
 ) -> Tensor:
-    """All buffers are linear in the number of tokens, which may be a symbol."""
+    """Four launches. All buffers are linear in the number of tokens, which may be a symbol.
+
+    `values` has V after the first launch, U after the second one and the new values after the third one.
+    """
     sizes, projected = arguments.sizes, arguments.projected
     new_conv_state, new_state = states
     traced = isinstance(new_state, FakeTensor | FunctionalTensor)
@@ -130,8 +133,7 @@ def _chunks(
     )
     submit(inputs)
     w = projected.new_empty(sizes.value_heads, rows, sizes.key_dim)
-    u = torch.empty_like(values)
-    pointers = {"qk_ptr": qk, "v_ptr": values, "decay_ptr": decay, "beta_ptr": beta, "w_ptr": w, "u_ptr": u}
+    pointers = {"qk_ptr": qk, "v_ptr": values, "decay_ptr": decay, "beta_ptr": beta, "w_ptr": w}
     submit(Launch(moe_delta_rule_chunk, (chunks, sizes.value_heads), pointers, common, num_warps=4))
     wide = projected.dtype.itemsize > 2
     block_v = min(16 if wide else 32, sizes.value_dim)
@@ -145,7 +147,7 @@ def _chunks(
             "qk_ptr": qk,
             "decay_ptr": decay,
             "w_ptr": w,
-            "u_ptr": u,
+            "u_ptr": values,
             "position_ptr": arguments.position,
             "new_conv_ptr": new_conv_state,
             "state_ptr": new_state if traced else arguments.recurrent_state,
@@ -171,7 +173,7 @@ def _chunks(
             "norm_ptr": arguments.norm_weight,
             "qk_ptr": qk,
             "decay_ptr": decay,
-            "new_ptr": u,
+            "new_ptr": values,
             "states_ptr": before,
             "out_ptr": out,
             "T": tokens,

@@ -1,9 +1,9 @@
 """The delta rule for several tokens, in chunks of 64: four launches.
 
-    moe_delta_rule_inputs  convolution, SiLU, norms of query and key, gates               each (chunk, head)
-    moe_delta_rule_chunk   what the tokens of a chunk do to each other: matrices W and U  each (chunk, value head)
-    moe_delta_rule_state   the state from chunk to chunk; U becomes the new values        each (value head, columns)
-    moe_delta_rule_output  query @ state, attention inside the chunk, gated norm          each (chunk, value head)
+    moe_delta_rule_inputs  convolution, SiLU, norms of query and key, gates             each (chunk, head)
+    moe_delta_rule_chunk   how the tokens of a chunk act on each other; V becomes U     each (chunk, value head)
+    moe_delta_rule_state   the state from chunk to chunk; U becomes the new values N    each (value head, columns)
+    moe_delta_rule_output  query @ state, attention inside the chunk, gated norm        each (chunk, value head)
 
 For one chunk let G_i be the sum of the logarithms of the decays up to token i, and S the state before it. The values
 N_i that token i adds to the state as k_i N_i solve a triangular system (the WY form of a product of Householder-like
@@ -110,10 +110,9 @@ def moe_delta_rule_inputs(
 @triton.jit
 def moe_delta_rule_chunk(
     qk_ptr,  # [2 * HK, R, DK]
-    v_ptr,  # [HV, R, DV]
+    v_ptr,  # [HV, R, DV]: V, then U
     decay_ptr, beta_ptr,  # fp32 [HV, R]
     w_ptr,  # [HV, R, DK]
-    u_ptr,  # [HV, R, DV]
     HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     CHUNK: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
@@ -134,8 +133,8 @@ def moe_delta_rule_chunk(
     a *= tl.exp(tl.where(before, decay[:, None] - decay[None, :], 0.0)) * beta[:, None]
     x = inverse(tl.where(before, a, 0.0), PTX)
     v = tl.load(v_ptr + zero + start * DV + value_cells)
-    u = dot(rounded(x * beta[None, :], u_ptr, PTX), v, tl.zeros((CHUNK, DV), dtype=tl.float32), PTX)
-    tl.store(u_ptr + zero + start * DV + value_cells, rounded(u, u_ptr, PTX))
+    u = dot(rounded(x * beta[None, :], v_ptr, PTX), v, tl.zeros((CHUNK, DV), dtype=tl.float32), PTX)
+    tl.store(v_ptr + zero + start * DV + value_cells, rounded(u, v_ptr, PTX))
     factor = beta * tl.exp(decay)
     w = dot(rounded(x * factor[None, :], w_ptr, PTX), k, tl.zeros((CHUNK, DK), dtype=tl.float32), PTX)
     tl.store(w_ptr + zero + start * DK + key_cells, rounded(w, w_ptr, PTX))
