@@ -6,6 +6,7 @@ python examples/prefill_operators.py [--tiles]
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -47,7 +48,7 @@ def attention(heads: int, kv_heads: int, head_dim: int, tokens: int, tiles: bool
     flops = 2 * heads * head_dim * tokens * (tokens + 1)
     if tiles:
         for tile in TILES:
-            us = microseconds(lambda tile=tile: run_cached_attention(arguments, tile=AttentionTile(*tile), submit=now))
+            us = microseconds(partial(run_cached_attention, arguments, tile=AttentionTile(*tile), submit=now))
             print(f"{tile}: {us:.1f} us")
         return
 
