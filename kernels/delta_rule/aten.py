@@ -10,7 +10,7 @@ from .arguments import DeltaRuleArguments
 
 
 def gated_delta_net_aten(arguments: DeltaRuleArguments) -> tuple[Tensor, Tensor, Tensor]:
-    """`op.gated_delta_net` in ATen and one `scan` over the tokens; fp32 inside."""
+    """`op.gated_delta_net` in ATen, with a `scan` over several tokens; fp32 inside."""
     projected, conv_weight, dt_bias, a_log, norm_weight, conv_state, recurrent_state, position = arguments[:8]
     sizes, eps = arguments.sizes, arguments.eps
     keys, channels, values = sizes.key_heads * sizes.key_dim, sizes.channels, sizes.values
@@ -49,8 +49,8 @@ def gated_delta_net_aten(arguments: DeltaRuleArguments) -> tuple[Tensor, Tensor,
     softplus = torch.clamp(a, min=0.0) + torch.log1p(torch.exp(-torch.abs(a)))
     decay = torch.exp(-torch.exp(a_log.float()) * softplus)
     xs = [query.unsqueeze(2), key.unsqueeze(2), value.unsqueeze(2), beta[:, :, None, None], decay[:, :, None, None]]
-    if tokens == 1:
-        state, out = _token(state, *(part[0] for part in xs))
+    if isinstance(tokens, int) and tokens == 1:
+        state, out = _token(state, *(x.squeeze(0) for x in xs))
     else:
         state, out = scan_op(_token, [state], xs, ())
 

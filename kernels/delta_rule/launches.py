@@ -105,16 +105,19 @@ def _chunks(
     traced = isinstance(new_state, FakeTensor | FunctionalTensor)
     tokens = projected.shape[0]
     chunks = (tokens + CHUNK - 1) // CHUNK
+    # Buffers of small heads are fp32. Their products are cheap, and tiles below 64 have no use of larger instructions.
+    wide = projected.dtype.itemsize > 2 or min(sizes.key_dim, sizes.value_dim) < 64
+    buffers = torch.float32 if wide else projected.dtype
     rows = chunks * CHUNK
     heads = {"HK": sizes.key_heads, "HV": sizes.value_heads, "DK": sizes.key_dim, "DV": sizes.value_dim}
     common = {**heads, "CHUNK": CHUNK, "PTX": ptx}
-    qk = projected.new_empty(2 * sizes.key_heads, rows, sizes.key_dim)
-    values = projected.new_empty(sizes.value_heads, rows, sizes.value_dim)
+    qk = projected.new_empty(2 * sizes.key_heads, rows, sizes.key_dim, dtype=buffers)
+    values = projected.new_empty(sizes.value_heads, rows, sizes.value_dim, dtype=buffers)
     decay = projected.new_empty(sizes.value_heads, rows, dtype=torch.float32)
     beta = torch.empty_like(decay)
     inputs = Launch(
         moe_delta_rule_inputs,
-        (chunks, 2 * sizes.key_heads + sizes.value_heads),
+        (chunks, 2 * sizes.key_heads + sizes.value_heads + 1),
         {
             "projected_ptr": projected,
             "weight_ptr": arguments.conv_weight,
@@ -128,17 +131,22 @@ def _chunks(
             "beta_ptr": beta,
             "T": tokens,
         },
-        {**common, "K": sizes.conv_size, "SCALE": sizes.key_dim**-0.5},
-        num_warps=8,
+        {
+            **common,
+            "K": sizes.conv_size,
+            "K_POW2": triton.next_power_of_2(sizes.conv_size),
+            "HV_POW2": triton.next_power_of_2(sizes.value_heads),
+            "TOKENS": 32,
+            "SCALE": sizes.key_dim**-0.5,
+        },
     )
     submit(inputs)
-    w = projected.new_empty(sizes.value_heads, rows, sizes.key_dim)
+    w = projected.new_empty(sizes.value_heads, rows, sizes.key_dim, dtype=buffers)
     pointers = {"qk_ptr": qk, "v_ptr": values, "decay_ptr": decay, "beta_ptr": beta, "w_ptr": w}
     submit(Launch(moe_delta_rule_chunk, (chunks, sizes.value_heads), pointers, common, num_warps=4))
-    wide = projected.dtype.itemsize > 2
     block_v = min(16 if wide else 32, sizes.value_dim)
     blocks = sizes.value_dim // block_v
-    before = projected.new_empty(sizes.value_heads, chunks, sizes.key_dim, sizes.value_dim)
+    before = projected.new_empty(sizes.value_heads, chunks, sizes.key_dim, sizes.value_dim, dtype=buffers)
     state = Launch(
         moe_delta_rule_state,
         (sizes.value_heads, blocks),
@@ -179,6 +187,7 @@ def _chunks(
             "T": tokens,
         },
         {**common, "EPS": arguments.eps, "BLOCK_K": min(32 if wide else 64, sizes.key_dim), "STAGES": 1 if wide else 2},
+        num_warps=8,
     )
     submit(output)
     return out

@@ -32,22 +32,31 @@ from .device import dot, inverse, log_decay, rounded, silu
 
 @triton.jit
 def convolved(
-    projected_ptr, conv_ptr, weight_ptr, channels, times, position, T,
-    P: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
+    projected_ptr, conv_ptr, weight_ptr, channels, chunk, first, position, T,
+    P: tl.constexpr, C: tl.constexpr, K: tl.constexpr, K_POW2: tl.constexpr, CHUNK: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """The convolution at several tokens, fp32 [tokens, channels]."""
-    total = tl.zeros((times.shape[0], channels.shape[0]), dtype=tl.float32)
+    """SiLU of the convolution at the TOKENS tokens from `first` on of a chunk, fp32 [TOKENS, channels]; 0 beyond T."""
+    taps = tl.arange(0, K_POW2)[None, :]
+    weights = tl.load(weight_ptr + channels[:, None] * K + taps, mask=taps < K, other=0.0).to(tl.float32)
+    chunk_ptr = projected_ptr + (chunk * CHUNK).to(tl.int64) * P
+    times = first + tl.arange(0, TOKENS)
+    total = tl.zeros((TOKENS, channels.shape[0]), dtype=tl.float32)
     for tap in tl.static_range(K):
+        # From one load for all taps: loads with a stride of K would take longer than those of the tokens.
+        weight = tl.sum(tl.where(taps == tap, weights, 0.0), axis=1)
         time = times - (K - 1 - tap)
-        here = (time >= 0) & (time < T)
-        row = projected_ptr + time.to(tl.int64)[:, None] * P + channels[None, :]
-        x = tl.load(row, mask=here[:, None], other=0.0).to(tl.float32)
-        before = position + time
-        past = (time < 0) & (before >= 0)
-        slot = tl.where(past, before % K, 0).to(tl.int32)
-        x += tl.load(conv_ptr + slot[:, None] * C + channels[None, :], mask=past[:, None], other=0.0).to(tl.float32)
-        total += x * tl.load(weight_ptr + channels * K + tap).to(tl.float32)[None, :]
-    return total
+        here = (chunk * CHUNK + time >= 0) & (chunk * CHUNK + time < T)
+        x = tl.load(chunk_ptr + (time[:, None] * P + channels[None, :]), mask=here[:, None], other=0.0).to(tl.float32)
+        total += x * weight[None, :]
+    if (chunk == 0) & (first == 0):
+        for tap in tl.static_range(K - 1):
+            weight = tl.sum(tl.where(taps == tap, weights, 0.0), axis=1)
+            time = times - (K - 1 - tap)
+            past = (time < 0) & (position + time >= 0)
+            slot = tl.where(past, (position + time) % K, 0).to(tl.int32)
+            x = tl.load(conv_ptr + (slot[:, None] * C + channels[None, :]), mask=past[:, None], other=0.0).to(tl.float32)
+            total += x * weight[None, :]
+    return tl.where((chunk * CHUNK + times < T)[:, None], silu(total), 0.0)
 
 
 @triton.jit
@@ -62,16 +71,14 @@ def moe_delta_rule_inputs(
     decay_ptr, beta_ptr,  # fp32 [HV, R]: G and beta
     T,
     SCALE: tl.constexpr,
-    HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, K: tl.constexpr,
-    CHUNK: tl.constexpr, PTX: tl.constexpr,
+    HK: tl.constexpr, HV: tl.constexpr, HV_POW2: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    K: tl.constexpr, K_POW2: tl.constexpr, CHUNK: tl.constexpr, TOKENS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): queries, keys or values of head j in chunk i. Programs of values also compute the gates."""
+    """Program (i, j): queries, keys or values of head j in chunk i; the last j is that of the gates of all heads."""
     chunk, head = tl.program_id(0), tl.program_id(1)
     C: tl.constexpr = 2 * HK * DK + HV * DV
     P: tl.constexpr = C + HV * DV + 2 * HV
     rows = tl.num_programs(0) * CHUNK
-    times = chunk * CHUNK + tl.arange(0, CHUNK)
-    real = times < T
     zero = launches_before(False, PTX)
     projected_ptr += zero
     conv_ptr += zero
@@ -81,30 +88,42 @@ def moe_delta_rule_inputs(
     beta_ptr += zero
     position = tl.load(position_ptr + zero)
     if head < 2 * HK:
-        offs_k = tl.arange(0, DK)
-        x = silu(convolved(projected_ptr, conv_ptr, weight_ptr, head * DK + offs_k, times, position, T, P, C, K))
-        x *= (tl.rsqrt(tl.sum(x * x, axis=1) + 1e-6) * tl.where(head < HK, SCALE, 1.0))[:, None]
-        x = tl.where(real[:, None], x, 0.0)
-        start = (head.to(tl.int64) * rows + chunk * CHUNK) * DK
-        tl.store(qk_ptr + start + tl.arange(0, CHUNK)[:, None] * DK + offs_k[None, :], rounded(x, qk_ptr, PTX))
+        key_channels = head * DK + tl.arange(0, DK)
+        qk_ptr += (head.to(tl.int64) * rows + chunk * CHUNK) * DK
+        for first in range(0, CHUNK, TOKENS):
+            x = convolved(
+                projected_ptr, conv_ptr, weight_ptr, key_channels, chunk, first, position, T,
+                P, C, K, K_POW2, CHUNK, TOKENS,
+            )  # fmt: skip
+            x *= (tl.rsqrt(tl.sum(x * x, axis=1) + 1e-6) * tl.where(head < HK, SCALE, 1.0))[:, None]
+            cells = (first + tl.arange(0, TOKENS))[:, None] * DK + tl.arange(0, DK)[None, :]
+            tl.store(qk_ptr + cells, rounded(x, qk_ptr, PTX))
+    elif head < 2 * HK + HV:
+        value_head = head - 2 * HK
+        value_channels = 2 * HK * DK + value_head * DV + tl.arange(0, DV)
+        v_ptr += (value_head.to(tl.int64) * rows + chunk * CHUNK) * DV
+        for first in range(0, CHUNK, TOKENS):
+            v = convolved(
+                projected_ptr, conv_ptr, weight_ptr, value_channels, chunk, first, position, T,
+                P, C, K, K_POW2, CHUNK, TOKENS,
+            )  # fmt: skip
+            value_cells = (first + tl.arange(0, TOKENS))[:, None] * DV + tl.arange(0, DV)[None, :]
+            tl.store(v_ptr + value_cells, rounded(v, v_ptr, PTX))
     else:
-        head -= 2 * HK
-        offs_v = tl.arange(0, DV)
-        channels = 2 * HK * DK + head * DV + offs_v
-        v = silu(convolved(projected_ptr, conv_ptr, weight_ptr, channels, times, position, T, P, C, K))
-        v = tl.where(real[:, None], v, 0.0)
-        value_start = head.to(tl.int64) * rows + chunk * CHUNK
-        cells = value_start * DV + tl.arange(0, CHUNK)[:, None] * DV + offs_v[None, :]
-        tl.store(v_ptr + cells, rounded(v, v_ptr, PTX))
-        gates_ptr = projected_ptr + times.to(tl.int64) * P + (C + HV * DV) + head
+        times = chunk * CHUNK + tl.arange(0, CHUNK)
+        heads = tl.arange(0, HV_POW2)
+        real = (times < T)[:, None] & (heads < HV)[None, :]
+        gates_ptr = projected_ptr + (times.to(tl.int64)[:, None] * P + (C + HV * DV + heads)[None, :])
         b = tl.load(gates_ptr, mask=real, other=0.0).to(tl.float32)
         a = tl.load(gates_ptr + HV, mask=real, other=0.0).to(tl.float32)
-        dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
-        a_log = tl.load(a_log_ptr + head).to(tl.float32)
-        log_decays = tl.where(real, log_decay(a, dt_bias, a_log), 0.0)
-        tl.store(decay_ptr + value_start + tl.arange(0, CHUNK), tl.cumsum(log_decays, axis=0))
+        dt_bias = tl.load(dt_bias_ptr + heads, mask=heads < HV, other=0.0).to(tl.float32)
+        a_log = tl.load(a_log_ptr + heads, mask=heads < HV, other=0.0).to(tl.float32)
+        log_decays = tl.where(real, log_decay(a, dt_bias[None, :], a_log[None, :]), 0.0)
         beta = tl.where(real, 1.0 / (1.0 + tl.exp(-b)), 0.0)
-        tl.store(beta_ptr + value_start + tl.arange(0, CHUNK), beta)
+        gate_cells = heads.to(tl.int64)[None, :] * rows + times[:, None]
+        known = (times >= 0)[:, None] & (heads < HV)[None, :]
+        tl.store(decay_ptr + gate_cells, tl.cumsum(log_decays, axis=0), mask=known)
+        tl.store(beta_ptr + gate_cells, beta, mask=known)
 
 
 @triton.jit
@@ -239,6 +258,11 @@ def moe_delta_rule_output(
     k_ptr = q_ptr + HK * rows.to(tl.int64) * DK
     start = head.to(tl.int64) * rows + chunk * CHUNK
     states_ptr += zero + (head.to(tl.int64) * tl.num_programs(0) + chunk) * (DK * DV)
+    # Requested before the products, which wait for their own operands only.
+    decay = tl.load(decay_ptr + zero + start + offs_t)
+    new = tl.load(new_ptr + zero + start * DV + offs_t[:, None] * DV + offs_v[None, :])
+    z_cells = times.to(tl.int64)[:, None] * P + (C + head * DV + offs_v)[None, :]
+    z = tl.load(projected_ptr + zero + z_cells, mask=real, other=0.0)
     scores = tl.zeros((CHUNK, CHUNK), dtype=tl.float32)
     out = tl.zeros((CHUNK, DV), dtype=tl.float32)
     for first in tl.range(0, DK, BLOCK_K, num_stages=STAGES):
@@ -247,14 +271,11 @@ def moe_delta_rule_output(
         state = tl.load(states_ptr + (first + offs_k)[:, None] * DV + offs_v[None, :])
         scores = dot(q, tl.trans(k), scores, PTX)
         out = dot(q, state, out, PTX)
-    decay = tl.load(decay_ptr + zero + start + offs_t)
     before = offs_t[:, None] >= offs_t[None, :]
     scores *= tl.exp(tl.where(before, decay[:, None] - decay[None, :], 0.0))
     scores = rounded(tl.where(before, scores, 0.0), new_ptr, PTX)
-    new = tl.load(new_ptr + zero + start * DV + offs_t[:, None] * DV + offs_v[None, :])
     out = dot(scores, new, out * tl.exp(decay)[:, None], PTX)
     out *= tl.rsqrt(tl.sum(out * out, axis=1) / DV + EPS)[:, None] * norm[None, :]
-    z_cells = times.to(tl.int64)[:, None] * P + (C + head * DV + offs_v)[None, :]
-    out *= silu(tl.load(projected_ptr + zero + z_cells, mask=real, other=0.0).to(tl.float32))
+    out *= silu(z.to(tl.float32))
     out_cells = times.to(tl.int64)[:, None] * (HV * DV) + (head * DV + offs_v)[None, :]
     tl.store(out_ptr + out_cells, rounded(out, out_ptr, PTX), mask=real)
