@@ -28,7 +28,7 @@ from executorch_moe.export.options import Dense, Experts, ExportOptions, Target
 from ...combinations import EXHAUSTIVE, combinations
 from ..cli.refusals import refused
 from ..families import Logits, tokens
-from .recurrent_checkpoints import TWO_LAYERS, TYPES, save_recurrent, write_multimodal
+from ..recurrent_checkpoints import TWO_LAYERS, TYPES, save_recurrent, write_multimodal
 
 NEW = 64
 SPLITS = {"whole": (0,), "chunks of 7": (7,), "chunks of 64": (64,), "one by one": (1,)}

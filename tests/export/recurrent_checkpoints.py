@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from executorch_moe.export.models.pretrained import resolve
 
-from ..families import Family, by_name
+from .families import Family, by_name
 
 TYPES = ("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next")
 TWO_LAYERS = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
