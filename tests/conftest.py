@@ -25,6 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SLOW_FILES = (
     "test_families.py",  # seven families, each exported in several modes
     "test_cross_export.py",  # exports by name: about 75 s of one core for the tiny model and an architecture
+    "test_recurrent_export.py",  # an artifact of a model with recurrent layers: about 50 s
     "test_export_families.py",  # exports by the command line
     "test_compile.py",  # every tile for an architecture and scheme: about 10 s
     "test_exports.py",  # artifacts of quantized checkpoints

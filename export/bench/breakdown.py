@@ -21,6 +21,7 @@ from executorch_moe.export.generate.generator import TextGenerator
 RULES: tuple[tuple[str, str], ...] = (
     ("dense", r"moe_one_token_matvec"),
     ("attention", r"moe_one_token_attention|moe_cached_attention"),
+    ("gated delta rule", r"moe_delta_rule"),
     ("norm, elementwise", r"moe_rotated_heads|moe_residual_norm"),
     ("experts GEMM1", r"moe_\w*gemm1|_fused_moe_(batched_)?(int8_)?kernel"),
     ("experts GEMM2", r"moe_\w*gemm2|_fused_moe_silu_(batched_)?(int8_)?kernel"),

@@ -42,6 +42,7 @@ NAMES = (
     ("_topk_kernel", 1, "routing"),
     ("moe_top_experts", 206, "routing"),
     ("moe_cached_attention", 412, "attention"),
+    ("moe_delta_rule_one_token", 32, "gated delta rule"),
     ("moe_rotated_heads", 4120, "norm, elementwise"),
     ("triton_per_fused__softmax__to_copy_prepare_softmax_online_view_copy_9", 1, "routing"),
     ("_sdpa_decode_splitk_kernel", 36, "attention"),

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from executorch_moe.export.build import attention_of
 from executorch_moe.export.models.causal_lm import CausalLM
 from executorch_moe.export.models.delta_rule import GatedDeltaNet, replace_delta_rule_
-from executorch_moe.export.models.linears import StoredInt4
+from executorch_moe.export.models.linears import SideBySide, StoredInt4
+from executorch_moe.export.models.router import SharedExpert
 from executorch_moe.export.options import Target
 
 from ...combinations import combinations
@@ -151,6 +152,37 @@ def test_scales_of_stored_codes_move_with_their_rows() -> None:
     merged = GatedDeltaNet(layer).in_proj
     assert torch.equal(merged.stored_int4.scale, merged.weight[:, :2])
     assert not torch.equal(merged.weight, torch.cat([layer.in_proj_qkvz.weight, layer.in_proj_ba.weight]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_codes_of_large_projections_are_kept_beside_gates_without_codes(name: str) -> None:
+    layer: Any = copy.deepcopy(unmodified(name)).model.layers[0].linear_attn  # type: ignore[union-attr]
+    x, merged = torch.randn(1, 5, 64), GatedDeltaNet(layer).in_proj
+    assert type(merged) is nn.Linear
+    for linear in (layer.in_proj_qkvz,) if hasattr(layer, "in_proj_qkvz") else (layer.in_proj_qkv, layer.in_proj_z):
+        linear.stored_int4 = StoredInt4(linear.weight[:, :2].clone(), None)
+    beside: Any = GatedDeltaNet(layer).in_proj
+    assert type(beside) is SideBySide
+    large, gates = beside.linears
+    assert torch.equal(large.stored_int4.scale, large.weight[:, :2]) and gates.stored_int4 is None
+    torch.testing.assert_close(beside(x), merged(x))
+
+
+@torch.no_grad()
+def test_a_shared_expert_keeps_its_codes() -> None:
+    """Its own gate is merged with it, unless that would lose 4-bit codes."""
+    block: Any = copy.deepcopy(unmodified(NAMES[0])).model.layers[0].mlp  # type: ignore[union-attr]
+    x, expert = torch.randn(5, 64), block.shared_expert
+    expected = torch.sigmoid(block.shared_expert_gate(x)) * expert(x)
+    whole = SharedExpert(expert, block.shared_expert_gate)
+    assert whole.own_gate is None and whole.gate_up.out_features % 16 == 0
+    torch.testing.assert_close(whole(x), expected)
+    for linear in (expert.gate_proj, expert.up_proj):
+        linear.stored_int4 = StoredInt4(linear.weight[:, :2].clone(), None)
+    apart: Any = SharedExpert(expert, block.shared_expert_gate)
+    assert torch.equal(apart.gate_up.stored_int4.scale, apart.gate_up.weight[:, :2])
+    torch.testing.assert_close(apart(x), expected)
 
 
 def test_inputs_that_it_does_not_support() -> None:
