@@ -288,7 +288,7 @@ class TextGenerator:
         def pick(input_ids: Tensor, position: int) -> Tensor:
             end = position + input_ids.shape[1]
             cache_position = torch.arange(position, end, dtype=torch.int64, device=device)
-            # prefill was exported for at least 2 tokens.
+            # decode is faster, and prefill of older exports needs two tokens.
             method = "prefill" if input_ids.shape[1] > 1 else "decode"
             (out,) = self.program.run(method, input_ids, cache_position, *settings)
             return out if self.output != "logits" else torch.tensor([[sampler(out, end)]], device=device)

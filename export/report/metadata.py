@@ -26,6 +26,10 @@ TOKENIZER_DIGEST = "get_tokenizer_digest"
 MODEL_LIMIT = "get_model_max_context_len"
 """Constant method: the largest `max_context` that the model can be exported with."""
 
+STOCK_RUNNERS = "get_max_seq_len"
+"""Constant method that ExecuTorch's runners require. Programs whose methods return tokens lack it: these runners expect
+logits, and would abort the process otherwise."""
+
 RECORD_SUFFIX = ".export.json"
 TOKENIZER_SUFFIX = ".tokenizer.json"
 
@@ -101,7 +105,6 @@ def constant_methods(options: ExportOptions, config: Any, max_context: int, toke
     ends, begins = special_tokens(None if is_synthetic(options.model) else find_folder(options.model), config)
     constants = {
         "get_max_context_len": max_context,
-        "get_max_seq_len": max_context,
         "get_vocab_size": config.vocab_size,
         "get_bos_id": -1 if begins is None else begins,
         "get_eos_ids": ends or [-1],
@@ -114,6 +117,8 @@ def constant_methods(options: ExportOptions, config: Any, max_context: int, toke
     }
     if LINEAR in attention_kinds(config):
         constants[RECURRENT] = True
+    if options.target.is_cpu or options.context.output == "logits":
+        constants[STOCK_RUNNERS] = max_context
     if options.placeholder_weights:
         constants[MADE_FROM] = made_from(options)
     return constants

@@ -59,7 +59,7 @@ def test_inspect_and_report_of_an_export(exported: Callable[..., Path], tmp_path
     assert result.exit_code == 0, result.output
     assert "prefill" in result.stdout and "decode" in result.stdout and ".ptd" in result.stdout
     inside = json.loads(runner.invoke(app, ["inspect", str(pte), "--format", "json"]).stdout)
-    assert set(inside["methods"]) == {"prefill", "decode"} and inside["archs"] == []
+    assert set(inside["methods"]) == {"forward", "prefill@cpu", "decode@cpu"} and inside["archs"] == []
     assert inside["sizes"][".pte"] == pte.stat().st_size
     assert inside["sizes"]["experts"] == 2 * (131072 + 65536 + 16384 + 8192) and "state" not in inside["sizes"]
     assert "442,368" in result.stdout
@@ -69,7 +69,10 @@ def test_inspect_and_report_of_an_export(exported: Callable[..., Path], tmp_path
     assert target["target"] == "l4" and target["shared"] == 73728 and target["max_shared"] == 101376
     assert [kernel["ours"] for kernel in target["kernels"]] == [True, False]
     result = runner.invoke(app, ["inspect", str(pte), "--target", "sm_90"])
-    assert result.exit_code == 2 and "decode has code for no GPU; prefill has code for no GPU: export" in result.stderr
+    assert (
+        result.exit_code == 2
+        and "decode has code for no GPU; forward has code for no GPU; prefill has code" in result.stderr
+    )
 
 
 def test_inspect_refuses() -> None:
