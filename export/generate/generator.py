@@ -100,6 +100,7 @@ class TextGenerator:
         limited = MODEL_LIMIT in program.constant_names
         self.model_limit = int(program.constant(MODEL_LIMIT)) if limited else None
         self.vocabulary = int(program.constant("get_vocab_size"))
+        self.can_rewind = RECURRENT not in program.constant_names
         eos = program.constant("get_eos_ids")
         self.eos_ids = frozenset(int(token) for token in (eos if isinstance(eos, (list, tuple)) else [eos]))
 
@@ -257,10 +258,32 @@ class TextGenerator:
         self.program.reset()
         return self._tokens(prompt_ids, self._picker(sampler or Sampler()))
 
-    def _tokens(self, prompt_ids: list[int], pick: Pick) -> Iterator[Tensor]:
+    def resume(
+        self,
+        prompt_ids: list[int],
+        sampler: Sampler | None = None,
+        cached: int = 0,
+        before_chunk: Callable[[int], None] | None = None,
+    ) -> Iterator[Tensor]:
+        """Tokens after a prompt, int64 [1, 1] on the device, without a reset; each `next` generates one.
+
+        Args:
+            prompt_ids: the whole prompt.
+            sampler: sampling settings; None: greedy.
+            cached: number of its first tokens whose state earlier calls left, less than its length. A model that
+                cannot rewind (`can_rewind`) must have computed exactly these, or 0.
+            before_chunk: called with the number of computed tokens before each call of prefill; it may raise to stop.
+        """
+        return self._tokens(prompt_ids, self._picker(sampler or Sampler()), cached, before_chunk)
+
+    def _tokens(
+        self, prompt_ids: list[int], pick: Pick, cached: int = 0, before_chunk: Callable[[int], None] | None = None
+    ) -> Iterator[Tensor]:
         chunk = self.prefill_chunk or len(prompt_ids)
         ids = torch.tensor([prompt_ids], dtype=torch.int64, device=self.program.device)
-        for start in range(0, len(prompt_ids), chunk):
+        for start in range(cached, len(prompt_ids), chunk):
+            if before_chunk is not None:
+                before_chunk(start)
             token = pick(ids[:, start : start + chunk], start)
         for position in itertools.count(len(prompt_ids)):
             yield token

@@ -392,12 +392,8 @@ def export_prefill(module: CausalLM, *, one_token_linears: bool = False) -> Expo
 def _export(module: CausalLM, tokens: int, dynamic: dict[str, Any] | None, one_token_linears: bool) -> ExportedProgram:
     device = module.kv_cache.device
     module.eval()
-    example: tuple[Tensor, ...] = (
-        torch.zeros(1, tokens, dtype=torch.int64, device=device),
-        torch.arange(tokens, device=device),
-    )
-    if isinstance(module, SamplingLM):
-        example += Sampler().inputs(device)
+    text = torch.zeros(1, tokens, dtype=torch.int64, device=device), torch.arange(tokens, device=device)
+    example = text + (Sampler().inputs(device) if isinstance(module, SamplingLM) else ())
     with torch.no_grad(), OneTokenLinears() if one_token_linears else contextlib.nullcontext():
         # strict=False: the strict tracer does not handle transformers' decorators and kernel hooks.
         return torch.export.export(module, example, dynamic_shapes=dynamic, strict=False)

@@ -89,7 +89,7 @@ def test_several_artifacts_are_one_line_each(exported: Callable[..., Path], tmp_
     assert result.exit_code == 2 and result.stderr.startswith(f"error: program {none} does not exist: ")
     assert len(result.stderr.splitlines()) == 1
     lines = result.stdout.splitlines()
-    assert len(lines) == 2 and lines[0].startswith(f"{first}: decode, prefill; no delegates; ")
+    assert len(lines) == 2 and lines[0].startswith(f"{first}: decode@cpu, forward, prefill@cpu; no delegates; ")
     assert re.search(r" kB \.pte \+ .* kB \.ptd$", lines[1])
     # The same to a file, as JSON, and whole.
     out = tmp_path / "lines"
@@ -99,7 +99,7 @@ def test_several_artifacts_are_one_line_each(exported: Callable[..., Path], tmp_
     assert [entry["artifact"] for entry in listed] == [str(first), str(second)]
     assert runner.invoke(app, ["inspect", "-v", str(first), str(second)]).stdout.count("experts") == 2
     result = runner.invoke(app, ["inspect", "--target", "sm_90", str(first), str(second)])
-    assert result.exit_code == 2 and result.stderr.count("has code for no GPU") == 4
+    assert result.exit_code == 2 and result.stderr.count("has code for no GPU") == 6
     assert runner.invoke(app, ["inspect", "--verify", str(first), str(second)]).stdout.count("are whole") == 2
 
 

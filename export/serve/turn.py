@@ -1,0 +1,215 @@
+"""One request of the worker: its fields, its tokens, and the loop that generates text until something stops it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from executorch_moe.export.generate.generator import TextGenerator, check_text
+from executorch_moe.export.generate.text_stream import TextStream
+from executorch_moe.export.models.sampling import Sampler, fresh_seed
+
+from .sessions import State
+
+
+class RequestError(Exception):
+    """A request that cannot be answered; the worker goes on.
+
+    Attributes:
+        code: for the protocol; None: no code.
+    """
+
+    def __init__(self, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Cancelled(Exception):
+    """The server asked to stop this request."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A checked `generate` request.
+
+    Attributes:
+        prompt_ids: at least one.
+        limit: most new tokens.
+        sampler: temperature, top-p and seed.
+        stop: texts that end the answer.
+    """
+
+    prompt_ids: list[int]
+    limit: int
+    sampler: Sampler
+    stop: tuple[str, ...]
+
+
+def read_turn(request: Mapping[str, Any], generator: TextGenerator) -> Turn:
+    """Checks a request of the protocol.
+
+    Raises:
+        RequestError: a field that is missing or not what it should be, or a prompt that does not fit.
+    """
+    try:
+        ids = _prompt_ids(request, generator)
+        temperature, top_p = float(request.get("temperature", 0.0)), float(request.get("top_p", 1.0))
+        if int(request.get("top_k", 0)) > 0:
+            raise ValueError(f"top_k={request['top_k']} is not supported: leave it out, or use top_p")
+        seed = int(request.get("seed", 0)) or (fresh_seed() if temperature > 0 else 0)
+        sampler = Sampler(temperature, seed, top_p)
+        wanted = int(request.get("max_new_tokens", -1))
+        if generator.output == "greedy" and temperature > 0:
+            raise ValueError(
+                f"temperature={temperature} does not apply: this artifact always returns the likeliest token"
+            )
+        stop = request.get("stop") or []
+        if not isinstance(stop, list) or not all(isinstance(text, str) for text in stop):
+            raise ValueError("stop must be a list of texts")
+    except (TypeError, ValueError) as error:
+        raise RequestError(str(error)) from None
+    room = generator.max_context - len(ids) + 1
+    if room < 1:
+        raise RequestError(
+            f"the prompt has {len(ids)} tokens, but the model's context has {generator.max_context}",
+            "context_length_exceeded",
+        )
+    return Turn(ids, room if wanted < 1 else min(wanted, room), sampler, tuple(text for text in stop if text))
+
+
+def _prompt_ids(request: Mapping[str, Any], generator: TextGenerator) -> list[int]:
+    """Token ids of `prompt`, or of `prompt_segments`: {"text": ...} and {"ids": [...]} in turn."""
+    segments = request.get("prompt_segments")
+    if segments is None:
+        segments = [{"text": request.get("prompt")}]
+    if not isinstance(segments, list) or not segments:
+        raise ValueError("prompt_segments must be a list with at least one segment")
+    ids: list[int] = []
+    for segment in segments:
+        if not isinstance(segment, dict):
+            raise ValueError("a segment must be an object with text or ids")
+        if "ids" in segment:
+            ids += [int(token) for token in segment["ids"]]
+            continue
+        if not isinstance(text := segment.get("text"), str):
+            raise ValueError("the prompt must be text")
+        check_text(text)
+        # A chat template has the special tokens already.
+        ids += generator.tokenizer.encode(text, add_special_tokens=False).ids
+    if not ids:
+        raise ValueError("the prompt has no tokens: give at least one character")
+    if not 0 <= min(ids) <= max(ids) < generator.vocabulary:
+        raise ValueError(f"the prompt has tokens outside the vocabulary of {generator.vocabulary}")
+    return ids
+
+
+def run_turn(
+    state: State,
+    generator: TextGenerator,
+    turn: Turn,
+    emit: Callable[[str], None],
+    cancelled: Callable[[], bool],
+) -> dict[str, Any]:
+    """Generates an answer and updates the tokens in the state.
+
+    Args:
+        state: lent to this request. generator: its program.
+        emit: called with each piece of text, never empty.
+        cancelled: asked before each call of the program.
+
+    Returns:
+        The fields of the protocol's `done` message.
+    """
+    cached, reason = state.reusable(turn.prompt_ids)
+    resident, state.resident = state.resident[:cached], []  # an error leaves nothing to resume
+    done: dict[str, Any] = {"finish_reason": "length", "cancelled": False}
+    answer: list[int] = []
+    text = _Text(generator, turn.stop)
+    start = prefilled = time.perf_counter()
+
+    def check(position: int) -> None:
+        resident[:] = turn.prompt_ids[:position]
+        if cancelled():
+            raise Cancelled
+
+    try:
+        tokens = generator.resume(turn.prompt_ids, turn.sampler, cached, check)
+        token = int(next(tokens))
+        prefilled = time.perf_counter()
+        resident[:] = turn.prompt_ids
+        while True:
+            if token in generator.eos_ids:
+                done["finish_reason"] = "stop"
+                break
+            answer.append(token)
+            if piece := text.push(token):
+                emit(piece)
+            if text.stopped:
+                done["finish_reason"] = "stop"
+                break
+            if len(answer) >= turn.limit:
+                break
+            if cancelled():
+                raise Cancelled
+            following = int(next(tokens))
+            resident.append(token)
+            token = following
+    except Cancelled:
+        done["cancelled"] = True
+    if not text.stopped and (piece := text.end()):
+        emit(piece)
+    # The stream may have been asked for one token more than it computed; what is in the cache is what was fed.
+    state.resident = resident
+    end = time.perf_counter()
+    prompt_ms, decode_ms = 1e3 * (prefilled - start), 1e3 * (end - prefilled)
+    computed = len(turn.prompt_ids) - cached
+    return {
+        **done,
+        "prompt_tokens": len(turn.prompt_ids),
+        "completion_tokens": len(answer),
+        "reused_prompt_tokens": cached,
+        "prefilled_prompt_tokens": computed,
+        "session_reset_reason": reason,
+        "prefill_ms": prompt_ms,
+        "decode_ms": decode_ms,
+        "total_ms": prompt_ms + decode_ms,
+        "prefill_tok_s": 1e3 * computed / prompt_ms if prompt_ms else 0.0,
+        "decode_tok_s": 1e3 * max(len(answer) - 1, 0) / decode_ms if decode_ms else 0.0,
+        # Without ids the server renders the text of this answer again: a stop text may end within a token.
+        **({} if text.stopped or done["cancelled"] else {"generated_token_ids": answer}),
+    }
+
+
+class _Text:
+    """The text of an answer up to the first stop text; a beginning of a stop text is held back."""
+
+    def __init__(self, generator: TextGenerator, stop: tuple[str, ...]) -> None:
+        # The server cuts special tokens out, after it has looked for tool calls, which may be some.
+        self._stream = TextStream(generator.tokenizer, show_special=True)
+        self._stop, self._held = stop, ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """Text that a token completes; may be empty."""
+        return self._cut(self._stream.push(token), last=False)
+
+    def end(self) -> str:
+        """Text that was held back."""
+        return self._cut(self._stream.end(), last=True)
+
+    def _cut(self, new: str, *, last: bool) -> str:
+        text = self._held + new
+        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = 0 if last else max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop` and is not all of it."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
