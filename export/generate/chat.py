@@ -8,8 +8,8 @@ from typing import Any
 
 from executorch_moe.export.report.metadata import CHAT_TEMPLATE
 
-PLAIN = "{% for message in messages %}{{ message['content'] }}{% if not loop.last %}\n{% endif %}{% endfor %}"
-"""Template for models without one: the contents of all messages, one after the other."""
+PLAIN = "{% for message in messages %}{{ message['content'] }}{{ '' if loop.last else '\\n' }}{% endfor %}"
+"""Template for models without one: the contents of all messages, joined by line ends."""
 
 
 def artifact_template(names: Collection[str], constant: Callable[[str], Any], file: Path | None = None) -> str:

@@ -202,7 +202,7 @@ class TextGenerator:
         prompt_ids: list[int],
         max_new_tokens: int | None = None,
         sampler: Sampler | None = None,
-        on_token: Callable[[int], None] | None = None,
+        on_token: Callable[[int], bool | None] | None = None,
         ignore_eos: bool = False,
     ) -> Generation:
         """Generates tokens after a prompt, from an empty cache, and measures the time.
@@ -215,7 +215,7 @@ class TextGenerator:
             prompt_ids: token ids, at least one.
             max_new_tokens: see `check_length`.
             sampler: sampling settings; None: greedy.
-            on_token: called with each new token; its time is not counted.
+            on_token: called with each new token, may return True to stop; its time is not counted.
             ignore_eos: continue after an end-of-text token, for benchmarks.
 
         Raises:
@@ -238,8 +238,9 @@ class TextGenerator:
             return result
         while True:
             result.tokens.append(token)
-            if on_token is not None:
-                on_token(token)
+            if on_token is not None and on_token(token):
+                result.stopped_by = "a stop text"
+                return result
             if token in self.eos_ids and not ignore_eos:
                 result.stopped_by = "end of text"
                 return result

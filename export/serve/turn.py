@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from executorch_moe.export.generate.generator import TextGenerator, check_text
+from executorch_moe.export.generate.stop_text import StopText
 from executorch_moe.export.generate.text_stream import TextStream
 from executorch_moe.export.models.sampling import Sampler, fresh_seed
 
@@ -39,12 +40,14 @@ class Turn:
         limit: most new tokens.
         sampler: temperature, top-p and seed.
         stop: texts that end the answer.
+        show_special: the answer has the text of special tokens.
     """
 
     prompt_ids: list[int]
     limit: int
     sampler: Sampler
-    stop: tuple[str, ...]
+    stop: tuple[str, ...] = ()
+    show_special: bool = True
 
 
 def read_turn(request: Mapping[str, Any], generator: TextGenerator) -> Turn:
@@ -126,7 +129,8 @@ def run_turn(
     resident, state.resident = state.resident[:cached], []  # an error leaves nothing to resume
     done: dict[str, Any] = {"finish_reason": "length", "cancelled": False}
     answer: list[int] = []
-    text = _Text(generator, turn.stop)
+    # ExecuTorch's server cuts special tokens out, after it has looked for tool calls, which may be some.
+    text = StopText(TextStream(generator.tokenizer, show_special=turn.show_special), turn.stop)
     start = prefilled = time.perf_counter()
 
     def check(position: int) -> None:
@@ -158,7 +162,7 @@ def run_turn(
             token = following
     except Cancelled:
         done["cancelled"] = True
-    if not text.stopped and (piece := text.end()):
+    if piece := text.end():
         emit(piece)
     # The stream may have been asked for one token more than it computed; what is in the cache is what was fed.
     state.resident = resident
@@ -180,36 +184,3 @@ def run_turn(
         # Without ids the server renders the text of this answer again: a stop text may end within a token.
         **({} if text.stopped or done["cancelled"] else {"generated_token_ids": answer}),
     }
-
-
-class _Text:
-    """The text of an answer up to the first stop text; a beginning of a stop text is held back."""
-
-    def __init__(self, generator: TextGenerator, stop: tuple[str, ...]) -> None:
-        # The server cuts special tokens out, after it has looked for tool calls, which may be some.
-        self._stream = TextStream(generator.tokenizer, show_special=True)
-        self._stop, self._held = stop, ""
-        self.stopped = False
-
-    def push(self, token: int) -> str:
-        """Text that a token completes; may be empty."""
-        return self._cut(self._stream.push(token), last=False)
-
-    def end(self) -> str:
-        """Text that was held back."""
-        return self._cut(self._stream.end(), last=True)
-
-    def _cut(self, new: str, *, last: bool) -> str:
-        text = self._held + new
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        keep = 0 if last else max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop` and is not all of it."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -212,7 +212,18 @@ def run_suite(folder: str, *arguments: str, **environment: str) -> str:
     package = importlib.util.find_spec(PACKAGE)
     assert package is not None and package.origin is not None
     tests = Path(package.origin).parent / folder
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(tests)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        os.devnull,
+        "--rootdir",
+        str(tests),
+    ]
     command += [str(tests), *arguments]
     ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=300)
     assert ran.returncode == 0, ran.stdout + ran.stderr
