@@ -137,9 +137,9 @@ def trace_methods(
 ) -> tuple[CausalLM, dict[str, ExportedProgram]]:
     """A model that `prepare_` changed, with its KV cache, and the methods that an export lowers.
 
-    Those for the CPU are `prefill@cpu`, `decode@cpu` and `forward`. ExecuTorch's `TextLLMRunner` shares the KV cache of
-    two methods only if a delegate holds it. A program without a method of the plain name `decode` makes it use `forward`
-    for prompt and tokens; that takes and returns what its name says in ExecuTorch: tokens, positions and logits.
+    Those for the CPU are `prefill@cpu`, `decode@cpu` and `forward`, which is for ExecuTorch's `TextLLMRunner`: tokens
+    and positions -> logits. That runner shares the KV cache of two methods only if a delegate holds it. It uses one
+    method for prompt and tokens if the program has none of the plain name `decode`.
 
     Raises:
         ValueError, NotImplementedError: see `causal_lm.check_context`.

@@ -17,6 +17,7 @@ from executorch_moe.backends.errors import said_in_one_line
 from executorch_moe.export.build import made_again
 from executorch_moe.export.models.sampling import Sampler
 from executorch_moe.export.report.metadata import (
+    CAN_REWIND,
     MADE_FROM,
     MODEL_LIMIT,
     TOKENIZER_DIGEST,

@@ -54,7 +54,7 @@ class ScriptedProgram:
 
     runtime, note, device = "script", "", torch.device("cpu")
     method_names = ("prefill", "decode")
-    constant_names = list(CONSTANTS)
+    constant_names = tuple(CONSTANTS)
 
     def __init__(self, seconds: float = 0.0) -> None:
         self._cache: list[int] = []

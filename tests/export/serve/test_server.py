@@ -1,4 +1,4 @@
-"""The server over HTTP, with a scripted worker: clients of OpenAI's API, sessions, tools, and everything that goes wrong."""
+"""The server over HTTP, with a scripted worker: clients of OpenAI's API, sessions, tools, failures."""
 
 from __future__ import annotations
 
