@@ -154,7 +154,7 @@ class Guard:
             )
 
     async def _run(self, scope: MutableMapping[str, Any], body: bytes, receive: Receive, send: Send) -> None:
-        """Runs the app until it is done or the client has gone, in which case the app is cancelled."""
+        """Runs the app until it is done or the client has gone, in which case the app is canceled."""
         gone, sent_all = asyncio.Event(), False
         messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 

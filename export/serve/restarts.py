@@ -13,7 +13,7 @@ from executorch.examples.llm_server.python.worker_client import WorkerClient, Wo
 logger = logging.getLogger(__name__)
 
 KILL_AFTER = 30.0
-"""Seconds that a cancelled request may take to stop before its process is ended."""
+"""Seconds that a canceled request may take to stop before its process is ended."""
 
 
 class RestartedWorker:
@@ -146,5 +146,5 @@ class RestartedWorker:
         with self._lock:
             if self._active != number or self._client is not client:
                 return
-        logger.warning("a cancelled request did not stop for %.0f s: ending its worker", self._kill_after)
+        logger.warning("a canceled request did not stop for %.0f s: ending its worker", self._kill_after)
         client.abort()

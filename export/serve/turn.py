@@ -27,7 +27,7 @@ class RequestError(Exception):
         self.code = code
 
 
-class Cancelled(Exception):
+class Canceled(Exception):
     """The server asked to stop this request."""
 
 
@@ -113,14 +113,14 @@ def run_turn(
     generator: TextGenerator,
     turn: Turn,
     emit: Callable[[str], None],
-    cancelled: Callable[[], bool],
+    canceled: Callable[[], bool],
 ) -> dict[str, Any]:
     """Generates an answer and updates the tokens in the state.
 
     Args:
         state: lent to this request. generator: its program.
         emit: called with each piece of text, never empty.
-        cancelled: asked before each call of the program.
+        canceled: asked before each call of the program.
 
     Returns:
         The fields of the protocol's `done` message.
@@ -135,8 +135,8 @@ def run_turn(
 
     def check(position: int) -> None:
         resident[:] = turn.prompt_ids[:position]
-        if cancelled():
-            raise Cancelled
+        if canceled():
+            raise Canceled
 
     try:
         tokens = generator.resume(turn.prompt_ids, turn.sampler, cached, check)
@@ -155,12 +155,12 @@ def run_turn(
                 break
             if len(answer) >= turn.limit:
                 break
-            if cancelled():
-                raise Cancelled
+            if canceled():
+                raise Canceled
             following = int(next(tokens))
             resident.append(token)
             token = following
-    except Cancelled:
+    except Canceled:
         done["cancelled"] = True
     if piece := text.end():
         emit(piece)

@@ -24,13 +24,13 @@ from .turn import RequestError, read_turn, run_turn
 CONTROL_FD = "EXECUTORCH_LLM_WORKER_CONTROL_FD"
 _FRAME = 8
 PREFILL_CHUNK = 512
-"""Prompt tokens per call, if not given: between calls the worker sees that a request is cancelled."""
+"""Prompt tokens per call, if not given: between calls the worker sees that a request is canceled."""
 
 logger = logging.getLogger(__name__)
 
 
 class Cancellations:
-    """Numbers of cancelled requests, read from a pipe without waiting."""
+    """Numbers of canceled requests, read from a pipe without waiting."""
 
     def __init__(self, descriptor: int | None) -> None:
         self._descriptor, self._rest = descriptor, b""
@@ -39,7 +39,7 @@ class Cancellations:
             os.set_blocking(descriptor, False)
 
     def has(self, number: int | None) -> bool:
-        """True if a request was cancelled; None has no number and cannot be."""
+        """True if a request was canceled; None has no number and cannot be."""
         if self._descriptor is None or number is None:
             return False
         while True:
@@ -55,7 +55,7 @@ class Cancellations:
             self._numbers.add(int.from_bytes(self._rest[start : start + _FRAME], "little"))
         self._rest = self._rest[whole:]
         # Numbers only grow: earlier requests are over.
-        self._numbers = {cancelled for cancelled in self._numbers if cancelled >= number}
+        self._numbers = {canceled for canceled in self._numbers if canceled >= number}
         return number in self._numbers
 
 

@@ -19,7 +19,7 @@ class Application:
     def __init__(self) -> None:
         self.release = asyncio.Event()
         self.bodies: list[bytes] = []
-        self.cancelled = 0
+        self.canceled = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -29,7 +29,7 @@ class Application:
         try:
             await self.release.wait()
         except asyncio.CancelledError:
-            self.cancelled += 1
+            self.canceled += 1
             raise
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"done"})
@@ -106,7 +106,7 @@ def test_a_request_is_cancelled_when_its_client_leaves() -> None:
             await asyncio.sleep(0)
         connection.leave()
         await running
-        assert application.cancelled == 1 and connection.status == 0
+        assert application.canceled == 1 and connection.status == 0
         early = Connection(body=b"")
         early.incoming = asyncio.Queue()
         early.leave()  # before its body has come
