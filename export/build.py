@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from executorch_moe.backends.artifact.method_targets import cpu_method
 from executorch_moe.backends.artifact.ptd import MakeWeights
 from executorch_moe.backends.fusion import FusedLayer, FusionReport
 from executorch_moe.backends.fusion.modules import find_experts
@@ -20,7 +21,14 @@ from executorch_moe.export.checkpoint.gguf import find_folder
 from executorch_moe.export.checkpoint.streaming import StreamedModel
 from executorch_moe.export.checkpoint.whole import load_model
 from executorch_moe.export.models import attention, synthetic
-from executorch_moe.export.models.causal_lm import BY_OUTPUT, CausalLM, SamplingLM, check_kinds, export_methods
+from executorch_moe.export.models.causal_lm import (
+    BY_OUTPUT,
+    CausalLM,
+    SamplingLM,
+    check_kinds,
+    export_methods,
+    export_prefill,
+)
 from executorch_moe.export.models.decoder_layer import replace_decoder_layers_
 from executorch_moe.export.models.delta_rule import replace_delta_rule_
 from executorch_moe.export.models.pretrained import (
@@ -127,15 +135,26 @@ def prepare_(model: nn.Module, options: ExportOptions) -> None:
 def trace_methods(
     model: nn.Module, options: ExportOptions, max_context: int
 ) -> tuple[CausalLM, dict[str, ExportedProgram]]:
-    """A model that `prepare_` changed, with its KV cache, and the two methods that an export lowers.
+    """A model that `prepare_` changed, with its KV cache, and the methods that an export lowers.
+
+    Those for the CPU are `prefill@cpu`, `decode@cpu` and `forward`, which is for ExecuTorch's `TextLLMRunner`: tokens
+    and positions -> logits. That runner shares the KV cache of two methods only if a delegate holds it. It uses one
+    method for prompt and tokens if the program has none of the plain name `decode`.
 
     Raises:
         ValueError, NotImplementedError: see `causal_lm.check_context`.
     """
     module = BY_OUTPUT[options.context.output](model, max_context)
-    if options.target.is_cpu and isinstance(module, SamplingLM):
+    if not options.target.is_cpu:
+        return module, export_methods(module, one_token_linears=True)
+    if isinstance(module, SamplingLM):
         module.find_nucleus = sorted_nucleus
-    return module, export_methods(module, one_token_linears=not options.target.is_cpu)
+    methods = {cpu_method(name): program for name, program in export_methods(module).items()}
+    if options.context.output == "logits":
+        methods["forward"] = methods.pop(cpu_method("prefill"))
+    else:
+        methods["forward"] = export_prefill(CausalLM(model, max_context))
+    return module, methods
 
 
 def needs_whole_model(options: ExportOptions) -> bool:

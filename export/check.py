@@ -162,7 +162,7 @@ def trace(
     fuser = ExpertFuser(options.experts.fusion())
     programs = {name: fuser.fuse(program) for name, program in traced.items()}
     nodes = ", ".join(f"{name} {len(program.graph.nodes)} nodes" for name, program in programs.items())
-    result.add("trace", True, f"{nodes}; prefill takes 2 to {context} tokens")
+    result.add("trace", True, f"{nodes}; prefill takes 1 to {context} tokens")
     operator = "triton.fused_moe" if options.experts.implementation == "upstream" else "executorch_moe.fused_experts."
     counts = {
         name: sum(str(node.target).startswith(operator) for node in program.graph.nodes)

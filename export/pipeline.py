@@ -94,7 +94,9 @@ def _export(options: ExportOptions, steps: Steps, held: ExitStack) -> ExportSumm
         peaks=steps.peaks,
         compiled=compiled,
         accesses=accesses,
-        reads_written=any("one_token_attention" in str(node.target) for node in programs["decode"].graph.nodes),
+        reads_written=any(
+            "one_token_attention" in str(node.target) for p in programs.values() for node in p.graph.nodes
+        ),
     )
     write_text(record_path(out), summary.record())
     return summary

@@ -42,7 +42,8 @@ ROOMS: dict[str, set[str]] = {
     "export/report": {"export/models", "export/quantize", "export/checkpoint", "export/checkpoint/gguf"},
     "export/generate": {"export/models", "export/report"},
     "export/bench": {"export/models", "export/report", "export/generate"},
-    "export/cli": {"export/models", "export/report", "export/generate", "export/bench"},
+    "export/serve": {"export/models", "export/report", "export/generate"},
+    "export/cli": {"export/models", "export/report", "export/generate", "export/bench", "export/serve"},
     "examples/demo": set(),
     "examples/tiny": set(),
 }

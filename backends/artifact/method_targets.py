@@ -34,6 +34,25 @@ def split_method(name: str) -> tuple[str, int | None]:
     return (found[1], int(found[2])) if found else (name, None)
 
 
+def cpu_method(method: str) -> str:
+    """Name of a method that a CPU program has beside one for ExecuTorch's runners: `decode@cpu`."""
+    return f"{method}{_SEPARATOR}cpu"
+
+
+def pick_cpu_methods(names: Iterable[str]) -> dict[str, str]:
+    """The methods to load of a program for the CPU: method -> its name in the program.
+
+    A language model's `forward` is for ExecuTorch's own runners. It is loaded only as the prefill of a program that has
+    no other.
+    """
+    found = {name.removesuffix(f"{_SEPARATOR}cpu"): name for name in names}
+    if found.get("decode") == cpu_method("decode"):
+        forward = found.pop("forward", None)
+        if forward is not None:
+            found.setdefault("prefill", forward)
+    return dict(sorted(found.items()))
+
+
 def pick_methods(names: Iterable[str], capability: Capability | None) -> dict[str, str]:
     """The methods to load for the GPU of this machine: method -> its name in the program.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from executorch_moe.backends.artifact.cubin import find_gpu_code
 from executorch_moe.backends.artifact.digests import COPY_AGAIN
 from executorch_moe.backends.artifact.files import no_digests, open_artifact
-from executorch_moe.backends.artifact.method_targets import check_arch, gpu_capability, pick_methods
+from executorch_moe.backends.artifact.method_targets import check_arch, gpu_capability, pick_cpu_methods, pick_methods
 from executorch_moe.backends.artifact.ptd import MakeWeights
 from executorch_moe.backends.artifact.pte import PteFile
 from executorch_moe.backends.artifact.weight_metadata import CUDA_BACKEND, parse_delegate
@@ -131,7 +131,7 @@ class LoadedProgram:
     def method_names(self) -> list[str]:
         """Methods that compute something, sorted; constant methods are read with `constant`.
 
-        For an artifact with several architectures, these are the methods for this GPU, without `@sm_90`.
+        These are the methods for this GPU or the CPU, without `@sm_90` or `@cpu`.
         """
         return list(self._methods)
 
@@ -238,9 +238,9 @@ def load(
             raise RuntimeError(f"cannot run {program.path} in ExecuTorch's runtime: {why}")
         if cuda_graph:
             raise NotImplementedError(f"{program.path} has no {CUDA_BACKEND} delegate: leave CUDA graphs off")
-        methods = {name: name for name in program.method_names}
+        methods = pick_cpu_methods(program.method_names)
         with _loading(EXECUTORCH_CPU, program.path):
-            engine = ExecutorchEngine(program, ptd_path, program.method_names)
+            engine = ExecutorchEngine(program, ptd_path, methods.values())
         return LoadedProgram(program, engine, EXECUTORCH_CPU, torch.device("cpu"), methods)
 
     reasons = {}

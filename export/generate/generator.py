@@ -17,6 +17,7 @@ from executorch_moe.backends.errors import said_in_one_line
 from executorch_moe.export.build import made_again
 from executorch_moe.export.models.sampling import Sampler
 from executorch_moe.export.report.metadata import (
+    CAN_REWIND,
     MADE_FROM,
     MODEL_LIMIT,
     TOKENIZER_DIGEST,
@@ -100,6 +101,7 @@ class TextGenerator:
         limited = MODEL_LIMIT in program.constant_names
         self.model_limit = int(program.constant(MODEL_LIMIT)) if limited else None
         self.vocabulary = int(program.constant("get_vocab_size"))
+        self.can_rewind = RECURRENT not in program.constant_names
         eos = program.constant("get_eos_ids")
         self.eos_ids = frozenset(int(token) for token in (eos if isinstance(eos, (list, tuple)) else [eos]))
 
@@ -201,7 +203,7 @@ class TextGenerator:
         prompt_ids: list[int],
         max_new_tokens: int | None = None,
         sampler: Sampler | None = None,
-        on_token: Callable[[int], None] | None = None,
+        on_token: Callable[[int], bool | None] | None = None,
         ignore_eos: bool = False,
     ) -> Generation:
         """Generates tokens after a prompt, from an empty cache, and measures the time.
@@ -214,7 +216,7 @@ class TextGenerator:
             prompt_ids: token ids, at least one.
             max_new_tokens: see `check_length`.
             sampler: sampling settings; None: greedy.
-            on_token: called with each new token; its time is not counted.
+            on_token: called with each new token, may return True to stop; its time is not counted.
             ignore_eos: continue after an end-of-text token, for benchmarks.
 
         Raises:
@@ -237,8 +239,9 @@ class TextGenerator:
             return result
         while True:
             result.tokens.append(token)
-            if on_token is not None:
-                on_token(token)
+            if on_token is not None and on_token(token):
+                result.stopped_by = "a stop text"
+                return result
             if token in self.eos_ids and not ignore_eos:
                 result.stopped_by = "end of text"
                 return result
@@ -257,10 +260,32 @@ class TextGenerator:
         self.program.reset()
         return self._tokens(prompt_ids, self._picker(sampler or Sampler()))
 
-    def _tokens(self, prompt_ids: list[int], pick: Pick) -> Iterator[Tensor]:
+    def resume(
+        self,
+        prompt_ids: list[int],
+        sampler: Sampler | None = None,
+        cached: int = 0,
+        before_chunk: Callable[[int], None] | None = None,
+    ) -> Iterator[Tensor]:
+        """Tokens after a prompt, int64 [1, 1] on the device, without a reset; each `next` generates one.
+
+        Args:
+            prompt_ids: the whole prompt.
+            sampler: sampling settings; None: greedy.
+            cached: number of its first tokens whose state earlier calls left, less than its length. A model that
+                cannot rewind (`can_rewind`) must have computed exactly these, or 0.
+            before_chunk: called with the number of computed tokens before each call of prefill; it may raise to stop.
+        """
+        return self._tokens(prompt_ids, self._picker(sampler or Sampler()), cached, before_chunk)
+
+    def _tokens(
+        self, prompt_ids: list[int], pick: Pick, cached: int = 0, before_chunk: Callable[[int], None] | None = None
+    ) -> Iterator[Tensor]:
         chunk = self.prefill_chunk or len(prompt_ids)
         ids = torch.tensor([prompt_ids], dtype=torch.int64, device=self.program.device)
-        for start in range(0, len(prompt_ids), chunk):
+        for start in range(cached, len(prompt_ids), chunk):
+            if before_chunk is not None:
+                before_chunk(start)
             token = pick(ids[:, start : start + chunk], start)
         for position in itertools.count(len(prompt_ids)):
             yield token
@@ -288,7 +313,7 @@ class TextGenerator:
         def pick(input_ids: Tensor, position: int) -> Tensor:
             end = position + input_ids.shape[1]
             cache_position = torch.arange(position, end, dtype=torch.int64, device=device)
-            # prefill was exported for at least 2 tokens.
+            # decode is faster, and prefill of older exports needs two tokens.
             method = "prefill" if input_ids.shape[1] > 1 else "decode"
             (out,) = self.program.run(method, input_ids, cache_position, *settings)
             return out if self.output != "logits" else torch.tensor([[sampler(out, end)]], device=device)

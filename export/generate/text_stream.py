@@ -25,14 +25,15 @@ class TextStream:
     character may consist of several tokens, and some decoders drop the space before the first word.
     """
 
-    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int] = (), *, show_special: bool = False) -> None:
         """Starts after a prompt, whose text is not returned.
 
         Args:
             tokenizer: a `tokenizers.Tokenizer`.
             prompt_ids: token ids of the prompt; they must end with a complete character.
+            show_special: also return the text of special tokens.
         """
-        self.tokenizer = tokenizer
+        self.tokenizer, self.show_special = tokenizer, show_special
         self.ids: list[int] = list(prompt_ids)
         # The window starts at token `start`; the part `shown` of its text was returned. A character ends at `whole`.
         self.start = 0
@@ -93,7 +94,7 @@ class TextStream:
         return new
 
     def _decode(self, ids: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=not self.show_special)
         return text
 
 

@@ -367,29 +367,33 @@ def check_positions(cache_position: Tensor, max_context: int) -> None:
 
 
 def export_methods(module: CausalLM, *, one_token_linears: bool = False) -> dict[str, ExportedProgram]:
-    """Exports `module` as `prefill` (dynamic T from 2 to C) and `decode` (T = 1).
+    """Exports `module` as `prefill` (dynamic T from 1 to C) and `decode` (T = 1, faster).
 
     Both programs name weights and cache alike, so that a runtime can share them.
 
     Args:
         one_token_linears: trace linear layers of one row as matrix-vector products (`linears.matvec`). For CUDA.
     """
-    device = module.kv_cache.device
-    module.eval()
+    return {
+        "prefill": export_prefill(module, one_token_linears=one_token_linears),
+        "decode": _export(module, 1, None, one_token_linears),
+    }
 
-    def example(tokens: int) -> tuple[Tensor, ...]:
-        text = torch.zeros(1, tokens, dtype=torch.int64, device=device), torch.arange(tokens, device=device)
-        return text + Sampler().inputs(device) if isinstance(module, SamplingLM) else text
 
-    length = Dim("T", min=2, max=module.max_context)
+def export_prefill(module: CausalLM, *, one_token_linears: bool = False) -> ExportedProgram:
+    """Exports `module` for 1 to C tokens; see `export_methods`."""
+    length = Dim("T", min=1, max=module.max_context)
     dynamic: dict[str, Any] = {"input_ids": {1: length}, "cache_position": {0: length}}
     if isinstance(module, SamplingLM):
         dynamic |= {"temperature": None, "top_p": None, "seed": None}
+    return _export(module, min(EXAMPLE_TOKENS, module.max_context) - 1, dynamic, one_token_linears)
+
+
+def _export(module: CausalLM, tokens: int, dynamic: dict[str, Any] | None, one_token_linears: bool) -> ExportedProgram:
+    device = module.kv_cache.device
+    module.eval()
+    text = torch.zeros(1, tokens, dtype=torch.int64, device=device), torch.arange(tokens, device=device)
+    example = text + (Sampler().inputs(device) if isinstance(module, SamplingLM) else ())
     with torch.no_grad(), OneTokenLinears() if one_token_linears else contextlib.nullcontext():
         # strict=False: the strict tracer does not handle transformers' decorators and kernel hooks.
-        return {
-            "prefill": torch.export.export(
-                module, example(min(EXAMPLE_TOKENS, module.max_context) - 1), dynamic_shapes=dynamic, strict=False
-            ),
-            "decode": torch.export.export(module, example(1), strict=False),
-        }
+        return torch.export.export(module, example, dynamic_shapes=dynamic, strict=False)

@@ -16,6 +16,7 @@ from typing import Any
 from executorch_moe.backends.runtime.loader import RECURRENT
 from executorch_moe.export.checkpoint.gguf import find_folder, is_gguf
 from executorch_moe.export.checkpoint.work_folder import work_folder_path
+from executorch_moe.export.models.chat_template import read_chat_template
 from executorch_moe.export.models.delta_rule import LINEAR
 from executorch_moe.export.models.pretrained import attention_kinds, resolve, special_tokens
 from executorch_moe.export.models.synthetic import is_synthetic
@@ -25,6 +26,13 @@ MADE_FROM = "get_synthetic_options"
 TOKENIZER_DIGEST = "get_tokenizer_digest"
 MODEL_LIMIT = "get_model_max_context_len"
 """Constant method: the largest `max_context` that the model can be exported with."""
+
+STOCK_RUNNERS = "get_max_seq_len"
+"""Constant method that ExecuTorch's runners require. Programs whose methods return tokens lack it: these runners expect
+logits, and would abort the process otherwise."""
+
+CHAT_TEMPLATE = "get_chat_template"
+"""Constant method: the model's chat template, a Jinja text; missing if it has none."""
 
 RECORD_SUFFIX = ".export.json"
 TOKENIZER_SUFFIX = ".tokenizer.json"
@@ -96,12 +104,12 @@ def constant_methods(options: ExportOptions, config: Any, max_context: int, toke
         tokenizer: text of the tokenizer.json.
 
     Raises:
-        ValueError: see `special_tokens`.
+        ValueError: see `special_tokens` and `read_chat_template`.
     """
-    ends, begins = special_tokens(None if is_synthetic(options.model) else find_folder(options.model), config)
+    folder = None if is_synthetic(options.model) else find_folder(options.model)
+    ends, begins = special_tokens(folder, config)
     constants = {
         "get_max_context_len": max_context,
-        "get_max_seq_len": max_context,
         "get_vocab_size": config.vocab_size,
         "get_bos_id": -1 if begins is None else begins,
         "get_eos_ids": ends or [-1],
@@ -114,6 +122,10 @@ def constant_methods(options: ExportOptions, config: Any, max_context: int, toke
     }
     if LINEAR in attention_kinds(config):
         constants[RECURRENT] = True
+    if options.target.is_cpu or options.context.output == "logits":
+        constants[STOCK_RUNNERS] = max_context
+    if folder is not None and (template := read_chat_template(folder)):
+        constants[CHAT_TEMPLATE] = template
     if options.placeholder_weights:
         constants[MADE_FROM] = made_from(options)
     return constants

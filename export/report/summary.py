@@ -79,7 +79,7 @@ class ExportSummary:
         after = self.report.bytes_after
         table.add_row("expert weights", f"{size(before)} in bf16 -> {size(after)} packed")
         table.add_row("other weights", size(self.dense_bytes) + self._dense_text())
-        table.add_row("methods", f"prefill (2 to {self.max_context} tokens), decode (1 token)")
+        table.add_row("methods", f"prefill (1 to {self.max_context} tokens), decode (1 token)")
         for path in self.files:
             table.add_row("file", f"{path}  {size(path.stat().st_size)}")
         for compiled in self.compiled:

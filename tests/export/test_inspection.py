@@ -59,7 +59,7 @@ def test_inspect_and_report_of_an_export(exported: Callable[..., Path], tmp_path
     assert result.exit_code == 0, result.output
     assert "prefill" in result.stdout and "decode" in result.stdout and ".ptd" in result.stdout
     inside = json.loads(runner.invoke(app, ["inspect", str(pte), "--format", "json"]).stdout)
-    assert set(inside["methods"]) == {"prefill", "decode"} and inside["archs"] == []
+    assert set(inside["methods"]) == {"forward", "prefill@cpu", "decode@cpu"} and inside["archs"] == []
     assert inside["sizes"][".pte"] == pte.stat().st_size
     assert inside["sizes"]["experts"] == 2 * (131072 + 65536 + 16384 + 8192) and "state" not in inside["sizes"]
     assert "442,368" in result.stdout
@@ -69,7 +69,10 @@ def test_inspect_and_report_of_an_export(exported: Callable[..., Path], tmp_path
     assert target["target"] == "l4" and target["shared"] == 73728 and target["max_shared"] == 101376
     assert [kernel["ours"] for kernel in target["kernels"]] == [True, False]
     result = runner.invoke(app, ["inspect", str(pte), "--target", "sm_90"])
-    assert result.exit_code == 2 and "decode has code for no GPU; prefill has code for no GPU: export" in result.stderr
+    assert (
+        result.exit_code == 2
+        and "decode has code for no GPU; forward has code for no GPU; prefill has code" in result.stderr
+    )
 
 
 def test_inspect_refuses() -> None:
@@ -86,7 +89,7 @@ def test_several_artifacts_are_one_line_each(exported: Callable[..., Path], tmp_
     assert result.exit_code == 2 and result.stderr.startswith(f"error: program {none} does not exist: ")
     assert len(result.stderr.splitlines()) == 1
     lines = result.stdout.splitlines()
-    assert len(lines) == 2 and lines[0].startswith(f"{first}: decode, prefill; no delegates; ")
+    assert len(lines) == 2 and lines[0].startswith(f"{first}: decode@cpu, forward, prefill@cpu; no delegates; ")
     assert re.search(r" kB \.pte \+ .* kB \.ptd$", lines[1])
     # The same to a file, as JSON, and whole.
     out = tmp_path / "lines"
@@ -96,7 +99,7 @@ def test_several_artifacts_are_one_line_each(exported: Callable[..., Path], tmp_
     assert [entry["artifact"] for entry in listed] == [str(first), str(second)]
     assert runner.invoke(app, ["inspect", "-v", str(first), str(second)]).stdout.count("experts") == 2
     result = runner.invoke(app, ["inspect", "--target", "sm_90", str(first), str(second)])
-    assert result.exit_code == 2 and result.stderr.count("has code for no GPU") == 4
+    assert result.exit_code == 2 and result.stderr.count("has code for no GPU") == 6
     assert runner.invoke(app, ["inspect", "--verify", str(first), str(second)]).stdout.count("are whole") == 2
 
 

@@ -104,7 +104,8 @@ def test_what_is_traced_is_what_an_export_traces(
     result = checking.check_export(replace(options, out=None))
     assert result.passed, result.findings
     assert exported == checked
-    assert one_token == any("one_token_attention" in target for _, target, _ in checked[0]["decode"])
+    (decode,) = (nodes for name, nodes in checked[0].items() if name.startswith("decode"))
+    assert one_token == any("one_token_attention" in target for _, target, _ in decode)
 
 
 def test_a_layer_of_ours_that_refuses_an_argument(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,9 +124,9 @@ def test_exported_programs(model: CausalLM) -> None:
     assert {"kv_cache.key_0", "kv_cache.value_1"} <= states[0]
     # The length is a symbol with the documented range, not that of the example.
     (bounds,) = programs["prefill"].range_constraints.values()
-    assert (bounds.lower, bounds.upper) == (2, MAX_CONTEXT)
+    assert (bounds.lower, bounds.upper) == (1, MAX_CONTEXT)
     prefill = programs["prefill"].module()
-    for length in (2, 3, 40, MAX_CONTEXT):
+    for length in (1, 2, 3, 40, MAX_CONTEXT):
         ids, positions = torch.randint(32, 122, (1, length)), torch.arange(length)
         with torch.no_grad():
             torch.testing.assert_close(prefill(ids, positions), model(ids, positions))
