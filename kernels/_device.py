@@ -200,68 +200,6 @@ def decode_codes(half, PTX: tl.constexpr):
 
 
 @triton.jit
-def e2m1(code):
-    """e2m1 codes, int32 in [0, 15] -> fp32. For Triton's interpreter."""
-    i = (code & 7).to(tl.float32)
-    magnitude = tl.maximum(tl.maximum(i * 0.5, i - 2.0), i * 2.0 - 8.0)
-    return tl.where(code > 7, -magnitude, magnitude)
-
-
-@triton.jit
-def decode_e2m1(half, f0, f1, f2, f3, PTX: tl.constexpr):
-    """Halfwords of four e2m1 codes -> four bf16 tensors value * factor / 2^126, quarters 0..3. Exact.
-
-    With its sign at bit 15 and the other bits at 8..6, a code is a bf16 number, its value / 2^126, subnormal or not. So
-    one multiplication decodes and scales two codes. The masks take two signs at a time, at bits 15 and 7 of a
-    halfword: magnitudes replace the sign at bit 7, which is that of another code. Nibbles 3 and 1 share a mask, so they
-    are the first two quarters of a K block: then products of these do not have to keep masks for the others.
-
-    Args:
-        half: int16 [BLOCK_N, 32].
-        f0..f3: bf16, shaped like `half`: factors of quarters 0..3, powers of two from 2^-6 on.
-    """
-    if not PTX:
-        word = half.to(tl.int32)
-        unit = 1.1754943508222875e-38  # 2^-126
-        v0 = e2m1((word >> 12) & 15) * f0.to(tl.float32) * unit
-        v1 = e2m1((word >> 4) & 15) * f1.to(tl.float32) * unit
-        v2 = e2m1((word >> 8) & 15) * f2.to(tl.float32) * unit
-        v3 = e2m1(word & 15) * f3.to(tl.float32) * unit
-        return to_bf16(v0, PTX), to_bf16(v1, PTX), to_bf16(v2, PTX), to_bf16(v3, PTX)
-    else:
-        return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 s, t, neg0;
-            mov.b32 neg0, 0x80008000;
-            and.b32 s, $4, 0x80808080;
-            shr.u32 t, $4, 6;
-            lop3.b32 t, s, t, 0x01C001C0, 0xd8;
-            fma.rn.bf16x2 $0, t, $5, neg0;
-            shl.b32 s, s, 8;
-            shl.b32 t, $4, 2;
-            lop3.b32 t, s, t, 0x01C001C0, 0xd8;
-            fma.rn.bf16x2 $1, t, $6, neg0;
-            shl.b32 s, $4, 4;
-            and.b32 s, s, 0x80808080;
-            shr.u32 t, $4, 2;
-            lop3.b32 t, s, t, 0x01C001C0, 0xd8;
-            fma.rn.bf16x2 $2, t, $7, neg0;
-            shl.b32 s, s, 8;
-            shl.b32 t, $4, 6;
-            lop3.b32 t, s, t, 0x01C001C0, 0xd8;
-            fma.rn.bf16x2 $3, t, $8, neg0;
-            }
-            """,
-            "=&r,=&r,=&r,=&r,r,r,r,r,r",
-            [half, f0, f1, f2, f3],
-            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=2,
-        )
-
-
-@triton.jit
 def decode_int8(byte, m_low, m_high, PTX: tl.constexpr):
     """Bytes of two signed nibbles -> two int8 tensors nibble * multiplier, low nibble first. Exact.
 
@@ -332,46 +270,6 @@ def load_groups(ptr, kb, n_block, N: tl.constexpr, GROUP: tl.constexpr, BLOCK_N:
 
 
 @triton.jit
-def load_exponents(ptr, kb, n_block, N: tl.constexpr, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr):
-    """MXFP4 scales of K block `kb` for the rows of a tile: int32, a word for the four groups of a row.
-
-    PAIRS: two [BLOCK_N // 2], in the first the rows 16b + j, in the second those 8 below; otherwise both are [BLOCK_N].
-    With few tokens and small tiles, pairs take fewer registers, else whole rows.
-    ptr: uint8 [K/128, N, 4] of one expert.
-    """
-    words = ptr.to(tl.pointer_type(tl.int32), bitcast=True) + kb * N + n_block * BLOCK_N
-    if PAIRS:
-        pair = tl.arange(0, BLOCK_N // 2)
-        words += pair // 8 * 16 + pair % 8
-        return tl.load(words), tl.load(words + 8)
-    else:
-        rows = tl.load(words + tl.arange(0, BLOCK_N))
-        return rows, rows
-
-
-@triton.jit
-def rotated(word):
-    """int32, rotated left by 8: brings the exponents of groups 2 and 3 to where those of groups 0 and 1 are."""
-    return (word << 8) | ((word >> 24) & 255)
-
-
-@triton.jit
-def factors_of_exponents(first, second, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr):
-    """Words of `load_exponents` -> bf16 [BLOCK_N] for each of the four groups."""
-    if PAIRS:
-        words = tl.join(first, second).reshape(BLOCK_N // 16, 8, 2).permute(0, 2, 1).reshape(BLOCK_N)
-    else:
-        words = first
-    low = words & 0x7F807F80
-    high = rotated(words) & 0x7F807F80
-    f0 = low.to(tl.int16).to(tl.bfloat16, bitcast=True)
-    f1 = (low >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    f2 = high.to(tl.int16).to(tl.bfloat16, bitcast=True)
-    f3 = (high >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return f0, f1, f2, f3
-
-
-@triton.jit
 def rows_of_pairs(words, BLOCK_N: tl.constexpr):
     """int32 [BLOCK_N // 2] of `load_pairs` -> fp32 [BLOCK_N] in row order. A bf16 is the upper half of an fp32."""
     low = (words << 16).to(tl.float32, bitcast=True)
@@ -396,3 +294,16 @@ def gated_activation(gate, up, ACTIVATION: tl.constexpr):
         tl.static_assert(ACTIVATION == 1)
         limited = tl.minimum(gate, 7.0)
         return limited / (1.0 + tl.exp(-1.702 * limited)) * (tl.minimum(tl.maximum(up, -7.0), 7.0) + 1.0)
+
+
+@triton.jit
+def dot_two(pair, codes, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    """The two int16 of `pair` times bytes FIRST and SECOND of `codes`, int32. For Triton's interpreter."""
+    low = ((pair << 16) >> 16) * ((codes << (24 - 8 * FIRST)) >> 24)
+    return low + (pair >> 16) * ((codes << (24 - 8 * SECOND)) >> 24)
+
+
+@triton.jit
+def larger(a, b):
+    """The larger number, NaN if one is NaN: integers could not carry it."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)

@@ -12,11 +12,11 @@ from executorch_moe.kernels._device import (
     bf16_rows_of_pairs,
     decode_bf16,
     decode_codes,
-    decode_e2m1,
     decode_int8,
-    factors_of_exponents,
     rows_of_pairs,
 )
+
+from .microscaled import decode_e2m1, factors_of_exponents
 
 
 @triton.jit

@@ -15,13 +15,13 @@ import triton.language as tl
 from executorch_moe.kernels._device import (
     decode_codes,
     gated_activation,
-    load_exponents,
     load_groups,
     load_pairs,
     rows_of_pairs,
     to_bf16,
 )
 
+from .microscaled import load_exponents
 from .operands import (
     code_operand,
     int8_operands,

@@ -29,7 +29,7 @@ from executorch_moe.kernels.packing.fragments import (
 )
 from executorch_moe.kernels.packing.mxfp4 import E8M0_BIAS, pack_e8m0
 from executorch_moe.kernels.reference import reference_experts
-from executorch_moe.kernels.schemes import check_any_group_size, get_scheme
+from executorch_moe.kernels.schemes import MX_GROUP, get_scheme
 from executorch_moe.kernels.shapes import LayerShape
 
 H200_FLOPS = 790e12
@@ -44,12 +44,11 @@ def random_packed(shape: LayerShape, scheme: str, device: str, generator: torch.
     Padding dequantizes to zero, as after `pack_experts`; the kernels rely on it.
 
     Args:
-        shape: sizes of the layer, not padded. scheme: name of the scheme.
+        shape: sizes of the layer, not padded; scheme mxfp4 has groups of 32 for any. scheme: name of the scheme.
         device: also "meta". generator: on that device.
     """
-    padded, kind, g = shape.padded(), get_scheme(scheme), shape.group_size
-    if kind.packed:
-        check_any_group_size(g, scheme)
+    kind = get_scheme(scheme)
+    padded, g = shape.padded(), MX_GROUP if kind.microscaled else shape.group_size
     e = shape.experts
 
     def matrix(gemm: int) -> tuple[Tensor, Tensor | None]:
@@ -225,8 +224,8 @@ def work(shape: LayerShape, scheme: str, layers: list[LayerInputs]) -> tuple[flo
     touched = statistics.mean(int(layer.topk_ids.unique().numel()) for layer in layers)
     flops = 2.0 * tokens * shape.top_k * 3 * shape.hidden * shape.intermediate
     kind = get_scheme(scheme)
-    scale_bits = 8 if kind.microscaled else 16
-    bits = kind.weight_bits + (scale_bits / shape.group_size if kind.packed else 0)
+    scale_bits = 8 / MX_GROUP if kind.microscaled else 16 / shape.group_size
+    bits = kind.weight_bits + (scale_bits if kind.packed else 0)
     return flops, touched * 3 * shape.hidden * shape.intermediate * bits / 8
 
 

@@ -93,9 +93,10 @@ def test_few_token_tiles_of_any_height(tokens: int, block_n: int, warps: int) ->
 
 
 @pytest.mark.parametrize("sizes", [(16, 8, 64), (16, 8, 8), (32, 8, 16), (32, 16, 64), (64, 8, 16)], ids=str)
-@pytest.mark.parametrize("scheme", ["w4a16", "w4a8"])
-@pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_matvec_of_any_size(group_size: int, scheme: str, sizes: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "group_size"), [*((s, g) for s in ("w4a16", "w4a8") for g in (32, 64, 128)), ("mxfp4", 32)]
+)
+def test_matvec_of_any_size(scheme: str, group_size: int, sizes: tuple[int, int, int]) -> None:
     shape = replace(SHAPES["qwen3"], group_size=group_size)
     layer = make_layers(shape, scheme, 2, 1)[0]
     out = layer.run(Options(path="matvec", matvec=(MatvecConfig(*sizes), MatvecConfig(*sizes))))
