@@ -60,8 +60,8 @@ def export(
     scheme: Annotated[
         str,
         typer.Option(
-            help="w4a16 (4-bit weights), w4a8 (4-bit weights, int8 activations) or bf16.",
-            autocompletion=values("w4a16", "w4a8", "bf16"),
+            help="w4a16 (4-bit integers), w4a8 (4-bit integers, int8 activations), mxfp4 (4-bit floats) or bf16.",
+            autocompletion=values("w4a16", "w4a8", "mxfp4", "bf16"),
             rich_help_panel=EXPERTS,
         ),
     ] = "w4a16",
