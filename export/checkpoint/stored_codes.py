@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from executorch_moe.kernels.schemes import MX_GROUP, check_layer_group_size
 from .formats import StoredTensor, WeightFormat
 from .formats.int4 import Int4Encoding
 from .plan import CheckpointPlan, Source
-from .shards import ShardReader
+from .shards import ShardReader, Shards
 
 # Conversions of transformers that move whole rows: they can be applied to codes and to scales.
 _MOVES_ROWS = ("MergeModulelist", "Concatenate")
@@ -115,6 +116,20 @@ def _kept_mxfp4(plan: CheckpointPlan, module: str, layout: ExpertLayout) -> Kept
         if not (source.converter is None or (_moves_rows(source) and not layout.transposed)):
             return None
     return KeptCodes(MX_GROUP, False, names, microscaled=True)
+
+
+def usual_scheme(folder: Path) -> str:
+    """The scheme for a checkpoint for which none is given: mxfp4 if its experts are stored in MXFP4, else w4a16.
+
+    Reads headers only. Damaged checkpoints get w4a16: whoever loads them reports the damage.
+    """
+    try:
+        tensors = Shards(folder).tensors
+    except (ValueError, OSError, NotImplementedError):
+        return "w4a16"
+    experts = [stored for name, stored in tensors.items() if ".experts." in name and not name.endswith("bias")]
+    kept = experts and all(stored.encoding is not None and stored.encoding.microscaled for stored in experts)
+    return "mxfp4" if kept else "w4a16"
 
 
 def read_mxfp4(plan: CheckpointPlan, reader: ShardReader, target: str, run: slice) -> Mxfp4Codes:

@@ -18,8 +18,8 @@ from executorch_moe.kernels import unpack_experts
 from executorch_moe.kernels.packing.fragments import deinterleave_gate_up, unpack_int4
 from executorch_moe.kernels.packing.mxfp4 import unpack_e8m0
 
-from ...families import Logits, by_name, tokens
-from .stored import GATE, LAYERS, Saved, edit, edit_json, experts_of, logits_error, save, streamed
+from ...families import Logits, tokens
+from .stored import GATE, LAYERS, Saved, edit, edit_json, experts_of, logits_error, save, save_gpt_oss, streamed
 
 pytest.importorskip("compressed_tensors", reason="needs the package compressed-tensors")
 
@@ -101,34 +101,9 @@ def test_values_are_those_of_the_package(form: str, modelopt: bool, tmp_path: Pa
         assert logits_error(kept.model, saved.reference) < 1e-2
 
 
-def save_gpt_oss(folder: Path) -> Any:
-    """GPT-OSS in the layout that transformers reads, and transformers' model on the dequantized weights."""
-    import transformers
-    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
-    model: Any = by_name("gpt_oss").model()
-    model.config.save_pretrained(folder)
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    plain, stored = dict(state), dict(state)
-    generator = torch.Generator().manual_seed(1)
-    for name in [name for name in state if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-        e, k, n = stored.pop(name).shape
-        blocks = torch.randint(0, 256, (e, n, k // 32, 16), dtype=torch.uint8, generator=generator)
-        scales = torch.randint(119, 124, (e, n, k // 32), dtype=torch.uint8, generator=generator)
-        plain[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).contiguous()
-        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-    save_file(plain, folder / "model.safetensors", {"format": "pt"})
-    reference = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    )
-    save_file(stored, folder / "model.safetensors", {"format": "pt"})
-    edit_json(folder / "config.json", quantization_config={"quant_method": "mxfp4"})
-    return reference.eval()
-
-
 @pytest.mark.transformers
 def test_gpt_oss_as_published(tmp_path: Path) -> None:
-    reference = save_gpt_oss(tmp_path)
+    reference = save_gpt_oss(tmp_path).reference
     exact = streamed(tmp_path, "bf16")
     (record,) = exact.load()
     assert record.error == 0
@@ -149,7 +124,7 @@ def test_gpt_oss_as_published(tmp_path: Path) -> None:
 @pytest.mark.transformers
 def test_gpt_oss_keeps_its_codes(tmp_path: Path) -> None:
     """Codes and scales of the packed layer are those of the file; gate and up rows alternate there."""
-    reference = save_gpt_oss(tmp_path)
+    reference = save_gpt_oss(tmp_path).reference
     stored = load_file(tmp_path / "model.safetensors")
     model = streamed(tmp_path, "mxfp4")
     (record,) = model.load()
