@@ -16,6 +16,7 @@ from executorch_moe.backends.artifact.method_targets import cpu_method
 from executorch_moe.backends.artifact.ptd import MakeWeights
 from executorch_moe.backends.fusion import FusedLayer, FusionReport
 from executorch_moe.backends.fusion.modules import find_experts
+from executorch_moe.export.checkpoint import stored_codes
 from executorch_moe.export.checkpoint.formats import check_format
 from executorch_moe.export.checkpoint.gguf import find_folder
 from executorch_moe.export.checkpoint.streaming import StreamedModel
@@ -68,6 +69,16 @@ def check_folder(options: ExportOptions) -> Path:
         check_kinds(map(str, kinds))
     check_format(folder)
     return folder
+
+
+def usual_scheme(model: str) -> str:
+    """The scheme for a model for which none is given: mxfp4 if its experts are stored in MXFP4, else w4a16."""
+    if synthetic.is_synthetic(model):
+        return "w4a16"
+    try:
+        return stored_codes.usual_scheme(find_folder(model))
+    except (ValueError, OSError, NotImplementedError, RuntimeError):  # the export reports it
+        return "w4a16"
 
 
 def check_activation(config: Mapping[str, Any], where: Path) -> None:

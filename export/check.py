@@ -40,7 +40,7 @@ from executorch_moe.kernels.packing.fragments import deinterleave_gate_up
 from .build import attention_of, check_folder, check_upstream, needs_whole_model, prepare_, stream, trace_methods
 from .options import ExportOptions, Target
 
-BOUNDS = {"bf16": 1.5e-2, "w4a16": 1.5e-2, "w4a8": 4e-2}
+BOUNDS = {"bf16": 1.5e-2, "w4a16": 1.5e-2, "w4a8": 4e-2, "mxfp4": 1.5e-2}
 """Scheme -> largest relative L2 error of the logits that passes. The reference computes in fp32 on the dequantized
 weights; our experts have bf16 activations (int8 in gate and up for w4a8)."""
 

@@ -31,8 +31,8 @@ class Experts:
     """How experts are stored and which kernels compute them.
 
     Attributes:
-        scheme: "w4a16", "w4a8" or "bf16".
-        group_size: number of weights that share one scale. INT4 linear layers on CUDA targets use it too.
+        scheme: "w4a16", "w4a8", "mxfp4" or "bf16".
+        group_size: number of weights that share one scale, 32 for mxfp4. INT4 linear layers on CUDA targets use it too.
         algorithm: how weights are rounded to 4 bits, "minmax" or "hqq"; see `kernels.packing.rounding`.
         implementation: "ours"; "ours-tile", our kernels with one CTA per tile; "upstream", ExecuTorch's own operators.
 

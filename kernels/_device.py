@@ -309,3 +309,16 @@ def gated_activation(gate, up, ACTIVATION: tl.constexpr):
         tl.static_assert(ACTIVATION == 1)
         limited = tl.minimum(gate, 7.0)
         return limited / (1.0 + tl.exp(-1.702 * limited)) * (tl.minimum(tl.maximum(up, -7.0), 7.0) + 1.0)
+
+
+@triton.jit
+def dot_two(pair, codes, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    """The two int16 of `pair` times bytes FIRST and SECOND of `codes`, int32. For Triton's interpreter."""
+    low = ((pair << 16) >> 16) * ((codes << (24 - 8 * FIRST)) >> 24)
+    return low + (pair >> 16) * ((codes << (24 - 8 * SECOND)) >> 24)
+
+
+@triton.jit
+def larger(a, b):
+    """The larger number, NaN if one is NaN: integers could not carry it."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)

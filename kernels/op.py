@@ -43,7 +43,7 @@ def fused_experts(*args: Any, **kwargs: Any) -> Tensor:
         topk_weights: fp32, bf16 or fp16 [T, top_k].
         w13, w2, w13_scale, w2_scale, w13_zero, w2_zero, w13_bias, w2_bias: fields of `packing.PackedExperts`; scales,
             zeros and biases may be None.
-        scheme: "bf16", "w4a16" or "w4a8".
+        scheme: "bf16", "w4a16", "w4a8" or "mxfp4".
         activation: "silu": silu(gate) * up, or "swiglu_oai": see `schemes.ACTIVATIONS`.
         group_size: weights that share a scale; 0 for scheme bf16.
 

@@ -16,6 +16,9 @@ LAYOUT_VERSION = 3
 GROUP_SIZES = (32, 64, 128)
 """Weight group sizes up to one K block. Larger ones must be multiples of K_BLOCK."""
 
+MX_GROUP = 32
+"""Weights along K that share one scale in scheme mxfp4."""
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -28,12 +31,15 @@ class Scheme:
         gemm2_act_group: the same for the activated intermediate, the input of GEMM2. It is a product of two projections
             with heavy tails, and int8 there costs more accuracy than the rest of the layer (docs/numerics.md), so
             `w4a8` keeps it in bf16.
+        microscaled: True for 4-bit floats (e2m1) with one power of two for each MX_GROUP weights, False for 4-bit
+            integers.
     """
 
     name: str
     weight_bits: int
     gemm1_act_group: int
     gemm2_act_group: int
+    microscaled: bool = False
 
     @property
     def packed(self) -> bool:
@@ -42,8 +48,8 @@ class Scheme:
 
     @property
     def takes_zeros(self) -> bool:
-        """True if weights may have zero points. int8 MMAs multiply codes and support none."""
-        return self.packed and not (self.gemm1_act_group or self.gemm2_act_group)
+        """True if weights may have zero points. int8 MMAs multiply codes and support none; MXFP4 has none."""
+        return self.packed and not (self.microscaled or self.gemm1_act_group or self.gemm2_act_group)
 
     def act_group(self, gemm: int) -> int:
         """Activation group of GEMM `gemm` (1 or 2); 0 means bf16."""
@@ -62,6 +68,7 @@ SCHEMES: dict[str, Scheme] = {
     "bf16": Scheme("bf16", 16, 0, 0),
     "w4a16": Scheme("w4a16", 4, 0, 0),
     "w4a8": Scheme("w4a8", 4, 1024, 0),
+    "mxfp4": Scheme("mxfp4", 4, 0, 0, microscaled=True),
 }
 
 MAX_MULTIPLE = 16
@@ -115,12 +122,17 @@ def get_activation(name: str) -> int:
         ) from None
 
 
-def check_any_group_size(group_size: int) -> None:
+def check_any_group_size(group_size: int, scheme: str = "") -> None:
     """Check a weight group size before the sizes that it must divide are known.
 
     Raises:
-        ValueError: it is not an int, or neither one of GROUP_SIZES nor a multiple of K_BLOCK.
+        ValueError: it is not an int, or neither one of GROUP_SIZES nor a multiple of K_BLOCK, or not that of the scheme.
     """
+    if scheme and get_scheme(scheme).microscaled and group_size != MX_GROUP:
+        raise ValueError(
+            f"group_size={group_size!r} is not supported by scheme {scheme}, which has one scale for {MX_GROUP} "
+            f"weights: use group_size={MX_GROUP}"
+        )
     if type(group_size) is not int:
         raise ValueError(
             f"group_size={group_size!r} is a {type(group_size).__name__}, expected an int: "

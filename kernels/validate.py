@@ -8,7 +8,7 @@ from torch import Tensor
 from executorch_moe.kernels.tuning.choose import MAX_PAIRS
 
 from .arguments import TENSORS, ExpertArguments
-from .schemes import K_BLOCK, check_layer_group_size, get_activation, get_scheme, round_up
+from .schemes import K_BLOCK, check_any_group_size, check_layer_group_size, get_activation, get_scheme, round_up
 
 ID_DTYPES = (torch.int32, torch.int64)
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -100,6 +100,7 @@ def check_fused_experts(arguments: ExpertArguments) -> None:
         i_pad = w2.shape[1] * K_BLOCK
         _shape("w13", w13, (e, h_pad // K_BLOCK, 2 * i_pad, K_BLOCK // 2), repack)
         _shape("w2", w2, (e, i_pad // K_BLOCK, h_pad, K_BLOCK // 2), repack)
+        check_any_group_size(group_size, scheme)
         # Of I, only the padded size is known, which any group size up to K_BLOCK divides.
         check_layer_group_size(group_size, h, i_pad if group_size > K_BLOCK else K_BLOCK)
         if arguments.w13_scale is None or arguments.w2_scale is None:
@@ -122,6 +123,10 @@ def check_fused_experts(arguments: ExpertArguments) -> None:
     groups = group_size or 1
     for gemm, k_pad, n_pad in ((1, h_pad, 2 * i_pad), (2, i_pad, h_pad)):
         matrix, weight = arguments.matrix(gemm), ("w13", "w2")[gemm - 1]
+        if kind.microscaled and matrix.scale is not None:
+            _dtype(f"{weight}_scale", matrix.scale, (torch.uint8,))
+            _shape(f"{weight}_scale", matrix.scale, (e, k_pad // K_BLOCK, n_pad, 4), repack)
+            matrix = matrix._replace(scale=None)
         for kind_of, t, extra in (("scale", matrix.scale, int(kind.row_scaled(gemm))), ("zero", matrix.zero, 0)):
             if t is not None:
                 _dtype(f"{weight}_{kind_of}", t, (torch.bfloat16,))
@@ -139,7 +144,8 @@ def check_fused_experts(arguments: ExpertArguments) -> None:
         raise ValueError("w13_zero and w2_zero must be given together: pass zeros for the one without zero points")
     if arguments.w13_zero is not None and not kind.takes_zeros:
         raise NotImplementedError(
-            f"scheme={scheme} multiplies in int8 and takes no zero points: use w4a16, or requantize symmetrically"
+            f"scheme={scheme} {'has' if kind.microscaled else 'multiplies in int8 and takes'} no zero points: use w4a16, "
+            "or requantize symmetrically"
         )
 
     for name in TENSORS:

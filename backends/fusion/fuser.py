@@ -24,7 +24,7 @@ class FusionOptions:
     """How to fuse.
 
     Attributes:
-        scheme: "w4a16", "w4a8" or "bf16".
+        scheme: "w4a16", "w4a8", "mxfp4" or "bf16".
         group_size: number of weights that share one scale; must divide hidden size and expert width. Not used by bf16.
         algorithm: rounding to 4 bits, "minmax" or "hqq"; see `kernels.packing.rounding`.
         require_fused: True: an expert region that cannot be fused is an error. False: it stays unfused and is reported.
@@ -44,7 +44,7 @@ class FusionOptions:
         if kind.packed:
             if not isinstance(self.group_size, int):
                 raise ValueError(f"group_size={self.group_size!r} is not an integer: write group_size=32")
-            check_any_group_size(self.group_size)
+            check_any_group_size(self.group_size, self.scheme)
         if not isinstance(self.require_fused, bool):
             raise ValueError(f"require_fused={self.require_fused!r} is neither True nor False: write one of them")
 

@@ -6,12 +6,14 @@ The rules are those for exported programs (`regions`, `recognize`), applied to a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from executorch_moe.kernels import FusedExperts, Int4Codes, PackedExperts, pack_codes, pack_experts, stack_experts
+from executorch_moe.kernels.packing.mxfp4 import Mxfp4Codes
 
 from .probe import Probe, match
 from .recognize import ExpertLayout, no_layout, one_line, possible_layouts
@@ -134,32 +136,31 @@ def pack_layer(
 
 
 def pack_layer_codes(
-    layout: ExpertLayout, codes: Mapping[str, Int4Codes], biases: Mapping[str, Tensor], scheme: str
+    layout: ExpertLayout, codes: Mapping[str, Int4Codes | Mxfp4Codes], biases: Mapping[str, Tensor], scheme: str
 ) -> PackedExperts:
     """`pack_codes` on the codes of a module in its own layout.
 
     Args:
-        layout: how the module stores its experts; not transposed, because groups run along K.
-        codes: name in `layout` -> codes [E, N, K]; gate and up have the same group size, and zero points both or none.
+        layout: how the module stores its experts. Codes are never transposed, because groups run along K.
+        codes: name in `layout` -> codes [E, N, K], of one kind; gate and up have the same group size, and zero points
+            both or none.
         biases: name in `layout` -> float bias.
-        scheme: "w4a16" or "w4a8".
+        scheme: "w4a16" or "w4a8"; "mxfp4" for `Mxfp4Codes`.
 
     Raises:
         ValueError: see `pack_codes`.
     """
-    assert not layout.transposed, "groups must run along K"
+    layout = replace(layout, transposed=False)
 
     def rows(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         return layout.canonical({**biases, **parts})
 
     q13, q2, gate_up_bias, down_bias = rows({name: code.q for name, code in codes.items()})
     s13, s2, *_ = rows({name: code.scale for name, code in codes.items()})
-    zeros = {name: code.zero for name, code in codes.items() if code.zero is not None}
-    z13, z2, *_ = rows(zeros) if zeros else (None, None)
-    return pack_codes(
-        Int4Codes(q13, s13, z13),
-        Int4Codes(q2, s2, z2),
-        scheme=scheme,
-        gate_up_bias=gate_up_bias,
-        down_bias=down_bias,
-    )
+    w13: Int4Codes | Mxfp4Codes = Mxfp4Codes(q13, s13)
+    w2: Int4Codes | Mxfp4Codes = Mxfp4Codes(q2, s2)
+    if scheme != "mxfp4":
+        zeros = {name: code.zero for name, code in codes.items() if isinstance(code, Int4Codes) and code.zero is not None}
+        z13, z2, *_ = rows(zeros) if zeros else (None, None)
+        w13, w2 = Int4Codes(q13, s13, z13), Int4Codes(q2, s2, z2)
+    return pack_codes(w13, w2, scheme=scheme, gate_up_bias=gate_up_bias, down_bias=down_bias)

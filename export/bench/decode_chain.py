@@ -32,7 +32,7 @@ DENSE = ("int8", "bf16")
 EPS = 1e-6
 SHAPES = {"qwen3": "qwen3-30b-a3b"}
 """Names of `kernels.shapes` -> the synthetic model with such experts."""
-LARGEST_ERROR = {"bf16": 4.0e-3, "w4a16": 4.5e-3, "w4a8": 1.2e-2}
+LARGEST_ERROR = {"bf16": 4.0e-3, "w4a16": 4.5e-3, "w4a8": 1.2e-2, "mxfp4": 4.5e-3}
 """Scheme -> bound on the relative L2 error of the experts, as in docs/numerics.md."""
 LARGEST_DENSE_ERROR = 1e-2
 """Bound on the relative L2 error of the one-token operators, whose results are rounded to bf16 two or three times."""

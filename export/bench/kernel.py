@@ -46,7 +46,7 @@ each tile; the last two also with a fixed GROUP_SIZE_M, the row blocks in a grou
 
 # Implementation -> schemes that it supports.
 IMPLEMENTATIONS = {
-    **dict.fromkeys(OURS, ("w4a16", "w4a8", "bf16")),
+    **dict.fromkeys(OURS, ("w4a16", "w4a8", "mxfp4", "bf16")),
     "upstream-dec": ("w4a16",),
     "upstream-a16": ("w4a16",),
     "upstream-a8": ("w4a8",),

@@ -22,7 +22,7 @@ def tune_layer(shape_text: str, scheme: str, out: Path | None, layers: int, cons
 
     Args:
         shape_text: preset, or sizes as for `bench kernel`.
-        scheme: "w4a16", "w4a8" or "bf16".
+        scheme: "w4a16", "w4a8", "mxfp4" or "bf16".
         out: file of the table; None means the package's own table for this GPU. Its other layers are kept.
         layers: layers with different weights in one measurement.
         console: shows the progress.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from executorch_moe.kernels import Int4Codes
+from executorch_moe.kernels.packing.mxfp4 import Mxfp4Codes
 
 from .formats import StoredTensor, WeightFormat, read_format
 from .formats.base import PARTS
@@ -150,6 +151,12 @@ class ShardReader:
         codes = stored.encoding.codes(self._parts(stored, None))
         self._finite(stored.file, stored.name, codes.scale)
         return codes
+
+    def read_mxfp4(self, name: str, rows: slice | None = None) -> Mxfp4Codes:
+        """Reads a weight in MXFP4, or `rows` of its first dimension."""
+        stored = self._shards.tensors[name]
+        assert stored.encoding is not None, f"{name} has no codes"
+        return stored.encoding.mxfp4(self._parts(stored, rows))
 
     def read_part(self, name: str, role: str) -> Tensor:
         """Reads one part of a quantized weight."""

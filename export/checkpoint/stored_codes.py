@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +13,14 @@ from torch import Tensor, nn
 from executorch_moe.backends.fusion import ExpertLayout, FusionOptions
 from executorch_moe.export.models.linears import StoredInt4
 from executorch_moe.kernels import SCHEMES, Int4Codes
+from executorch_moe.kernels.packing.mxfp4 import E8M0_BIAS, Mxfp4Codes
 from executorch_moe.kernels.packing.rounding import round_weights
-from executorch_moe.kernels.schemes import check_layer_group_size
+from executorch_moe.kernels.schemes import MX_GROUP, check_layer_group_size
 
 from .formats import StoredTensor, WeightFormat
 from .formats.int4 import Int4Encoding
 from .plan import CheckpointPlan, Source
-from .shards import ShardReader
+from .shards import ShardReader, Shards
 
 # Conversions of transformers that move whole rows: they can be applied to codes and to scales.
 _MOVES_ROWS = ("MergeModulelist", "Concatenate")
@@ -32,15 +34,20 @@ class KeptCodes:
         group_size: weights along K that share a scale.
         zeros: True if the weights have zero points.
         names: of the layer's matrices whose codes are kept; others are rounded to the same group size.
+        microscaled: True for MXFP4; `names` are all matrices.
     """
 
     group_size: int
     zeros: bool
     names: frozenset[str]
+    microscaled: bool = False
 
-    def empty(self, weight: Tensor) -> Int4Codes:
+    def empty(self, weight: Tensor) -> Int4Codes | Mxfp4Codes:
         """Codes of zeros in the shape of a weight [E, N, K]."""
         *rows, k = weight.shape
+        if self.microscaled:
+            scale = torch.full((*rows, k // self.group_size), E8M0_BIAS, dtype=torch.uint8)
+            return Mxfp4Codes(torch.zeros(weight.shape, dtype=torch.uint8), scale)
         scale = torch.zeros(*rows, k // self.group_size)
         return Int4Codes(
             torch.zeros(weight.shape, dtype=torch.int8), scale, torch.zeros_like(scale) if self.zeros else None
@@ -66,6 +73,8 @@ def kept_codes(
     """
     if plan.shards.format is None:
         return None
+    if SCHEMES[fusion.scheme].microscaled:
+        return _kept_mxfp4(plan, module, layout)
     if layout.transposed or not SCHEMES[fusion.scheme].packed:
         return None
     found: dict[str, list[StoredTensor]] = {}
@@ -94,6 +103,47 @@ def kept_codes(
     zeros = any(stored.encoding is not None and not stored.encoding.symmetric for stored in coded)
     # HQQ fits zero points, so matrices that are rounded with it have them.
     return KeptCodes(group_size, zeros or (len(names) < len(found) and fusion.algorithm == "hqq"), names)
+
+
+def _kept_mxfp4(plan: CheckpointPlan, module: str, layout: ExpertLayout) -> KeptCodes | None:
+    """`kept_codes` for scheme mxfp4: all matrices of the layer are stored in MXFP4, one for each expert or stacked."""
+    names = frozenset((*layout.gate_up, layout.down))
+    for name in names:
+        source = plan.sources[f"{module}.{name}"]
+        encodings = [plan.shards.tensors[stored].encoding for stored in source.all_names()]
+        if not all(encoding is not None and encoding.microscaled for encoding in encodings):
+            return None
+        if not (source.converter is None or (_moves_rows(source) and not layout.transposed)):
+            return None
+    return KeptCodes(MX_GROUP, False, names, microscaled=True)
+
+
+def usual_scheme(folder: Path) -> str:
+    """The scheme for a checkpoint for which none is given: mxfp4 if its experts are stored in MXFP4, else w4a16.
+
+    Reads headers only. Damaged checkpoints get w4a16: whoever loads them reports the damage.
+    """
+    try:
+        tensors = Shards(folder).tensors
+    except (ValueError, OSError, NotImplementedError):
+        return "w4a16"
+    experts = [stored for name, stored in tensors.items() if ".experts." in name and not name.endswith("bias")]
+    kept = experts and all(stored.encoding is not None and stored.encoding.microscaled for stored in experts)
+    return "mxfp4" if kept else "w4a16"
+
+
+def read_mxfp4(plan: CheckpointPlan, reader: ShardReader, target: str, run: slice) -> Mxfp4Codes:
+    """Reads experts `run` of a stacked weight as MXFP4 codes [E, N, K]."""
+    source = plan.sources[target]
+    if source.converter is None:
+        return reader.read_mxfp4(source.all_names()[0], run)
+    codes = {pattern: [reader.read_mxfp4(name) for name in names[run]] for pattern, names in source.names.items()}
+
+    def made(part: str) -> Tensor:
+        parts = {pattern: [getattr(code, part) for code in some] for pattern, some in codes.items()}
+        return plan.convert(source, parts)[target]
+
+    return Mxfp4Codes(made("q"), made("scale"))
 
 
 def _check_alike(declared: WeightFormat, stored: list[StoredTensor]) -> None:

@@ -19,15 +19,16 @@ from executorch_moe.backends.fusion import ExpertLayout, FusedLayer, FusionOptio
 from executorch_moe.backends.fusion.modules import find_experts, kind_of, pack_layer_codes, recognize_module
 from executorch_moe.export.models.linears import stored_int4
 from executorch_moe.export.models.pretrained import read_config
-from executorch_moe.kernels import SCHEMES, FusedExperts, PackedExperts, pack_experts
+from executorch_moe.kernels import SCHEMES, FusedExperts, Int4Codes, PackedExperts, pack_experts
 from executorch_moe.kernels.packing.experts import unpack_experts
+from executorch_moe.kernels.packing.mxfp4 import Mxfp4Codes
 from executorch_moe.kernels.schemes import check_layer_group_size
 
 from .deviation import Deviation
 from .plan import CheckpointPlan, below, meta_model
 from .shards import ShardReader, Shards
 from .sizes import check_sizes
-from .stored_codes import KeptCodes, kept_codes, mark_linears, read_codes, round_anew
+from .stored_codes import KeptCodes, kept_codes, mark_linears, read_codes, read_mxfp4, round_anew
 from .work_folder import WorkFolder, manifest_of
 
 RUN_BYTES = 32 << 20
@@ -206,7 +207,10 @@ class StreamedModel:
         }
         if layer.kept is None:
             return _pack_run(self.fusion, *layer.layout.canonical(parameters))
-        codes = {name: layer.kept.empty(parameters.pop(name)) for name in _matrices(layer.layout)}
+        codes = {}
+        for name in _matrices(layer.layout):
+            weight = parameters.pop(name)
+            codes[name] = layer.kept.empty(weight.transpose(1, 2) if layer.layout.transposed else weight)
         return pack_layer_codes(layer.layout, codes, parameters, self.fusion.scheme)
 
     def manifest(self) -> dict[str, Any]:
@@ -268,14 +272,16 @@ class StreamedModel:
     def _pack_codes(
         self, reader: ShardReader, layer: LayerPlan, kept: KeptCodes, run: slice, deviation: Deviation | None
     ) -> PackedExperts:
-        codes = {}
+        codes: dict[str, Int4Codes | Mxfp4Codes] = {}
         for name in _matrices(layer.layout):
             target = f"{layer.name}.{name}"
-            if name in kept.names:
+            if kept.microscaled:
+                codes[name] = read_mxfp4(self.plan, reader, target, run)
+            elif name in kept.names:
                 exact = read_codes(self.plan, reader, target, run, kept.group_size)
-                codes[name] = exact.rounded()
+                rounded = codes[name] = exact.rounded()
                 if deviation is not None:
-                    deviation.add_rounded(codes[name], exact)
+                    deviation.add_rounded(rounded, exact)
             else:
                 expected = self.plan.read_experts(reader, target, run)
                 codes[name] = round_anew(expected, kept, self.fusion)

@@ -139,7 +139,7 @@ def bench_kernel(
         ),
     ] = "ours,ours-tile",
     scheme: Annotated[
-        str, typer.Option(help="w4a16, w4a8, bf16; separated by commas.", rich_help_panel=WHAT)
+        str, typer.Option(help="w4a16, w4a8, mxfp4, bf16; separated by commas.", rich_help_panel=WHAT)
     ] = "w4a16",
     routing: Annotated[
         str,
@@ -199,7 +199,7 @@ def bench_chain(
         str,
         typer.Option(help="Linear layers: int8 or bf16.", autocompletion=values("int8", "bf16"), rich_help_panel=WHAT),
     ] = "int8",
-    scheme: Annotated[str, typer.Option(help="Experts: w4a16, w4a8 or bf16.", rich_help_panel=WHAT)] = "w4a16",
+    scheme: Annotated[str, typer.Option(help="Experts: w4a16, w4a8, mxfp4 or bf16.", rich_help_panel=WHAT)] = "w4a16",
     group_size: Annotated[
         int, typer.Option(help="Weights of an expert that share a scale.", rich_help_panel=WHAT)
     ] = 128,

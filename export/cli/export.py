@@ -66,13 +66,15 @@ def export(
         ),
     ] = None,
     scheme: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="w4a16 (4-bit weights), w4a8 (4-bit weights, int8 activations) or bf16.",
-            autocompletion=values("w4a16", "w4a8", "bf16"),
+            help="w4a16 (4-bit integers), w4a8 (4-bit integers, int8 activations), mxfp4 (4-bit floats, 32 a scale) or "
+            "bf16.",
+            show_default="mxfp4 if experts are stored in MXFP4, else w4a16",
+            autocompletion=values("w4a16", "w4a8", "mxfp4", "bf16"),
             rich_help_panel=EXPERTS,
         ),
-    ] = "w4a16",
+    ] = None,
     group_size: Annotated[
         int, typer.Option(help="Weights that share one scale (4-bit schemes).", rich_help_panel=EXPERTS)
     ] = 32,
@@ -178,6 +180,7 @@ def export(
     NAME.work beside the output until it is written: after an interruption, the same command continues from there.
     """
     quiet_unless(verbose)
+    from executorch_moe.export.build import usual_scheme
     from executorch_moe.export.options import Context, Dense, Experts, ExportOptions, Target
     from executorch_moe.export.report.metadata import check_report
 
@@ -187,6 +190,9 @@ def export(
         raise ValueError(f"report={str(report)!r} belongs to an export, and --check makes none: leave one of them out")
     if thin:
         warn_deprecated("--thin", "--placeholder-weights")
+    if scheme is None:  # what mxfp4 does not have asks for w4a16
+        plain = (group_size, algorithm, experts) == (32, "minmax", "ours")
+        scheme = usual_scheme(model) if plain else "w4a16"
     options = ExportOptions(
         model,
         None if check else out,

@@ -16,7 +16,7 @@ def tune(
         str, typer.Option(help="A preset (qwen35, qwen3, mixtral, gpt-oss, olmoe, deepseek-v3) or ExTOP_KxHxIxGROUP.")
     ],
     scheme: Annotated[
-        str, typer.Option(help="w4a16, w4a8 or bf16.", autocompletion=values("w4a16", "w4a8", "bf16"))
+        str, typer.Option(help="w4a16, w4a8, mxfp4 or bf16.", autocompletion=values("w4a16", "w4a8", "mxfp4", "bf16"))
     ] = "w4a16",
     layers: Annotated[int, typer.Option(help="Layers with different weights in one CUDA graph.")] = 3,
     out: Annotated[

@@ -44,10 +44,10 @@ def quantize_experts_(
 
     Args:
         model: a Mixture-of-Experts model on any device, with weights of any float dtype.
-        scheme: "w4a16", "w4a8" or "bf16".
-        group_size: weights along K that share one scale; must divide the hidden and the expert width. Ignored by scheme
-            bf16.
-        algorithm: "minmax" or "hqq", see `kernels.packing.rounding`. Ignored by scheme bf16.
+        scheme: "w4a16", "w4a8", "mxfp4" or "bf16".
+        group_size: weights along K that share one scale; must divide the hidden and the expert width. 32 for scheme
+            mxfp4, ignored by scheme bf16.
+        algorithm: "minmax" or "hqq", see `kernels.packing.rounding`. Ignored by schemes mxfp4 and bf16.
 
     Returns:
         The same model.

@@ -11,6 +11,7 @@ from executorch_moe.export.checkpoint.plan import below
 from executorch_moe.export.checkpoint.streaming import StreamedModel
 from executorch_moe.export.models.linears import stored_int4
 from executorch_moe.export.options import ExportOptions
+from executorch_moe.kernels import SCHEMES
 
 
 def stored_weights(streamed: StreamedModel, records: Sequence[FusedLayer], options: ExportOptions) -> list[str]:
@@ -48,7 +49,8 @@ def _experts(records: Sequence[FusedLayer]) -> list[str]:
         algorithm, scheme, group_size = kind
         kept, _, rest = algorithm.partition(", ")
         if kept == "kept":
-            how = f"with codes kept as {scheme}, groups of {group_size}, scales rounded to bf16"
+            scales = "scales exact" if SCHEMES[scheme].microscaled else "scales rounded to bf16"
+            how = f"with codes kept as {scheme}, groups of {group_size}, {scales}"
             how = f"{how}, matrices of other types rounded again with {rest}" if rest else how
         elif algorithm:
             how = f"rounded again to {scheme}, groups of {group_size}, {algorithm}"

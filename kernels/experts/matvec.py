@@ -16,14 +16,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from executorch_moe.kernels._device import gated_activation, launches_before, to_bf16
+from executorch_moe.kernels._device import dot_two, gated_activation, larger, launches_before, to_bf16
 
-
-@triton.jit
-def dot_two(pair, codes, FIRST: tl.constexpr, SECOND: tl.constexpr):
-    """The two int16 of `pair` times bytes FIRST and SECOND of `codes`, int32. For Triton's interpreter."""
-    low = ((pair << 16) >> 16) * ((codes << (24 - 8 * FIRST)) >> 24)
-    return low + (pair >> 16) * ((codes << (24 - 8 * SECOND)) >> 24)
+from .microscaled import sum_e2m1
 
 
 @triton.jit
@@ -104,12 +99,6 @@ def load_pair(words_ptr, valid, words, OFFSET: tl.constexpr, MASKED: tl.constexp
         valid = valid & (words > OFFSET)
     pair = tl.load(words_ptr + OFFSET, mask=valid, other=0)
     return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def larger(a, b):
-    """The larger number, NaN if one is NaN: integers could not carry it."""
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -202,12 +191,17 @@ def load_chunk(
         expert: int64, row, block: int32, valid: bool, all [REPS * BATCH * NEAR]; block: within a chunk.
 
     Returns:
-        Four scales and four zeros, as of `load_quarters`, and int32 [REPS, BATCH, NEAR, 4, 2, 2] (t, c, h).
+        Four scales (MXFP4: one word, four times) and four zeros, as of `load_quarters`, and int32 [REPS, BATCH, NEAR, 4, 2, 2] (t, c, h).
     """
     block += chunk * BLOCKS
     valid = valid & (block < KP // 128)
-    scales = w_scale_ptr + expert * ((KP // GROUP + INT8_ORDER) * N)
-    s0, s1, s2, s3 = load_quarters(scales, row, block, valid, N, GROUP, REPS, BATCH, NEAR)
+    if w_scale_ptr.dtype.element_ty == tl.uint8:  # MXFP4: one word for the scales of a row and K block
+        exponents = w_scale_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + (expert * (KP // 128 * N) + block * N + row)
+        s0 = tl.load(exponents, mask=valid, other=0).reshape(REPS, BATCH, NEAR, 1)
+        s1, s2, s3 = s0, s0, s0
+    else:
+        scales = w_scale_ptr + expert * ((KP // GROUP + INT8_ORDER) * N)
+        s0, s1, s2, s3 = load_quarters(scales, row, block, valid, N, GROUP, REPS, BATCH, NEAR)
     if HAS_ZERO:
         zeros = w_zero_ptr + expert * (KP // GROUP * N)
         z0, z1, z2, z3 = load_quarters(zeros, row, block, valid, N, GROUP, REPS, BATCH, NEAR)
@@ -234,6 +228,7 @@ def multiply_chunk(
         s0 to w: of `load_chunk`.
     """
     # Small loads, so Triton makes them in the layout of their use, without a trip through shared memory.
+    MX: tl.constexpr = s0.dtype == tl.int32
     APART: tl.constexpr = GROUP < 128
     MASKED: tl.constexpr = K != KP
     H: tl.constexpr = 8 if INT8_ORDER else 4
@@ -251,7 +246,7 @@ def multiply_chunk(
     i0, j0, i1, j1, i2, j2, i3, j3, m3 = load_word(x_ptr, ok, words, C + H, N1, N2, MASKED)
     largest = larger(larger(larger(m0, m1), larger(m2, m3)), 1e-30)  # NaN and infinity make the sums NaN
     per_unit = 32512.0 / largest
-    unit = (largest * (1.0 / (32512.0 * 16.0)))[None, :, None, :]
+    unit = (largest * (1.0 / (32512.0 * (2.0 if MX else 16.0))))[None, :, None, :]
     p0, p1, p2, p3 = quantize_word(c0, d0, c1, d1, c2, d2, c3, d3, per_unit, APART)
     q0, q1, q2, q3 = quantize_word(e0, f0, e1, f1, e2, f2, e3, f3, per_unit, APART)
     r0, r1, r2, r3 = quantize_word(g0, h0, g1, h1, g2, h2, g3, h3, per_unit, APART)
@@ -260,7 +255,11 @@ def multiply_chunk(
     w0, w2 = tl.split(even)
     w1, w3 = tl.split(odd)
     none = tl.zeros_like(w0)
-    if not APART:
+    if MX:
+        sums = sum_e2m1(
+            w0, w1, w2, w3, p0, p1, p2, p3, q0, q1, q2, q3, r0, r1, r2, r3, t0, t1, t2, t3, s0, PTX,
+        )  # fmt: skip
+    elif not APART:
         acc = dot_codes(w0, p0, p1, p2, p3, none, PTX)
         acc = dot_codes(w1, q0, q1, q2, q3, acc, PTX)
         acc = dot_codes(w2, r0, r1, r2, r3, acc, PTX)

@@ -16,6 +16,8 @@ from executorch_moe.kernels._device import (
     rows_of_pairs,
 )
 
+from .microscaled import decode_e2m1, factors_of_exponents
+
 
 @triton.jit
 def load_weight_block(w_ptr, kb, offs_n, N: tl.constexpr, W_BITS: tl.constexpr, INT8: tl.constexpr, KP: tl.constexpr):
@@ -88,6 +90,21 @@ def weight_operand(
         z0, z1, z2, z3 = s0, s1, s2, s3
     half = natural_halfwords(raw, BLOCK_N)
     w0, w1, w2, w3 = decode_bf16(half, s0, s1, s2, s3, z0, z1, z2, z3, HAS_ZERO, PTX)
+    return join_quarters(w0, w1, w2, w3, BLOCK_N)
+
+
+@triton.jit
+def mx_operand(raw, first, second, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr, PTX: tl.constexpr):
+    """`weight_operand` for MXFP4: weights / 2^32, exact. Register moves only.
+
+    first, second: words of `load_exponents`.
+    """
+    f0, f1, f2, f3 = factors_of_exponents(first, second, BLOCK_N, PAIRS)
+    f0 = tl.broadcast_to(f0[:, None], (BLOCK_N, 32))
+    f1 = tl.broadcast_to(f1[:, None], (BLOCK_N, 32))
+    f2 = tl.broadcast_to(f2[:, None], (BLOCK_N, 32))
+    f3 = tl.broadcast_to(f3[:, None], (BLOCK_N, 32))
+    w0, w1, w2, w3 = decode_e2m1(natural_halfwords(raw, BLOCK_N), f0, f1, f2, f3, PTX)
     return join_quarters(w0, w1, w2, w3, BLOCK_N)
 
 

@@ -21,7 +21,16 @@ from executorch_moe.kernels._device import (
     to_bf16,
 )
 
-from .operands import code_operand, int8_operands, k_order, load_weight_block, natural_halfwords, weight_operand
+from .microscaled import load_exponents
+from .operands import (
+    code_operand,
+    int8_operands,
+    k_order,
+    load_weight_block,
+    mx_operand,
+    natural_halfwords,
+    weight_operand,
+)
 
 
 @triton.jit
@@ -94,6 +103,7 @@ def gemm_tile(
     split: which of the SPLIT_K parts of K. FEW: few tokens, where latency within each program decides the time.
     """
     INT8: tl.constexpr = ACT_GROUP > 0
+    MX: tl.constexpr = W_BITS == 4 and w_scale_ptr.dtype.element_ty == tl.uint8  # MXFP4 has scales of one byte
     SEGMENTS: tl.constexpr = (KP + ACT_GROUP - 1) // ACT_GROUP if INT8 else 1
     KB: tl.constexpr = (KP // 128 + SPLIT_K - 1) // SPLIT_K  # K blocks of a part
     offs_n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -103,7 +113,7 @@ def gemm_tile(
         x_scale_rows = x_scale_ptr + x_row.to(tl.int64) * SEGMENTS
     w_ptr += expert * ((N * KP) if W_BITS == 16 else (N * KP // 2))
     # For int8 fragments, the rows' scales follow the multipliers of the groups.
-    s_ptr = w_scale_ptr + expert * ((KP // GROUP + INT8_ORDER) * N)
+    s_ptr = w_scale_ptr + expert * ((KP // GROUP + INT8_ORDER) * N)  # MX: bytes, as many as groups
     z_ptr = w_zero_ptr + expert * (KP // GROUP * N)
     # Padded columns need a mask for each K block, but the four quarters share one mask.
     QUARTERS: tl.constexpr = FEW and SCALE_AFTER and W_BITS == 4 and not INT8 and K == KP
@@ -129,7 +139,11 @@ def gemm_tile(
         # Scales are loaded one iteration ahead, because they are too narrow for asynchronous copies.
         if W_BITS == 4:
             begin = start if SPLIT_K == 1 else tl.minimum(start, KP // 128 - 1)  # the last part may be empty
-            s0, s1, s2, s3 = load_groups(s_ptr, begin, n_block, N, GROUP, BLOCK_N)
+            if MX:
+                s0, s1 = load_exponents(s_ptr, begin, n_block, N, BLOCK_N, FEW)
+                s2, s3 = s0, s1
+            else:
+                s0, s1, s2, s3 = load_groups(s_ptr, begin, n_block, N, GROUP, BLOCK_N)
             if HAS_ZERO:
                 z0, z1, z2, z3 = load_groups(z_ptr, begin, n_block, N, GROUP, BLOCK_N)
             else:
@@ -158,15 +172,22 @@ def gemm_tile(
             elif SCALE_AFTER and not QUARTERS:
                 codes = code_operand(raw, BLOCK_N, PTX)
                 acc += dot_f32(codes, x, tl.zeros_like(acc), PTX) * rows_of_pairs(s0, BLOCK_N)[:, None]
+            elif MX:
+                operand = mx_operand(raw, s0, s1, BLOCK_N, FEW, PTX)
+                acc = done_with_registers(dot_f32(operand, x, acc, PTX), PTX)
             elif not QUARTERS:
                 operand = weight_operand(raw, s0, s1, s2, s3, z0, z1, z2, z3, HAS_ZERO, INT8_ORDER, BLOCK_N, PTX)
                 acc = done_with_registers(dot_f32(operand, x, acc, PTX), PTX)
-            if W_BITS == 4:
+            if MX:
+                s0, s1 = load_exponents(s_ptr, ahead, n_block, N, BLOCK_N, FEW)
+            elif W_BITS == 4:
                 s0, s1, s2, s3 = load_groups(s_ptr, ahead, n_block, N, GROUP, BLOCK_N)
                 if HAS_ZERO:
                     z0, z1, z2, z3 = load_groups(z_ptr, ahead, n_block, N, GROUP, BLOCK_N)
                 else:
                     z0, z1, z2, z3 = s0, s1, s2, s3
+    if MX:
+        acc *= 4294967296.0  # 2^32
     if INT8:
         acc = acc.to(tl.float32) * tl.load(x_scale_rows + SEGMENTS - 1)[None, :]
     if INT8_ORDER:

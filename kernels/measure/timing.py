@@ -8,6 +8,7 @@ of layers.
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,9 +25,11 @@ from executorch_moe.kernels.packing.fragments import (
     dequantize,
     fragment_order,
     interleave_gate_up,
+    nibble_order,
 )
+from executorch_moe.kernels.packing.mxfp4 import E8M0_BIAS, pack_e8m0
 from executorch_moe.kernels.reference import reference_experts
-from executorch_moe.kernels.schemes import get_scheme
+from executorch_moe.kernels.schemes import MX_GROUP, get_scheme
 from executorch_moe.kernels.shapes import LayerShape
 
 H200_FLOPS = 790e12
@@ -41,10 +44,11 @@ def random_packed(shape: LayerShape, scheme: str, device: str, generator: torch.
     Padding dequantizes to zero, as after `pack_experts`; the kernels rely on it.
 
     Args:
-        shape: sizes of the layer, not padded. scheme: name of the scheme.
+        shape: sizes of the layer, not padded; scheme mxfp4 has groups of 32 for any. scheme: name of the scheme.
         device: also "meta". generator: on that device.
     """
-    padded, kind, g = shape.padded(), get_scheme(scheme), shape.group_size
+    kind = get_scheme(scheme)
+    padded, g = shape.padded(), MX_GROUP if kind.microscaled else shape.group_size
     e = shape.experts
 
     def matrix(gemm: int) -> tuple[Tensor, Tensor | None]:
@@ -56,6 +60,13 @@ def random_packed(shape: LayerShape, scheme: str, device: str, generator: torch.
         # Whole words: on a CPU eight times as fast as single bytes.
         words = torch.empty(e, k // 128, n, 8, dtype=torch.int64, device=device)
         w = words.random_(-(2**63), None, generator=generator).view(torch.uint8)
+        if kind.microscaled:
+            group_of_byte = nibble_order("mxfp4", w.device)[0] // g
+            padding = columns[::g].reshape(-1, 4)[:, group_of_byte][:, None] | rows[:, None]
+            # Random e2m1 codes have a standard deviation of 2.9.
+            exponent = E8M0_BIAS + round(math.log2(k**-0.5 / 2.9))
+            steps = torch.randint(-1, 2, (e, n, k // g), device=device, generator=generator)
+            return w.masked_fill_(padding, 0), pack_e8m0(exponent + steps, n, k)
         scale = torch.rand(e, k // g, n, device=device, generator=generator) * 0.5 + 0.75
         # Rows r and r + 8 of 16 are adjacent in the scales. A group is all padding or none.
         pairs = rows.reshape(n // 16, 2, 8).transpose(1, 2).reshape(n)
@@ -212,7 +223,9 @@ def work(shape: LayerShape, scheme: str, layers: list[LayerInputs]) -> tuple[flo
     tokens = layers[0].hidden_states.shape[0]
     touched = statistics.mean(int(layer.topk_ids.unique().numel()) for layer in layers)
     flops = 2.0 * tokens * shape.top_k * 3 * shape.hidden * shape.intermediate
-    bits = get_scheme(scheme).weight_bits + (16 / shape.group_size if get_scheme(scheme).packed else 0)
+    kind = get_scheme(scheme)
+    scale_bits = 8 / MX_GROUP if kind.microscaled else 16 / shape.group_size
+    bits = kind.weight_bits + (scale_bits if kind.packed else 0)
     return flops, touched * 3 * shape.hidden * shape.intermediate * bits / 8
 
 

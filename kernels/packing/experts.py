@@ -13,9 +13,10 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.nn.functional import pad
 
 from executorch_moe.kernels.arguments import TENSORS, ExpertArguments
-from executorch_moe.kernels.schemes import K_BLOCK, check_layer_group_size, get_scheme, round_up
+from executorch_moe.kernels.schemes import K_BLOCK, check_any_group_size, check_layer_group_size, get_scheme, round_up
 
 from .fragments import deinterleave_gate_up, dequantize, fragment_order, interleave_gate_up, pack_int4
+from .mxfp4 import E8M0_NAN, Mxfp4Codes, pack_e8m0, quantize_mxfp4
 from .rounding import Int4Codes, check_algorithm, round_weights
 
 
@@ -27,7 +28,8 @@ class PackedExperts:
         w13: packed gate and up projection. uint8 [E, Hp/128, 2*Ip, 64], or bf16 [E, 2*Ip, Hp] for scheme bf16.
         w2: packed down projection. uint8 [E, Ip/128, Hp, 64], or bf16 [E, Hp, Ip] for scheme bf16.
         w13_scale, w2_scale: bf16 [E, K/group_size, N], None for scheme bf16. In scheme w4a8, w13_scale holds multiples
-            of the rows' scales, and the rows' scales as one more group: [E, K/group_size + 1, N].
+            of the rows' scales, and the rows' scales as one more group: [E, K/group_size + 1, N]. In scheme mxfp4,
+            scales are uint8 [E, K/128, N, 4].
         w13_zero, w2_zero: bf16, shaped like the scales, or None. Added after scaling: value = q * scale + zero.
         w13_bias, w2_bias: fp32 [E, 2*Ip] in packed row order and fp32 [E, Hp], or None.
         scheme, group_size: as passed to `pack_experts`; group_size is 0 for scheme bf16.
@@ -83,13 +85,17 @@ class PackedExperts:
         return sum(t.nbytes for t in self.tensors().values() if t is not None)
 
 
-def _pack_matrix(codes: Int4Codes, order: str, n_pad: int, k_pad: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def _pack_matrix(
+    codes: Int4Codes | Mxfp4Codes, order: str, n_pad: int, k_pad: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Pads codes q [E, N, K] and their groups [E, N, K/g] to n_pad and k_pad, then packs both.
 
     Scales and zeros become [E, Kp/g, Np] in pairs of rows; rows' own scales, if there are any, are one more group.
     """
     n, k = codes.q.shape[1:]
     q = pad(codes.q, (0, k_pad - k, 0, n_pad - n))
+    if isinstance(codes, Mxfp4Codes):
+        return pack_int4(q, order), pack_e8m0(codes.scale, n_pad, k_pad), None
 
     def by_group(t: Tensor, groups: int = -(-k_pad // codes.group_size)) -> Tensor:
         padded = pad(t.bfloat16(), (0, groups - t.shape[-1], 0, n_pad - n))
@@ -142,7 +148,7 @@ def _check_floats(**tensors: Tensor | None) -> None:
             )
 
 
-def _check_finite(expert: int, **tensors: Tensor | Int4Codes | None) -> None:
+def _check_finite(expert: int, **tensors: Tensor | Int4Codes | Mxfp4Codes | None) -> None:
     """Checks the scales of rounded weights: a scale is finite only if all weights of its group are.
 
     Scales are fewer than weights, so this is faster than a check of the weights.
@@ -153,6 +159,8 @@ def _check_finite(expert: int, **tensors: Tensor | Int4Codes | None) -> None:
     for name, rounded in tensors.items():
         if isinstance(rounded, Int4Codes):
             rounded = rounded.scale if rounded.row_scale is None else rounded.row_scale
+        elif isinstance(rounded, Mxfp4Codes):
+            rounded = torch.where(rounded.scale == E8M0_NAN, torch.nan, 0.0)
         # Meta and fake tensors have no values to check. aminmax returns NaN if any value is NaN.
         if rounded is None or rounded.is_meta or is_fake(rounded):
             continue
@@ -180,10 +188,10 @@ def pack_experts(
     Args:
         gate_up: float [E, 2I, H], gate rows first, then up rows (the layout of transformers' Qwen3-MoE experts).
         down: float [E, H, I].
-        scheme: "w4a16", "w4a8" or "bf16".
-        group_size: weights that share one scale; divides H and I. Ignored by scheme bf16.
+        scheme: "w4a16", "w4a8", "mxfp4" or "bf16".
+        group_size: weights that share one scale; divides H and I. 32 for scheme mxfp4, ignored by scheme bf16.
         algorithm: "minmax" or "hqq", see `rounding`. hqq chooses zero points if the scheme supports them (w4a16).
-            Ignored by scheme bf16.
+            Ignored by scheme bf16, and by mxfp4, see `mxfp4.quantize_mxfp4`.
         gate_up_bias, down_bias: float [E, 2I] and [E, H], or None.
         first_expert: index in its layer of the first expert, for error messages.
 
@@ -199,6 +207,7 @@ def pack_experts(
     _check_weights(gate_up, down, gate_up_bias, down_bias)
     _check_floats(gate_up=gate_up, down=down, gate_up_bias=gate_up_bias, down_bias=down_bias)
     if kind.packed:
+        check_any_group_size(group_size, scheme)
         check_layer_group_size(group_size, gate_up.shape[2], down.shape[2])
 
     def one(e: int) -> PackedExperts:
@@ -210,10 +219,15 @@ def pack_experts(
             _check_finite(first_expert + e, gate_up=w13, down=w2)
             return _pack_floats(w13[None], w2[None], scheme, *biases)
         q13, q2 = (
-            round_weights(weight, group_size, algorithm, kind.takes_zeros, kind.row_scaled(gemm))
+            quantize_mxfp4(weight)
+            if kind.microscaled
+            else round_weights(weight, group_size, algorithm, kind.takes_zeros, kind.row_scaled(gemm))
             for gemm, weight in ((1, w13), (2, w2))
         )
         _check_finite(first_expert + e, gate_up=q13, down=q2)
+        for name, codes in (("gate_up", q13), ("down", q2)):
+            if isinstance(codes, Mxfp4Codes):
+                codes.check(f"{name} of expert {first_expert + e}")
         return _pack_codes(q13[None], q2[None], scheme, *biases)
 
     return stack_experts(map(one, range(gate_up.shape[0])), gate_up.shape[0])
@@ -221,8 +235,8 @@ def pack_experts(
 
 @torch.no_grad()
 def pack_codes(
-    gate_up: Int4Codes,
-    down: Int4Codes,
+    gate_up: Int4Codes | Mxfp4Codes,
+    down: Int4Codes | Mxfp4Codes,
     *,
     scheme: str = "w4a16",
     gate_up_bias: Tensor | None = None,
@@ -233,21 +247,23 @@ def pack_codes(
     Args:
         gate_up: codes [E, 2I, H], gate rows first, then up rows.
         down: codes [E, H, I]. If the group sizes differ, both become their greatest common divisor, which is exact.
-        scheme: "w4a16", or "w4a8" for codes without zero points. For w4a8, the `gate_up` scales of a row must be 1 to
-            16 times one scale; a single scale per row always is.
+        scheme: "w4a16", or "w4a8" for codes without zero points; "mxfp4" for `Mxfp4Codes`. For w4a8, the `gate_up`
+            scales of a row must be 1 to 16 times one scale; a single scale per row always is.
         gate_up_bias, down_bias: float [E, 2I] and [E, H], or None.
 
     Returns:
         PackedExperts on the device of `gate_up`. If only one matrix has zero points, those of the other are zeros.
 
     Raises:
-        ValueError: unknown scheme, or scheme bf16; shapes or devices that do not match; an unsupported group size; zero
-            points or scales that w4a8 cannot represent.
+        ValueError: unknown scheme, or scheme bf16; codes of another scheme; shapes or devices that do not match; an
+            unsupported group size; zero points or scales that w4a8 cannot represent; scales that mxfp4 cannot.
     """
     kind = get_scheme(scheme)
     if not kind.packed:
         raise ValueError(f"scheme={scheme} holds no 4-bit codes: use w4a16 or w4a8, or dequantize the weights first")
     _check_weights(gate_up.q, down.q, gate_up_bias, down_bias)
+    if isinstance(gate_up, Mxfp4Codes) or isinstance(down, Mxfp4Codes) or kind.microscaled:
+        return _pack_mxfp4(gate_up, down, scheme, gate_up_bias, down_bias)
     if not kind.takes_zeros and not (gate_up.zero is None and down.zero is None):
         raise ValueError(
             f"scheme={scheme} multiplies in int8 and takes no zero points, but these weights have some: use w4a16, or "
@@ -266,6 +282,31 @@ def pack_codes(
         biases = (None if bias is None else bias[e : e + 1] for bias in (gate_up_bias, down_bias))
         q13, q2 = (codes[e : e + 1].regrouped(group_size) for codes in (gate_up, down))
         return _pack_codes(q13, q2, scheme, *biases)
+
+    return stack_experts(map(one, range(gate_up.q.shape[0])), gate_up.q.shape[0])
+
+
+def _pack_mxfp4(
+    gate_up: Int4Codes | Mxfp4Codes,
+    down: Int4Codes | Mxfp4Codes,
+    scheme: str,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+) -> PackedExperts:
+    """`pack_codes` for scheme mxfp4, or for codes of it."""
+    if not (isinstance(gate_up, Mxfp4Codes) and isinstance(down, Mxfp4Codes) and scheme == "mxfp4"):
+        kinds = " and ".join("MXFP4" if isinstance(c, Mxfp4Codes) else "4-bit integers" for c in (gate_up, down))
+        raise ValueError(
+            f"scheme={scheme} with gate_up and down as {kinds}: scheme mxfp4 takes MXFP4 in both, w4a16 and w4a8 take "
+            "integers; dequantize the weights and use pack_experts"
+        )
+    check_layer_group_size(gate_up.group_size, gate_up.q.shape[2], down.q.shape[2])
+    gate_up.check("gate_up")
+    down.check("down")
+
+    def one(e: int) -> PackedExperts:
+        biases = (None if bias is None else bias[e : e + 1] for bias in (gate_up_bias, down_bias))
+        return _pack_codes(gate_up[e : e + 1], down[e : e + 1], scheme, *biases)
 
     return stack_experts(map(one, range(gate_up.q.shape[0])), gate_up.q.shape[0])
 
@@ -311,7 +352,11 @@ def _pack_floats(
 
 
 def _pack_codes(
-    gate_up: Int4Codes, down: Int4Codes, scheme: str, gate_up_bias: Tensor | None, down_bias: Tensor | None
+    gate_up: Int4Codes | Mxfp4Codes,
+    down: Int4Codes | Mxfp4Codes,
+    scheme: str,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
 ) -> PackedExperts:
     """Packs experts of a 4-bit scheme; the arguments are checked and have one group size."""
     h, i = gate_up.q.shape[2], down.q.shape[2]

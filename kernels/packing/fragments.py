@@ -11,6 +11,7 @@ of a block are consecutive. Codes q are signed nibbles in [-8, 7]; value = q * s
 row; thread t of them reads the 16 bytes from 16t on, which are exactly the values of its operand fragments.
     w4a16 (bf16 fragments, m16k16):  k = 32s + 16c + 8h + 2t + l  ->  byte 16t + 8c + 4h + 2l + s // 2, nibble s % 2
     w4a8  (int8 fragments, m16k32):  k = 64s + 32c + 16h + 4t + 2m + l ->  byte 16t + 8c + 4h + 2l + m, nibble s
+    mxfp4 (bf16 fragments):  as w4a16, but quarters s of a halfword's nibbles are 3, 1, 2, 0 (`decode_e2m1` has the reason)
     (s, c, h, t, m, l are the digits of k; nibble 0 is the low one)
 In int8 order, the middle two of every four values are swapped, in weights and in quantized activations. The product
 is the same, and the bf16 decoder finds neighboring values where it expects them, so that few tokens can be
@@ -20,6 +21,11 @@ Within runs of 16 rows the order is 0, 8, 1, 9, ... 7, 15: rows r and r + 8, who
 32-bit word.
 For int8 fragments, a group's scale is an integer multiple, 1 to 16 (0 in padding), of its row's scale. The rows' scales
 follow those of the groups: bf16 [E, K/group_size + 1, N]. A code times its multiple fits int8.
+
+mxfp4: codes are e2m1 floats (sign, two exponent bits, mantissa bit).
+Scales are powers of two, uint8 [E, K/128, N, 4]: a 32-bit word has the exponents of the four groups of a row in a K
+block, plus an offset (`mxfp4.STORED_OFFSET`), where bf16 numbers have theirs. Groups 0 and 1: bits 14..7 and 30..23.
+Groups 2 and 3: the same bits of the word rotated left by 8.
 
 bf16 scheme, bf16 [E, N, K]: rows as above, K contiguous.
 
@@ -32,6 +38,8 @@ import torch
 from torch import Tensor
 
 from executorch_moe.kernels.schemes import GATE_UP_GRANULE, K_BLOCK, Scheme, get_scheme
+
+from .mxfp4 import e2m1_values, unpack_e8m0
 
 
 def interleave_gate_up(rows: Tensor) -> Tensor:
@@ -53,6 +61,9 @@ def _fragments(values: Tensor, scheme: str) -> Tensor:
     lead, first = values.shape[:-1], values.dim() - 1
     if scheme == "w4a8":  # k = (s, c, h, t, m, l) -> byte (t, c, h, l, m), nibble s
         digits, order = (2, 2, 2, 4, 2, 2), (3, 1, 2, 5, 4, 0)
+    elif scheme == "mxfp4":  # k = (3 - (s1, s0), c, h, t, l) -> byte (t, c, h, l, s0), nibble s1
+        digits, order = (2, 2, 2, 2, 4, 2), (4, 2, 3, 5, 1, 0)
+        values = values.reshape(*lead, 4, 32).flip(-2)
     else:  # k = (s1, s0, c, h, t, l) -> byte (t, c, h, l, s1), nibble s0
         digits, order = (2, 2, 2, 2, 4, 2), (4, 2, 3, 5, 0, 1)
     parts = values.reshape(*lead, *digits).permute(*range(first), *(first + digit for digit in order))
@@ -63,8 +74,8 @@ def pack_int4(q: Tensor, scheme: str) -> Tensor:
     """Pack 4-bit codes into layout version 3.
 
     Args:
-        q: int8 [E, N, K] in [-8, 7], K a multiple of 128.
-        scheme: "w4a16" or "w4a8": decides the fragment order.
+        q: int8 [E, N, K] in [-8, 7], or uint8 for mxfp4, K a multiple of 128.
+        scheme: "w4a16", "w4a8" or "mxfp4": decides the fragment order.
 
     Returns:
         uint8 [E, K/128, N, 64].
@@ -80,27 +91,33 @@ def unpack_int4(packed: Tensor, scheme: str) -> Tensor:
 
     Args:
         packed: uint8 [E, K/128, N, 64].
-        scheme: "w4a16" or "w4a8".
+        scheme: "w4a16", "w4a8" or "mxfp4".
 
     Returns:
-        fp32 [E, N, K] with integers in [-8, 7].
+        fp32 [E, N, K] with integers in [-8, 7]; for mxfp4 the e2m1 codes, in [0, 15].
     """
     e, kb, n, _ = packed.shape
     byte = packed.to(torch.int32)
-    # Two's complement nibble -> integer without a branch: (x ^ 8) - 8.
-    nibble = torch.stack(((byte & 0xF) ^ 8, ((byte >> 4) & 0xF) ^ 8), dim=-1)
+    low, high = byte & 0xF, (byte >> 4) & 0xF
+    if scheme != "mxfp4":  # two's complement nibble -> integer without a branch: (x ^ 8) - 8
+        low, high = low ^ 8, high ^ 8
+    nibble = torch.stack((low, high), dim=-1)
     if scheme == "w4a8":  # (t, c, h, l, m, s) -> (s, c, h, t, m, l)
         natural = nibble.reshape(e, kb, n, 4, 2, 2, 2, 2, 2).permute(0, 2, 1, 8, 4, 5, 3, 7, 6)
+    elif scheme == "mxfp4":  # (t, c, h, l, s0, s1) -> (3 - (s1, s0), c, h, t, l)
+        natural = nibble.reshape(e, kb, n, 4, 2, 2, 2, 2, 2).permute(0, 2, 1, 8, 7, 4, 5, 3, 6)
+        natural = natural.reshape(e, n, kb, 4, 32).flip(3)
     else:  # (t, c, h, l, s1, s0) -> (s1, s0, c, h, t, l)
         natural = nibble.reshape(e, kb, n, 4, 2, 2, 2, 2, 2).permute(0, 2, 1, 7, 8, 4, 5, 3, 6)
-    return natural.reshape(e, n, kb * K_BLOCK).to(torch.float32) - 8.0
+    codes = natural.reshape(e, n, kb * K_BLOCK).to(torch.float32)
+    return codes if scheme == "mxfp4" else codes - 8.0
 
 
 def nibble_order(scheme: str, device: torch.device | None = None) -> Tensor:
     """Position within its K block of the value in the low and in the high nibble of each of the 64 bytes.
 
     Args:
-        scheme: fragment order, "w4a16" or "w4a8".
+        scheme: fragment order, "w4a16", "w4a8" or "mxfp4".
 
     Returns:
         int64 [2, 64].
@@ -118,12 +135,14 @@ def unpack_scales(scale: Tensor, scheme: str) -> Tensor:
     """Scales of a packed matrix in the order of its rows; traceable.
 
     Args:
-        scale: bf16 [E, K/group_size, N], as for `dequantize`.
-        scheme: "w4a16" or "w4a8".
+        scale: as for `dequantize`.
+        scheme: "w4a16", "w4a8" or "mxfp4".
 
     Returns:
         fp32 [E, N, K/group_size].
     """
+    if scheme == "mxfp4":
+        return unpack_e8m0(scale)
     scales = _by_row(scale)
     return scales[:, :, :-1] * scales[:, :, -1:] if scheme == "w4a8" else scales
 
@@ -143,8 +162,12 @@ def dequantize_in_place(packed: Tensor, scale: Tensor, zero: Tensor | None, sche
     """
     e, blocks, n, width = packed.shape
     bytes_ = torch.cat([packed[:, block] for block in range(blocks)], -1)  # [E, N, K/2]
-    # 16 * code as a signed byte: the multiplication wraps.
-    nibbles = [part.to(torch.int8).to(torch.float32) for part in (bytes_ * 16, bytes_ & 0xF0)]
+    if scheme == "mxfp4":
+        nibbles = [e2m1_values(bytes_ & 0xF), e2m1_values((bytes_ & 0xF0).to(torch.float32) * 0.0625)]
+        unit = 1.0
+    else:  # 16 * code as a signed byte: the multiplication wraps
+        nibbles = [part.to(torch.int8).to(torch.float32) for part in (bytes_ * 16, bytes_ & 0xF0)]
+        unit = 0.0625
     order = nibble_order(scheme, packed.device)
 
     def spread(groups: Tensor) -> list[Tensor]:  # fp32 [E, N, groups] -> for both nibbles [E, N, K/2]
@@ -156,7 +179,7 @@ def dequantize_in_place(packed: Tensor, scale: Tensor, zero: Tensor | None, sche
         return [torch.mm(rows, hits[nibble]).reshape(e, n, blocks * width) for nibble in (0, 1)]
 
     weights = [
-        codes * scales for codes, scales in zip(nibbles, spread(unpack_scales(scale, scheme) * 0.0625), strict=True)
+        codes * scales for codes, scales in zip(nibbles, spread(unpack_scales(scale, scheme) * unit), strict=True)
     ]
     if zero is not None:
         weights = [weight + zeros for weight, zeros in zip(weights, spread(_by_row(zero)), strict=True)]
@@ -168,8 +191,9 @@ def dequantize(packed: Tensor, scale: Tensor | None, zero: Tensor | None, scheme
 
     Args:
         packed: w13 or w2 of `PackedExperts`.
-        scale, zero: bf16 [E, K/group_size, N] or None. For "w4a8", scale ends with the rows' scales as one more group.
-        scheme: fragment order of the packed matrix, "w4a16" or "w4a8".
+        scale, zero: bf16 [E, K/group_size, N] or None. For "w4a8", scale ends with the rows' scales as one more group;
+            for "mxfp4", it is uint8 [E, K/128, N, 4].
+        scheme: fragment order of the packed matrix, "w4a16", "w4a8" or "mxfp4".
 
     Returns:
         fp32 [E, N, K] (padded sizes, rows in packed order).
@@ -177,6 +201,8 @@ def dequantize(packed: Tensor, scale: Tensor | None, zero: Tensor | None, scheme
     if scale is None:
         return packed.to(torch.float32)
     codes = unpack_int4(packed, scheme)
+    if scheme == "mxfp4":
+        codes = e2m1_values(codes)
     e, n, k = codes.shape
     scales = unpack_scales(scale, scheme)
     groups = scales.shape[2]
@@ -187,6 +213,8 @@ def dequantize(packed: Tensor, scale: Tensor | None, zero: Tensor | None, scheme
 
 
 def fragment_order(scheme: Scheme | str, gemm: int) -> str:
-    """Fragment order of a matrix: "w4a8" if GEMM `gemm` (1 or 2) of the scheme multiplies in int8, else "w4a16"."""
+    """Fragment order of a matrix: "w4a8" if GEMM `gemm` (1 or 2) multiplies in int8, "mxfp4", else "w4a16"."""
     kind = get_scheme(scheme) if isinstance(scheme, str) else scheme
+    if kind.microscaled:
+        return "mxfp4"
     return "w4a8" if kind.act_group(gemm) else "w4a16"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from executorch_moe.kernels.gpus import Gpu
-from executorch_moe.kernels.schemes import Scheme
+from executorch_moe.kernels.schemes import SCHEMES, Scheme
 from executorch_moe.kernels.shapes import LayerShape
 
 from .configs import GemmConfig, MatvecConfig
@@ -59,8 +59,15 @@ def layer_key(scheme: Scheme, layer: LayerShape) -> dict[str, Any]:
 
 
 def find_table(gpu: Gpu, scheme: Scheme, layer: LayerShape) -> TunedLayer | None:
-    """The table entry of a layer; None if the GPU has no table, or the table no such entry."""
-    return _read(table_path(gpu)).get(_frozen(layer_key(scheme, layer)))
+    """The table entry of a layer; None if the GPU has no table, or the table no such entry.
+
+    A layer in mxfp4 without an entry has that of the same layer in w4a16.
+    """
+    layers = _read(table_path(gpu))
+    found = layers.get(_frozen(layer_key(scheme, layer)))
+    if found is None and scheme.microscaled:
+        found = layers.get(_frozen(layer_key(SCHEMES["w4a16"], layer)))
+    return found
 
 
 def _frozen(key: dict[str, Any]) -> tuple[tuple[str, Any], ...]:

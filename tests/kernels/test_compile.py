@@ -84,11 +84,12 @@ def test_kernels_fit_the_target(scheme: str, capability: int, record_property: C
 
 
 @pytest.mark.compiler
+@pytest.mark.parametrize("scheme", ["w4a16", "mxfp4"])
 @pytest.mark.parametrize("tokens", [1, 512])
-def test_clamped_swiglu_with_biases(tokens: int) -> None:
+def test_clamped_swiglu_with_biases(tokens: int, scheme: str) -> None:
     """GPT-OSS's layer on an H100: its hidden size is not a power of two."""
     gpu = find_model("sm_90").gpu
-    launches = record_launches(gpu, "w4a16", tokens, SHAPES["gpt-oss"], Options(), "swiglu_oai", bias=True)
+    launches = record_launches(gpu, scheme, tokens, SHAPES["gpt-oss"], Options(), "swiglu_oai", bias=True)
     gemms = [launch for launch in launches if launch.constexprs.get("GEMM")]
     assert [launch.constexprs["ACTIVATION"] for launch in gemms] == [1, 1]
     for launch in gemms:
@@ -118,15 +119,15 @@ def test_kernels_are_configured_for_the_target() -> None:
         assert gpu_of(0).capability == 89
 
 
-OFTEN = {256, 60}
-"""Layers with this many experts, one of them without an entry, are compiled in `make test`."""
+OFTEN = {256, 60, 32}
+"""Layers with this many experts, two of them without an entry, are compiled in `make test`."""
 
 
 def tuned_layers() -> list[tuple[str, LayerShape]]:
-    """Scheme and layer of each entry in the table of the H200, and of one layer without an entry."""
+    """Scheme and layer of each entry in the table of the H200, and of two layers without an entry."""
     stored = json.loads(table_path(find_model("h200").gpu).read_text())["layers"]
     layers = [(layer.pop("scheme"), LayerShape(**layer)) for layer in (entry["layer"] for entry in stored)]
-    return [*layers, ("w4a8", LayerShape(60, 4, 2048, 1408, 128))]
+    return [*layers, ("w4a8", LayerShape(60, 4, 2048, 1408, 128)), ("mxfp4", SHAPES["gpt-oss"].padded())]
 
 
 @pytest.mark.compiler
@@ -179,16 +180,31 @@ def test_a_wgmma_without_a_wait_in_its_step_is_a_hazard() -> None:
 
 
 @pytest.mark.compiler
+@pytest.mark.parametrize("tokens", [1, 4, 16, 64])
+def test_mxfp4_takes_registers_for_no_fewer_programs(tokens: int) -> None:
+    """GPT-OSS's layer on an H100: at least 4/5 as many programs fit a multiprocessor as with w4a16."""
+    gpu = find_model("sm_90").gpu
+    fitting = []
+    for scheme in ("w4a16", "mxfp4"):
+        launches = record_launches(gpu, scheme, tokens, SHAPES["gpt-oss"], Options(tables=False))
+        gemms = [launch for launch in launches if launch.constexprs.get("GEMM")]
+        reports = [(launch, compile_launch(launch, 90)) for launch in gemms]
+        assert not any(report.spill_bytes for _, report in reports)
+        fitting.append([65536 // (-(-report.registers // 8) * 8 * 32 * launch.num_warps) for launch, report in reports])
+    assert all(ours >= 0.8 * theirs for theirs, ours in zip(*fitting, strict=True)), fitting
+
+
+@pytest.mark.compiler
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("group_size", [32, 128])
-def test_weights_of_the_matvec_path_stay_where_they_are_loaded(group_size: int, capability: int) -> None:
+@pytest.mark.parametrize(("scheme", "group_size"), [("w4a16", 32), ("w4a16", 128), ("mxfp4", 32)])
+def test_weights_of_the_matvec_path_stay_where_they_are_loaded(scheme: str, group_size: int, capability: int) -> None:
     """Triton's choice of layouts depends on the order of loads; another choice moves all weights between threads.
 
     A thread has 32 words of weights. What it exchanges are a few scales, and its sums.
     """
     shape = replace(SHAPES["qwen3"], group_size=group_size)
     options = Options(path="matvec", matvec=(MatvecConfig(), MatvecConfig()))
-    for launch in record_launches(find_model(f"sm_{capability}").gpu, "w4a16", 1, shape, options):
+    for launch in record_launches(find_model(f"sm_{capability}").gpu, scheme, 1, shape, options):
         compiled = compile_kernel(launch, capability)
         sass = cuobjdump(compiled.asm["cubin"], "-sass")
         assert len(re.findall(r"\bIDP\.2A", sass)) == 4 * 32

@@ -10,6 +10,7 @@ import torch
 from executorch_moe.kernels import SCHEMES, fused_experts
 from executorch_moe.kernels.experts.plan import Options
 from executorch_moe.kernels.measure.timing import LayerInputs, make_layers
+from executorch_moe.kernels.packing.mxfp4 import e2m1_values
 from executorch_moe.kernels.reference import reference_experts
 from executorch_moe.kernels.schemes import Scheme
 from executorch_moe.kernels.shapes import SHAPES
@@ -93,9 +94,10 @@ def test_few_token_tiles_of_any_height(tokens: int, block_n: int, warps: int) ->
 
 
 @pytest.mark.parametrize("sizes", [(16, 8, 64), (16, 8, 8), (32, 8, 16), (32, 16, 64), (64, 8, 16)], ids=str)
-@pytest.mark.parametrize("scheme", ["w4a16", "w4a8"])
-@pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_matvec_of_any_size(group_size: int, scheme: str, sizes: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "group_size"), [*((s, g) for s in ("w4a16", "w4a8") for g in (32, 64, 128)), ("mxfp4", 32)]
+)
+def test_matvec_of_any_size(scheme: str, group_size: int, sizes: tuple[int, int, int]) -> None:
     shape = replace(SHAPES["qwen3"], group_size=group_size)
     layer = make_layers(shape, scheme, 2, 1)[0]
     out = layer.run(Options(path="matvec", matvec=(MatvecConfig(*sizes), MatvecConfig(*sizes))))
@@ -155,6 +157,46 @@ def test_int8_decoding_equals_its_portable_twin_bit_for_bit() -> None:
     nibble = torch.arange(256, device="cuda") % 16
     codes = torch.where(nibble < 8, nibble, nibble - 16)
     assert torch.equal(out[0].long(), torch.arange(17, device="cuda")[:, None] * codes)
+
+
+def test_mxfp4_decoding_equals_its_portable_twin_bit_for_bit() -> None:
+    """All halfwords, with the factors of all scales that can be packed."""
+    from .decode_kernel import decode_e2m1_both
+
+    half = torch.arange(65536, dtype=torch.int32, device="cuda").to(torch.int16)
+    exponent = torch.randint(121, 255, (4, 65536), dtype=torch.int32, device="cuda")
+    factor = (exponent << 7).to(torch.int16).view(torch.bfloat16)
+    ptx = torch.empty(4, 65536, dtype=torch.bfloat16, device="cuda")
+    twin = torch.empty_like(ptx)
+    decode_e2m1_both[(64,)](half, factor, ptx, twin)
+    assert torch.equal(ptx.view(torch.int16), twin.view(torch.int16))
+    values = e2m1_values(torch.arange(65536, device="cuda") >> 12).double() * torch.exp2(exponent[0].double() - 253)
+    assert torch.equal(ptx[0].double(), values)
+
+
+def test_mxfp4_products_with_integers_equal_their_portable_twin() -> None:
+    from .decode_kernel import dot_e2m1_both
+
+    g = torch.Generator("cuda").manual_seed(0)
+    word = torch.randint(-(2**31), 2**31, (65536,), device="cuda", generator=g).to(torch.int32)
+    x = torch.randint(-32512, 32513, (2, 4, 65536), device="cuda", generator=g)
+    pairs = ((x[0] & 0xFFFF) | (x[1] << 16)).to(torch.int32)
+    ptx = torch.empty(4, 65536, dtype=torch.int32, device="cuda")
+    twin = torch.empty_like(ptx)
+    dot_e2m1_both[(64,)](word, pairs, ptx, twin)
+    assert torch.equal(ptx, twin)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 16, 64, 512])
+def test_mxfp4_on_the_gpt_oss_shape(tokens: int) -> None:
+    layer = make_layers(SHAPES["gpt-oss"], "mxfp4", tokens, 1)[0]
+    out = layer.run()
+    assert layer_error(layer, out) <= BOUNDS["mxfp4"]
+    assert torch.equal(out, layer.run())
+    if tokens >= 64:
+        assert torch.equal(
+            layer.run(Options(path="grouped")), layer.run(Options(path="grouped", persistent=False))
+        )
 
 
 def test_no_tokens() -> None:

@@ -43,6 +43,12 @@ def test_every_way_of_scaling(way: tuple[str, bool], sizes: tuple[int, int, int]
     assert relative_error(run_fused_experts(problem.args(), options=MATVEC), problem.expected) <= BOUNDS["w4a16"]
 
 
+@pytest.mark.parametrize("case", marked(*CASES))
+def test_mxfp4_against_the_oracle(case: Case) -> None:
+    problem = first_tokens(make(case, "mxfp4"), 2)
+    assert relative_error(run_fused_experts(problem.args(), options=MATVEC), problem.expected) <= BOUNDS["mxfp4"]
+
+
 @pytest.mark.parametrize("sizes", [MatvecConfig(16, 8, 2), MatvecConfig(32, 8, 4), MatvecConfig(64, 16)], ids=str)
 def test_chunks_of_k(sizes: MatvecConfig) -> None:
     case = Case("chunks", tokens=1, experts=4, top_k=3, hidden=640, intermediate=384, group_size=128, bias=True)
@@ -69,9 +75,10 @@ def test_no_nan_and_no_infinity_is_hidden(bad: float) -> None:
     assert out[1].isnan().all()
 
 
+@pytest.mark.parametrize("scheme", ["w4a16", "mxfp4"])
 @pytest.mark.parametrize("case", marked(*CASES))
-def test_memory_rules_and_any_order_of_programs(case: Case) -> None:
-    arguments = first_tokens(make(case, "w4a16"), 1).args()
+def test_memory_rules_and_any_order_of_programs(case: Case, scheme: str) -> None:
+    arguments = first_tokens(make(case, scheme), 1).args()
     same_bits_in_any_order(lambda: run_fused_experts(arguments, options=MATVEC))
 
 

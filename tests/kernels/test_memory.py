@@ -47,7 +47,7 @@ def same_bits_in_any_order(run: Callable[[], Tensor | tuple[Tensor, ...]]) -> No
 
 
 PROBLEMS = [(case, "w4a16") for case in CASES if case.tokens <= 17]
-PROBLEMS += [(case, scheme) for case in CASES for scheme in ("bf16", "w4a8") if case.why in OF_EACH_SCHEME]
+PROBLEMS += [(case, scheme) for case in CASES for scheme in ("bf16", "w4a8", "mxfp4") if case.why in OF_EACH_SCHEME]
 NAMED = {f"{case}-{scheme}": (case, scheme) for case, scheme in PROBLEMS}
 
 

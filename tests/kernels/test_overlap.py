@@ -162,7 +162,7 @@ def test_a_token_through_many_layers_is_the_same_in_a_graph() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("scheme", ["w4a16", "w4a8", "bf16"])
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a8", "mxfp4", "bf16"])
 @pytest.mark.parametrize("tokens", [1, 5, 64, 700])
 def test_layers_in_a_row_are_the_same(scheme: str, tokens: int) -> None:
     layers = make_layers(SHAPES["qwen3"], scheme, tokens, 4 if scheme != "bf16" else 2)

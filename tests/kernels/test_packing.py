@@ -55,8 +55,13 @@ def test_unpack_inverts_pack(e: int, n: int, blocks: int, scheme: str) -> None:
     assert torch.equal(unpack_int4(pack_int4(q, scheme), scheme), q.float())
 
 
-@pytest.mark.parametrize("group_size", [32, 64, 128, 256, 512])
-@pytest.mark.parametrize(("scheme", "zero"), [("w4a16", False), ("w4a16", True), ("w4a8", False)])
+@pytest.mark.parametrize(
+    ("scheme", "zero", "group_size"),
+    [
+        *((*way, g) for way in (("w4a16", False), ("w4a16", True), ("w4a8", False)) for g in (32, 64, 128, 256, 512)),
+        ("mxfp4", False, 32),
+    ],
+)
 def test_values_dequantized_in_place_have_the_bits_of_dequantize(scheme: str, zero: bool, group_size: int) -> None:
     packed = pack_experts(
         torch.randn(2, 1024, 512), torch.randn(2, 512, 512), scheme=scheme, group_size=group_size,
@@ -100,8 +105,13 @@ def test_a_group_of_zeros_stays_zero() -> None:
     assert scale[0, 0, 0] == 0 and not q[0, 0, :32].any()
 
 
-@pytest.mark.parametrize("scheme", ["bf16", "w4a16", "w4a8"])
-@pytest.mark.parametrize(("h", "i", "g"), [(160, 96, 32), (256, 128, 128), (192, 64, 64)])
+@pytest.mark.parametrize(
+    ("scheme", "h", "i", "g"),
+    [
+        *((s, *sizes) for s in ("bf16", "w4a16", "w4a8") for sizes in ((160, 96, 32), (256, 128, 128), (192, 64, 64))),
+        ("mxfp4", 160, 96, 32),
+    ],
+)
 def test_unpacked_layer_is_close_to_the_original(scheme: str, h: int, i: int, g: int) -> None:
     gate_up, down = torch.randn(3, 2 * i, h), torch.randn(3, h, i)
     packed = pack_experts(gate_up, down, scheme=scheme, group_size=g)
@@ -124,8 +134,9 @@ def test_biases_are_stored_in_packed_row_order() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"scheme": "w3a16"}, "scheme='w3a16' is unknown: use one of bf16, w4a16, w4a8"),
+        ({"scheme": "w3a16"}, "scheme='w3a16' is unknown: use one of bf16, w4a16, w4a8, mxfp4"),
         ({"group_size": 48}, "group_size=48 is not supported"),
+        ({"scheme": "mxfp4"}, "group_size=64 is not supported by scheme mxfp4, .* 32 weights: use group_size=32"),
         ({"group_size": 128}, "hidden size H=192 must be a multiple of group_size=128: requantize with group_size=64"),
         ({"down": torch.zeros(2, 192, 32)}, "do not belong together"),
         ({"down": torch.zeros(192, 64)}, "must be 3-D"),
@@ -175,13 +186,13 @@ def test_weights_that_are_no_numbers_are_named(scheme: str, algorithm: str, valu
         for expert in (2, 3):
             weights[name][expert].view(-1)[-1] = value
         with pytest.raises(ValueError, match=f"^{name} of expert 12 holds NaN, Inf or values that bfloat16 cannot"):
-            pack_experts(**weights, scheme=scheme, group_size=64, algorithm=algorithm, first_expert=10)  # type: ignore[arg-type]
+            pack_experts(**weights, scheme=scheme, group_size=32, algorithm=algorithm, first_expert=10)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_large_weights_and_weights_without_values_are_packed(scheme: str) -> None:
     gate_up, down = torch.randn(2, 128, 64), torch.randn(2, 64, 64)
-    gate_up[0, 0, 0], down[1, 2, 3] = 3e38, -3e38
+    gate_up[0, 0, 0], down[1, 2, 3] = (2e10, -2e10) if scheme == "mxfp4" else (3e38, -3e38)
     assert all(t.isfinite().all() for t in unpack_experts(pack_experts(gate_up, down, scheme=scheme, group_size=32)))
     packed = pack_experts(gate_up.to("meta"), down.to("meta"), scheme=scheme, group_size=32)
     assert packed.w13.is_meta

@@ -17,6 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from executorch_moe.kernels import Int4Codes
+from executorch_moe.kernels.packing.mxfp4 import Mxfp4Codes
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Encoding(ABC):
     """Weights along K that share a scale, if the weight is 4-bit codes that `codes` returns; else 0."""
     symmetric = True
     """True if codes have no zero points."""
+    microscaled = False
+    """True for MXFP4, whose codes `mxfp4` returns."""
 
     @abstractmethod
     def dequantize(self, parts: Mapping[str, Tensor]) -> Tensor:
@@ -71,6 +74,10 @@ class Encoding(ABC):
             ValueError: values that contradict the format, or groups of weights that are not consecutive.
         """
         raise NotImplementedError(f"{type(self).__name__} has no 4-bit codes")
+
+    def mxfp4(self, parts: Mapping[str, Tensor]) -> Mxfp4Codes:
+        """The weight's MXFP4 codes, [N, K], or [E, N, K] of stacked experts, which a model may have as [E, K, N]."""
+        raise NotImplementedError(f"{type(self).__name__} has no MXFP4 codes")
 
 
 class WeightFormat(ABC):

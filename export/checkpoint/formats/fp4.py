@@ -24,6 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from executorch_moe.kernels.packing.mxfp4 import Mxfp4Codes
+
 from .base import Encoding, StoredTensor, WeightFormat, check_part, take, weights_of, without_activations
 from .int4 import check_groups
 from .parameters import Declared
@@ -65,6 +67,12 @@ class Mxfp4Encoding(Encoding):
 
     name: str
     transposed: bool
+    microscaled = True
+
+    def mxfp4(self, parts: Mapping[str, Tensor]) -> Mxfp4Codes:
+        scale = parts["scale"]
+        packed = parts["codes"].flatten(scale.dim() - 1)
+        return Mxfp4Codes(torch.stack((packed & 0xF, packed >> 4), -1).flatten(-2), scale)
 
     def dequantize(self, parts: Mapping[str, Tensor]) -> Tensor:
         """bf16 [N, K] or [E, K, N], exact."""

@@ -7,7 +7,11 @@ In a run of L bytes, byte j has value j in its low nibble and value j + L in its
     Q4_K  144 bytes, 256 weights in 8 groups: d fp16, dmin fp16, 12 bytes with 6-bit scales and minima of the groups,
           4 runs of 32 bytes with two groups each; value = nibble * d * scale - dmin * minimum
 
-Source: ggml's `block_q4_0`, `block_q4_1`, `block_q4_K` and `get_scale_min_k4`; the package gguf, `quants.py`.
+MXFP4 keeps its codes in scheme mxfp4.
+    MXFP4  17 bytes, 32 weights: e8m0, 16 bytes of nibbles; value = e2m1(nibble) * 2^(e8m0 - 127)
+
+Source: ggml's `block_q4_0`, `block_q4_1`, `block_q4_K`, `get_scale_min_k4` and `block_mxfp4`; the package gguf,
+`quants.py`.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from torch import Tensor
 
 from executorch_moe.export.checkpoint.formats.base import Encoding
 from executorch_moe.kernels import Int4Codes
+from executorch_moe.kernels.packing.mxfp4 import Mxfp4Codes
 
 GROUP = 32
 CODED = ("Q4_0", "Q4_1", "Q4_K")
@@ -52,6 +57,16 @@ class GgufEncoding(Encoding):
         """True if codes have no zero points."""
         return self.kind == "Q4_0"
 
+    @property
+    def microscaled(self) -> bool:  # type: ignore[override]
+        """True for MXFP4."""
+        return self.kind == "MXFP4"
+
+    def mxfp4(self, parts: Mapping[str, Tensor]) -> Mxfp4Codes:
+        blocks = parts["codes"].unflatten(-1, (-1, 17))
+        codes = Mxfp4Codes(_halves(blocks[..., 1:]).flatten(-2), blocks[..., 0].contiguous())
+        return codes if self.rows is None else codes.map(self._ordered)
+
     def dequantize(self, parts: Mapping[str, Tensor]) -> Tensor:
         """fp32 [N, K], exact; floats keep their dtype."""
         stored = parts["codes"]
@@ -82,6 +97,20 @@ class StackedEncoding(Encoding):
     """
 
     kinds: tuple[tuple[str, str], ...]
+
+    @property
+    def microscaled(self) -> bool:  # type: ignore[override]
+        """True for MXFP4."""
+        return all(kind == "MXFP4" for _, kind in self.kinds)
+
+    def mxfp4(self, parts: Mapping[str, Tensor]) -> Mxfp4Codes:
+        found = [GgufEncoding(kind).mxfp4({"codes": parts[role]}) for role, kind in self.kinds]
+        if len(found) == 1:
+            return found[0]
+        gate, up = found
+        return Mxfp4Codes(
+            torch.stack((gate.q, up.q), 2).flatten(1, 2), torch.stack((gate.scale, up.scale), 2).flatten(1, 2)
+        )
 
     def dequantize(self, parts: Mapping[str, Tensor]) -> Tensor:
         """fp32 or the files' floats, [E, K, N], or [E, N] for biases."""

@@ -16,7 +16,7 @@ from executorch_moe.backends.runtime.loader import load
 from executorch_moe.export.options import Context, Dense, Experts, ExportOptions, Target
 from executorch_moe.export.pipeline import export_model
 
-from ..checkpoint.formats.stored import Saved
+from ..checkpoint.formats.stored import Saved, save_gpt_oss
 from ..checkpoint.formats.test_awq import save_awq
 from ..checkpoint.formats.test_exports import CONTEXT, compare
 from ..checkpoint.formats.test_fp8 import save_defined
@@ -45,6 +45,7 @@ FORMATS: dict[str, tuple[Callable[[Path], Saved], str, str]] = {
     "compressed-tensors": (packed_integers, "w4a16", "none"),
     "fp8": (lambda folder: save_defined(folder, "fp8"), "bf16", "none"),
     "nvfp4": (nvfp4, "bf16", "none"),
+    "mxfp4": (save_gpt_oss, "mxfp4", "none"),
 }
 """Name -> how a checkpoint is saved, the scheme that holds its experts, and the storage of linear layers."""
 

@@ -22,7 +22,7 @@ from executorch_moe.export.checkpoint.streaming import StreamedModel
 from executorch_moe.kernels import PackedExperts
 from executorch_moe.kernels.packing import deinterleave_gate_up, fragment_order, unpack_int4
 
-from ...families import COMMON, FEW, Logits, tokens
+from ...families import COMMON, FEW, Logits, by_name, tokens
 
 pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file
@@ -146,6 +146,32 @@ def save(
         edit_json(folder / "config.json", quantization_config=declaration)
     (folder / "tokenizer.json").write_bytes(_tokenizer().read_bytes())
     return Saved(folder, reference.eval(), values)
+
+
+def save_gpt_oss(folder: Path) -> Saved:
+    """GPT-OSS with random experts in MXFP4, in the layout that transformers reads."""
+    import transformers
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    model: Any = by_name("gpt_oss").model()
+    model.config.save_pretrained(folder)
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    plain, stored = dict(state), dict(state)
+    generator = torch.Generator().manual_seed(1)
+    for name in [name for name in state if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        e, k, n = stored.pop(name).shape
+        blocks = torch.randint(0, 256, (e, n, k // 32, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(119, 124, (e, n, k // 32), dtype=torch.uint8, generator=generator)
+        plain[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).contiguous()
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    save_file(plain, folder / "model.safetensors", {"format": "pt"})
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    edit_json(folder / "config.json", quantization_config={"quant_method": "mxfp4"})
+    (folder / "tokenizer.json").write_bytes(_tokenizer().read_bytes())
+    return Saved(folder, reference.eval(), {})
 
 
 def _tokenizer() -> Path:

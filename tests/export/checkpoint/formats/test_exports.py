@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from executorch_moe.backends.runtime import load
-from executorch_moe.export.build import prepare_, stream, trace_methods
+from executorch_moe.export.build import prepare_, stream, trace_methods, usual_scheme
 from executorch_moe.export.check import check_export, load_prepared
 from executorch_moe.export.checkpoint.deviation import Deviation
 from executorch_moe.export.checkpoint.gguf.folder import find_folder
@@ -30,7 +30,7 @@ from executorch_moe.export.report.stored_weights import stored_weights
 from executorch_moe.kernels import Int4Codes
 
 from ...cli.refusals import refused
-from .stored import GATE, H, Saved, edit, edit_json, experts_of, streamed
+from .stored import GATE, H, Saved, edit, edit_json, experts_of, save_gpt_oss, streamed
 from .test_awq import save_awq
 from .test_gptq import save_gptq
 
@@ -234,7 +234,14 @@ def nvfp4(folder: Path) -> Saved:
 
 @pytest.mark.parametrize(
     ("save", "scheme"),
-    [(symmetric, "w4a16"), (with_zeros, "w4a16"), (packed_integers, "w4a16"), (fp8_rows, "bf16"), (nvfp4, "bf16")],
+    [
+        (symmetric, "w4a16"),
+        (with_zeros, "w4a16"),
+        (packed_integers, "w4a16"),
+        (fp8_rows, "bf16"),
+        (nvfp4, "bf16"),
+        (save_gpt_oss, "mxfp4"),
+    ],
 )
 @torch.no_grad()
 def test_exported_programs(save: Callable[[Path], Saved], scheme: str, tmp_path: Path) -> None:
@@ -291,6 +298,28 @@ def test_artifacts(save: Callable[[Path], Saved], tmp_path: Path, executorch_run
     assert summary.report.layers[0].algorithm == "kept"
     program = load(out)
     compare(lambda method, *given: program.run(method, *given)[0], saved)
+
+
+@pytest.mark.slow
+def test_gpt_oss_as_published(tmp_path: Path, executorch_runtime: None) -> None:
+    """Without --scheme, experts in MXFP4 keep their codes."""
+    saved = save_gpt_oss(tmp_path / "model")
+    assert usual_scheme(str(tmp_path / "model")) == "mxfp4"
+    options = options_for(tmp_path / "model", tmp_path / "kept.pte", experts=Experts("mxfp4"))
+    result = check_export(options)
+    assert result.passed, result.findings
+    lines = io.StringIO()
+    summary = export_model(options, Console(file=lines, width=400))
+    assert "with codes kept as mxfp4, groups of 32, scales exact, relative error 0.0e+00" in lines.getvalue()
+    assert {(layer.algorithm, layer.scheme) for layer in summary.report.layers} == {("kept", "mxfp4")}
+    program = load(options.pte)
+    compare(lambda method, *given: program.run(method, *given)[0], saved)
+
+
+def test_the_usual_scheme(tmp_path: Path) -> None:
+    symmetric(tmp_path / "gptq")
+    assert usual_scheme(str(tmp_path / "gptq")) == "w4a16"
+    assert usual_scheme("synthetic:tiny") == usual_scheme(str(tmp_path / "none")) == "w4a16"
 
 
 @torch.no_grad()

@@ -9,11 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...families import Logits, by_name, tokens
-from .stored import GATE, LAYERS, Saved, edit, edit_json, experts_of, logits_error, save, streamed
+from executorch_moe.export.options import ExportOptions
+from executorch_moe.export.report.stored_weights import stored_weights
+from executorch_moe.kernels import unpack_experts
+from executorch_moe.kernels.packing.fragments import deinterleave_gate_up, unpack_int4
+from executorch_moe.kernels.packing.mxfp4 import unpack_e8m0
+
+from ...families import Logits, tokens
+from .stored import GATE, LAYERS, Saved, edit, edit_json, experts_of, logits_error, save, save_gpt_oss, streamed
 
 pytest.importorskip("compressed_tensors", reason="needs the package compressed-tensors")
 
@@ -86,36 +92,18 @@ def test_values_are_those_of_the_package(form: str, modelopt: bool, tmp_path: Pa
     (record,) = bf16.load()
     assert (record.error == 0) == form.startswith("mx") and (record.error or 0) < 3e-3
     assert logits_error(bf16.model, saved.reference) < 1e-2
-
-
-def save_gpt_oss(folder: Path) -> Any:
-    """GPT-OSS in the layout that transformers reads, and transformers' model on the dequantized weights."""
-    import transformers
-    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
-    model: Any = by_name("gpt_oss").model()
-    model.config.save_pretrained(folder)
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    plain, stored = dict(state), dict(state)
-    generator = torch.Generator().manual_seed(1)
-    for name in [name for name in state if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-        e, k, n = stored.pop(name).shape
-        blocks = torch.randint(0, 256, (e, n, k // 32, 16), dtype=torch.uint8, generator=generator)
-        scales = torch.randint(119, 124, (e, n, k // 32), dtype=torch.uint8, generator=generator)
-        plain[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).contiguous()
-        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-    save_file(plain, folder / "model.safetensors", {"format": "pt"})
-    reference = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    )
-    save_file(stored, folder / "model.safetensors", {"format": "pt"})
-    edit_json(folder / "config.json", quantization_config={"quant_method": "mxfp4"})
-    return reference.eval()
+    if form.startswith("mx"):  # one matrix for each expert
+        kept = streamed(tmp_path, "mxfp4")
+        (record,) = kept.load()
+        assert record.algorithm == "kept" and record.error == 0
+        for value, exact in zip(*(unpack_experts(experts_of(model)) for model in (kept, bf16)), strict=True):
+            assert torch.equal(value, exact)
+        assert logits_error(kept.model, saved.reference) < 1e-2
 
 
 @pytest.mark.transformers
 def test_gpt_oss_as_published(tmp_path: Path) -> None:
-    reference = save_gpt_oss(tmp_path)
+    reference = save_gpt_oss(tmp_path).reference
     exact = streamed(tmp_path, "bf16")
     (record,) = exact.load()
     assert record.error == 0
@@ -131,6 +119,45 @@ def test_gpt_oss_as_published(tmp_path: Path) -> None:
     ids = tokens(9)
     with torch.no_grad():
         assert (Logits(rounded.model)(ids) - Logits(reference)(ids)).norm() < 0.5 * Logits(reference)(ids).norm()
+
+
+@pytest.mark.transformers
+def test_gpt_oss_keeps_its_codes(tmp_path: Path) -> None:
+    """Codes and scales of the packed layer are those of the file; gate and up rows alternate there."""
+    reference = save_gpt_oss(tmp_path).reference
+    stored = load_file(tmp_path / "model.safetensors")
+    model = streamed(tmp_path, "mxfp4")
+    (record,) = model.load()
+    assert (record.algorithm, record.scheme, record.group_size, record.error) == ("kept", "mxfp4", 32, 0)
+    packed = experts_of(model)
+    e, h, i = packed.num_experts, packed.hidden_size, packed.intermediate_size
+    gate_up, down = (unpack_int4(w, "mxfp4").to(torch.uint8) for w in (packed.w13, packed.w2))
+    halves = deinterleave_gate_up(gate_up).unflatten(1, (2, -1))[:, :, :i, :h]
+    for name, codes in (("gate_up_proj", halves.transpose(1, 2).reshape(e, 2 * i, h)), ("down_proj", down[:, :h, :i])):
+        blocks = stored[f"{LAYERS}mlp.experts.{name}_blocks"].flatten(2)
+        assert torch.equal(codes[..., 0::2] | codes[..., 1::2] << 4, blocks)
+    scale = packed.w2_scale
+    assert scale is not None and scale.dtype == torch.uint8
+    exponents = unpack_e8m0(scale)[:, :h, : i // 32].log2() + 127
+    assert torch.equal(exponents, stored[f"{LAYERS}mlp.experts.down_proj_scales"].float())
+    assert logits_error(model.model, reference) < 1e-2
+    (line,) = stored_weights(model, [record], ExportOptions(str(tmp_path)))
+    assert "1 expert layer with codes kept as mxfp4, groups of 32, scales exact, relative error 0.0e+00" in line
+    empty = streamed(tmp_path, "mxfp4")
+    empty.load_placeholders()
+    shapes = [{name: (t.shape, t.dtype) for name, t in m.model.state_dict().items()} for m in (model, empty)]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [(255, r"the scales of .* hold NaN \(255\)"), (161, r"hold 2\^34, but scheme mxfp4 takes 2\^-100 to 2\^33"), (26, "2.-101")],
+)
+def test_scales_that_cannot_be_packed_are_named(scale: int, message: str, gpt_oss: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(gpt_oss, tmp_path / "model"))
+    edit(folder, put(f"{DOWN}_scales", lambda w: w[f"{DOWN}_scales"].fill_(scale)))
+    with pytest.raises(ValueError, match=message):
+        streamed(folder, "mxfp4").load()
 
 
 @pytest.fixture(scope="module")

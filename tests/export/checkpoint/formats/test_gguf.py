@@ -20,6 +20,7 @@ from executorch_moe.export.checkpoint.gguf import model_folder
 from executorch_moe.export.checkpoint.whole import load_model
 from executorch_moe.export.models.pretrained import tokenizer_json
 from executorch_moe.export.options import ExportOptions, Target
+from executorch_moe.kernels import unpack_experts
 
 from ...families import by_name
 from .gguf_files import TYPES, big_model, gguf, only, write
@@ -71,6 +72,12 @@ def test_other_types_are_rounded(kind: str, tmp_path: Path) -> None:
     rounded = streamed(model_folder(written.path))
     (record,) = rounded.load()
     assert record.algorithm == "minmax" and 0.03 < (record.error or 0) < 0.15
+    coded = streamed(model_folder(written.path), "mxfp4")
+    (record,) = coded.load()
+    assert (record.algorithm == "kept" and record.error == 0) == (kind == "MXFP4")
+    if kind == "MXFP4":
+        for value, exact in zip(*(unpack_experts(experts_of(each)) for each in (coded, model)), strict=True):
+            assert torch.equal(value, exact)
 
 
 @pytest.mark.parametrize("algorithm", ["minmax", "hqq"])
@@ -126,6 +133,11 @@ def test_gpt_oss(tmp_path: Path) -> None:
     rounded = streamed(model_folder(written.path))
     (record,) = rounded.load()
     assert record.algorithm == "minmax" and 0.03 < (record.error or 0) < 0.15
+    kept = streamed(model_folder(written.path), "mxfp4")
+    (record,) = kept.load()
+    assert record.algorithm == "kept" and record.error == 0
+    for value, exact in zip(*(unpack_experts(experts_of(each)) for each in (kept, model)), strict=True):
+        assert torch.equal(value, exact)
     cut = write(
         tmp_path / "cut.gguf",
         by_name("gpt_oss").model(),
