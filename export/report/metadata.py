@@ -16,11 +16,12 @@ from typing import Any
 from executorch_moe.backends.runtime.loader import RECURRENT
 from executorch_moe.export.checkpoint.gguf import find_folder, is_gguf
 from executorch_moe.export.checkpoint.work_folder import work_folder_path
-from executorch_moe.export.models.chat_template import read_chat_template
 from executorch_moe.export.models.delta_rule import LINEAR
 from executorch_moe.export.models.pretrained import attention_kinds, resolve, special_tokens
 from executorch_moe.export.models.synthetic import is_synthetic
 from executorch_moe.export.options import Dense, Experts, ExportOptions, Target, check_output
+
+from .chat_template import read_chat_template
 
 MADE_FROM = "get_synthetic_options"
 TOKENIZER_DIGEST = "get_tokenizer_digest"

@@ -54,8 +54,8 @@ def convolved(
             time = times - (K - 1 - tap)
             past = (time < 0) & (position + time >= 0)
             slot = tl.where(past, (position + time) % K, 0).to(tl.int32)
-            x = tl.load(conv_ptr + (slot[:, None] * C + channels[None, :]), mask=past[:, None], other=0.0).to(tl.float32)
-            total += x * weight[None, :]
+            x = tl.load(conv_ptr + (slot[:, None] * C + channels[None, :]), mask=past[:, None], other=0.0)
+            total += x.to(tl.float32) * weight[None, :]
     return tl.where((chunk * CHUNK + times < T)[:, None], silu(total), 0.0)
 
 
