@@ -196,7 +196,9 @@ def load_chunk(
     block += chunk * BLOCKS
     valid = valid & (block < KP // 128)
     if w_scale_ptr.dtype.element_ty == tl.uint8:  # MXFP4: one word for the scales of a row and K block
-        exponents = w_scale_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + (expert * (KP // 128 * N) + block * N + row)
+        exponents = w_scale_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + (
+            expert * (KP // 128 * N) + block * N + row
+        )
         s0 = tl.load(exponents, mask=valid, other=0).reshape(REPS, BATCH, NEAR, 1)
         s1, s2, s3 = s0, s0, s0
     else:

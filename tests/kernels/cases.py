@@ -102,9 +102,7 @@ def make(case: Case, scheme: str) -> Problem:
     gate_up = torch.randn(e, 2 * i, h) / h**0.5
     down = torch.randn(e, h, i) / i**0.5
     bias = (torch.randn(e, 2 * i) * 0.2, torch.randn(e, h) * 0.2) if case.bias else (None, None)
-    packed = pack_experts(
-        gate_up, down, scheme=scheme, group_size=group_size, gate_up_bias=bias[0], down_bias=bias[1]
-    )
+    packed = pack_experts(gate_up, down, scheme=scheme, group_size=group_size, gate_up_bias=bias[0], down_bias=bias[1])
     if case.zero:
         packed.w13_zero, packed.w2_zero = zero_points(packed.w13_scale), zero_points(packed.w2_scale)
     x = (torch.randn(case.tokens, h) * case.spread).bfloat16()

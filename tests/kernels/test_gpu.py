@@ -194,9 +194,7 @@ def test_mxfp4_on_the_gpt_oss_shape(tokens: int) -> None:
     assert layer_error(layer, out) <= BOUNDS["mxfp4"]
     assert torch.equal(out, layer.run())
     if tokens >= 64:
-        assert torch.equal(
-            layer.run(Options(path="grouped")), layer.run(Options(path="grouped", persistent=False))
-        )
+        assert torch.equal(layer.run(Options(path="grouped")), layer.run(Options(path="grouped", persistent=False)))
 
 
 def test_no_tokens() -> None:

@@ -151,7 +151,11 @@ def test_gpt_oss_keeps_its_codes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("scale", "message"),
-    [(255, r"the scales of .* hold NaN \(255\)"), (161, r"hold 2\^34, but scheme mxfp4 takes 2\^-100 to 2\^33"), (26, "2.-101")],
+    [
+        (255, r"the scales of .* hold NaN \(255\)"),
+        (161, r"hold 2\^34, but scheme mxfp4 takes 2\^-100 to 2\^33"),
+        (26, "2.-101"),
+    ],
 )
 def test_scales_that_cannot_be_packed_are_named(scale: int, message: str, gpt_oss: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(gpt_oss, tmp_path / "model"))
