@@ -25,6 +25,7 @@ if __name__ == "executorch_moe.kernels":
         stack_experts,
         unpack_experts,
     )
+    from executorch_moe.kernels.packing.mxfp4 import Mxfp4Codes
     from executorch_moe.kernels.packing.rounding import ALGORITHMS, Int4Codes
 
     from .module import FusedExperts
@@ -38,6 +39,7 @@ __all__ = [
     "SCHEMES",
     "FusedExperts",
     "Int4Codes",
+    "Mxfp4Codes",
     "PackedExperts",
     "fused_experts",
     "pack_codes",

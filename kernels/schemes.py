@@ -126,7 +126,7 @@ def check_any_group_size(group_size: int, scheme: str = "") -> None:
     """Check a weight group size before the sizes that it must divide are known.
 
     Raises:
-        ValueError: it is not an int, or neither one of GROUP_SIZES nor a multiple of K_BLOCK, or not that of the scheme.
+        ValueError: it is not an int, neither one of GROUP_SIZES nor a multiple of K_BLOCK, or not that of the scheme.
     """
     if scheme and get_scheme(scheme).microscaled and group_size != MX_GROUP:
         raise ValueError(

@@ -144,8 +144,8 @@ def check_fused_experts(arguments: ExpertArguments) -> None:
         raise ValueError("w13_zero and w2_zero must be given together: pass zeros for the one without zero points")
     if arguments.w13_zero is not None and not kind.takes_zeros:
         raise NotImplementedError(
-            f"scheme={scheme} {'has' if kind.microscaled else 'multiplies in int8 and takes'} no zero points: use w4a16, "
-            "or requantize symmetrically"
+            f"scheme={scheme} {'has' if kind.microscaled else 'multiplies in int8 and takes'} no zero points: use "
+            "w4a16, or requantize symmetrically"
         )
 
     for name in TENSORS:

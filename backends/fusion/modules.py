@@ -160,7 +160,9 @@ def pack_layer_codes(
     w13: Int4Codes | Mxfp4Codes = Mxfp4Codes(q13, s13)
     w2: Int4Codes | Mxfp4Codes = Mxfp4Codes(q2, s2)
     if scheme != "mxfp4":
-        zeros = {name: code.zero for name, code in codes.items() if isinstance(code, Int4Codes) and code.zero is not None}
+        zeros = {
+            name: code.zero for name, code in codes.items() if isinstance(code, Int4Codes) and code.zero is not None
+        }
         z13, z2, *_ = rows(zeros) if zeros else (None, None)
         w13, w2 = Int4Codes(q13, s13, z13), Int4Codes(q2, s2, z2)
     return pack_codes(w13, w2, scheme=scheme, gate_up_bias=gate_up_bias, down_bias=down_bias)

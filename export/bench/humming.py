@@ -19,9 +19,11 @@ from executorch_moe.kernels.measure.padded_lists import PaddedLists, padded_list
 from executorch_moe.kernels.measure.timing import LayerInputs
 from executorch_moe.kernels.packing.experts import PackedExperts
 from executorch_moe.kernels.packing.fragments import deinterleave_gate_up, fragment_order, unpack_int4, unpack_scales
+from executorch_moe.kernels.packing.mxfp4 import E8M0_BIAS
+from executorch_moe.kernels.schemes import SCHEMES
 
 VERSION = "0.1.19"
-ACTIVATIONS = {"w4a16": None, "w4a8": "int8"}
+ACTIVATIONS = {"w4a16": None, "w4a8": "int8", "mxfp4": None}
 """Scheme -> dtype of the activations in both GEMMs; None is bf16."""
 SILU = {"activation_type": "binary_split", "activation_impl": "(a / (1.f + expf(-a))) * b"}
 LOCKS_PER_SM = 64
@@ -45,16 +47,17 @@ def plain_codes(packed: PackedExperts, gemm: int) -> tuple[Tensor, Tensor]:
     """Codes and scales of GEMM `gemm`, 1 or 2, of a packed layer, without our order of codes and our padding.
 
     value = (nibble - 8) * scale. Gate rows come first, then up rows. Scales of w4a8 are row scale times
-    multiple, rounded to bf16.
+    multiple, rounded to bf16. Nibbles of mxfp4 are e2m1.
 
     Returns:
-        Codes uint8 [E, N, K/2], even k in the low nibble; scales bf16 [E, N, K/group_size].
+        Codes uint8 [E, N, K/2], even k in the low nibble; scales bf16 [E, N, K/group_size], of mxfp4 uint8 (e8m0).
     """
     order = fragment_order(packed.scheme, gemm)
     w, scale = (packed.w13, packed.w13_scale) if gemm == 1 else (packed.w2, packed.w2_scale)
     assert scale is not None, "the layer has no 4-bit codes"
     h, i = packed.hidden_size, packed.intermediate_size
     k = h if gemm == 1 else i
+    microscaled = SCHEMES[packed.scheme].microscaled
 
     def rows(t: Tensor) -> Tensor:  # [1, padded N, columns] -> [N, columns]
         if gemm == 2:
@@ -65,9 +68,11 @@ def plain_codes(packed: PackedExperts, gemm: int) -> tuple[Tensor, Tensor]:
     codes, scales = [], []
     for expert in range(packed.num_experts):  # one at a time: a layer in fp32 takes eight times the memory of its codes
         at = slice(expert, expert + 1)
-        nibbles = (rows(unpack_int4(w[at], order))[:, :k] + 8).to(torch.uint8).unflatten(1, (-1, 2))
+        unpacked = rows(unpack_int4(w[at], order))[:, :k]
+        nibbles = (unpacked if microscaled else unpacked + 8).to(torch.uint8).unflatten(1, (-1, 2))
         codes.append(nibbles[..., 0] | (nibbles[..., 1] << 4))
-        scales.append(rows(unpack_scales(scale[at], order))[:, : k // packed.group_size].bfloat16())
+        own = rows(unpack_scales(scale[at], order))[:, : k // packed.group_size]
+        scales.append((own.log2() + E8M0_BIAS).to(torch.uint8) if microscaled else own.bfloat16())
     return torch.stack(codes), torch.stack(scales)
 
 
@@ -87,11 +92,17 @@ class HummingGemm:
 
         experts, n, half = codes.shape
         group_size = 2 * half // scales.shape[2]
+        schema = HummingWeightSchema(b_dtype=dtypes.uint4, weight_scale_group_size=group_size)
+        if scales.dtype == torch.uint8:
+            schema = HummingWeightSchema(
+                b_dtype=dtypes.float4e2m1, bs_dtype=dtypes.float8e8m0, weight_scale_group_size=group_size
+            )
+            scales = scales.view(torch.float8_e8m0fnu)
         self.layer, self.tensors = prepare_and_transform_humming_tensors(
             {"weight": codes.view(torch.int32).clone(), "weight_scale": scales.clone()},
             n,
             2 * half,
-            HummingWeightSchema(b_dtype=dtypes.uint4, weight_scale_group_size=group_size),
+            schema,
             None if act is None else HummingInputSchema(a_dtype=getattr(dtypes, act)),
             num_experts=experts,
             torch_dtype=torch.bfloat16,
@@ -149,7 +160,7 @@ class HummingExperts:
     """A layer: our routing as padded lists, Humming's GEMMs and activation, our weighted sum."""
 
     def __init__(self, packed: PackedExperts, tokens: Sequence[int], top_k: int) -> None:
-        """Takes the weights of a packed layer of scheme w4a16 or w4a8.
+        """Takes the weights of a packed layer of a scheme in `ACTIVATIONS`.
 
         Args:
             tokens: numbers of tokens to be measured.

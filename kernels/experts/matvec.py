@@ -191,7 +191,8 @@ def load_chunk(
         expert: int64, row, block: int32, valid: bool, all [REPS * BATCH * NEAR]; block: within a chunk.
 
     Returns:
-        Four scales (MXFP4: one word, four times) and four zeros, as of `load_quarters`, and int32 [REPS, BATCH, NEAR, 4, 2, 2] (t, c, h).
+        Four scales (MXFP4: a word, four times) and four zeros, as of `load_quarters`, and int32
+        [REPS, BATCH, NEAR, 4, 2, 2] (t, c, h).
     """
     block += chunk * BLOCKS
     valid = valid & (block < KP // 128)

@@ -130,9 +130,10 @@ def scales_of_exponents(words):
 def dot_e2m1(w, p0, p1, p2, p3, a0, a1, a2, a3, PTX: tl.constexpr):
     """Adds the products of a packed word's e2m1 codes: activations times 2 * value - 112, int32, for each quarter.
 
-    Two tables of eight bytes hold the 16 numbers. A lookup (prmt) whose fourth bit is set gives the sign of a byte eight
-    times, and so all ones in the first table, whose numbers are negative, and zeros in the second. With the signs
-    flipped for the second lookup, the xor of both is 2 * value - 112. The caller adds 112 times the sums of activations.
+    Two tables of eight bytes hold the 16 numbers. A lookup (prmt) whose fourth bit is set gives the sign of a byte
+    eight times, and so all ones in the first table, whose numbers are negative, and zeros in the second. With the
+    signs flipped for the second lookup, the xor of both is 2 * value - 112. The caller adds 112 times the sums of
+    activations.
 
     Args:
         w: int32, packed word. p0..p3: words of two int16, the activations of quarters 0..3.

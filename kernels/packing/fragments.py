@@ -11,7 +11,7 @@ of a block are consecutive. Codes q are signed nibbles in [-8, 7]; value = q * s
 row; thread t of them reads the 16 bytes from 16t on, which are exactly the values of its operand fragments.
     w4a16 (bf16 fragments, m16k16):  k = 32s + 16c + 8h + 2t + l  ->  byte 16t + 8c + 4h + 2l + s // 2, nibble s % 2
     w4a8  (int8 fragments, m16k32):  k = 64s + 32c + 16h + 4t + 2m + l ->  byte 16t + 8c + 4h + 2l + m, nibble s
-    mxfp4 (bf16 fragments):  as w4a16, but quarters s of a halfword's nibbles are 3, 1, 2, 0 (`decode_e2m1` has the reason)
+    mxfp4 (bf16 fragments): as w4a16, but the nibbles of a halfword are quarters s = 3, 1, 2, 0 (see `decode_e2m1`)
     (s, c, h, t, m, l are the digits of k; nibble 0 is the low one)
 In int8 order, the middle two of every four values are swapped, in weights and in quantized activations. The product
 is the same, and the bf16 decoder finds neighboring values where it expects them, so that few tokens can be

@@ -88,8 +88,8 @@ class Mxfp4Codes:
             return
         if high == E8M0_NAN:
             raise ValueError(
-                f"the scales of {what} hold NaN ({E8M0_NAN}): compare the file's checksum with the publisher's; if they "
-                "are equal, use another checkpoint"
+                f"the scales of {what} hold NaN ({E8M0_NAN}): compare the file's checksum with the publisher's; if "
+                "they are equal, use another checkpoint"
             )
         used = scale[(self.q & 7).unflatten(-1, (-1, MX_GROUP)).amax(-1) > 0]
         for found in used.aminmax() if used.numel() else ():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from executorch_moe.examples.quality import Logits, perplexity, windows
-from executorch_moe.examples.stored_codes import AGAIN, GROUP_SIZES, checkpoint, error, keep_
+from executorch_moe.examples.stored_codes import AGAIN, CHECKPOINTS, GROUP_SIZES, checkpoint, error, keep_
 from executorch_moe.export.quantize.experts import quantize_experts_
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,11 +32,21 @@ def test_kept_codes_are_the_checkpoints(group_size: int) -> None:
         assert error(again, codes) > max(bound, 2 * error(kept, codes))
 
 
+def test_mxfp4_is_kept_exactly() -> None:
+    model, codes = checkpoint(None)
+    data = windows(2)
+    expected = perplexity(Logits(model), data)
+    kept = keep_(model, codes)
+    assert error(kept, codes) == 0
+    assert perplexity(Logits(kept), data) == pytest.approx(expected, rel=2e-3)
+    assert error(quantize_experts_(checkpoint(None)[0], "w4a16", 32, "minmax"), codes) > 0.05
+
+
 def test_the_table_in_the_documentation_is_whole() -> None:
     text = (ROOT / "docs" / "quality.md").read_text()
     assert "python examples/stored_codes.py" in text
-    for group_size in GROUP_SIZES:
-        rows = [line for line in text.splitlines() if line.startswith(f"| 4 bits, groups of {group_size} |")]
+    for name in CHECKPOINTS:
+        rows = [line for line in text.splitlines() if line.startswith(f"| {name} |")]
         assert len(rows) == 2 + len(AGAIN)
 
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from executorch_moe.export.bench import kernel as kb
 from executorch_moe.export.bench.humming import plain_codes
 from executorch_moe.export.cli.app import app
-from executorch_moe.kernels import unpack_experts
+from executorch_moe.kernels import Mxfp4Codes, unpack_experts
 from executorch_moe.kernels.experts.aten import fused_experts_cpu
 from executorch_moe.kernels.measure.compile import CompileJob, compile_ahead
 from executorch_moe.kernels.measure.timing import (
@@ -110,6 +110,17 @@ def test_every_preset_scheme_and_path_is_right(shape: str, scheme: str, compiled
     torch.cuda.empty_cache()
 
 
+@pytest.mark.parametrize("sizes", [(160, 96, 32), (256, 128, 32)], ids=str)
+def test_plain_codes_of_mxfp4(sizes: tuple[int, int, int]) -> None:
+    (layer,) = make_layers(LayerShape(3, 2, *sizes), "mxfp4", 1, 1, device="cpu")
+    assert layer.packed is not None
+    for gemm, expected in enumerate(unpack_experts(layer.packed), start=1):
+        codes, scales = plain_codes(layer.packed, gemm)
+        assert torch.equal(
+            Mxfp4Codes(torch.stack((codes & 0xF, codes >> 4), -1).flatten(2), scales).dequantize(), expected
+        )
+
+
 @pytest.mark.parametrize("scheme", ["w4a16", "w4a8"])
 @pytest.mark.parametrize("sizes", [(160, 96, 32), (256, 128, 128)], ids=str)
 def test_plain_codes_are_the_packed_weights(scheme: str, sizes: tuple[int, int, int]) -> None:
@@ -130,11 +141,11 @@ def test_humming_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(app, ["bench", "kernel", "--impl", "humming"])
     assert result.exit_code == 2 and "pip install humming-kernels==0.1.19" in " ".join(result.output.split())
     result = CliRunner().invoke(app, ["bench", "kernel", "--impl", "humming", "--scheme", "bf16"])
-    assert result.exit_code == 2 and "humming has w4a16, w4a8" in " ".join(result.output.split())
+    assert result.exit_code == 2 and "humming has w4a16, w4a8, mxfp4" in " ".join(result.output.split())
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("scheme", ["w4a16", "w4a8"])
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a8", "mxfp4"])
 def test_humming_is_right(scheme: str) -> None:
     pytest.importorskip("humming")
     benchmark = kb.KernelBenchmark("64x8x2048x512", (1, 700), ("ours", "humming"), (scheme,), layers=1, replays=3)
