@@ -14,19 +14,18 @@ from torch import Tensor
 
 from executorch_moe.backends.artifact.digests import COPY_AGAIN
 from executorch_moe.backends.errors import said_in_one_line
+from executorch_moe.backends.runtime.loader import RECURRENT
 from executorch_moe.export.build import made_again
 from executorch_moe.export.models.sampling import Sampler
 from executorch_moe.export.report.metadata import (
-    CAN_REWIND,
     MADE_FROM,
     MODEL_LIMIT,
-    TOKENIZER_DIGEST,
     TOKENIZER_SUFFIX,
     read_made_from,
-    tokenizer_digest,
 )
 
 from .text_stream import TextStream as TextStream
+from .tokenizer_file import check_exists, check_tokenizer, read_tokenizer
 
 if TYPE_CHECKING:
     from executorch_moe.backends.artifact.ptd import MakeWeights
@@ -138,7 +137,7 @@ class TextGenerator:
                 f"artifact={str(pte)!r} is not a file: give the .pte that `executorch-moe export` made"
             )
         beside = companion(pte, TOKENIZER_SUFFIX)
-        _check_exists(beside)
+        check_exists(beside)
         opened = PteFile(pte, verify=verify)
         check_tokenizer(opened, beside)
         tokenizer = read_tokenizer(beside)
@@ -364,44 +363,3 @@ def synthetic_weights(program: PteFile, device: torch.device) -> MakeWeights | N
     with said_in_one_line(f"{MADE_FROM} of the artifact cannot be read", COPY_AGAIN, ValueError):
         options = read_made_from(program.constant(MADE_FROM))
     return made_again(options, device)
-
-
-def check_tokenizer(program: PteFile, path: Path) -> None:
-    """Checks that a tokenizer.json belongs to the export; artifacts of older versions have no digest and pass.
-
-    Raises:
-        ValueError: it does not.
-    """
-    if TOKENIZER_DIGEST not in program.constant_names:
-        return
-    if program.constant(TOKENIZER_DIGEST) != tokenizer_digest(path.read_bytes()):
-        raise ValueError(
-            f"{path} is damaged or does not belong to the .pte beside it: its text differs from the tokenizer of that "
-            "export. Copy the tokenizer.json of the same export"
-        )
-
-
-def read_tokenizer(path: Path) -> Any:
-    """Reads a tokenizer.json as a `tokenizers.Tokenizer`.
-
-    Raises:
-        FileNotFoundError: the file is missing.
-        ModuleNotFoundError: the tokenizers package is missing.
-        ValueError: the file is not a tokenizer.
-    """
-    try:
-        from tokenizers import Tokenizer
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "text needs the package tokenizers, which is not installed: pip install 'executorch-moe[hf]'"
-        ) from None
-    _check_exists(path)
-    with said_in_one_line(f"{path} is not a tokenizer", "copy the tokenizer.json of the same export", ValueError):
-        return Tokenizer.from_file(str(path))  # the bindings raise Exception itself
-
-
-def _check_exists(tokenizer: Path) -> None:
-    if not tokenizer.is_file():
-        raise FileNotFoundError(
-            f"{tokenizer} is missing: copy it beside the .pte (an export writes .pte, .ptd and .tokenizer.json)"
-        )

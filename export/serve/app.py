@@ -15,7 +15,8 @@ from typing import Any
 from executorch_moe.backends.artifact.files import companion
 from executorch_moe.backends.artifact.pte import PteFile
 from executorch_moe.export.generate.chat import artifact_template, chat_tokenizer
-from executorch_moe.export.generate.generator import check_tokenizer, pte_path, read_tokenizer
+from executorch_moe.export.generate.generator import pte_path
+from executorch_moe.export.generate.tokenizer_file import check_tokenizer, read_tokenizer
 from executorch_moe.export.report.metadata import TOKENIZER_SUFFIX
 
 from .guard import App, Guard, Limits, error_body

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from executorch_moe.export.generate.chat import artifact_template, chat_tokenizer, render
-from executorch_moe.export.generate.generator import read_tokenizer
 from executorch_moe.export.generate.stop_text import StopText
 from executorch_moe.export.generate.text_stream import TextStream
+from executorch_moe.export.generate.tokenizer_file import read_tokenizer
 from executorch_moe.export.models.chat_template import read_chat_template
 from executorch_moe.export.models.pretrained import resolve
 from executorch_moe.export.options import ExportOptions, Target

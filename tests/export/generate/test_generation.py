@@ -11,7 +11,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from executorch_moe.export.generate.generator import TextGenerator, TextStream, pte_path, read_tokenizer
+from executorch_moe.export.generate.generator import TextGenerator, TextStream, pte_path
+from executorch_moe.export.generate.tokenizer_file import read_tokenizer
 from executorch_moe.export.models.pretrained import resolve
 from executorch_moe.export.models.sampling import Sampler
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from executorch_moe.export.generate.generator import TextGenerator, read_tokenizer
+from executorch_moe.export.generate.generator import TextGenerator
+from executorch_moe.export.generate.tokenizer_file import read_tokenizer
 from executorch_moe.export.models.pretrained import resolve
 from executorch_moe.export.serve.worker import serve_lines
 
