@@ -1,4 +1,4 @@
-"""The tokenizer of an artifact, NAME.tokenizer.json: that it is there, belongs to the export, and can be read."""
+"""NAME.tokenizer.json beside an artifact."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def read_tokenizer(path: Path) -> Any:
 
 
 def check_exists(tokenizer: Path) -> None:
-    """Checks that the file is there.
+    """Checks that an artifact's tokenizer is there.
 
     Raises:
-        FileNotFoundError: it is missing.
+        FileNotFoundError: it is not.
     """
     if not tokenizer.is_file():
         raise FileNotFoundError(

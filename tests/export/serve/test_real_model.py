@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ pytest.importorskip("fastapi")
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("executorch_runtime")]
 NEW_TOKENS = 24
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,18 @@ def test_openai_client_streams_our_text(client: Any, ours: Callable[[str], str])
         stream = client.chat.completions.create(model="tiny", messages=messages, max_tokens=NEW_TOKENS, stream=True)
         pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
         assert "".join(pieces) == ours(prompt)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/serving.md"])
+def test_the_request_of_a_page(page: str, client: Any) -> None:
+    """The `curl` line, sent to this server."""
+    (line,) = (line for line in (ROOT / page).read_text(encoding="utf-8").splitlines() if line.startswith("curl "))
+    _, url, *options = shlex.split(line)
+    given = dict(zip(options[::2], options[1::2], strict=True))
+    name, _, value = given["-H"].partition(": ")
+    path = url.removeprefix("http://127.0.0.1:8000/v1/")
+    answer = httpx.post(f"{client.base_url}{path}", content=given["-d"], headers={name: value}, timeout=60)
+    assert answer.status_code == 200 and answer.json()["choices"][0]["message"]["content"]
 
 
 def test_conversations_in_turns(client: Any, ours: Callable[[str], str]) -> None:
