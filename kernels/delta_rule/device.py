@@ -45,56 +45,31 @@ def dot(a, b, acc, PTX: tl.constexpr):
 
 
 @triton.jit
-def diagonal_blocks(a, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """[SIZE, SIZE] -> the blocks on its diagonal, [SIZE / BLOCK, BLOCK, BLOCK]."""
-    BLOCKS: tl.constexpr = SIZE // BLOCK
-    block = tl.arange(0, BLOCKS)
-    same = block[:, None, None, None] == block[None, None, :, None]
-    return tl.sum(tl.where(same, a.reshape(BLOCKS, BLOCK, BLOCKS, BLOCK), 0.0), axis=2)
+def eliminated(a):
+    """(I + a)^-1 for strictly lower triangular blocks, fp32 [BLOCKS, 16, 16], one row of all blocks at a time."""
+    row, column = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
+    x = tl.where((row == column) & (tl.arange(0, a.shape[0])[:, None, None] >= 0), 1.0, 0.0)
+    for i in range(15):  # not unrolled: the compiler would compute all factors ahead and run out of registers
+        pivot = tl.sum(tl.where(row == i, x, 0.0), axis=1)  # row i, complete
+        factor = tl.sum(tl.where(column == i, a, 0.0), axis=2)  # zero for the rows up to i
+        x -= factor[:, :, None] * pivot[:, None, :]
+    return x
 
 
 @triton.jit
-def merge(x, a, BLOCK: tl.constexpr, PTX: tl.constexpr):
-    """Inverses of neighboring blocks -> inverses of blocks of twice their size: [2N, B, B] -> [N, 2B, 2B].
+def merged(x, corner, PTX: tl.constexpr):
+    """Inverses of neighboring blocks -> inverses of blocks of twice their size: [2N, 16, 16] -> [N, 32, 32].
 
-    The lower left part of [[A, 0], [C, B]]^-1 is -B^-1 C A^-1.
-    a: the blocks of twice the size, [N, 2B, 2B], without their diagonal of ones.
+    The lower left part of [[A, 0], [C, B]]^-1 is -B^-1 C A^-1. corner: C of each pair, [N, 16, 16].
     """
-    N: tl.constexpr = a.shape[0]
+    N: tl.constexpr = corner.shape[0]
     half = tl.arange(0, 2)
-    pairs = x.reshape(N, 2, BLOCK, BLOCK)
+    pairs = x.reshape(N, 2, 16, 16)
     is_first = half[None, :, None, None] == 0
     first = tl.sum(tl.where(is_first, pairs, 0.0), axis=1)
     second = tl.sum(tl.where(is_first, 0.0, pairs), axis=1)
+    none = tl.zeros((N, 16, 16), dtype=tl.float32)
+    corner = dot(dot(second, corner, none, PTX), first, none, PTX)
     row, column = half[None, :, None, None, None], half[None, None, None, :, None]
-    corner = tl.sum(tl.where(row > column, a.reshape(N, 2, BLOCK, 2, BLOCK), 0.0), axis=3)
-    corner = tl.sum(corner, axis=1)
-    if N == 1:
-        none = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
-        a_part, b_part = first.reshape(BLOCK, BLOCK), second.reshape(BLOCK, BLOCK)
-        corner = dot(dot(b_part, corner.reshape(BLOCK, BLOCK), none, PTX), a_part, none, PTX).reshape(N, BLOCK, BLOCK)
-    else:
-        none = tl.zeros((N, BLOCK, BLOCK), dtype=tl.float32)
-        corner = dot(dot(second, corner, none, PTX), first, none, PTX)
-    merged = tl.where(row == column, pairs[:, :, :, None, :], 0.0)
-    merged = tl.where(row > column, -corner[:, None, :, None, :], merged)
-    return merged.reshape(N, 2 * BLOCK, 2 * BLOCK)
-
-
-@triton.jit
-def inverse(a, PTX: tl.constexpr):
-    """(I + a)^-1 for a strictly lower triangular matrix, fp32 [64, 64].
-
-    Blocks of 16 on the diagonal by elimination, one row of all of them at a time; then neighboring blocks are merged.
-    Powers of `a`, as in the series I - a + a^2 - ..., would lose all precision for keys that are alike.
-    """
-    small = diagonal_blocks(a, 64, 16)
-    row, column = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
-    x = tl.where((row == column) & (tl.arange(0, 4)[:, None, None] >= 0), 1.0, 0.0)
-    for i in range(15):
-        pivot = tl.sum(tl.where(row == i, x, 0.0), axis=1)  # row i, complete
-        factor = tl.sum(tl.where(column == i, small, 0.0), axis=2)  # zero for the rows up to i
-        x -= factor[:, :, None] * pivot[:, None, :]
-    x = merge(x, diagonal_blocks(a, 64, 32), 16, PTX)
-    x = merge(x, a.reshape(1, 64, 64), 32, PTX)
-    return x.reshape(64, 64)
+    whole = tl.where(row == column, pairs[:, :, :, None, :], 0.0)
+    return tl.where(row > column, -corner[:, None, :, None, :], whole).reshape(N, 32, 32)

@@ -27,7 +27,7 @@ import triton.language as tl
 
 from executorch_moe.kernels._device import launches_before
 
-from .device import dot, inverse, log_decay, rounded, silu
+from .device import dot, eliminated, log_decay, merged, rounded, silu
 
 
 @triton.jit
@@ -54,8 +54,8 @@ def convolved(
             time = times - (K - 1 - tap)
             past = (time < 0) & (position + time >= 0)
             slot = tl.where(past, (position + time) % K, 0).to(tl.int32)
-            x = tl.load(conv_ptr + (slot[:, None] * C + channels[None, :]), mask=past[:, None], other=0.0)
-            total += x.to(tl.float32) * weight[None, :]
+            kept = tl.load(conv_ptr + (slot[:, None] * C + channels[None, :]), mask=past[:, None], other=0.0)
+            total += kept.to(tl.float32) * weight[None, :]
     return tl.where((chunk * CHUNK + times < T)[:, None], silu(total), 0.0)
 
 
@@ -127,6 +127,12 @@ def moe_delta_rule_inputs(
 
 
 @triton.jit
+def influence(products, decay_i, decay_j, beta_i):
+    """A of the head of this module for tokens i after tokens j, from k_i.k_j."""
+    return products * tl.exp(decay_i - decay_j) * beta_i
+
+
+@triton.jit
 def moe_delta_rule_chunk(
     qk_ptr,  # [2 * HK, R, DK]
     v_ptr,  # [HV, R, DV]: V, then U
@@ -135,28 +141,69 @@ def moe_delta_rule_chunk(
     HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     CHUNK: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """W and U of one chunk and value head."""
+    """W and U of one chunk of 64 tokens and one value head.
+
+    X is never in one tensor. Its blocks of 16 on the diagonal come from elimination, pairs of them become blocks of 32,
+    and the remaining block of 32 comes from these two. Powers of A, as in the series I - A + A^2 - ..., would lose all
+    precision for keys that are alike. A is computed block by block, because taking blocks out of a tensor is slow.
+    """
+    tl.static_assert(CHUNK == 64)
     chunk, head = tl.program_id(0), tl.program_id(1)
     rows = tl.num_programs(0) * CHUNK
-    offs_t, offs_k, offs_v = tl.arange(0, CHUNK), tl.arange(0, DK), tl.arange(0, DV)
+    offs_k, offs_v, offs_16, offs_32 = tl.arange(0, DK), tl.arange(0, DV), tl.arange(0, 16), tl.arange(0, 32)
     zero = launches_before(False, PTX)
     start = head.to(tl.int64) * rows + chunk * CHUNK
-    key_start = (HK + head // (HV // HK)).to(tl.int64) * rows + chunk * CHUNK
-    key_cells = offs_t[:, None] * DK + offs_k[None, :]
-    value_cells = offs_t[:, None] * DV + offs_v[None, :]
-    k = tl.load(qk_ptr + zero + key_start * DK + key_cells)
-    decay = tl.load(decay_ptr + zero + start + offs_t)
-    beta = tl.load(beta_ptr + zero + start + offs_t)
-    before = offs_t[:, None] > offs_t[None, :]
-    a = dot(k, tl.trans(k), tl.zeros((CHUNK, CHUNK), dtype=tl.float32), PTX)
-    a *= tl.exp(tl.where(before, decay[:, None] - decay[None, :], 0.0)) * beta[:, None]
-    x = inverse(tl.where(before, a, 0.0), PTX)
-    v = tl.load(v_ptr + zero + start * DV + value_cells)
-    u = dot(rounded(x * beta[None, :], v_ptr, PTX), v, tl.zeros((CHUNK, DV), dtype=tl.float32), PTX)
-    tl.store(v_ptr + zero + start * DV + value_cells, rounded(u, v_ptr, PTX))
-    factor = beta * tl.exp(decay)
-    w = dot(rounded(x * factor[None, :], w_ptr, PTX), k, tl.zeros((CHUNK, DK), dtype=tl.float32), PTX)
-    tl.store(w_ptr + zero + start * DK + key_cells, rounded(w, w_ptr, PTX))
+    k_ptr = qk_ptr + zero + ((HK + head // (HV // HK)).to(tl.int64) * rows + chunk * CHUNK) * DK
+    decay_ptr += zero + start
+    beta_ptr += zero + start
+    v_ptr += zero + start * DV
+    w_ptr += zero + start * DK
+
+    quarters = tl.arange(0, 4)[:, None] * 16 + offs_16[None, :]
+    k = tl.load(k_ptr + quarters[:, :, None] * DK + offs_k[None, None, :])
+    decay, beta = tl.load(decay_ptr + quarters), tl.load(beta_ptr + quarters)
+    before = offs_16[None, :, None] > offs_16[None, None, :]
+    a = dot(k, tl.permute(k, (0, 2, 1)), tl.zeros((4, 16, 16), dtype=tl.float32), PTX)
+    apart = tl.where(before, decay[:, :, None] - decay[:, None, :], 0.0)
+    a = tl.where(before, influence(a, apart, 0.0, beta[:, :, None]), 0.0)
+    early = tl.arange(0, 2)[:, None] * 32 + offs_16[None, :]
+    late = early + 16
+    k_early = tl.load(k_ptr + early[:, :, None] * DK + offs_k[None, None, :])
+    k_late = tl.load(k_ptr + late[:, :, None] * DK + offs_k[None, None, :])
+    corner = dot(k_late, tl.permute(k_early, (0, 2, 1)), tl.zeros((2, 16, 16), dtype=tl.float32), PTX)
+    decay_early, decay_late = tl.load(decay_ptr + early), tl.load(decay_ptr + late)
+    corner = influence(corner, decay_late[:, :, None], decay_early[:, None, :], tl.load(beta_ptr + late)[:, :, None])
+    x = merged(eliminated(a), corner, PTX)
+    is_first = tl.arange(0, 2)[:, None, None] == 0
+    x_first = tl.sum(tl.where(is_first, x, 0.0), axis=0)
+    x_second = tl.sum(tl.where(is_first, 0.0, x), axis=0)
+
+    key_cells = offs_32[:, None] * DK + offs_k[None, :]
+    k_first, k_second = tl.load(k_ptr + key_cells), tl.load(k_ptr + 32 * DK + key_cells)
+    decay_first, decay_second = tl.load(decay_ptr + offs_32), tl.load(decay_ptr + 32 + offs_32)
+    beta_first, beta_second = tl.load(beta_ptr + offs_32), tl.load(beta_ptr + 32 + offs_32)
+    none = tl.zeros((32, 32), dtype=tl.float32)
+    below = influence(
+        dot(k_second, tl.trans(k_first), none, PTX), decay_second[:, None], decay_first[None, :], beta_second[:, None]
+    )
+    x_below = -dot(dot(x_second, below, none, PTX), x_first, none, PTX)
+
+    factor_first, factor_second = beta_first * tl.exp(decay_first), beta_second * tl.exp(decay_second)
+    no_keys = tl.zeros((32, DK), dtype=tl.float32)
+    w = dot(rounded(x_first * factor_first[None, :], w_ptr, PTX), k_first, no_keys, PTX)
+    tl.store(w_ptr + key_cells, rounded(w, w_ptr, PTX))
+    w = dot(rounded(x_below * factor_first[None, :], w_ptr, PTX), k_first, no_keys, PTX)
+    w = dot(rounded(x_second * factor_second[None, :], w_ptr, PTX), k_second, w, PTX)
+    tl.store(w_ptr + 32 * DK + key_cells, rounded(w, w_ptr, PTX))
+
+    value_cells = offs_32[:, None] * DV + offs_v[None, :]
+    v_first, v_second = tl.load(v_ptr + value_cells), tl.load(v_ptr + 32 * DV + value_cells)
+    no_values = tl.zeros((32, DV), dtype=tl.float32)
+    u = dot(rounded(x_first * beta_first[None, :], v_ptr, PTX), v_first, no_values, PTX)
+    tl.store(v_ptr + value_cells, rounded(u, v_ptr, PTX))
+    u = dot(rounded(x_below * beta_first[None, :], v_ptr, PTX), v_first, no_values, PTX)
+    u = dot(rounded(x_second * beta_second[None, :], v_ptr, PTX), v_second, u, PTX)
+    tl.store(v_ptr + 32 * DV + value_cells, rounded(u, v_ptr, PTX))
 
 
 @triton.jit
