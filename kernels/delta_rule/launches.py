@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from executorch_moe.kernels.gpus import Gpu, gpu_of
-from executorch_moe.kernels.launch import Launch
+from executorch_moe.kernels.gpus import Gpu
+from executorch_moe.kernels.launch import Launch, kernel_gpu, ptx_of
 
 from .arguments import DeltaRuleArguments
 from .decode_kernels import moe_delta_rule_one_token
@@ -35,7 +34,7 @@ def run_gated_delta_net(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One launch for one token, four for more; `gpu` and `submit` as in `experts.plan.run_fused_experts`."""
     arguments = arguments._replace(projected=arguments.projected.contiguous())
-    ptx = _ptx(gpu, arguments.projected)
+    ptx = ptx_of(gpu or kernel_gpu(arguments.projected))
     states = _states(arguments)
     tokens = arguments.projected.shape[0]
     run = _one_token if isinstance(tokens, int) and tokens == 1 else _chunks
@@ -191,9 +190,3 @@ def _chunks(
     )
     submit(output)
     return out
-
-
-def _ptx(gpu: Gpu | None, x: Tensor) -> int:
-    if os.environ.get("TRITON_INTERPRET", "0") == "1":
-        return 0
-    return (gpu or gpu_of(x.device.index)).capability

@@ -24,6 +24,8 @@ BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 3e-3}
 """Largest relative error of results and states. The operands of tensor cores have three decimals in bf16."""
 ONE_VALUE_HEAD_EACH = TINY._replace(key_heads=4)
 FOUR_VALUE_HEADS_EACH = DeltaRuleSizes(1, 4, 32, 16, 3)
+HEADS_OF_32 = DeltaRuleSizes(2, 4, 32, 32, 4)
+HEADS_OF_64 = DeltaRuleSizes(2, 4, 64, 64, 4)  # the smallest whose buffers are bf16
 
 
 def alike(arguments: DeltaRuleArguments) -> DeltaRuleArguments:
@@ -128,7 +130,12 @@ def test_qwen35_compiles_without_spills(capability: int) -> None:
 @pytest.mark.compiler
 @pytest.mark.parametrize(
     ("sizes", "dtype"),
-    [(QWEN35, torch.float32), (TINY, torch.bfloat16), (FOUR_VALUE_HEADS_EACH, torch.float16)],
+    [
+        (QWEN35, torch.float32),
+        (TINY, torch.bfloat16),
+        (HEADS_OF_64, torch.bfloat16),
+        (FOUR_VALUE_HEADS_EACH, torch.float16),
+    ],
     ids=str,
 )
 def test_other_sizes_and_dtypes_compile(sizes: DeltaRuleSizes, dtype: torch.dtype) -> None:
@@ -159,12 +166,12 @@ def test_no_operand_is_written_over_while_it_is_read(dtype: torch.dtype) -> None
         code = parse(cuobjdump(compile_kernel(launch, 90).asm["cubin"], "-sass"))
         found += any(instruction.is_wgmma for instruction in code)
         assert not list(hazards(code)), launch.kernel.__name__
-    assert found == 3
+    assert found == 2  # the state and the output
 
 
 GPU_CASES = [
     (sizes, tokens, dtype)
-    for sizes in (TINY, ONE_VALUE_HEAD_EACH, FOUR_VALUE_HEADS_EACH, QWEN35)
+    for sizes in (TINY, ONE_VALUE_HEAD_EACH, FOUR_VALUE_HEADS_EACH, HEADS_OF_32, HEADS_OF_64, QWEN35)
     for tokens in (*LENGTHS, 1000)
     for dtype in ((torch.bfloat16, torch.float32) if tokens in (1, 65, 1000) else (torch.bfloat16,))
 ]
