@@ -16,7 +16,7 @@ def e2m1(code):
     """e2m1 codes, int32 in [0, 15] -> fp32. For Triton's interpreter."""
     i = (code & 7).to(tl.float32)
     magnitude = tl.maximum(tl.maximum(i * 0.5, i - 2.0), i * 2.0 - 8.0)
-    return tl.where(code > 7, -magnitude, magnitude)
+    return magnitude * tl.where(code > 7, -1.0, 1.0)  # Triton's minus would make 0 of code 8, -0
 
 
 @triton.jit
