@@ -17,7 +17,7 @@ from executorch_moe.backends.runtime.loader import load
 from executorch_moe.export.models import experts_interface
 
 from ...combinations import EXHAUSTIVE, combinations
-from ..families import FAMILIES, Family, Logits, by_name, export_logits, operations, tokens
+from ..families import FAMILIES, RECURRENT, Family, Logits, by_name, export_logits, operations, tokens
 from ..gpu.family_artifacts import MODES, Mode
 
 # Relative L2 error of the logits of an fp32 model, whose fused experts take and return bf16.
@@ -155,3 +155,15 @@ def test_bf16_models() -> None:
     fused = ExpertFuser(FusionOptions("bf16")).fuse(export_logits(model))
     with torch.no_grad():
         assert relative_error(fused.module()(tokens(9)), Logits(model)(tokens(9))) < 0.03
+
+
+@pytest.mark.transformers
+@pytest.mark.parametrize("family", [RECURRENT[0], pytest.param(RECURRENT[1], marks=EXHAUSTIVE)], ids=str)
+def test_unmodified_recurrent_models_are_fused_for_a_fixed_length(family: Family) -> None:
+    """transformers pads their text to chunks of 64 tokens, which cannot be traced for a changing length."""
+    model = family.model()
+    fuser = ExpertFuser(FusionOptions("w4a16", 32))
+    fused = fuser.fuse(export_logits(model, dynamic=False))
+    assert len(fuser.report.layers) == family.moe_layers and not fuser.report.unfused
+    with torch.no_grad():
+        assert relative_error(fused.module()(tokens(7)), Logits(model)(tokens(7))) < BOUND
