@@ -61,12 +61,12 @@ def random_packed(shape: LayerShape, scheme: str, device: str, generator: torch.
         words = torch.empty(e, k // 128, n, 8, dtype=torch.int64, device=device)
         w = words.random_(-(2**63), None, generator=generator).view(torch.uint8)
         if kind.microscaled:
-            group_of_byte = nibble_order("mxfp4", w.device)[0] // g
-            padding = columns[::g].reshape(-1, 4)[:, group_of_byte][:, None] | rows[:, None]
+            low, high = ~columns[::g].reshape(-1, 4)[:, nibble_order("mxfp4", w.device) // g].transpose(0, 1)
+            w &= (low * 0x0F | high * 0xF0).to(torch.uint8)[:, None]
             # Random e2m1 codes have a standard deviation of 2.9.
             exponent = E8M0_BIAS + round(math.log2(k**-0.5 / 2.9))
             steps = torch.randint(-1, 2, (e, n, k // g), device=device, generator=generator)
-            return w.masked_fill_(padding, 0), pack_e8m0(exponent + steps, n, k)
+            return w.masked_fill_(rows[:, None], 0), pack_e8m0(exponent + steps, n, k)
         scale = torch.rand(e, k // g, n, device=device, generator=generator) * 0.5 + 0.75
         # Rows r and r + 8 of 16 are adjacent in the scales. A group is all padding or none.
         pairs = rows.reshape(n // 16, 2, 8).transpose(1, 2).reshape(n)

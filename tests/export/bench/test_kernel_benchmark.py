@@ -66,7 +66,7 @@ def test_ratio_is_to_the_fastest_upstream_of_the_same_tokens() -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("sizes", [(160, 96, 32), (128, 64, 64), (96, 128, 32)], ids=str)
 def test_padding_of_random_weights_is_worth_nothing(scheme: str, sizes: tuple[int, int, int]) -> None:
-    """Padding adds nothing, as in packed layers: the kernels sum over it."""
+    """Padding adds nothing, as in packed layers: the kernels sum over it. Two of 16 e2m1 codes are zeros."""
     hidden, intermediate, group_size = sizes
     (layer,) = make_layers(LayerShape(4, 2, hidden, intermediate, group_size), scheme, 5, 1, device="cpu")
     packed = layer.packed
@@ -75,7 +75,7 @@ def test_padding_of_random_weights_is_worth_nothing(scheme: str, sizes: tuple[in
     gate, up = deinterleave_gate_up(w13).chunk(2, dim=1)
     w2 = dequantize(packed.w2, packed.w2_scale, None, fragment_order(scheme, 2))
     for part in (gate, up, w2.transpose(1, 2)):
-        assert part[:, :intermediate, :hidden].count_nonzero() > 0.9 * part[:, :intermediate, :hidden].numel()
+        assert part[:, :intermediate, :hidden].count_nonzero() > 0.85 * part[:, :intermediate, :hidden].numel()
         assert not part[:, intermediate:].any() and not part[:, :, hidden:].any()
     layer.answer.check(fused_experts_cpu(layer.args()), f"{scheme} on the CPU")
 
