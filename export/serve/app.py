@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from executorch_moe.backends.artifact.files import companion
+from executorch_moe.backends.artifact.method_targets import pick_cpu_methods
 from executorch_moe.backends.artifact.pte import PteFile
+from executorch_moe.backends.artifact.weight_metadata import CUDA_BACKEND
 from executorch_moe.export.generate.chat import artifact_template, chat_tokenizer
 from executorch_moe.export.generate.generator import pte_path
 from executorch_moe.export.generate.tokenizer_file import check_tokenizer, read_tokenizer
@@ -23,6 +25,8 @@ from .guard import App, Guard, Limits, error_body
 
 API_KEY = "EXECUTORCH_MOE_API_KEY"
 """Environment variable with the API key."""
+logger = logging.getLogger(__name__)
+
 _NEEDED = ("fastapi", "uvicorn", "jinja2", "transformers")
 
 
@@ -121,6 +125,7 @@ def serving(options: ServeOptions, command: Sequence[str] = ()) -> Iterator[App]
     with tempfile.TemporaryDirectory() as folder:  # ExecuTorch's class reads a folder
         chat_tokenizer(tokenizer, program.constant, template).save_pretrained(folder)
         chat = ChatTemplate(folder)
+    logger.info(state_memory(program, options.states))
     try:
         worker = RestartedWorker(lambda: spawn_worker(command or options.command()))
     except WorkerError as error:
@@ -137,6 +142,19 @@ def serving(options: ServeOptions, command: Sequence[str] = ()) -> Iterator[App]
         yield guarded(build_app(handler, options.model_id), limits)
     finally:
         runtime.close_worker()
+
+
+def state_memory(program: PteFile, states: int) -> str:
+    """What the states of a program take, as a line for the log.
+
+    A state on the CPU has the planned buffers of its methods, which hold the KV cache and intermediate values; the
+    weights are mapped and shared.
+    """
+    if any(delegate.id == CUDA_BACKEND for _, delegate in program.delegates()):
+        return f"{states} state{'s' * (states > 1)} on the GPU, each with the weights"
+    methods = pick_cpu_methods(program.method_names).values()
+    planned = max((sum(program.plan(name).non_const_buffer_sizes) for name in methods), default=0)
+    return f"at most {states} state{'s' * (states > 1)} of {planned / 1e6:,.0f} MB beside the weights"
 
 
 def tool_detector(template: str) -> Any:

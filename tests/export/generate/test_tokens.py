@@ -48,6 +48,23 @@ def test_tokens_of_the_delegate_host_equal_eager(scheme: str, exported: Callable
 
 
 @pytest.mark.gpu
+def test_prefill_takes_one_token_on_the_gpu(exported: Callable[..., Path]) -> None:
+    """ExecuTorch's runners give a prompt of one token to prefill; its token is that of decode."""
+    generator = TextGenerator.load(exported("w4a16", "cuda", "fp32"), runtime="delegate-host")
+    program = generator.program
+    settings = Sampler().inputs(program.device)
+    for token in generator.encode("The import"):
+        ids = torch.tensor([[token]], device=program.device)
+        picked = []
+        for method in ("prefill", "decode"):
+            program.reset()
+            (first,) = program.run(method, ids, torch.tensor([0], device=program.device), *settings)
+            (second,) = program.run(method, first, torch.tensor([1], device=program.device), *settings)
+            picked.append((int(first), int(second)))
+        assert picked[0] == picked[1]
+
+
+@pytest.mark.gpu
 @torch.no_grad()
 def test_bf16_tokens_are_eagers_choice_within_rounding(exported: Callable[..., Path]) -> None:
     """In bf16 rounding differs, and near-ties may fall either way: each token must have nearly eager's best logit.
