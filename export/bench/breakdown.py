@@ -33,7 +33,7 @@ RULES: tuple[tuple[str, str], ...] = (
     ("attention", r"sdpa"),
     ("routing", r"moe_|topk|fused__softmax__to_copy_prepare_softmax_online(?!.*(where|floor))"),
     ("sampling", r"argmax|log1p|clamp|_lt_|_exp_|_max_"),
-    ("norm, elementwise", r"_cos_|_sin_|_flip_"),
+    ("norm, elementwise", r"^(?!triton_tem_).*(_cos_|_sin_|_flip_)"),  # Inductor fuses the angles into a GEMM too
     ("dense", r"triton_tem_|_mm_|gemm|gemv|matvec|bitwise_and|nvjet|cutlass"),
 )
 _BOTH_GEMMS = re.compile(r"moe_\w*gemm(?![12])|moe_matvec")

@@ -41,6 +41,7 @@ NAMES = (
     ("moe_route_scatter", 1, "routing"),
     ("_topk_kernel", 1, "routing"),
     ("moe_top_experts", 206, "routing"),
+    ("triton_tem_fused__to_copy__unsafe_view_add_cat_clone_cos_index_mean_mm_mul_pow_rsqrt_sin_2", 80, "dense"),
     ("moe_cached_attention", 412, "attention"),
     ("moe_delta_rule_one_token", 32, "gated delta rule"),
     ("moe_rotated_heads", 4120, "norm, elementwise"),
