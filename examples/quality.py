@@ -49,7 +49,7 @@ WINDOWS = 256
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to round the experts; scheme bf16 ignores algorithm and group size."""
+    """How to round the experts; scheme bf16 ignores algorithm and group size, mxfp4 the algorithm."""
 
     scheme: str
     algorithm: str = "minmax"
@@ -84,6 +84,7 @@ class Recipe:
 RECIPES = (
     Recipe("bf16"),
     *(Recipe(scheme, algorithm, g) for scheme in ("w4a16", "w4a8") for algorithm in ALGORITHMS for g in (32, 64, 128)),
+    Recipe("mxfp4", group_size=32),
 )
 
 
@@ -172,7 +173,8 @@ def main() -> None:
             model = quantized(recipe)
             eager = perplexity(model, data)
             run = perplexity(exported(model, Path(folder), WINDOW), data)
-        how = (recipe.algorithm, str(recipe.group_size)) if recipe.group_size else ("", "")
+        algorithm = "" if recipe.scheme == "mxfp4" else recipe.algorithm
+        how = (algorithm, str(recipe.group_size)) if recipe.group_size else ("", "")
         apart, worse = run / eager - 1, run / baseline - 1
         error = f"{weight_error(model):.2%}"
         table.add_row(recipe.scheme, *how, error, f"{eager:.4f}", f"{run:.4f}", f"{apart:+.4%}", f"{worse:+.2%}")
