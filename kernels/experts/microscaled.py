@@ -187,7 +187,7 @@ def halfword_bytes(half):
 
 
 @triton.jit
-def start(p, q, r, t):
+def sum_left_out(p, q, r, t):
     """112 times the sum of the int16 in these words, int32: what `dot_e2m1` leaves out."""
     total = ((p << 16) >> 16) + (p >> 16) + ((q << 16) >> 16) + (q >> 16)
     return 112 * (total + ((r << 16) >> 16) + (r >> 16) + ((t << 16) >> 16) + (t >> 16))
@@ -204,8 +204,8 @@ def sum_e2m1(
         words: the exponents of the quarters, see `scales_of_exponents`.
     """
     none = tl.zeros_like(w0)
-    a0, a1 = none + start(p0, q0, r0, t0), none + start(p1, q1, r1, t1)
-    a2, a3 = none + start(p2, q2, r2, t2), none + start(p3, q3, r3, t3)
+    a0, a1 = none + sum_left_out(p0, q0, r0, t0), none + sum_left_out(p1, q1, r1, t1)
+    a2, a3 = none + sum_left_out(p2, q2, r2, t2), none + sum_left_out(p3, q3, r3, t3)
     a0, a1, a2, a3 = dot_e2m1(w0, p0, p1, p2, p3, a0, a1, a2, a3, PTX)
     a0, a1, a2, a3 = dot_e2m1(w1, q0, q1, q2, q3, a0, a1, a2, a3, PTX)
     a0, a1, a2, a3 = dot_e2m1(w2, r0, r1, r2, r3, a0, a1, a2, a3, PTX)
