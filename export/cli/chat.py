@@ -57,7 +57,7 @@ def chat(
     ] = None,
     runtime: RuntimeOption = "auto",
     cuda_graph: CudaGraphOption = False,
-    prefill_chunk: PrefillChunkOption = 512,
+    prefill_chunk: PrefillChunkOption = None,
     verify: VerifyOption = True,
     verbose: VerboseOption = False,
 ) -> None:

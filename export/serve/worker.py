@@ -140,9 +140,12 @@ def main() -> None:
 
     def load() -> TextGenerator:
         chunk, verify = options.prefill_chunk, not options.no_verify
-        return TextGenerator.load(
+        generator = TextGenerator.load(
             options.model_path, options.runtime, cuda_graph=graph, prefill_chunk=chunk, verify=verify
         )
+        if chunk is None:
+            generator.prefill_chunk = min(PREFILL_CHUNK, generator.max_context)
+        return generator
 
     serve_lines(load, options.sessions, options.states)
 
@@ -179,7 +182,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--sessions", type=int, default=16)
     parser.add_argument("--states", type=int, default=1)
     parser.add_argument("--cuda-graph", action="store_true")
-    parser.add_argument("--prefill-chunk", type=int, default=PREFILL_CHUNK)
+    parser.add_argument("--prefill-chunk", type=int)
     parser.add_argument("--no-verify", action="store_true")
     return parser.parse_args()
 

@@ -14,8 +14,8 @@ from .conftest import Workspace
 from .pages import PAGES, ROOT, Block, all_blocks, code_spans, shell_lines
 
 BLOCKS = all_blocks("sh")
-OTHERS_OPTIONS = {"--clock-control", "--index-url"}
-"""Options of other programs that the text of a page names: ncu, pip."""
+OTHERS_OPTIONS = {"--chunk", "--clock-control", "--index-url", "--local-dir", "--tiles"}
+"""Options of other programs that the text of a page names: those in examples, ncu, pip, hf."""
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
