@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import random
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # No test downloads anything.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def gpus_in_turn(worker: str, gpus: int) -> str:
+    """All GPUs as CUDA_VISIBLE_DEVICES, first another one for each process of pytest-xdist ("gw0", "gw1", ...)."""
+    first = int(worker.removeprefix("gw")) % gpus
+    return ",".join(str((first + index) % gpus) for index in range(gpus))
+
+
+# Before torch is imported: the processes share the GPUs of a machine evenly, and each still sees all of them.
+if "PYTEST_XDIST_WORKER" in os.environ and "CUDA_VISIBLE_DEVICES" not in os.environ and shutil.which("nvidia-smi"):
+    _gpus = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True).stdout.count("GPU ")
+    if _gpus > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus_in_turn(os.environ["PYTEST_XDIST_WORKER"], _gpus)
 
 SLOW_FILES = (
     "test_families.py",  # seven families, each exported in several modes
