@@ -52,7 +52,7 @@ SLOW_FILES = (
     "test_generated_kernels.py",
     "test_scripts.py",
     "test_commands.py",
-    "test_delta_rule_target.py",  # lowers two methods for CUDA: about 60 s
+    "test_delta_rule_states.py",  # lowers two methods for CUDA: about 60 s
     "test_output_folders.py",
     "test_quality.py",
 )

@@ -227,7 +227,6 @@ def load(
         warnings.warn(note, stacklevel=2)
     backends = {delegate.id for _, delegate in program.delegates()}
     ptd_path = data.path if data is not None else None
-    check_graph_methods(program, cuda_graph)
     if CUDA_BACKEND not in backends:
         if runtime == "delegate-host":
             raise ValueError(
@@ -243,6 +242,7 @@ def load(
             engine = ExecutorchEngine(program, ptd_path, methods.values())
         return LoadedProgram(program, engine, EXECUTORCH_CPU, torch.device("cpu"), methods)
 
+    check_graph_methods(program, cuda_graph)
     reasons = {}
     if runtime in ("auto", "executorch"):
         why = why_not_executorch(backends) or (NO_GRAPH_SETTER if cuda_graph else "")

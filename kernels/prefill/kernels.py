@@ -57,7 +57,7 @@ def moe_rotated_heads(
         tl.store(query_ptr + to, to_bf16(low, PTX), mask=inside)
         tl.store(query_ptr + to + HALF, to_bf16(high, PTX), mask=inside)
     else:
-        to = ((head - HEADS) * T.to(tl.int64) + token)[:, None] * D + offs
+        to = ((head - HEADS).to(tl.int64) * T + token)[:, None] * D + offs
         tl.store(new_ptr + to, to_bf16(low, PTX), mask=inside)
         tl.store(new_ptr + to + HALF, to_bf16(high, PTX), mask=inside)
 

@@ -54,11 +54,12 @@ def attention_arguments(
     return random(1, tokens, heads, head_dim), key, value, last, head_dim**-0.5
 
 
-HEADS = [(5, 4, 2, 32), (17, 3, 1, 64), (33, 2, 2, 128)]
+HEADS = [(1, 2, 1, 32), (5, 4, 2, 32), (17, 3, 1, 64), (33, 2, 2, 128)]
 ATTENTION = {
     "from the start": (0, 40, 4, 2, 32, 64),
     "one query head for each head of the cache": (3, 33, 2, 2, 32, 64),
     "three query heads, which no block holds evenly": (70, 19, 3, 1, 64, 128),
+    "one token": (9, 1, 4, 2, 32, 16),
     "two tokens at the end of the cache": (126, 2, 8, 1, 32, 128),
     "a window": (50, 40, 4, 2, 32, 100, 20),
     "a window that is longer than the text": (0, 21, 2, 1, 32, 32, 64),

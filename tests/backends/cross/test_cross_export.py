@@ -165,6 +165,7 @@ def test_same_bytes_from_another_checkout_and_temporary_folder(crossed: CrossExp
 
 @needs_cross_export
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_targets_share_the_weights_of_a_method(tmp_path: Path) -> None:
     module = CachedExperts("w4a16")
     artifact = save(lower({"decode": methods(module)["decode"]}, "sm_90,sm_80"), tmp_path / "both")

@@ -141,8 +141,8 @@ def test_operators_and_numerics_that_fail(monkeypatch: pytest.MonkeyPatch) -> No
         **dict.fromkeys(["operators, prefill", "operators, decode", "numerics"], "fail"),
     }
     assert "aten.histc in model.model.norm (Qwen3MoeRMSNorm)" in result.stderr
-    for layer in range(2):
-        assert f"aten.histc in model.model.layers.{layer}.input_layernorm (Qwen3MoeRMSNorm)" in result.stderr
+    # The other norms are part of operators.
+    assert "aten.histc in model.model.layers.0.input_layernorm (Qwen3MoeRMSNorm)" in result.stderr
 
 
 @torch.no_grad()
@@ -175,7 +175,7 @@ def test_the_numerics_of_other_families(name: str, tmp_path: Path) -> None:
     result = checking.CheckResult(options)
     checking.check_numerics(result, options, tmp_path)
     (finding,) = result.findings
-    assert finding.passed and re.search(r"which chose [34] of 4 experts", finding.found)
+    assert finding.passed and re.search(r"which chose ([34] of 4|[5-8] of 8) experts", finding.found)
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:

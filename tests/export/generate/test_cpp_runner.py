@@ -65,6 +65,7 @@ def test_tokens_equal_ours(program: Path, exported: Callable[..., Path]) -> None
                 assert [int(token) for token in ran.stdout.split()] == expected
 
 
+@pytest.mark.exhaustive
 def test_refusals(program: Path, exported: Callable[..., Path], tmp_path: Path) -> None:
     pte = tmp_path / "x.pte"
     for suffix in (".pte", ".ptd"):

@@ -222,6 +222,7 @@ def test_group_size_that_does_not_fit() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_synthetic_model_is_exported_and_runs(tmp_path: Path) -> None:
     pte = str(tmp_path / "synthetic.pte")
     exported = CliRunner().invoke(

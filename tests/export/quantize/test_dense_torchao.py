@@ -88,6 +88,7 @@ def test_experts_are_fused_beside_quantized_layers_while_lowering(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_exported_model_equals_eager(tmp_path: Path, executorch_runtime: None) -> None:
     pte = tmp_path / "tiny.pte"
     summary = export_model(

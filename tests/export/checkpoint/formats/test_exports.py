@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from executorch_moe.backends.artifact.method_targets import pick_cpu_methods
 from executorch_moe.backends.runtime import load
 from executorch_moe.export.build import prepare_, stream, trace_methods, usual_scheme
 from executorch_moe.export.check import check_export, load_prepared
@@ -251,7 +252,7 @@ def test_exported_programs(save: Callable[[Path], Saved], scheme: str, tmp_path:
     model.load()
     prepare_(model.model, options)
     _, programs = trace_methods(model.model, options, CONTEXT)
-    methods: dict[str, Any] = {name: program.module() for name, program in programs.items()}
+    methods: dict[str, Any] = {method: programs[name].module() for method, name in pick_cpu_methods(programs).items()}
 
     def run(method: str, *given: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = methods[method](*given)
