@@ -33,6 +33,8 @@ from ..recurrent_checkpoints import TWO_LAYERS, TYPES, save_recurrent, write_mul
 NEW = 64
 SPLITS = {"whole": (0,), "chunks of 7": (7,), "chunks of 64": (64,), "one by one": (1,)}
 BOUND = 5e-3
+NEAR_TIE = 0.02
+"""Largest difference of logits, whose standard deviation is about 1, that may change the likeliest token."""
 """Relative error of the logits, with fused experts, whose activations are bf16."""
 
 
@@ -87,7 +89,10 @@ def test_artifact_equals_the_unmodified_model(
             last = run(program, ids[:, :prompt], 0, chunk or prompt)[-1:]
             logits = torch.cat([last, run(program, ids[:, prompt:-1], prompt, 1)])
             assert (logits - expected).norm() / expected.norm() < BOUND
-            assert torch.equal(logits.argmax(-1), ids[0, prompt:])
+            # The experts' activations are bf16: logits that are nearly equal may change places.
+            found, best = logits.argmax(-1, keepdim=True), expected.amax(-1, keepdim=True)
+            assert (best - expected.gather(-1, found)).max() < NEAR_TIE
+            assert (found[:, 0] != ids[0, prompt:]).sum() <= 1
 
 
 @pytest.mark.parametrize("model_type", TYPES)
