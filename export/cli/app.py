@@ -267,9 +267,20 @@ def values(*known: str) -> Callable[[str], list[str]]:
 
 
 RUN = "How it runs"
+SAMPLING = "Sampling"
 RESULT = "Output"
 DEBUGGING = "Debugging"
 
+ArtifactArgument = Annotated[Path, typer.Argument(help="The .pte of an export, with .ptd and tokenizer beside it.")]
+TemperatureOption = Annotated[
+    float, typer.Option(help="0 always takes the most likely token.", rich_help_panel=SAMPLING)
+]
+TopPOption = Annotated[
+    float,
+    typer.Option(
+        help="Sample from the most likely tokens whose probabilities add up to this.", rich_help_panel=SAMPLING
+    ),
+]
 RuntimeOption = Annotated[
     str,
     typer.Option(

@@ -12,9 +12,13 @@ from typing import Annotated
 import typer
 
 from .app import (
+    SAMPLING,
+    ArtifactArgument,
     CudaGraphOption,
     PrefillChunkOption,
     RuntimeOption,
+    TemperatureOption,
+    TopPOption,
     VerboseOption,
     VerifyOption,
     app,
@@ -24,14 +28,14 @@ from .app import (
     quiet_unless,
     show_note,
 )
-from .generate import SAMPLING, TEXT
+from .generate import TEXT
 
 COMMANDS = "/reset starts again, /exit ends, Ctrl-C stops an answer"
 
 
 @command(app, "chat")
 def chat(
-    artifact: Annotated[Path, typer.Argument(help="The .pte of an export, with .ptd and tokenizer beside it.")],
+    artifact: ArtifactArgument,
     system: Annotated[str | None, typer.Option(help="System message.", rich_help_panel=TEXT)] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Tokens of an answer at most; by default, to the end.", rich_help_panel=TEXT)
@@ -42,15 +46,8 @@ def chat(
     chat_template: Annotated[
         Path | None, typer.Option(help="File with a Jinja template, in place of the model's.", rich_help_panel=TEXT)
     ] = None,
-    temperature: Annotated[
-        float, typer.Option(help="0 always takes the most likely token.", rich_help_panel=SAMPLING)
-    ] = 0.0,
-    top_p: Annotated[
-        float,
-        typer.Option(
-            help="Sample from the most likely tokens whose probabilities add up to this.", rich_help_panel=SAMPLING
-        ),
-    ] = 1.0,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
     seed: Annotated[
         int | None,
         typer.Option(help="Seed for temperatures above 0; by default a new one.", rich_help_panel=SAMPLING),

@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .app import (
+    SAMPLING,
+    ArtifactArgument,
     CudaGraphOption,
     PrefillChunkOption,
     RuntimeOption,
+    TemperatureOption,
+    TopPOption,
     VerboseOption,
     VerifyOption,
     app,
@@ -26,12 +30,11 @@ if TYPE_CHECKING:
     from executorch_moe.export.generate.generator import TextGenerator
 
 TEXT = "Text"
-SAMPLING = "Sampling"
 
 
 @command(app, "generate")
 def generate(
-    artifact: Annotated[Path, typer.Argument(help="The .pte of an export, with .ptd and tokenizer beside it.")],
+    artifact: ArtifactArgument,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="Text to continue.", rich_help_panel=TEXT)
     ] = None,
@@ -52,15 +55,8 @@ def generate(
             help="Tokens to generate; by default 128, or what fits into the cache if less.", rich_help_panel=TEXT
         ),
     ] = None,
-    temperature: Annotated[
-        float, typer.Option(help="0 always takes the most likely token.", rich_help_panel=SAMPLING)
-    ] = 0.0,
-    top_p: Annotated[
-        float,
-        typer.Option(
-            help="Sample from the most likely tokens whose probabilities add up to this.", rich_help_panel=SAMPLING
-        ),
-    ] = 1.0,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
     seed: Annotated[
         int | None,
         typer.Option(

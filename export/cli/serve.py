@@ -9,6 +9,7 @@ import typer
 
 from .app import (
     RUN,
+    ArtifactArgument,
     CudaGraphOption,
     PrefillChunkOption,
     RuntimeOption,
@@ -27,7 +28,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 @command(app, "serve")
 def serve(
-    artifact: Annotated[Path, typer.Argument(help="The .pte of an export, with .ptd and tokenizer beside it.")],
+    artifact: ArtifactArgument,
     host: Annotated[
         str, typer.Option(help="Address to listen on; by default this machine only.", rich_help_panel=HTTP)
     ] = "127.0.0.1",

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from executorch_moe.kernels.checks import check_dtype, check_eps, check_layout, check_shape
+
 HEAD_DIMS = (32, 64, 128, 256)
 """Supported sizes of a head. Tensor cores take half a head at a time, a power of two of at least 16."""
 MAX_EXPERTS = 1024
@@ -67,16 +69,16 @@ def check_one_token_attention(arguments: AttentionArguments) -> None:
     hidden, update, norm, weight, scale, q_norm, k_norm, cos, sin, position, key, value, scaling, eps = arguments
     h = _check_row("hidden", hidden)
     if update is not None:
-        _check_shape("update", update, hidden.shape, "it is the output of the previous layer's experts")
-        _check_dtype("update", update, (torch.bfloat16,))
+        check_shape("update", update, hidden.shape, "it is the output of the previous layer's experts")
+        check_dtype("update", update, (torch.bfloat16,))
     _check_numbers("norm", norm, h, "one weight for each of the H elements of hidden")
     for name, cache in (("key", key), ("value", value)):
         if cache.dim() != 4 or cache.shape[0] != 1 or min(cache.shape) < 1:
             raise ValueError(
                 f"{name} has shape {list(cache.shape)}, expected [1, kv_heads, C, D]: pass one layer's cache"
             )
-        _check_dtype(name, cache, (torch.bfloat16,))
-    _check_shape("value", value, key.shape, "keys and values of a layer have one shape")
+        check_dtype(name, cache, (torch.bfloat16,))
+    check_shape("value", value, key.shape, "keys and values of a layer have one shape")
     _, kv_heads, context, head_dim = key.shape
     if head_dim not in HEAD_DIMS:
         raise ValueError(f"key has heads of D={head_dim}, expected one of {HEAD_DIMS}: use such a model, {UNFUSED}")
@@ -96,12 +98,12 @@ def check_one_token_attention(arguments: AttentionArguments) -> None:
         _check_numbers(name, t, head_dim, "one weight for each of the D elements of a head")
     for name, t in (("cos", cos), ("sin", sin)):
         _check_numbers(name, t, head_dim // 2, "the angles of the first half of a head, which the second half shares")
-    _check_dtype("position", position, (torch.int64,))
-    _check_shape("position", position, (1,), "pass the position of the one token")
+    check_dtype("position", position, (torch.int64,))
+    check_shape("position", position, (1,), "pass the position of the one token")
     if not math.isfinite(scaling):
         raise ValueError(f"scaling={scaling} must be a finite number: try D**-0.5 = {head_dim**-0.5}")
-    _check_eps(eps)
-    _check_layout("hidden", hidden, arguments._asdict(), ("norm", "weight", "scale", "key", "value"))
+    check_eps(eps)
+    check_layout("hidden", hidden, arguments._asdict(), ("norm", "weight", "scale", "key", "value"))
 
 
 def check_position(position: Tensor, context: int) -> None:
@@ -133,7 +135,7 @@ def check_one_token_router(arguments: RouteArguments) -> None:
     if h > MAX_HIDDEN:
         raise ValueError(f"residual has H={h}, expected {MAX_HIDDEN} at most: use a smaller model, {UNFUSED}")
     _check_numbers("norm", norm, h, "one weight for each of the H elements of residual")
-    _check_dtype("router", router, (torch.bfloat16,))
+    check_dtype("router", router, (torch.bfloat16,))
     if router.dim() != 2 or router.shape[1] != h or router.shape[0] < 1:
         raise ValueError(f"router has shape {list(router.shape)}, expected [E, H={h}]: pass the router's weight")
     experts = router.shape[0]
@@ -143,8 +145,8 @@ def check_one_token_router(arguments: RouteArguments) -> None:
         raise ValueError(
             f"top_k={top_k} must be from 1 to the E={experts} experts of router: pass the model's own top_k"
         )
-    _check_eps(eps)
-    _check_layout("x", x, arguments._asdict(), ("weight", "scale", "norm", "router"))
+    check_eps(eps)
+    check_layout("x", x, arguments._asdict(), ("weight", "scale", "norm", "router"))
 
 
 def check_one_token_linear(x: Tensor, weight: Tensor, scale: Tensor | None) -> None:
@@ -153,31 +155,18 @@ def check_one_token_linear(x: Tensor, weight: Tensor, scale: Tensor | None) -> N
     Raises:
         ValueError: a dtype, shape, device or layout that the operator does not accept.
     """
-    _check_dtype("x", x, (torch.bfloat16,))
+    check_dtype("x", x, (torch.bfloat16,))
     if x.dim() < 1 or x.shape[-1] < 1 or math.prod(x.shape[:-1]) != 1:
         raise ValueError(
             f"x has shape {list(x.shape)}, expected one row, [..., K]: use a linear layer for several rows"
         )
     _check_matrix("weight", weight, scale, x.shape[-1])
-    _check_layout("x", x, {"x": x, "weight": weight, "scale": scale}, ("weight", "scale"))
-
-
-def _check_dtype(name: str, t: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
-    if t.dtype not in allowed:
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-        raise ValueError(
-            f"{name} has dtype {str(t.dtype).removeprefix('torch.')}, expected {names}: convert it with .to(...)"
-        )
-
-
-def _check_shape(name: str, t: Tensor, expected: tuple[int, ...], remedy: str) -> None:
-    if tuple(t.shape) != tuple(expected):
-        raise ValueError(f"{name} has shape {list(t.shape)}, expected {list(expected)}: {remedy}")
+    check_layout("x", x, {"x": x, "weight": weight, "scale": scale}, ("weight", "scale"))
 
 
 def _check_row(name: str, t: Tensor) -> int:
     """Checks a bf16 tensor [1, 1, columns] and returns the number of columns."""
-    _check_dtype(name, t, (torch.bfloat16,))
+    check_dtype(name, t, (torch.bfloat16,))
     if t.dim() != 3 or tuple(t.shape[:2]) != (1, 1) or t.shape[2] < 1:
         raise ValueError(f"{name} has shape {list(t.shape)}, expected [1, 1, columns]: pass one token of one text")
     return t.shape[2]
@@ -185,36 +174,18 @@ def _check_row(name: str, t: Tensor) -> int:
 
 def _check_numbers(name: str, t: Tensor, count: int, remedy: str) -> None:
     """Checks a float tensor of any shape by its number of elements."""
-    _check_dtype(name, t, FLOATS)
+    check_dtype(name, t, FLOATS)
     if t.numel() != count:
         raise ValueError(f"{name} has shape {list(t.shape)}, expected {count} elements: pass {remedy}")
 
 
 def _check_matrix(name: str, weight: Tensor, scale: Tensor | None, columns: int) -> None:
     """Checks a weight, int8 or bf16 [N, columns], and its scales, fp32 [N] or None."""
-    _check_dtype(name, weight, (torch.int8, torch.bfloat16))
+    check_dtype(name, weight, (torch.int8, torch.bfloat16))
     if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != columns:
         raise ValueError(
             f"{name} has shape {list(weight.shape)}, expected [N, {columns}]: its columns are the input's elements"
         )
     if scale is not None:
-        _check_dtype("scale", scale, (torch.float32,))
-        _check_shape("scale", scale, (weight.shape[0],), f"pass one scale for each row of {name}")
-
-
-def _check_eps(eps: float) -> None:
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps={eps} must be a finite number, 0 or more: pass that of the norm, as 1e-6")
-
-
-def _check_layout(first: str, where: Tensor, arguments: dict[str, object], stored: tuple[str, ...]) -> None:
-    """Checks that all tensors are on one device, and that weights and caches (`stored`) are contiguous."""
-    for name, t in arguments.items():
-        if not isinstance(t, Tensor):
-            continue
-        if t.device != where.device:
-            raise ValueError(f"{name} is on {t.device} but {first} is on {where.device}: move both to one device")
-        if name in stored and not t.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous, strides are {list(t.stride())}: call .contiguous() once after loading"
-            )
+        check_dtype("scale", scale, (torch.float32,))
+        check_shape("scale", scale, (weight.shape[0],), f"pass one scale for each row of {name}")

@@ -5,11 +5,12 @@ The operator, its fake and its CPU kernel share the checks, which depend only on
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from executorch_moe.kernels.checks import check_dtype, check_eps, check_layout, check_shape
 
 HEAD_DIMS = (16, 32, 64, 128)
 """Supported sizes of a key head and of a value head: powers of two that tensor cores and one program can take."""
@@ -86,8 +87,8 @@ def check_gated_delta_net(arguments: DeltaRuleArguments) -> None:
     """
     projected, conv_weight, dt_bias, a_log, norm_weight, conv_state, recurrent_state, position = arguments[:8]
     key_heads, key_dim, eps = arguments[8:]
-    _check_dtype("projected", projected, FLOATS)
-    _check_dtype("recurrent_state", recurrent_state, (torch.float32,))
+    check_dtype("projected", projected, FLOATS)
+    check_dtype("recurrent_state", recurrent_state, (torch.float32,))
     if recurrent_state.dim() != 3 or min(recurrent_state.shape) < 1:
         raise ValueError(
             f"recurrent_state has shape {list(recurrent_state.shape)}, expected [value_heads, key_dim, value_dim]: "
@@ -113,7 +114,7 @@ def check_gated_delta_net(arguments: DeltaRuleArguments) -> None:
             f"convolution's weight without its middle axis, {UNFUSED}"
         )
     sizes = arguments.sizes
-    _check_shape(
+    check_shape(
         "conv_weight", conv_weight, (sizes.channels, sizes.conv_size), "a row for each column of query, key and value"
     )
     if projected.dim() != 2 or projected.shape[1] != sizes.columns:
@@ -123,39 +124,18 @@ def check_gated_delta_net(arguments: DeltaRuleArguments) -> None:
         )
     if isinstance(projected.shape[0], int) and projected.shape[0] < 1:
         raise ValueError("projected has T=0 tokens, expected 1 at least: skip the layer if there is no token")
-    _check_dtype("conv_state", conv_state, (projected.dtype,))
-    _check_shape(
+    check_dtype("conv_state", conv_state, (projected.dtype,))
+    check_shape(
         "conv_state", conv_state, (sizes.conv_size, sizes.channels), "it holds the last K tokens before `position`"
     )
     for name, t, count in (("dt_bias", dt_bias, value_heads), ("a_log", a_log, value_heads)):
-        _check_dtype(name, t, FLOATS)
-        _check_shape(name, t, (count,), "pass one number for each value head")
+        check_dtype(name, t, FLOATS)
+        check_shape(name, t, (count,), "pass one number for each value head")
     for name, t in (("conv_weight", conv_weight), ("norm_weight", norm_weight)):
-        _check_dtype(name, t, FLOATS)
-    _check_shape("norm_weight", norm_weight, (value_dim,), "one weight for each number of a value head")
-    _check_dtype("position", position, (torch.int64,))
-    _check_shape("position", position, (1,), "pass the position of the first token")
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps={eps} must be a finite number, 0 or more: pass that of the norm, as 1e-6")
-    for name, t in arguments._asdict().items():
-        if not isinstance(t, Tensor):
-            continue
-        if t.device != projected.device:
-            raise ValueError(f"{name} is on {t.device} but projected is on {projected.device}: move both to one device")
-        if name != "projected" and not t.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous, strides are {list(t.stride())}: call .contiguous() once after loading"
-            )
-
-
-def _check_dtype(name: str, t: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
-    if t.dtype not in allowed:
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-        raise ValueError(
-            f"{name} has dtype {str(t.dtype).removeprefix('torch.')}, expected {names}: convert it with .to(...)"
-        )
-
-
-def _check_shape(name: str, t: Tensor, expected: tuple[int, ...], remedy: str) -> None:
-    if tuple(t.shape) != tuple(expected):
-        raise ValueError(f"{name} has shape {list(t.shape)}, expected {list(expected)}: {remedy}")
+        check_dtype(name, t, FLOATS)
+    check_shape("norm_weight", norm_weight, (value_dim,), "one weight for each number of a value head")
+    check_dtype("position", position, (torch.int64,))
+    check_shape("position", position, (1,), "pass the position of the first token")
+    check_eps(eps)
+    stored = tuple(name for name in arguments._fields if name != "projected")
+    check_layout("projected", projected, arguments._asdict(), stored)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from executorch_moe.kernels.checks import check_dtype, check_eps, check_layout
+
 HEAD_DIMS = (32, 64, 128, 256)
 """Supported sizes of a head: tensor cores take powers of two of at least 16, and half a head is rotated at a time."""
 MAX_EXPERTS = 1024
@@ -61,7 +63,7 @@ def check_rotated_heads(arguments: HeadsArguments) -> None:
         ValueError: a dtype, shape, device or value that the operator does not accept.
     """
     qkv, q_norm, k_norm, cos, sin, kv_heads, eps = arguments
-    _check_dtype("qkv", qkv, (torch.bfloat16,))
+    check_dtype("qkv", qkv, (torch.bfloat16,))
     if qkv.dim() != 3 or qkv.shape[0] != 1:
         raise ValueError(
             f"qkv has shape {list(qkv.shape)}, expected [1, T, (heads + 2 * kv_heads) * D]: pass the tokens of one text"
@@ -76,18 +78,18 @@ def check_rotated_heads(arguments: HeadsArguments) -> None:
             "and heads a multiple of kv_heads: concatenate the projections of query, key and value in this order"
         )
     for name, t in (("q_norm", q_norm), ("k_norm", k_norm)):
-        _check_dtype(name, t, FLOATS)
+        check_dtype(name, t, FLOATS)
         if t.numel() != head_dim:
             raise ValueError(f"{name} has shape {list(t.shape)}, expected {head_dim} elements: pass one for each of D")
     for name, t in (("cos", cos), ("sin", sin)):
-        _check_dtype(name, t, FLOATS)
+        check_dtype(name, t, FLOATS)
         if t.dim() != 3 or t.shape[0] != 1 or t.shape[2] != head_dim // 2 or t.shape[1] != qkv.shape[1]:
             raise ValueError(
                 f"{name} has shape {list(t.shape)}, expected [1, {qkv.shape[1]}, {head_dim // 2}]: pass the angles of "
                 "the first half of a head, which the second half shares, for each token"
             )
-    _check_eps(eps)
-    _check_devices("qkv", qkv, arguments._asdict())
+    check_eps(eps)
+    check_layout("qkv", qkv, arguments._asdict())
 
 
 def check_cached_attention(arguments: CachedAttentionArguments) -> None:
@@ -98,10 +100,10 @@ def check_cached_attention(arguments: CachedAttentionArguments) -> None:
     """
     query, key, value, visible, scaling = arguments
     for name, t, expected in (("query", query, "[1, T, heads, D]"), ("key", key, "[1, kv_heads, C, D]")):
-        _check_dtype(name, t, (torch.bfloat16,))
+        check_dtype(name, t, (torch.bfloat16,))
         if t.dim() != 4 or t.shape[0] != 1:
             raise ValueError(f"{name} has shape {list(t.shape)}, expected {expected}: pass one text and one layer")
-    _check_dtype("value", value, (torch.bfloat16,))
+    check_dtype("value", value, (torch.bfloat16,))
     if value.shape != key.shape:
         raise ValueError(f"value has shape {list(value.shape)}, expected that of key, {list(key.shape)}")
     _, kv_heads, context, head_dim = key.shape
@@ -116,7 +118,7 @@ def check_cached_attention(arguments: CachedAttentionArguments) -> None:
         raise ValueError(
             f"key has C={context} positions of D={head_dim}, expected fewer than 2^31 numbers a head: shorten the cache"
         )
-    _check_dtype("visible", visible, (torch.int64,))
+    check_dtype("visible", visible, (torch.int64,))
     if visible.dim() != 2 or visible.shape[1] not in (1, 2) or visible.shape[0] != query.shape[1]:
         raise ValueError(
             f"visible has shape {list(visible.shape)}, expected [{query.shape[1]}, 1] or [{query.shape[1]}, 2]: pass "
@@ -124,10 +126,7 @@ def check_cached_attention(arguments: CachedAttentionArguments) -> None:
         )
     if not (math.isfinite(scaling) and scaling > 0):
         raise ValueError(f"scaling={scaling} must be a positive number: try D**-0.5 = {head_dim**-0.5}")
-    for name, t in (("key", key), ("value", value)):
-        if not t.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, strides are {list(t.stride())}: call .contiguous() once")
-    _check_devices("query", query, arguments._asdict())
+    check_layout("query", query, arguments._asdict(), ("key", "value"))
 
 
 def fits_residual_norm(hidden: Tensor) -> bool:
@@ -142,7 +141,7 @@ def check_residual_norm(hidden: Tensor, update: Tensor, norm: Tensor, eps: float
         ValueError: a dtype, shape, device or value that the operator does not accept.
     """
     for name, t in (("hidden", hidden), ("update", update)):
-        _check_dtype(name, t, (torch.bfloat16,))
+        check_dtype(name, t, (torch.bfloat16,))
     if hidden.dim() != 3 or hidden.shape[0] != 1 or not 1 <= hidden.shape[2] <= MAX_HIDDEN:
         raise ValueError(
             f"hidden has shape {list(hidden.shape)}, expected [1, T, H] with H from 1 to {MAX_HIDDEN}: pass the tokens "
@@ -150,13 +149,13 @@ def check_residual_norm(hidden: Tensor, update: Tensor, norm: Tensor, eps: float
         )
     if update.dim() != 3 or update.shape[0] != 1 or update.shape[1:] != hidden.shape[1:]:
         raise ValueError(f"update has shape {list(update.shape)}, expected that of hidden, {list(hidden.shape)}")
-    _check_dtype("norm", norm, FLOATS)
+    check_dtype("norm", norm, FLOATS)
     if norm.numel() != hidden.shape[2]:
         raise ValueError(
             f"norm has shape {list(norm.shape)}, expected {hidden.shape[2]} elements: pass one for each of H"
         )
-    _check_eps(eps)
-    _check_devices("hidden", hidden, {"update": update, "norm": norm})
+    check_eps(eps)
+    check_layout("hidden", hidden, {"update": update, "norm": norm})
 
 
 def fits_top_experts(experts: int, top_k: int) -> bool:
@@ -170,7 +169,7 @@ def check_top_experts(logits: Tensor, top_k: int) -> None:
     Raises:
         ValueError: a dtype, shape or value that the operator does not accept.
     """
-    _check_dtype("logits", logits, FLOATS)
+    check_dtype("logits", logits, FLOATS)
     if logits.dim() != 2 or not 1 <= logits.shape[1] <= MAX_EXPERTS:
         raise ValueError(
             f"logits has shape {list(logits.shape)}, expected [T, E] with E from 1 to {MAX_EXPERTS}: flatten the "
@@ -195,22 +194,3 @@ def check_visible(visible: Tensor, context: int) -> None:
         )
     if bool((visible[:, 0] > visible[:, -1]).any()):
         raise ValueError("visible has a first position after the last one: each token must see at least one position")
-
-
-def _check_dtype(name: str, t: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
-    if t.dtype not in allowed:
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-        raise ValueError(
-            f"{name} has dtype {str(t.dtype).removeprefix('torch.')}, expected {names}: convert it with .to(...)"
-        )
-
-
-def _check_eps(eps: float) -> None:
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps={eps} must be a finite number, 0 or more: pass that of the norm, as 1e-6")
-
-
-def _check_devices(first: str, where: Tensor, arguments: dict[str, object]) -> None:
-    for name, t in arguments.items():
-        if isinstance(t, Tensor) and t.device != where.device:
-            raise ValueError(f"{name} is on {t.device} but {first} is on {where.device}: move both to one device")

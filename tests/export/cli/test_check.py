@@ -140,9 +140,9 @@ def test_operators_and_numerics_that_fail(monkeypatch: pytest.MonkeyPatch) -> No
         **dict.fromkeys(NAMES, "ok"),
         **dict.fromkeys(["operators, prefill", "operators, decode", "numerics"], "fail"),
     }
-    assert "aten.histc in model.model.norm (Qwen3MoeRMSNorm)" in result.stderr
     # The other norms are part of operators.
-    assert "aten.histc in model.model.layers.0.input_layernorm (Qwen3MoeRMSNorm)" in result.stderr
+    places = set(re.findall(r"aten\.histc in (\S+) \(Qwen3MoeRMSNorm\)", result.stderr))
+    assert places == {"model.model.layers.0.input_layernorm", "model.model.norm"}
 
 
 @torch.no_grad()
@@ -166,8 +166,8 @@ def test_an_expert_of_an_early_token_counts() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
-def test_the_numerics_of_other_families(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "chosen"), [("mixtral", "[34] of 4"), ("gpt_oss", "[78] of 8")])
+def test_the_numerics_of_other_families(name: str, chosen: str, tmp_path: Path) -> None:
     family = by_name(name)
     model: Any = replace(family, options=family.options | {"num_hidden_layers": 2}).model()
     model.save_pretrained(tmp_path)
@@ -175,7 +175,7 @@ def test_the_numerics_of_other_families(name: str, tmp_path: Path) -> None:
     result = checking.CheckResult(options)
     checking.check_numerics(result, options, tmp_path)
     (finding,) = result.findings
-    assert finding.passed and re.search(r"which chose ([34] of 4|[5-8] of 8) experts", finding.found)
+    assert finding.passed and re.search(f"which chose {chosen} experts", finding.found)
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:

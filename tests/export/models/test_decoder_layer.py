@@ -18,6 +18,8 @@ from executorch_moe.export.quantize.experts import quantize_experts_
 from ..families import by_name
 
 TEXT = [5, 17, 200, 33, 33, 8, 91]
+WITHOUT_TIES = [68, 32, 130, 60, 253, 230, 241]
+"""A text for which no router of the random models has two logits so close that rounding chooses another expert."""
 CONTEXT = 16
 
 pytestmark = pytest.mark.transformers
@@ -43,18 +45,15 @@ def run(lm: CausalLM, ids: list[int], position: int) -> torch.Tensor:
 def test_one_by_one_is_as_at_once(dense: str) -> None:
     lm = model(dense)
     assert all(type(layer) is OneTokenDecoderLayer for layer in lm.model.model.layers)
-    at_once = run(lm, TEXT, 0)
+    at_once = run(lm, WITHOUT_TIES, 0)
     caches = [buffer.clone() for buffer in lm.kv_cache.buffers()]
     lm.reset()
-    for position, token in enumerate(TEXT):
+    for position, token in enumerate(WITHOUT_TIES):
         one_by_one = run(lm, [token], position)
-    assert (one_by_one - at_once).norm() / at_once.norm() < 0.05
+    # bf16 is rounded at other places: close, but not equal.
+    assert (one_by_one - at_once).norm() / at_once.norm() < 0.02
     for one, other in zip(lm.kv_cache.buffers(), caches, strict=True):
-        one, other = (part[0, :, : len(TEXT)].float().transpose(0, 1).flatten(1) for part in (one, other))
-        errors = sorted(((one - other).norm(dim=1) / other.norm(dim=1)).tolist())
-        # bf16 is rounded at other places. So one token, whose logits of the router are nearly equal, may get another
-        # expert.
-        assert errors[-2] < 0.02 and errors[-1] < 0.5
+        assert (one - other).float().norm() / other.float().norm() < 0.02
 
 
 RECURRENT = (
