@@ -145,7 +145,8 @@ def _chunks(
     submit(Launch(moe_delta_rule_chunk, (chunks, sizes.value_heads), pointers, common, num_warps=4))
     block_v = min(16 if wide else 32, sizes.value_dim)
     blocks = sizes.value_dim // block_v
-    before = projected.new_empty(sizes.value_heads, chunks, sizes.key_dim, sizes.value_dim, dtype=buffers)
+    # No dimension of `chunks` alone: while tracing with few tokens it would be 1, and the program be for one chunk.
+    before = projected.new_empty(sizes.value_heads, chunks * sizes.key_dim, sizes.value_dim, dtype=buffers)
     state = Launch(
         moe_delta_rule_state,
         (sizes.value_heads, blocks),

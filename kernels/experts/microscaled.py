@@ -34,11 +34,11 @@ def decode_e2m1(half, f0, f1, f2, f3, PTX: tl.constexpr):
     """
     if not PTX:
         word = half.to(tl.int32)
-        unit = 1.1754943508222875e-38  # 2^-126
-        v0 = e2m1((word >> 12) & 15) * f0.to(tl.float32) * unit
-        v1 = e2m1((word >> 4) & 15) * f1.to(tl.float32) * unit
-        v2 = e2m1((word >> 8) & 15) * f2.to(tl.float32) * unit
-        v3 = e2m1(word & 15) * f3.to(tl.float32) * unit
+        unit = 1.1754943508222875e-38  # 2^-126; times the factor first: 6 * 2^127 would overflow
+        v0 = e2m1((word >> 12) & 15) * (f0.to(tl.float32) * unit)
+        v1 = e2m1((word >> 4) & 15) * (f1.to(tl.float32) * unit)
+        v2 = e2m1((word >> 8) & 15) * (f2.to(tl.float32) * unit)
+        v3 = e2m1(word & 15) * (f3.to(tl.float32) * unit)
         return to_bf16(v0, PTX), to_bf16(v1, PTX), to_bf16(v2, PTX), to_bf16(v3, PTX)
     else:
         return tl.inline_asm_elementwise(

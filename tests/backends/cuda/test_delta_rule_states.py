@@ -14,7 +14,7 @@ from torch._inductor.codecache import AotCodeCompiler
 from torch.export import Dim, ExportedProgram, export
 
 import executorch_moe.kernels.delta_rule.op  # noqa: F401  registers the operator
-from executorch_moe.backends.artifact.files import save
+from executorch_moe.backends.artifact.files import open_artifact, save
 from executorch_moe.backends.artifact.inspect import check_cuda_artifact, inspect_artifact
 from executorch_moe.backends.lower import lower
 from executorch_moe.backends.runtime.loader import load
@@ -91,6 +91,7 @@ def test_states_are_updated_in_place(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(AotCodeCompiler, "compile", classmethod(compile))
     artifact = save(lower(methods(), "sm_90"), tmp_path / "model")
     check_cuda_artifact(inspect_artifact(artifact.pte))
+    assert open_artifact(artifact.pte)[0].inputs("prefill")[0].sizes == (1024, HIDDEN)  # not only the length traced
     decode, prefill = host_code
     token = "moe_delta_rule_one_token"
     inputs, state = "moe_delta_rule_inputs", "moe_delta_rule_state"
