@@ -8,7 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,9 @@ sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 # Set before torch starts its thread pools: the suite runs several processes at once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Each process compiles kernels itself. With a pool for each there would be more processes than cores.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # No test downloads anything.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -101,6 +104,21 @@ def seed() -> None:
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_gemms() -> Iterator[None]:
+    """On a GPU Inductor times two kernels for each GEMM instead of about twenty: most of an export's time there.
+
+    Exports of `tiny_artifact` in export/conftest.py choose among all of them.
+    """
+    if why_no_gpu():
+        yield
+        return
+    from torch._inductor import config
+
+    with config.patch({"test_configs.max_mm_configs": 2}):
+        yield
 
 
 @pytest.fixture(scope="session")
