@@ -34,10 +34,18 @@ def gpus_in_turn(worker: str, gpus: int) -> str:
     return ",".join(str((first + index) % gpus) for index in range(gpus))
 
 
-# Before torch is imported: the processes share the GPUs of a machine evenly, and each still sees all of them.
-if "PYTEST_XDIST_WORKER" in os.environ and "CUDA_VISIBLE_DEVICES" not in os.environ and shutil.which("nvidia-smi"):
-    _gpus = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True).stdout.count("GPU ")
-    if _gpus > 1:
+def number_of_gpus() -> int:
+    if not shutil.which("nvidia-smi"):
+        return 0
+    return subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True).stdout.count("GPU ")
+
+
+# Before torch is imported: the processes share the GPUs of a machine evenly, and each still sees all of them. The first
+# process counts them for all, so that not each starts nvidia-smi, which wait for each other.
+if "CUDA_VISIBLE_DEVICES" not in os.environ:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        os.environ["EXECUTORCH_MOE_TEST_GPUS"] = str(number_of_gpus())
+    elif (_gpus := int(os.environ.get("EXECUTORCH_MOE_TEST_GPUS", "0"))) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus_in_turn(os.environ["PYTEST_XDIST_WORKER"], _gpus)
 
 SLOW_FILES = (
