@@ -100,7 +100,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xdist_group(f"{item.path.name}-{scheme}"))
         if item.get_closest_marker("gpu") and why_no_gpu():
             item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {why_no_gpu()}"))
-    items.sort(key=lambda item: _ORDER.get(item.path.name, len(_ORDER)))  # stable: keeps the order inside a file
+    # Stable: keeps the order inside a file.
+    items.sort(key=lambda item: (bool(item.get_closest_marker("last")), _ORDER.get(item.path.name, len(_ORDER))))
 
 
 @pytest.fixture(autouse=True)

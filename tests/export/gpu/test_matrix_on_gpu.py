@@ -77,6 +77,7 @@ def test_every_export_is_eager(way: str, cell: Cell, artifact: Artifact, record_
     assert torch.equal(follow(first, ids), got)
 
 
+@pytest.mark.last
 @pytest.mark.parametrize("way", WAYS)
 def test_bits_stay_the_same_beside_other_kernels(way: str, artifact: Artifact) -> None:
     """Between calls, other kernels on the same stream fill caches, registers and freed memory."""
@@ -113,6 +114,7 @@ def sanitized(tool: str, pte_files: list[Path], report: Path) -> None:
     assert run.stdout.count("ran ") == len(pte_files)
 
 
+@pytest.mark.last
 @pytest.mark.parametrize("scheme", ["w4a16", "w4a8", "bf16"])
 @pytest.mark.parametrize("way", WAYS)
 def test_no_export_reads_or_writes_outside(way: str, scheme: str, artifact: Artifact, tmp_path: Path) -> None:
@@ -120,6 +122,7 @@ def test_no_export_reads_or_writes_outside(way: str, scheme: str, artifact: Arti
     sanitized("memcheck", paths, tmp_path / "memcheck.txt")
 
 
+@pytest.mark.last
 @pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
 def test_no_familys_export_reads_or_writes_outside(dynamic: bool, made_once, tmp_path: Path) -> None:
     paths = [files(mode, made_once)[0] for mode in MODES if mode.dynamic == dynamic]
