@@ -68,6 +68,8 @@ SLOW_FILES = (
     "test_quality.py",
 )
 """The slow parts of `make test`, slowest first: it runs them in this order, so that no process idles at the end."""
+SHORT_FILES = ("test_gpu.py",)
+"""Hundreds of tests of seconds."""
 _ORDER = {name: position for position, name in enumerate(SLOW_FILES)}
 
 
@@ -101,7 +103,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("gpu") and why_no_gpu():
             item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {why_no_gpu()}"))
     # Stable: keeps the order inside a file.
-    items.sort(key=lambda item: (bool(item.get_closest_marker("last")), _ORDER.get(item.path.name, len(_ORDER))))
+    items.sort(key=lambda item: (_part(item), _ORDER.get(item.path.name, len(_ORDER))))
+
+
+def _part(item: pytest.Item) -> int:
+    """The first, second or third part of a run. In the third, no process waits for another one's last long test."""
+    if item.get_closest_marker("late"):
+        return 1
+    return 2 if item.path.name in SHORT_FILES else 0
 
 
 @pytest.fixture(autouse=True)

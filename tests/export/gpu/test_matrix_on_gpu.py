@@ -28,6 +28,7 @@ HOST = "delegate-host"
 TEXT = list(b"The import statement combines two operations")
 STEPS = 16
 WAYS = ("here", "elsewhere")
+LATE_WAYS = [pytest.param("here", marks=pytest.mark.late), "elsewhere"]
 # Both round to bf16, at different places; in a near-tie a router may choose another expert.
 MEDIAN_ERROR, LARGEST_ERROR = 0.01, 0.05
 # Logits between 8 and 16 are 1/16 apart in bf16: four such steps.
@@ -77,8 +78,7 @@ def test_every_export_is_eager(way: str, cell: Cell, artifact: Artifact, record_
     assert torch.equal(follow(first, ids), got)
 
 
-@pytest.mark.last
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", LATE_WAYS)
 def test_bits_stay_the_same_beside_other_kernels(way: str, artifact: Artifact) -> None:
     """Between calls, other kernels on the same stream fill caches, registers and freed memory."""
     program = load(artifact(way, Cell("w4a16", "int8")), runtime=HOST)
@@ -114,15 +114,14 @@ def sanitized(tool: str, pte_files: list[Path], report: Path) -> None:
     assert run.stdout.count("ran ") == len(pte_files)
 
 
-@pytest.mark.last
 @pytest.mark.parametrize("scheme", ["w4a16", "w4a8", "bf16"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", LATE_WAYS)
 def test_no_export_reads_or_writes_outside(way: str, scheme: str, artifact: Artifact, tmp_path: Path) -> None:
     paths = [artifact(way, cell) for cell in CELLS if cell.scheme == scheme]
     sanitized("memcheck", paths, tmp_path / "memcheck.txt")
 
 
-@pytest.mark.last
+@pytest.mark.late
 @pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
 def test_no_familys_export_reads_or_writes_outside(dynamic: bool, made_once, tmp_path: Path) -> None:
     paths = [files(mode, made_once)[0] for mode in MODES if mode.dynamic == dynamic]
