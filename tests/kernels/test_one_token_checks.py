@@ -78,7 +78,7 @@ LINEAR: list[tuple[str, Change, str]] = [
 
 def arguments_of(name: str) -> tuple[Any, dict[str, Any]]:
     if name == "one_token_attention":
-        fields, values = ops.AttentionArguments._fields, (*attention_arguments("int8", 4, 5, True), False)
+        fields, values = ops.AttentionArguments._fields, attention_arguments("int8", 4, 5, True)
     elif name == "one_token_router":
         fields, values = ops.RouteArguments._fields, route_arguments("int8", 3)
     else:
