@@ -37,9 +37,7 @@ def projection(rows: int, columns: int, kind: str) -> tuple[Tensor, Tensor | Non
     return codes, (torch.rand(rows, generator=generator) + 0.5) / (73 * columns**0.5)
 
 
-def attention_arguments(
-    kind: str, groups: int, position: int, update: bool, gated: bool = False
-) -> tuple[object, ...]:
+def attention_arguments(kind: str, groups: int, position: int, update: bool, gated: bool = False) -> tuple[object, ...]:
     """The cache holds NaN from `position` on, because no result may depend on it."""
     weight, scale = projection(((1 + gated) * groups + 2) * KV_HEADS * HEAD_DIM, HIDDEN, kind)
     angle = torch.linspace(0.0, 3.0, HEAD_DIM // 2)[None, None] * position
