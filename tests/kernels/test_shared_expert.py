@@ -1,4 +1,4 @@
-"""A shared expert for one token: its first half beside the router, its second half in GEMM2; and a norm's projection."""
+"""A shared expert for one token: one half beside the router, the other one in GEMM2; and the projection of a norm."""
 
 from __future__ import annotations
 
