@@ -186,7 +186,15 @@ def test_operators_keep_the_rules_of_torch() -> None:
         ({"visible": torch.full((5, 1), 16)}, r"visible has positions from 16 to 16, expected 0 to 15"),
         ({"visible": torch.tensor([[3, 2]]).expand(5, 2)}, r"a first position after the last one"),
         ({"scaling": 0.0}, r"scaling=0.0 must be a positive number"),
-        ({"key": random(1, 16, 2, 32).transpose(1, 2)}, r"key must be contiguous"),
+        (
+            {
+                "query": random(1, 5, 4, 32).to("meta"),
+                "key": random(1, 16, 2, 32).to("meta").transpose(1, 2),
+                "value": random(1, 2, 16, 32).to("meta"),
+                "visible": torch.zeros(5, 1, dtype=torch.int64, device="meta"),
+            },
+            r"key must be contiguous",
+        ),
         ({"visible": torch.zeros(5, 1, dtype=torch.int64, device="meta")}, r"visible is on meta but query is on cpu"),
     ],
 )
