@@ -85,7 +85,7 @@ class SharedRouteArguments(NamedTuple):
     @property
     def route(self) -> RouteArguments:
         """The arguments of `one_token_router` among these."""
-        return RouteArguments(*self[: len(RouteArguments._fields)])
+        return RouteArguments(*self[:8])
 
     @property
     def has_own_gate(self) -> bool:

@@ -82,7 +82,8 @@ def cached_attention(*args: Any, **kwargs: Any) -> Tensor:
     Args:
         query: bf16 [1, T, heads, D], D one of `HEAD_DIMS`. heads / kv_heads consecutive heads share one of the cache.
             On the CPU, any D, and fp32 and fp16 too.
-        key, value: bf16 [1, kv_heads, C, D], contiguous except on the CPU. Positions that no token sees may hold anything, NaN included.
+        key, value: bf16 [1, kv_heads, C, D], contiguous except on the CPU. Positions that no token sees may hold
+            anything, NaN included.
         visible: int64, the positions that a token sees: [T, 1], the last one, or [T, 2], the first and the last one.
         scaling: factor of the scores, positive.
 

@@ -179,7 +179,7 @@ def test_operators_keep_the_rules_of_torch() -> None:
         ({"query": random(2, 5, 4, 32)}, r"query has shape \[2, 5, 4, 32\], expected \[1, T, heads, D\]"),
         ({"query": random(1, 5, 3, 32)}, r"query has shape \[1, 5, 3, 32\], expected \[1, T, heads, 32\] with heads a"),
         ({"value": random(1, 2, 17, 32)}, r"value has shape \[1, 2, 17, 32\], expected that of key"),
-        ({name: random(1, 2, 16, 48).to("meta") for name in "query key value".split()}, r"heads of D=48, expected one"),
+        ({name: random(1, 2, 16, 48).to("meta") for name in ["query", "key", "value"]}, r"heads of D=48, expected one"),
         ({"query": torch.zeros(1, 5, 4, 32, dtype=torch.float64)}, r"query has dtype float64, expected bfloat16 or"),
         ({"visible": torch.zeros(5, dtype=torch.int64)}, r"visible has shape \[5\], expected \[5, 1\] or \[5, 2\]"),
         ({"visible": torch.zeros(5, 1, dtype=torch.int32)}, r"visible has dtype int32, expected int64"),
