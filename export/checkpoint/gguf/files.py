@@ -57,8 +57,8 @@ def read_tables(folder: Path, files: list[str]) -> tuple[dict[str, Any], dict[st
     """Metadata of the first file, key -> value, and the tensors of all files, name -> entry.
 
     Raises:
-        ValueError: a file that is cut short or damaged.
-        NotImplementedError: a tensor type that is not supported.
+        ValueError: a file that is cut short or damaged, or a tensor in two files.
+        NotImplementedError: a tensor type, or an order of bytes, that is not supported.
         RuntimeError: the package gguf is missing.
     """
     try:
@@ -71,18 +71,28 @@ def read_tables(folder: Path, files: list[str]) -> tuple[dict[str, Any], dict[st
     metadata: dict[str, Any] = {}
     tensors: dict[str, Entry] = {}
     for file in files:
+        twice = ""
         try:
             reader = gguf.GGUFReader(folder / file)
+            swapped = reader.byte_order == "S"
             metadata = metadata or {name: entry.contents() for name, entry in reader.fields.items()}
             for tensor in reader.tensors:
                 shape = tuple(int(size) for size in reversed(tensor.shape.tolist()))
                 entry = Entry(file, tensor.tensor_type.name, shape, int(tensor.data_offset), int(tensor.n_bytes))
-                tensors[tensor.name] = entry
+                first = tensors.setdefault(tensor.name, entry)
+                twice = twice or (tensor.name if first is not entry else "")
         except Exception as error:  # the reader raises whatever numpy raises
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(
                 f"{folder / file} is cut short, damaged or not a GGUF file ({reason}): download it again"
             ) from None
+        if swapped:
+            raise NotImplementedError(f"{folder / file} has big-endian numbers, which are not supported: {SAFETENSORS}")
+        if twice:
+            raise ValueError(
+                f"{twice} is in {tensors[twice].file} and in {file} of {folder}: give one of the files, or remove "
+                "those of other models from the folder"
+            )
     for name, entry in tensors.items():
         if entry.kind not in TYPES:
             raise NotImplementedError(

@@ -106,3 +106,13 @@ def big_model() -> Any:
 def only(kind: str) -> Callable[[str], str]:
     """All matrices but the router in one type."""
     return lambda name: "F32" if "ffn_gate_inp" in name else kind
+
+
+def check_configuration(found: Any, expected: Any) -> None:
+    """Checks that all entries of two configurations are equal, but those for training and those for text."""
+    ours, others = found.to_dict(), expected.to_dict()
+    # transformers' own conversion does not undo the rounding to 32 bits.
+    assert ours.pop("rms_norm_eps") == pytest.approx(others.pop("rms_norm_eps"), rel=1e-6)
+    differ = {name for name in ours.keys() | others.keys() if ours.get(name) != others.get(name)}
+    unused = {"initializer_range", "eos_token_id", "architectures", "_name_or_path"}
+    assert not differ - unused, {name: (ours.get(name), others.get(name)) for name in differ - unused}
