@@ -40,6 +40,10 @@ class ExpertArguments(NamedTuple):
     scheme: str
     activation: str
     group_size: int
+    shared: Tensor | None = None
+    share: Tensor | None = None
+    shared_down: Tensor | None = None
+    shared_down_scale: Tensor | None = None
 
     def matrix(self, gemm: int) -> ExpertMatrix:
         """The weights of GEMM `gemm`, 1 or 2."""

@@ -44,9 +44,14 @@ def inference_operator(name: str, arguments: Any = None) -> Callable[[Callable[.
 
 
 def _signature(function: Callable[..., Any], arguments: Any) -> inspect.Signature:
-    kinds = typing.get_type_hints(arguments)
+    kinds, defaults = typing.get_type_hints(arguments), arguments._field_defaults
     parameters = [
-        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kinds[name])
+        inspect.Parameter(
+            name,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            default=defaults.get(name, inspect.Parameter.empty),
+            annotation=kinds[name],
+        )
         for name in arguments._fields
     ]
     return inspect.Signature(parameters, return_annotation=typing.get_type_hints(function)["return"])

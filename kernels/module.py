@@ -58,13 +58,20 @@ class FusedExperts(nn.Module):
                 self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
         return self
 
-    def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        shared: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None,
+    ) -> Tensor:
         """Run the experts.
 
         Args:
             hidden_states: bf16 or fp32 [T, H].
             topk_ids: int32 or int64 [T, top_k].
             topk_weights: float [T, top_k].
+            shared: the operator's arguments for a shared expert, `shared` to `shared_down_scale`, or None.
 
         Returns:
             [T, H] in the dtype of `hidden_states`.
@@ -84,7 +91,8 @@ class FusedExperts(nn.Module):
             )
         tensors = (getattr(self, name) for name in TENSORS)
         x = hidden_states.to(torch.bfloat16)
-        out: Tensor = fused_experts(x, topk_ids, topk_weights, *tensors, self.scheme, self.activation, self.group_size)
+        kind = self.scheme, self.activation, self.group_size
+        out: Tensor = fused_experts(x, topk_ids, topk_weights, *tensors, *kind, *(shared or ()))
         return out.to(hidden_states.dtype)
 
     def extra_repr(self) -> str:

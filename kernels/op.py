@@ -35,7 +35,10 @@ def forced(options: Options) -> Iterator[None]:
 def fused_experts(*args: Any, **kwargs: Any) -> Tensor:
     """Experts of one MoE layer: sum over top_k of weight * act(x @ gate.T, x @ up.T) @ down.T.
 
-    Takes the fields of `ExpertArguments`, in its order or by keyword. All of them must be given.
+    Takes the fields of `ExpertArguments`, in its order or by keyword. All of them but the last four must be given.
+
+    For one token, it also takes a shared expert whose first half `one_token_shared_router` computed, and adds
+    share * (shared @ (shared_down * shared_down_scale).T) before it rounds the sum.
 
     Args:
         hidden_states: bf16 [T, H]; T may be 0.
@@ -46,6 +49,8 @@ def fused_experts(*args: Any, **kwargs: Any) -> Tensor:
         scheme: "bf16", "w4a16", "w4a8" or "mxfp4".
         activation: "silu": silu(gate) * up, or "swiglu_oai": see `schemes.ACTIVATIONS`.
         group_size: weights that share a scale; 0 for scheme bf16.
+        shared: bf16 [1, S], input of a shared expert's down projection, or None; T must be 1. share: fp32 [1, 1].
+        shared_down: int8 or bf16 [H, S]. shared_down_scale: fp32 [H], or None.
 
     Returns:
         bf16 [T, H]. The same input gives the same bits.

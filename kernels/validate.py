@@ -8,10 +8,13 @@ from torch import Tensor
 from executorch_moe.kernels.tuning.choose import MAX_PAIRS
 
 from .arguments import TENSORS, ExpertArguments
+from .checks import check_dtype, check_layout, check_shape
 from .schemes import K_BLOCK, check_any_group_size, check_layer_group_size, get_activation, get_scheme, round_up
 
 ID_DTYPES = (torch.int32, torch.int64)
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_SHARED = 1024
+"""Width of a shared expert: a program of GEMM2 requests whole rows of its down projection at once."""
 
 
 def _dtype(name: str, t: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
@@ -158,8 +161,37 @@ def check_fused_experts(arguments: ExpertArguments) -> None:
             raise ValueError(
                 f"{name} is on {t.device} but hidden_states is on {hidden_states.device}: move both to one device"
             )
+    _check_shared(arguments)
     for name, t in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
         if t.device != hidden_states.device:
             raise ValueError(
                 f"{name} is on {t.device} but hidden_states is on {hidden_states.device}: move both to one device"
             )
+
+
+def _check_shared(arguments: ExpertArguments) -> None:
+    """Checks the arguments of a shared expert."""
+    shared, share, down, scale = arguments[-4:]
+    if shared is None or share is None or down is None:
+        if any(t is not None for t in (shared, share, down, scale)):
+            raise ValueError("shared, share and shared_down must be given together: pass all three, or None for each")
+        return
+    tokens, h = arguments.hidden_states.shape
+    if not isinstance(tokens, int) or tokens != 1:
+        raise ValueError(f"shared was given for T={tokens} tokens: pass one token, or add the shared expert afterwards")
+    check_dtype("shared", shared, (torch.bfloat16,))
+    if shared.dim() != 2 or shared.shape[0] != 1 or not 1 <= shared.shape[1] <= MAX_SHARED:
+        raise ValueError(
+            f"shared has shape {list(shared.shape)}, expected [1, S] with S from 1 to {MAX_SHARED}: pass one token's "
+            "input of the down projection, or add a larger shared expert afterwards"
+        )
+    check_dtype("share", share, (torch.float32,))
+    check_shape("share", share, (1, 1), "pass one factor of the shared expert's result")
+    check_dtype("shared_down", down, (torch.int8, torch.bfloat16))
+    check_shape("shared_down", down, (h, shared.shape[1]), "pass the shared expert's down projection")
+    if scale is not None:
+        check_dtype("shared_down_scale", scale, (torch.float32,))
+        check_shape("shared_down_scale", scale, (h,), "pass one scale for each row of shared_down")
+    names = ("shared", "share", "shared_down", "shared_down_scale")
+    stored = {name: getattr(arguments, name) for name in names}
+    check_layout("hidden_states", arguments.hidden_states, stored, ("share", *names[2:]))

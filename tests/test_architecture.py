@@ -21,7 +21,7 @@ LAYERS = ("kernels", "backends", "export", PACKAGE, "examples")
 ROOMS: dict[str, set[str]] = {
     "kernels/packing": set(),
     "kernels/tuning": set(),
-    "kernels/experts": {"kernels/packing", "kernels/tuning"},
+    "kernels/experts": {"kernels/packing", "kernels/tuning", "kernels/decode"},
     "kernels/decode": set(),
     "kernels/prefill": set(),
     "kernels/delta_rule": set(),

@@ -20,6 +20,9 @@ from executorch_moe.kernels.delta_rule.arguments import DeltaRuleArguments
 from executorch_moe.kernels.delta_rule.aten import gated_delta_net_aten
 from executorch_moe.kernels.delta_rule.op import gated_delta_net as _gated_delta_net  # noqa: F401  registers it too
 from executorch_moe.kernels.experts.aten import fused_experts_aten
+from executorch_moe.kernels.prefill.arguments import CachedAttentionArguments
+from executorch_moe.kernels.prefill.aten import cached_attention_by_rows
+from executorch_moe.kernels.prefill.op import cached_attention as _cached_attention  # noqa: F401  registers it too
 
 KEPT_WHOLE = (torch.ops.aten.linear.default,)
 """Not decomposed: ExecuTorch has a CPU kernel for linear layers. Decomposed, each call would transpose the weights."""
@@ -151,6 +154,9 @@ def _needed() -> dict[Any, Any]:
     return {
         torch.ops.executorch_moe.fused_experts.default: lambda *args: fused_experts_aten(ExpertArguments(*args)),
         torch.ops.executorch_moe.gated_delta_net.default: lambda *args: gated_delta_net_aten(DeltaRuleArguments(*args)),
+        torch.ops.executorch_moe.cached_attention.default: lambda *args: cached_attention_by_rows(
+            CachedAttentionArguments(*args)
+        ),
         torch.ops.aten.scaled_dot_product_attention.default: _attention,
         **_dequantizers(),
     }

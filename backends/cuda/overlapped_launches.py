@@ -32,6 +32,7 @@ WAITING_KERNELS = (
     "moe_one_token_attention",
     "moe_one_token_matvec",
     "moe_one_token_router",
+    "moe_one_token_shared_router",
     "moe_residual_norm",
     "moe_rotated_heads",
     "moe_sum_pairs",

@@ -1,8 +1,9 @@
 """Attention with grouped key/value heads without copies; on CUDA one projection for query, key and value.
 
 With an attention mask, transformers repeats key/value heads in memory: with 32 query and 4 key/value heads, it writes
-and reads eight copies of the whole cache for each token. On CUDA, several bf16 tokens take our `cached_attention`,
-which reads the visible positions only. Everything else is torch's operator, for which ExecuTorch has Triton kernels on
+and reads eight copies of the whole cache for each token. Several tokens take our `cached_attention`, on CUDA in bf16:
+it reads the visible positions only there, and on neither target is there a mask or a matrix of scores for all tokens
+and all positions at once. Everything else is torch's operator, for which ExecuTorch has Triton kernels on
 CUDA and a decomposition on the CPU, both with grouped heads.
 
 Letters: T tokens, D head_dim, C positions in the cache.
@@ -10,13 +11,15 @@ Letters: T tokens, D head_dim, C positions in the cache.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from executorch_moe.kernels.prefill.arguments import HEAD_DIMS
-from executorch_moe.kernels.prefill.op import fits_cached_attention
+from executorch_moe.kernels.prefill.op import fits_cached_attention, fits_cached_attention_on_cpu
 
 from .keywords import check, take_cache
 from .linears import StoredInt4, is_one_token, stored_int4
@@ -40,6 +43,7 @@ def grouped_attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     s_aux: Tensor | None = None,
+    fits: Callable[[Tensor, Tensor, Tensor], bool] = fits_cached_attention,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention behind transformers' attention interface.
@@ -49,6 +53,7 @@ def grouped_attention(
         attention_mask: bool [B, 1, T, C], true where attention is allowed; or int64 [1, 1, T, 1 or 2], the last, or
             the first and the last visible position of each token. None: causal attention, unless `is_causal`, or else
             the module's attribute of that name, is false; `sdpa_mask` omits a purely causal mask.
+        fits: whether `cached_attention` supports query, key and value on the target.
         keywords: see `keywords.HARMLESS`.
 
     Returns:
@@ -63,7 +68,7 @@ def grouped_attention(
         raise NotImplementedError("attention with sinks: use attn_implementation='eager'")
     if attention_mask is not None and attention_mask.dtype == torch.int64:
         tokens, factor = query.transpose(1, 2), query.shape[-1] ** -0.5 if scaling is None else scaling
-        if not is_one_token(tokens[:, :, 0]) and not dropout and fits_cached_attention(tokens, key, value):
+        if not is_one_token(tokens[:, :, 0]) and not dropout and fits(tokens, key, value):
             visible = attention_mask[0, 0]
             return torch.ops.executorch_moe.cached_attention(tokens, key, value, visible, factor), None
         attention_mask = mask_of(attention_mask, key.shape[2])
@@ -277,6 +282,7 @@ def register(name: str = NAME) -> str:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(name, grouped_attention)
+    on_cpu = functools.partial(grouped_attention, fits=fits_cached_attention_on_cpu)
+    AttentionInterface.register(name, on_cpu if name == CPU_NAME else grouped_attention)
     AttentionMaskInterface.register(name, sdpa_mask)
     return name

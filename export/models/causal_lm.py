@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram
 
 from executorch_moe.export.host_memory import size, total_memory
 
-from .attention import NAME
+from .attention import CPU_NAME, NAME
 from .delta_rule import LINEAR, GatedDeltaNet, replace_delta_rule_
 from .keywords import cache_name, check
 from .linears import OneTokenLinears
@@ -188,14 +188,14 @@ class CausalLM(nn.Module):
     def _mask(self, kind: str, cache_position: Tensor) -> Tensor | None:
         """Mask for one kind of layer, as the model's attention takes it.
 
-        For CUDA, the visible positions, see `grouped_attention`; else [1, 1, T, C]: bool, true where attention is
+        The visible positions, see `grouped_attention`; for other attention [1, 1, T, C]: bool, true where attention is
         allowed, or for eager attention the values that are added to the scores. None for linear attention.
         """
         if kind == LINEAR:
             return None
         # A query attends to positions up to its own, all of which are written. The rest of the cache holds zeros or
         # rows of an earlier, longer text.
-        if self.model.config._attn_implementation == NAME:
+        if self.model.config._attn_implementation in (NAME, CPU_NAME):
             last = cache_position[None, None, :, None]
             if kind == "sliding_attention":
                 return torch.cat([(last - self.model.config.sliding_window + 1).clamp(min=0), last], -1)

@@ -1,10 +1,10 @@
 """A decoder layer of Qwen3 models of few kernels.
 
 For one token of full attention, two operators compute everything before the experts, and no other kernel runs between
-them unless attention has an output gate: `one_token_attention` and `one_token_router`. A gated delta rule layer has its
-norm, its projection and `gated_delta_net` in place of the first. For several tokens the layer computes what
-transformers' layer does, with `residual_norm` for the norms; `MergedAttention` and `TopKFirstRouter` have operators of
-their own.
+them: `one_token_attention` and `one_token_router`. A gated delta rule layer has `one_token_norm_linear` and
+`gated_delta_net` in place of the first. A shared expert takes no kernels: `one_token_shared_router` and `fused_experts`
+compute its halves. For several tokens the layer computes what transformers' layer does, with `residual_norm` for the
+norms; `MergedAttention` and `TopKFirstRouter` have operators of their own.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from executorch_moe.kernels.decode.op import fits_one_token, one_token_linear
+from executorch_moe.kernels import FusedExperts
+from executorch_moe.kernels.decode.op import fits_one_token, one_token_norm_linear
 from executorch_moe.kernels.prefill.op import fits_residual_norm
+from executorch_moe.kernels.validate import MAX_SHARED
 
 from .attention import MergedAttention, is_offset, norm_eps, norm_weight
 from .causal_lm import CacheView
@@ -28,6 +30,8 @@ FAMILIES = ("Qwen3MoeDecoderLayer", "Qwen3NextDecoderLayer", "Qwen3_5MoeDecoderL
 """Layers of a norm, attention, a norm and an MLP, with a residual stream around each pair."""
 ANY_HEAD_DIM = 128
 """A supported size of a head, for layers without full attention."""
+Matrix = tuple[Tensor, Tensor | None]
+"""Weight, int8 or bf16 [N, K], and scale, fp32 [N] or None."""
 
 
 class Norm(nn.Module):
@@ -126,21 +130,51 @@ class OneTokenDecoderLayer(nn.Module):
         self, hidden: Tensor, update: Tensor | None, position_embeddings: tuple[Tensor, Tensor], cache: CacheView
     ) -> tuple[Tensor, Tensor]:
         """hidden and update, bf16 [1, 1, H], whose sum is the layer's input -> the same pair for the next layer."""
-        norm, router = self.post_attention_layernorm, self.mlp.gate
+        norm, router, shared = self.post_attention_layernorm, self.mlp.gate, self._shared_matrices()
         if self._is_linear:
-            hidden, normed = _residual_norm(hidden, update, self.input_layernorm)
-            out, projection = self.linear_attn.mix(normed, cache), self.linear_attn.out_proj
+            hidden, out = self._mix(hidden, update, cache)
+            projection = self.linear_attn.out_proj
         else:
             hidden, out = self._attend(hidden, update, position_embeddings, cache)
             projection = self.self_attn.o_proj
-        hidden, normed, weights, experts = torch.ops.executorch_moe.one_token_router(
+        route = (
             out, *(_weights(projection) or ()), hidden, norm.weight, router.weight, router.top_k,
             norm.variance_epsilon,
         )  # fmt: skip
-        update = self.mlp.experts(normed, experts, weights)
-        if isinstance(self.mlp, SharedExpertBlock):
-            update = update + self.mlp.shared_expert(normed)
+        if shared is None:
+            hidden, normed, weights, experts = torch.ops.executorch_moe.one_token_router(*route)
+            update = self.mlp.experts(normed, experts, weights)
+            if isinstance(self.mlp, SharedExpertBlock):
+                update = update + self.mlp.shared_expert(normed)
+        else:
+            gate_up, down = shared
+            width = down[0].shape[1]
+            hidden, normed, weights, experts, *halfway = torch.ops.executorch_moe.one_token_shared_router(
+                *route, *gate_up, width
+            )
+            update = self.mlp.experts(normed, experts, weights, (*halfway, *down))
         return hidden, update[None]
+
+    def _shared_matrices(self) -> tuple[Matrix, Matrix] | None:
+        """Both matrices of a shared expert that the operators compute; None for others and without one."""
+        if not isinstance(self.mlp, SharedExpertBlock) or not isinstance(self.mlp.experts, FusedExperts):
+            return None
+        expert = self.mlp.shared_expert
+        gate_up, down = _weights(expert.gate_up), _weights(expert.down_proj)
+        if expert.own_gate is not None or gate_up is None or down is None or expert.width > MAX_SHARED:
+            return None
+        return gate_up, down
+
+    def _mix(self, hidden: Tensor, update: Tensor | None, cache: CacheView) -> tuple[Tensor, Tensor]:
+        """hidden and update -> their sum, and the input of the output projection, bf16 [1, 1, Hv * Dv]."""
+        norm, layer = self.input_layernorm, self.linear_attn
+        matrix = _weights(layer.in_proj)
+        if matrix is None:
+            hidden, normed = _residual_norm(hidden, update, norm)
+            projected = layer.in_proj(normed)
+        else:
+            hidden, projected = one_token_norm_linear(hidden, update, norm.weight, *matrix, norm.variance_epsilon)
+        return hidden, layer.mix(projected, cache)
 
     def _attend(
         self, hidden: Tensor, update: Tensor | None, position_embeddings: tuple[Tensor, Tensor], cache: CacheView
@@ -148,17 +182,12 @@ class OneTokenDecoderLayer(nn.Module):
         """hidden and update -> their sum, and the input of the output projection, bf16 [1, 1, heads * D]."""
         attention = self.self_attn
         key, value = cache.layer(attention.layer_idx)
-        weight, scale = _weights(attention.qkv_proj) or (None, None)
-        rows = attention.qkv_rows
-        qkv = (weight, scale) if not attention.gated else _rows(weight, scale, slice(0, rows))
         hidden, out, new = torch.ops.executorch_moe.one_token_attention(
-            hidden, update, self.input_layernorm.weight, *qkv, attention.q_norm, attention.k_norm,
-            *attention.angles(position_embeddings), cache.cache_position, key, value, attention.scaling, attention.eps,
+            hidden, update, self.input_layernorm.weight, *(_weights(attention.qkv_proj) or ()), attention.q_norm,
+            attention.k_norm, *attention.angles(position_embeddings), cache.cache_position, key, value,
+            attention.scaling, attention.eps, attention.gated,
         )  # fmt: skip
         cache.update(new[0], new[1], attention.layer_idx)
-        if attention.gated:
-            gate = one_token_linear(self.input_layernorm(hidden), *_rows(weight, scale, slice(rows, None)))
-            out = out * torch.sigmoid(gate)
         return hidden, out
 
 
@@ -176,17 +205,13 @@ def _residual_norm(hidden: Tensor, update: Tensor | None, norm: Any) -> tuple[Te
     return hidden, norm(hidden)
 
 
-def _weights(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+def _weights(linear: nn.Module) -> Matrix | None:
     """Weight and scale (None for bf16) of a linear layer that the one-token operators take, None for other layers."""
     if isinstance(linear, Int8Linear) and linear.bias is None:
         return linear.qdata, linear.scale
     if type(linear) is nn.Linear and linear.bias is None:
         return linear.weight, None
     return None
-
-
-def _rows(weight: Any, scale: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None]:
-    return weight[rows], None if scale is None else scale[rows]
 
 
 def replace_decoder_layers_(module: nn.Module) -> nn.Module:

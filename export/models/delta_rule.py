@@ -127,12 +127,12 @@ class GatedDeltaNet(nn.Module):
         cache = take_cache(type(self).__name__, keywords, STATE_CACHE_NAMES)
         if attention_mask is not None:
             raise ValueError(f"{type(self).__name__} was called with an attention mask: pass texts without padding")
-        return self.out_proj(self.mix(hidden_states, cache))  # type: ignore[no-any-return]
+        return self.out_proj(self.mix(self.in_proj(hidden_states), cache))  # type: ignore[no-any-return]
 
-    def mix(self, hidden_states: Tensor, cache: Any) -> Tensor:
-        """The input of the output projection, [1, T, Hv * Dv]; arguments as for `forward`."""
+    def mix(self, projected: Tensor, cache: Any) -> Tensor:
+        """The input of the output projection, [1, T, Hv * Dv], of the input projection's result; see `forward`."""
         if cache is None:
-            position, (conv, state) = torch.zeros(1, dtype=torch.int64, device=hidden_states.device), self._empty()
+            position, (conv, state) = torch.zeros(1, dtype=torch.int64, device=projected.device), self._empty()
         elif isinstance(cache, HoldsStates):
             position, (conv, state) = cache.cache_position[:1], cache.states(self.layer_idx)
         else:
@@ -141,7 +141,7 @@ class GatedDeltaNet(nn.Module):
                 "call it with use_cache=False"
             )
         out, new_conv, new_state = gated_delta_net(
-            self.in_proj(hidden_states)[0], self.conv_weight, self.dt_bias, self.a_log, self.norm_weight, conv, state,
+            projected[0], self.conv_weight, self.dt_bias, self.a_log, self.norm_weight, conv, state,
             position, self.key_heads, self.key_dim, self.eps,
         )  # fmt: skip
         if cache is not None:

@@ -1,4 +1,4 @@
-"""Arguments of `one_token_attention`, `one_token_router` and `one_token_linear`, and their checks.
+"""Arguments of the operators for one token, and their checks.
 
 The operators, their fakes and their CPU kernels share the checks, which depend only on shapes, dtypes and devices.
 """
@@ -45,6 +45,13 @@ class AttentionArguments(NamedTuple):
     value: Tensor
     scaling: float
     eps: float
+    gated: bool = False
+
+    @property
+    def heads(self) -> int:
+        """Query heads, from the rows of the projection; not checked."""
+        _, kv_heads, _, head_dim = self.key.shape
+        return (self.weight.shape[0] // head_dim - 2 * kv_heads) // (1 + self.gated)
 
 
 class RouteArguments(NamedTuple):
@@ -60,13 +67,39 @@ class RouteArguments(NamedTuple):
     eps: float
 
 
+class SharedRouteArguments(NamedTuple):
+    """Arguments of `op.one_token_shared_router`, in its order; its docstring gives shapes and dtypes."""
+
+    x: Tensor
+    weight: Tensor
+    scale: Tensor | None
+    residual: Tensor
+    norm: Tensor
+    router: Tensor
+    top_k: int
+    eps: float
+    gate_up: Tensor
+    gate_up_scale: Tensor | None
+    width: int
+
+    @property
+    def route(self) -> RouteArguments:
+        """The arguments of `one_token_router` among these."""
+        return RouteArguments(*self[:8])
+
+    @property
+    def has_own_gate(self) -> bool:
+        """True if `gate_up` has a row for the shared expert's own gate."""
+        return self.gate_up.shape[0] > 2 * self.width
+
+
 def check_one_token_attention(arguments: AttentionArguments) -> None:
     """Check every argument of `one_token_attention` against its docstring.
 
     Raises:
         ValueError: a dtype, shape, device, layout or value that the operator does not accept.
     """
-    hidden, update, norm, weight, scale, q_norm, k_norm, cos, sin, position, key, value, scaling, eps = arguments
+    hidden, update, norm, weight, scale, q_norm, k_norm, cos, sin, position, key, value, scaling, eps, _ = arguments
     h = _check_row("hidden", hidden)
     if update is not None:
         check_shape("update", update, hidden.shape, "it is the output of the previous layer's experts")
@@ -87,12 +120,13 @@ def check_one_token_attention(arguments: AttentionArguments) -> None:
             f"key has C={context} positions of D={head_dim}, expected fewer than 2^31 numbers a head: shorten the cache"
         )
     _check_matrix("weight", weight, scale, h)
-    rows = weight.shape[0]
-    heads = rows // head_dim - 2 * kv_heads
-    if rows % head_dim or heads < 1 or heads % kv_heads:
+    rows, heads = weight.shape[0], arguments.heads
+    if heads < 1 or heads % kv_heads or rows != ((1 + arguments.gated) * heads + 2 * kv_heads) * head_dim:
+        gates = " and the gate" if arguments.gated else ""
         raise ValueError(
-            f"weight has {rows} rows, expected (heads + 2 * kv_heads) * D with kv_heads={kv_heads}, D={head_dim} and "
-            "heads a multiple of kv_heads: concatenate the projections of query, key and value in this order"
+            f"weight has {rows} rows, expected ({'2 * ' * arguments.gated}heads + 2 * kv_heads) * D with "
+            f"kv_heads={kv_heads}, D={head_dim} and heads a multiple of kv_heads: concatenate the projections of "
+            f"query, key, value{gates} in this order"
         )
     for name, t in (("q_norm", q_norm), ("k_norm", k_norm)):
         _check_numbers(name, t, head_dim, "one weight for each of the D elements of a head")
@@ -147,6 +181,42 @@ def check_one_token_router(arguments: RouteArguments) -> None:
         )
     check_eps(eps)
     check_layout("x", x, arguments._asdict(), ("weight", "scale", "norm", "router"))
+
+
+def check_one_token_shared_router(arguments: SharedRouteArguments) -> None:
+    """Check every argument of `one_token_shared_router` against its docstring.
+
+    Raises:
+        ValueError: a dtype, shape, device, layout or value that the operator does not accept.
+    """
+    check_one_token_router(arguments.route)
+    gate_up, scale, width = arguments[-3:]
+    _check_matrix("gate_up", gate_up, scale, arguments.residual.shape[2])
+    if not 1 <= width <= gate_up.shape[0] // 2 or gate_up.numel() >= 2**31:
+        raise ValueError(
+            f"gate_up has {gate_up.shape[0]} rows, expected at least 2 * width with width={width}, and fewer than 2^31 "
+            "elements: concatenate the gate and up projections, of `width` rows each, and the expert's own gate"
+        )
+    check_layout("x", arguments.x, arguments._asdict(), ("gate_up", "gate_up_scale"))
+
+
+def check_one_token_norm_linear(
+    hidden: Tensor, update: Tensor | None, norm: Tensor, weight: Tensor, scale: Tensor | None, eps: float
+) -> None:
+    """Check every argument of `one_token_norm_linear` against its docstring.
+
+    Raises:
+        ValueError: a dtype, shape, device, layout or value that the operator does not accept.
+    """
+    h = _check_row("hidden", hidden)
+    if update is not None:
+        check_shape("update", update, hidden.shape, "it is the output of the previous layer's experts")
+        check_dtype("update", update, (torch.bfloat16,))
+    _check_numbers("norm", norm, h, "one weight for each of the H elements of hidden")
+    _check_matrix("weight", weight, scale, h)
+    check_eps(eps)
+    tensors = {"hidden": hidden, "update": update, "norm": norm, "weight": weight, "scale": scale}
+    check_layout("hidden", hidden, tensors, ("norm", "weight", "scale"))
 
 
 def check_one_token_linear(x: Tensor, weight: Tensor, scale: Tensor | None) -> None:

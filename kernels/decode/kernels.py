@@ -1,11 +1,14 @@
 """Kernels for decoding one token: everything in a decoder layer except the experts.
 
 A decode step at batch 1 is a chain of short kernels, each of which costs time. So each operator fuses several steps:
-    one_token_attention  norm; projection of query, key and value; their norm and rotation; attention over the cache
-    one_token_router     output projection plus residual; norm; router; top-k; softmax
-    one_token_linear     a matrix-vector product
-The first two take two launches. In the second one, the last program to finish combines the results of all programs in a
-fixed order, so the same input gives the same bits. The first launch sets the counter of finished programs to zero.
+    one_token_attention      norm; projection of query, key and value; their norm and rotation; attention over the
+                             cache; output gate
+    one_token_router         output projection plus residual; norm; router; top-k; softmax
+    one_token_shared_router  the same, and the first half of a shared expert (shared_kernels.py)
+    one_token_linear         a matrix-vector product
+    one_token_norm_linear    the same of a norm
+The first three take two launches. In the second one, the last program to finish combines the results of all programs in
+a fixed order, so the same input gives the same bits. The first launch sets the counter of finished programs to zero.
 
 Letters: H hidden size, D head_dim, G query heads of a key/value head, C positions of the cache, E experts.
 """
@@ -17,50 +20,7 @@ import triton.language as tl
 
 from executorch_moe.kernels._device import bf16_round, dot_bf16, launches_before, to_bf16
 
-
-@triton.jit
-def dot_bytes(a, b, PTX: tl.constexpr):
-    """int32 words of four int8 each -> the sum of the products of their bytes."""
-    if PTX:
-        return tl.inline_asm_elementwise(
-            "dp4a.s32.s32 $0, $1, $2, 0;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
-        )
-    else:
-        total = (a >> 24) * (b >> 24) + ((a << 8) >> 24) * ((b << 8) >> 24)
-        return total + ((a << 16) >> 24) * ((b << 16) >> 24) + ((a << 24) >> 24) * ((b << 24) >> 24)
-
-
-@triton.jit
-def two_bytes(x, unit, SIZE: tl.constexpr):
-    """fp32 [SIZE] as 256 * high + low units, int8 both: words of four highs, and of four lows, int32 [SIZE/4] each."""
-    # Adding 1.5 * 2^23 puts the nearest integer into the lowest bits.
-    units = (x / unit + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
-    high = (units + 128) >> 8
-    low = units - (high << 8)
-    shifts = (8 * tl.arange(0, 4))[None, :]
-    high_words = tl.sum((high & 255).reshape(SIZE // 4, 4) << shifts, axis=1)
-    low_words = tl.sum((low & 255).reshape(SIZE // 4, 4) << shifts, axis=1)
-    return high_words, low_words
-
-
-@triton.jit
-def load_pieces(
-    w_ptr, row, first,
-    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """STEPS * BLOCK_K columns, from `first` on, of BLOCK_N rows, from `row` on, of a matrix [N, K].
-
-    Returns [STEPS, BLOCK_N, BLOCK_K]. Loaded as a matrix of STEPS * BLOCK_N rows, which Triton distributes over warps:
-    one warp gets all pieces of a row, so nothing is summed across warps. With a load of three dimensions, Triton 3.7
-    distributes the pieces over warps.
-    """
-    index = tl.arange(0, STEPS * BLOCK_N)
-    near = index % BLOCK_N
-    columns = first + (index // BLOCK_N)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-    inside = (row + near < N)[:, None] & (columns < K)
-    # 64 bits for the first row only: the matrix of a vocabulary may have more elements than 32 bits can address.
-    w = tl.load(w_ptr + row.to(tl.int64) * K + (near[:, None] * K + columns), mask=inside, other=0)
-    return w.reshape(STEPS, BLOCK_N, BLOCK_K)
+from .device import choose_experts, dot_bytes, load_pieces, load_router, two_bytes
 
 
 @triton.jit
@@ -198,7 +158,7 @@ def load_values(value_ptr, first, end, D: tl.constexpr, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def moe_one_token_attention(
-    qkv_ptr,  # bf16 [(KV_HEADS * G + 2 * KV_HEADS) * D]: query heads, key heads, value heads
+    qkv_ptr,  # bf16 [(KV_HEADS * G + 2 * KV_HEADS) * D]: query heads, key heads, value heads; GATED: and gates of out
     q_norm_ptr, k_norm_ptr,  # bf16 [D]
     cos_ptr, sin_ptr,  # float [D/2]: the angles of both halves are equal
     position_ptr,  # int64 [1]
@@ -210,7 +170,7 @@ def moe_one_token_attention(
     out_ptr,  # bf16 [KV_HEADS * G * D]
     SCALING: tl.constexpr, EPS: tl.constexpr,
     C: tl.constexpr, KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, G_POW2: tl.constexpr, G_PAD: tl.constexpr,
-    HALF: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, PTX: tl.constexpr,
+    HALF: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, GATED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Attention of one token: program (key/value head, part) does every SPLITS-th block of the positions.
 
@@ -320,6 +280,9 @@ def moe_one_token_attention(
             sums_of_all += sums * factor
             result += values * factor[:, None]
         result /= tl.where(real_query, sums_of_all, 1.0)[:, None]
+        if GATED:
+            gates = qkv_ptr + (HEADS + 2 * KV_HEADS) * D + cells
+            result /= 1.0 + tl.exp(-tl.load(gates, mask=real_query[:, None], other=0.0).to(tl.float32))
         tl.store(out_ptr + cells, to_bf16(result, PTX), mask=real_query[:, None])
 
 
@@ -337,49 +300,11 @@ def moe_one_token_router(
     H: tl.constexpr, E: tl.constexpr, E_POW2: tl.constexpr, TOP_K: tl.constexpr, BLOCK_E: tl.constexpr,
     STEPS: tl.constexpr, BLOCK_H: tl.constexpr, RANK_BLOCK: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """RMS norm and logits, BLOCK_E experts a program; the last program does top-k and the softmax over the chosen ones.
-
-    Logits are rounded to bf16, as a linear layer does; of experts with equal logits, the lower one comes first. NaN
-    ranks as infinity: TOP_K different experts are chosen for any logits, and the weights are NaN.
-    """
+    """RMS norm and logits, BLOCK_E experts a program; see `choose_experts`."""
     program = tl.program_id(0)
-    PROGRAMS: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
-    offs_h = tl.arange(0, STEPS)[:, None] * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]  # as in moe_one_token_matvec
-    inside = offs_h < H
-    offs_e = program * BLOCK_E + tl.arange(0, BLOCK_E)
-    rows = offs_e < E
-    w = load_pieces(w_ptr, program * BLOCK_E, 0, E, H, BLOCK_E, STEPS, BLOCK_H)
-    norm = tl.load(norm_ptr + offs_h, mask=inside, other=0.0).to(tl.float32)
+    w, norm = load_router(w_ptr, norm_ptr, program, H, E, BLOCK_E, STEPS, BLOCK_H)
     zero = launches_before(True, PTX)
-    x_ptr += zero
-    arrivals_ptr += zero
-    normed_ptr += zero
-    logits_ptr += zero
-    weights_ptr += zero
-    ids_ptr += zero
-    x = tl.load(x_ptr + offs_h, mask=inside, other=0.0).to(tl.float32)
-    factor = tl.rsqrt(tl.sum(tl.sum(x * x, axis=0), axis=0) / H + EPS)
-    x = bf16_round(x * factor * norm, PTX)
-    tl.store(normed_ptr + offs_h, to_bf16(x, PTX), mask=inside & (program == 0))
-    logits = tl.sum(tl.sum(w.to(tl.float32) * x[:, None, :], axis=0), axis=1)
-    tl.store(logits_ptr + offs_e, bf16_round(logits, PTX), mask=rows)
-    tl.debug_barrier()
-    arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu")
-    if arrived == PROGRAMS - 1:
-        expert = tl.arange(0, E_POW2)
-        mine = tl.load(logits_ptr + expert, mask=expert < E, other=-float("inf"), cache_modifier=".cg")
-        # An expert's place is the number of experts before it: one comparison with all, no chain of top_k maxima.
-        rank = tl.where(mine == mine, mine, float("inf"))
-        earlier = tl.zeros((RANK_BLOCK, E_POW2), dtype=tl.int32)
-        for first in tl.static_range(0, E_POW2, RANK_BLOCK):
-            other = first + tl.arange(0, RANK_BLOCK)
-            theirs = tl.load(logits_ptr + other, mask=other < E, other=-float("inf"), cache_modifier=".cg")
-            theirs = tl.where(theirs == theirs, theirs, float("inf"))
-            before = theirs[:, None] > rank[None, :]
-            before = before | ((theirs[:, None] == rank[None, :]) & (other[:, None] < expert[None, :]))
-            earlier += before.to(tl.int32)
-        place = tl.sum(earlier, axis=0)
-        chosen = (place < TOP_K) & (expert < E)
-        share = tl.where(chosen, tl.exp(mine - tl.max(mine, axis=0)), 0.0)
-        tl.store(weights_ptr + place, share / tl.sum(share, axis=0), mask=chosen)
-        tl.store(ids_ptr + place, expert.to(tl.int64), mask=chosen)
+    choose_experts(
+        program, w, norm, x_ptr + zero, normed_ptr + zero, logits_ptr + zero, arrivals_ptr + zero, weights_ptr + zero,
+        ids_ptr + zero, EPS, H, E, E_POW2, TOP_K, BLOCK_E, STEPS, BLOCK_H, RANK_BLOCK, PTX,
+    )  # fmt: skip

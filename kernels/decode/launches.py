@@ -1,4 +1,4 @@
-"""`one_token_attention`, `one_token_router` and `one_token_linear` as launches of the kernels in kernels.py."""
+"""The operators for one token as launches of the kernels in kernels.py and shared_kernels.py."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from torch import Tensor
 from executorch_moe.kernels.gpus import Gpu
 from executorch_moe.kernels.launch import Launch, kernel_gpu, ptx_of
 
-from .arguments import AttentionArguments, RouteArguments
+from .arguments import AttentionArguments, RouteArguments, SharedRouteArguments
 from .kernels import moe_one_token_attention, moe_one_token_matvec, moe_one_token_router
+from .shared_kernels import moe_one_token_shared_router
 
 ROUTER_ROWS = 4
 """Experts that a program of the router handles."""
+SHARED_ELEMENTS = 4
+"""Elements of the shared expert's width that a program handles: as many rows of its gate and of its up projection."""
 POSITIONS = 128
 """Positions that a program of attention handles at a time."""
 MAX_CELLS = 16384
@@ -39,6 +42,26 @@ def run_one_token_linear(
     return out
 
 
+def run_one_token_norm_linear(
+    hidden: Tensor,
+    update: Tensor | None,
+    norm: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    eps: float,
+    *,
+    gpu: Gpu | None = None,
+    submit: Callable[[Launch], None] = Launch.run,
+) -> tuple[Tensor, Tensor]:
+    """One launch; `gpu` and `submit` as in `experts.plan.run_fused_experts`."""
+    hidden, update = hidden.contiguous(), None if update is None else update.contiguous()
+    summed, out = torch.empty_like(hidden), hidden.new_empty(1, 1, weight.shape[0])
+    submit(
+        _matvec(hidden, update, norm, weight, scale, None, summed, out, None, eps, ptx_of(gpu or kernel_gpu(hidden)))
+    )
+    return summed, out
+
+
 def run_one_token_attention(
     arguments: AttentionArguments,
     *,
@@ -46,13 +69,13 @@ def run_one_token_attention(
     submit: Callable[[Launch], None] = Launch.run,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Two launches; `gpu` and `submit` as in `experts.plan.run_fused_experts`."""
-    hidden, update, norm, weight, scale, q_norm, k_norm, cos, sin, position, key, value, scaling, eps = arguments
+    hidden, update, norm, weight, scale, q_norm, k_norm, cos, sin, position, key, value, scaling, eps, gated = arguments
     hidden, update = hidden.contiguous(), None if update is None else update.contiguous()
     q_norm, k_norm, cos, sin = (t.contiguous() for t in (q_norm, k_norm, cos, sin))
     gpu = gpu or kernel_gpu(hidden)
     ptx = ptx_of(gpu)
     _, kv_heads, context, head_dim = key.shape
-    heads = weight.shape[0] // head_dim - 2 * kv_heads
+    heads = arguments.heads
     groups = triton.next_power_of_2(heads // kv_heads)
     splits = splits_of(gpu, kv_heads, groups * head_dim)
     summed, qkv = torch.empty_like(hidden), hidden.new_empty(weight.shape[0])
@@ -92,6 +115,7 @@ def run_one_token_attention(
             "HALF": head_dim // 2,
             "SPLITS": splits,
             "BLOCK_T": POSITIONS,
+            "GATED": gated,
             "PTX": ptx,
         },
         num_warps=8,
@@ -104,9 +128,54 @@ def run_one_token_router(
     arguments: RouteArguments, *, gpu: Gpu | None = None, submit: Callable[[Launch], None] = Launch.run
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Two launches; `gpu` and `submit` as in `experts.plan.run_fused_experts`."""
+    gpu = gpu or kernel_gpu(arguments.x)
+    routing, results = _routing(arguments, gpu, submit)
+    submit(routing)
+    return results
+
+
+def run_one_token_shared_router(
+    arguments: SharedRouteArguments, *, gpu: Gpu | None = None, submit: Callable[[Launch], None] = Launch.run
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Two launches; `gpu` and `submit` as in `experts.plan.run_fused_experts`."""
+    gate_up, scale, width = arguments[-3:]
+    routing, results = _routing(arguments.route, gpu or kernel_gpu(arguments.x), submit)
+    out, weights = results[0], results[2]
+    shared, share = out.new_empty(1, width), torch.empty_like(weights[:, :1])
+    steps, block = _pieces(gate_up, 2 * SHARED_ELEMENTS)
+    (programs,) = routing.grid
+    launch = Launch(
+        moe_one_token_shared_router,
+        (programs + -(-width // SHARED_ELEMENTS) + 1,),
+        {
+            **routing.args,
+            "gate_up_ptr": gate_up,
+            "gate_up_scale_ptr": gate_up if scale is None else scale,
+            "shared_ptr": shared,
+            "share_ptr": share,
+        },
+        {
+            **routing.constexprs,
+            "S": width,
+            "N": gate_up.shape[0],
+            "BLOCK_S": SHARED_ELEMENTS,
+            "SHARED_STEPS": steps,
+            "SHARED_BLOCK": block,
+            "HAS_OWN_GATE": arguments.has_own_gate,
+            "HAS_SCALE": scale is not None,
+        },
+    )
+    submit(launch)
+    return *results, shared, share
+
+
+def _routing(
+    arguments: RouteArguments, gpu: Gpu, submit: Callable[[Launch], None]
+) -> tuple[Launch, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Submits the output projection; returns the router's launch, and the results of `one_token_router`."""
     x, weight, scale, residual, norm, router, top_k, eps = arguments
     x, residual = x.contiguous(), residual.contiguous()
-    ptx = ptx_of(gpu or kernel_gpu(x))
+    ptx = ptx_of(gpu)
     (experts, hidden), device = router.shape, x.device
     out, normed = torch.empty_like(residual), residual.new_empty(1, hidden)
     arrivals = torch.empty(1, dtype=torch.int32, device=device)
@@ -140,8 +209,13 @@ def run_one_token_router(
             "PTX": ptx,
         },
     )
-    submit(routing)
-    return out, normed, weights, ids
+    return routing, (out, normed, weights, ids)
+
+
+def _pieces(weight: Tensor, rows: int) -> tuple[int, int]:
+    """`row_pieces` of a matrix, at most as many as a program of so many rows holds in registers."""
+    steps, piece = row_pieces(weight.shape[1], weight.dtype.itemsize)
+    return min(steps, max(1, MAX_CELLS // (piece * rows))), piece
 
 
 def row_pieces(columns: int, itemsize: int) -> tuple[int, int]:
@@ -178,8 +252,7 @@ def _matvec(
     n, k = weight.shape
     # Rows of a program: few enough that the programs fill a large GPU. Weights of a chunk: 128 per thread.
     block_n = 8 if n > 4096 else 4
-    steps, block_k = row_pieces(k, weight.dtype.itemsize)
-    steps = min(steps, max(1, MAX_CELLS // (block_k * block_n)))
+    steps, block_k = _pieces(weight, block_n)
     return Launch(
         moe_one_token_matvec,
         (-(-n // block_n),),

@@ -1,4 +1,4 @@
-"""The operators `one_token_attention`, `one_token_router` and `one_token_linear`, their fakes and their CPU kernels.
+"""The operators for one token, their fakes and their CPU kernels.
 
 None of them writes to its arguments. Attention returns the new key and value, and the caller writes them to the cache.
 """
@@ -15,14 +15,29 @@ from executorch_moe.kernels.inference_only import inference_operator
 from .arguments import (
     AttentionArguments,
     RouteArguments,
+    SharedRouteArguments,
     check_one_token_attention,
     check_one_token_linear,
+    check_one_token_norm_linear,
     check_one_token_router,
+    check_one_token_shared_router,
     check_position,
 )
 from .arguments import fits_one_token as fits_one_token
-from .aten import one_token_attention_aten, one_token_linear_aten, one_token_router_aten
-from .launches import run_one_token_attention, run_one_token_linear, run_one_token_router
+from .aten import (
+    one_token_attention_aten,
+    one_token_linear_aten,
+    one_token_norm_linear_aten,
+    one_token_router_aten,
+    one_token_shared_router_aten,
+)
+from .launches import (
+    run_one_token_attention,
+    run_one_token_linear,
+    run_one_token_norm_linear,
+    run_one_token_router,
+    run_one_token_shared_router,
+)
 
 
 @inference_operator("one_token_attention", AttentionArguments)
@@ -39,6 +54,7 @@ def one_token_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tens
         position: int64 [1]; attention reads the positions before it from the cache.
         key, value: bf16 [1, kv_heads, C, D], the cache.
         scaling: factor of the scores. eps: of the norms.
+        gated: `weight` has heads * D more rows, the output gate, and the result is multiplied with its sigmoid.
 
     Returns:
         hidden + update, bf16 [1, 1, H]; the result of attention, bf16 [1, 1, heads * D]; this token's key and value,
@@ -78,6 +94,53 @@ def one_token_router(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor,
     return one_token_router_aten(arguments) if on_cpu else run_one_token_router(arguments)
 
 
+@inference_operator("one_token_shared_router", SharedRouteArguments)
+def one_token_shared_router(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`one_token_router`, and the first half of a shared expert, which takes every token.
+
+    Args:
+        x, weight, scale, residual, norm, router, top_k, eps: as for `one_token_router`.
+        gate_up: int8 or bf16 [N, H]: the shared expert's gate projection and its up projection, `width` rows each;
+            then, if N > 2 * width, one row for the gate of its result, and any number of unused rows.
+        gate_up_scale: fp32 [N] or None. width: of the shared expert.
+
+    Returns:
+        The results of `one_token_router`; silu(gate) * up, bf16 [1, width]; the sigmoid of the expert's own gate, or 1,
+        fp32 [1, 1]. The last two are `shared` and `share` of `fused_experts`.
+
+    Raises:
+        ValueError: see `check_one_token_shared_router`.
+        NotImplementedError: backward.
+    """
+    arguments = SharedRouteArguments(*args, **kwargs)
+    check_one_token_shared_router(arguments)
+    on_cpu = arguments.x.device.type == "cpu"
+    return one_token_shared_router_aten(arguments) if on_cpu else run_one_token_shared_router(arguments)
+
+
+@inference_operator("one_token_norm_linear")
+def one_token_norm_linear(
+    hidden: Tensor, update: Tensor | None, norm: Tensor, weight: Tensor, scale: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The residual stream after an update, and a linear layer of its RMS norm, for one token.
+
+    Args:
+        hidden: bf16 [1, 1, H]; the input is hidden + update. update: bf16 [1, 1, H] or None.
+        norm: float, H elements, the norm's weight: fp32, bf16 or fp16. eps: of the norm.
+        weight: int8 or bf16 [N, H]. scale: fp32 [N] or None.
+
+    Returns:
+        hidden + update, bf16 [1, 1, H]; the linear layer's result, bf16 [1, 1, N].
+
+    Raises:
+        ValueError: see `check_one_token_norm_linear`.
+        NotImplementedError: backward.
+    """
+    check_one_token_norm_linear(hidden, update, norm, weight, scale, eps)
+    run = one_token_norm_linear_aten if hidden.device.type == "cpu" else run_one_token_norm_linear
+    return run(hidden, update, norm, weight, scale, eps)
+
+
 @inference_operator("one_token_linear")
 def one_token_linear(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
     """A linear layer for one token: x @ weight.T * scale.
@@ -111,6 +174,19 @@ def _(*args):  # type: ignore[no-untyped-def]
     return one_token_router_aten(arguments)
 
 
+@one_token_shared_router.register_kernel("cpu")
+def _(*args):  # type: ignore[no-untyped-def]
+    arguments = SharedRouteArguments(*args)
+    check_one_token_shared_router(arguments)
+    return one_token_shared_router_aten(arguments)
+
+
+@one_token_norm_linear.register_kernel("cpu")
+def _(*args):  # type: ignore[no-untyped-def]
+    check_one_token_norm_linear(*args)
+    return one_token_norm_linear_aten(*args)
+
+
 @one_token_linear.register_kernel("cpu")
 def _(x, weight, scale):  # type: ignore[no-untyped-def]
     check_one_token_linear(x, weight, scale)
@@ -121,16 +197,12 @@ def _(x, weight, scale):  # type: ignore[no-untyped-def]
 def _(*args):  # type: ignore[no-untyped-def]
     arguments = AttentionArguments(*args)
     check_one_token_attention(arguments)
-    hidden, (_, kv_heads, _, head_dim) = arguments.hidden, arguments.key.shape
-    heads = arguments.weight.shape[0] // head_dim - 2 * kv_heads
+    hidden, heads, (_, kv_heads, _, head_dim) = arguments.hidden, arguments.heads, arguments.key.shape
     summed = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     return summed, hidden.new_empty(1, 1, heads * head_dim), hidden.new_empty(2, 1, kv_heads, 1, head_dim)
 
 
-@one_token_router.register_fake
-def _(*args):  # type: ignore[no-untyped-def]
-    arguments = RouteArguments(*args)
-    check_one_token_router(arguments)
+def _route_fake(arguments: RouteArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     residual, top_k = arguments.residual, arguments.top_k
     return (
         torch.empty_like(residual, memory_format=torch.contiguous_format),
@@ -138,6 +210,29 @@ def _(*args):  # type: ignore[no-untyped-def]
         residual.new_empty(1, top_k, dtype=torch.float32),
         residual.new_empty(1, top_k, dtype=torch.int64),
     )
+
+
+@one_token_router.register_fake
+def _(*args):  # type: ignore[no-untyped-def]
+    arguments = RouteArguments(*args)
+    check_one_token_router(arguments)
+    return _route_fake(arguments)
+
+
+@one_token_shared_router.register_fake
+def _(*args):  # type: ignore[no-untyped-def]
+    arguments = SharedRouteArguments(*args)
+    check_one_token_shared_router(arguments)
+    residual = arguments.residual
+    shared, share = residual.new_empty(1, arguments.width), residual.new_empty(1, 1, dtype=torch.float32)
+    return *_route_fake(arguments.route), shared, share
+
+
+@one_token_norm_linear.register_fake
+def _(hidden, update, norm, weight, scale, eps):  # type: ignore[no-untyped-def]
+    check_one_token_norm_linear(hidden, update, norm, weight, scale, eps)
+    summed = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    return summed, hidden.new_empty(1, 1, weight.shape[0])
 
 
 @one_token_linear.register_fake

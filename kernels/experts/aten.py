@@ -129,7 +129,7 @@ def fused_experts_aten(arguments: ExpertArguments) -> Tensor:
         hit = (ids.unsqueeze(-1) == expert).to(torch.float32)  # [T, top_k, E]
         share = (hit * weights.unsqueeze(-1)).sum(1)  # [T, E]
         out = (y * share.transpose(0, 1).unsqueeze(1)).sum(0).transpose(0, 1)
-    return out[:, :h].to(hidden_states.dtype).contiguous()
+    return _finished(out, arguments)
 
 
 def fused_experts_cpu(arguments: ExpertArguments) -> Tensor:
@@ -147,4 +147,14 @@ def fused_experts_cpu(arguments: ExpertArguments) -> Tensor:
         y = _expert_ffn(x[token].T.unsqueeze(0), w13, w2, arguments)
         # index_add_ is also right if a token names an expert twice.
         out.index_add_(0, token, topk_weights[token, slot].float()[:, None] * y[0].T)
-    return out[:, :h].to(hidden_states.dtype).contiguous()
+    return _finished(out, arguments)
+
+
+def _finished(out: Tensor, arguments: ExpertArguments) -> Tensor:
+    """The experts' sum, fp32 [T, Hp], and the shared expert's result -> bf16 [T, H]."""
+    out = out[:, : arguments.hidden_states.shape[1]]
+    if arguments.shared is not None and arguments.shared_down is not None:
+        dense = arguments.shared.float() @ arguments.shared_down.float().T
+        scale = arguments.shared_down_scale
+        out = out + (dense if scale is None else dense * scale) * arguments.share
+    return out.to(arguments.hidden_states.dtype).contiguous()

@@ -16,80 +16,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from executorch_moe.kernels._device import dot_two, gated_activation, larger, launches_before, to_bf16
+from executorch_moe.kernels._device import gated_activation, larger, launches_before, to_bf16
+from executorch_moe.kernels.decode.device import dense_rows
 
 from .microscaled import sum_e2m1
-
-
-@triton.jit
-def dot_codes(w, p0, p1, p2, p3, acc, PTX: tl.constexpr):
-    """acc + 16 * (the eight codes of a packed word times eight activations), int32.
-
-    A code in the upper half of a byte, with zeros below, is the signed number 16 * code.
-
-    Args:
-        p0..p3: words of two int16: activations of nibbles 0 and 2, 4 and 6, 1 and 3, 5 and 7.
-    """
-    if PTX:
-        return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 even, odd, sum;
-            shl.b32 even, $1, 4;
-            and.b32 even, even, 0xF0F0F0F0;
-            and.b32 odd, $1, 0xF0F0F0F0;
-            dp2a.lo.s32.s32 sum, $2, even, $6;
-            dp2a.hi.s32.s32 sum, $3, even, sum;
-            dp2a.lo.s32.s32 sum, $4, odd, sum;
-            dp2a.hi.s32.s32 $0, $5, odd, sum;
-            }
-            """,
-            "=r,r,r,r,r,r,r",
-            [w, p0, p1, p2, p3, acc],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        even = (w << 4) & -252645136  # 0xF0F0F0F0
-        odd = w & -252645136
-        acc += dot_two(p0, even, 0, 1) + dot_two(p1, even, 2, 3)
-        return acc + dot_two(p2, odd, 0, 1) + dot_two(p3, odd, 2, 3)
-
-
-@triton.jit
-def dot_codes_apart(w, p0, p1, p2, p3, a0, a1, a2, a3, PTX: tl.constexpr):
-    """`dot_codes` with one sum for each nibble n of a halfword, and p_n: activations of nibbles n and n + 4."""
-    if PTX:
-        return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 even, odd;
-            shl.b32 even, $4, 4;
-            and.b32 even, even, 0xF0F0F0F0;
-            and.b32 odd, $4, 0xF0F0F0F0;
-            prmt.b32 even, even, even, 0x3120;
-            prmt.b32 odd, odd, odd, 0x3120;
-            dp2a.lo.s32.s32 $0, $5, even, $9;
-            dp2a.lo.s32.s32 $1, $6, odd, $10;
-            dp2a.hi.s32.s32 $2, $7, even, $11;
-            dp2a.hi.s32.s32 $3, $8, odd, $12;
-            }
-            """,
-            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r",
-            [w, p0, p1, p2, p3, a0, a1, a2, a3],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        even = (w << 4) & -252645136
-        odd = w & -252645136
-        a0 += dot_two(p0, even, 0, 2)
-        a1 += dot_two(p1, odd, 0, 2)
-        a2 += dot_two(p2, even, 1, 3)
-        a3 += dot_two(p3, odd, 1, 3)
-        return a0, a1, a2, a3
+from .operands import dot_codes, dot_codes_apart
 
 
 @triton.jit
@@ -307,18 +238,23 @@ def moe_matvec(
     bias_ptr,  # fp32 [E, N], HAS_BIAS only
     pair_weight_ptr,  # float [P] routing weights, GEMM2 only
     topk_ids_ptr,  # int32 or int64 [P]
+    shared_ptr, share_ptr,  # bf16 [S] and fp32 [1], HAS_SHARED only: input and factor of a shared expert's dense layer
+    dense_ptr, dense_scale_ptr,  # int8 or bf16 [OUT_COLS, S], HAS_SHARED only; fp32 [OUT_COLS], HAS_DENSE_SCALE only
     out_ptr,  # GEMM1: bf16 [P, OUT_COLS], in pair order; GEMM2: bf16 [T, OUT_COLS]
     NUM_EXPERTS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, OUT_COLS: tl.constexpr,
     STRIDE_X: tl.constexpr, TOP_K: tl.constexpr, GROUP: tl.constexpr, INT8_ORDER: tl.constexpr,
     HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, GEMM: tl.constexpr,
     ROWS: tl.constexpr, REPS: tl.constexpr, SLOTS: tl.constexpr, BLOCKS: tl.constexpr, CHUNKS: tl.constexpr,
-    PTX: tl.constexpr,
+    HAS_SHARED: tl.constexpr, HAS_DENSE_SCALE: tl.constexpr, S: tl.constexpr, S_POW2: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Program (n block, pair in GEMM1 or token in GEMM2) does ROWS weight rows of SLOTS experts.
 
     SLOTS: 1 in GEMM1; in GEMM2, top_k rounded up to a power of two. BLOCKS: K blocks of a chunk, a power of two.
     CHUNKS: of K; the next one is requested while one is multiplied. REPS: rows of a thread. A thread has the same 32
     columns of all its rows, so it needs few activations. Neighboring threads have neighboring rows of a K block.
+
+    HAS_SHARED: GEMM2 adds a dense layer, which it computes while GEMM1 runs. Its input is complete then, because GEMM1
+    waited for it (GEMM1 takes the tensors too, so that Inductor launches nothing that writes them between the two).
     """
     tl.static_assert(GEMM == 1 or not INT8_ORDER)
     BATCH: tl.constexpr = SLOTS * BLOCKS
@@ -351,6 +287,11 @@ def moe_matvec(
         N, KP, GROUP, INT8_ORDER, HAS_ZERO, REPS, BATCH, NEAR, BLOCKS,
     )  # fmt: skip
     if GEMM == 2:
+        if HAS_SHARED:
+            own_rows = n_block * ROWS + tl.arange(0, ROWS)
+            dense = dense_rows(
+                shared_ptr, dense_ptr, dense_scale_ptr, own_rows, OUT_COLS, S, S_POW2, HAS_DENSE_SCALE, PTX
+            ) * tl.load(share_ptr)  # fmt: skip
         zero = launches_before(True, PTX)
     x_ptr += zero
     out_ptr += zero
@@ -396,4 +337,6 @@ def moe_matvec(
                 named = (e >= 0) & (e < NUM_EXPERTS)
                 weight = tl.load(pair_weight_ptr + item * TOP_K + i).to(tl.float32)
                 acc += tl.load(bias_ptr + e * N + rows, mask=named & (rows >= 0), other=0.0) * weight
+        if HAS_SHARED:
+            acc += dense
         tl.store(out_ptr + item.to(tl.int64) * OUT_COLS + rows, to_bf16(acc, PTX), mask=rows < OUT_COLS)

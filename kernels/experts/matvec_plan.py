@@ -47,6 +47,8 @@ def matvec_launch(p: Problem, gemm: int, config: MatvecConfig, x: Tensor, out: T
     threads_of_block = 4 * (config.rows // config.reps)
     blocks = min(triton.next_power_of_2(k_blocks), max(1, config.chunk // slots))
     blocks = max(blocks, 32 // (threads_of_block * slots))  # at least one warp
+    shared = p.arguments.shared
+    width = 1 if shared is None else int(shared.shape[1])
     return Launch(
         moe_matvec,
         (n // config.rows, p.num_pairs if gemm == 1 else p.num_tokens),
@@ -55,6 +57,7 @@ def matvec_launch(p: Problem, gemm: int, config: MatvecConfig, x: Tensor, out: T
             **p.weights(gemm),
             "pair_weight_ptr": p.topk_weights,
             "topk_ids_ptr": p.topk_ids,
+            **p.dense(),
             "out_ptr": out,
         },
         {
@@ -66,6 +69,10 @@ def matvec_launch(p: Problem, gemm: int, config: MatvecConfig, x: Tensor, out: T
             "SLOTS": slots,
             "BLOCKS": blocks,
             "CHUNKS": cdiv(k_blocks, blocks),
+            "HAS_SHARED": shared is not None,
+            "HAS_DENSE_SCALE": p.arguments.shared_down_scale is not None,
+            "S": width,
+            "S_POW2": triton.next_power_of_2(width),
         },
         num_warps=slots * blocks * threads_of_block // 32,
     )

@@ -1,6 +1,6 @@
-"""Weight operands of the tensor-core mainloop: packed weights are loaded and decoded into the registers of an MMA.
+"""Packed weights as operands: loaded and decoded into the registers of an MMA, or multiplied as integers (dp2a).
 
-The packed layout (packing/fragments.py) has the order of those registers.
+The packed layout (packing/fragments.py) has the order of an MMA's registers.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from executorch_moe.kernels._device import (
     decode_bf16,
     decode_codes,
     decode_int8,
+    dot_two,
     rows_of_pairs,
 )
 
@@ -144,3 +145,74 @@ def int8_operands(raw, m0, m1, m2, m3, BLOCK_N: tl.constexpr, PTX: tl.constexpr)
     natural = raw.reshape(BLOCK_N, 4, 2, 2, 4).permute(0, 2, 3, 1, 4).reshape(BLOCK_N, 64)
     m_low, m_high = broadcast_multipliers(m0, m1, BLOCK_N), broadcast_multipliers(m2, m3, BLOCK_N)
     return decode_int8(natural, m_low, m_high, PTX)
+
+
+@triton.jit
+def dot_codes(w, p0, p1, p2, p3, acc, PTX: tl.constexpr):
+    """acc + 16 * (the eight codes of a packed word times eight activations), int32.
+
+    A code in the upper half of a byte, with zeros below, is the signed number 16 * code.
+
+    Args:
+        p0..p3: words of two int16: activations of nibbles 0 and 2, 4 and 6, 1 and 3, 5 and 7.
+    """
+    if PTX:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 even, odd, sum;
+            shl.b32 even, $1, 4;
+            and.b32 even, even, 0xF0F0F0F0;
+            and.b32 odd, $1, 0xF0F0F0F0;
+            dp2a.lo.s32.s32 sum, $2, even, $6;
+            dp2a.hi.s32.s32 sum, $3, even, sum;
+            dp2a.lo.s32.s32 sum, $4, odd, sum;
+            dp2a.hi.s32.s32 $0, $5, odd, sum;
+            }
+            """,
+            "=r,r,r,r,r,r,r",
+            [w, p0, p1, p2, p3, acc],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        even = (w << 4) & -252645136  # 0xF0F0F0F0
+        odd = w & -252645136
+        acc += dot_two(p0, even, 0, 1) + dot_two(p1, even, 2, 3)
+        return acc + dot_two(p2, odd, 0, 1) + dot_two(p3, odd, 2, 3)
+
+
+@triton.jit
+def dot_codes_apart(w, p0, p1, p2, p3, a0, a1, a2, a3, PTX: tl.constexpr):
+    """`dot_codes` with one sum for each nibble n of a halfword, and p_n: activations of nibbles n and n + 4."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 even, odd;
+            shl.b32 even, $4, 4;
+            and.b32 even, even, 0xF0F0F0F0;
+            and.b32 odd, $4, 0xF0F0F0F0;
+            prmt.b32 even, even, even, 0x3120;
+            prmt.b32 odd, odd, odd, 0x3120;
+            dp2a.lo.s32.s32 $0, $5, even, $9;
+            dp2a.lo.s32.s32 $1, $6, odd, $10;
+            dp2a.hi.s32.s32 $2, $7, even, $11;
+            dp2a.hi.s32.s32 $3, $8, odd, $12;
+            }
+            """,
+            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r",
+            [w, p0, p1, p2, p3, a0, a1, a2, a3],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        even = (w << 4) & -252645136
+        odd = w & -252645136
+        a0 += dot_two(p0, even, 0, 2)
+        a1 += dot_two(p1, odd, 0, 2)
+        a2 += dot_two(p2, even, 1, 3)
+        a3 += dot_two(p3, odd, 1, 3)
+        return a0, a1, a2, a3

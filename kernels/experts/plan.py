@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from executorch_moe.kernels.arguments import ExpertArguments
+from executorch_moe.kernels.decode.launches import run_one_token_linear
 from executorch_moe.kernels.gpus import Gpu
 from executorch_moe.kernels.launch import Launch, kernel_gpu, ptx_of
 from executorch_moe.kernels.schemes import max_scale_ratio, round_up
@@ -367,7 +368,17 @@ def run_fused_experts(
     if isinstance(num_tokens, int) and num_tokens == 0:
         return torch.empty_like(hidden_states)
     p = Problem(arguments, gpu, ptx_of(gpu), options, submit)
-    return RUN[options.path or choose_path(p)](p)
+    path = options.path or choose_path(p)
+    out = RUN[path](p)
+    return out if arguments.shared is None or path == "matvec" else _with_shared(p, out)
+
+
+def _with_shared(p: Problem, out: Tensor) -> Tensor:
+    """Adds the shared expert with a launch of its own. bf16 [1, H]."""
+    a = p.arguments
+    assert a.shared is not None and a.shared_down is not None
+    dense = run_one_token_linear(a.shared, a.shared_down, a.shared_down_scale, gpu=p.gpu, submit=p.submit)
+    return (out + dense * a.share).to(out.dtype)
 
 
 def choose_path(p: Problem) -> str:

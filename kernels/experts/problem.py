@@ -92,6 +92,17 @@ class Problem:
             "bias_ptr": w if bias is None else bias,
         }
 
+    def dense(self) -> dict[str, Any]:
+        """Pointer arguments of the shared expert's dense layer. Without one, a tensor that the kernel never reads."""
+        unused, a = self.topk_weights, self.arguments
+        named = {
+            "shared_ptr": None if a.shared is None else a.shared.contiguous(),
+            "share_ptr": a.share,
+            "dense_ptr": a.shared_down,
+            "dense_scale_ptr": a.shared_down_scale,
+        }
+        return {name: unused if tensor is None else tensor for name, tensor in named.items()}
+
     def constants(self, gemm: int) -> dict[str, Any]:
         """Constexprs that both GEMM kernels share."""
         matrix = self.arguments.matrix(gemm)

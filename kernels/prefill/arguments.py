@@ -56,6 +56,16 @@ def fits_cached_attention(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
+def fits_cached_attention_on_cpu(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """As `fits_cached_attention`, for a program that runs on the CPU."""
+    return (
+        all(t.dtype in FLOATS and t.dim() == 4 and t.shape[0] == 1 for t in (query, key, value))
+        and key.shape == value.shape
+        and query.shape[3] == key.shape[3]
+        and query.shape[2] % key.shape[1] == 0
+    )
+
+
 def check_rotated_heads(arguments: HeadsArguments) -> None:
     """Check every argument of `rotated_heads` against its docstring.
 
@@ -99,15 +109,17 @@ def check_cached_attention(arguments: CachedAttentionArguments) -> None:
         ValueError: a dtype, shape, device, layout or value that the operator does not accept.
     """
     query, key, value, visible, scaling = arguments
+    on_cpu = query.device.type == "cpu"
+    dtypes = FLOATS if on_cpu else FLOATS[:1]
     for name, t, expected in (("query", query, "[1, T, heads, D]"), ("key", key, "[1, kv_heads, C, D]")):
-        check_dtype(name, t, (torch.bfloat16,))
+        check_dtype(name, t, dtypes)
         if t.dim() != 4 or t.shape[0] != 1:
             raise ValueError(f"{name} has shape {list(t.shape)}, expected {expected}: pass one text and one layer")
-    check_dtype("value", value, (torch.bfloat16,))
+    check_dtype("value", value, dtypes)
     if value.shape != key.shape:
         raise ValueError(f"value has shape {list(value.shape)}, expected that of key, {list(key.shape)}")
     _, kv_heads, context, head_dim = key.shape
-    if head_dim not in HEAD_DIMS:
+    if head_dim not in HEAD_DIMS and not on_cpu:
         raise ValueError(f"key has heads of D={head_dim}, expected one of {HEAD_DIMS}: use torch's own attention")
     if query.shape[3] != head_dim or query.shape[2] % kv_heads or context < 1:
         raise ValueError(
@@ -126,7 +138,7 @@ def check_cached_attention(arguments: CachedAttentionArguments) -> None:
         )
     if not (math.isfinite(scaling) and scaling > 0):
         raise ValueError(f"scaling={scaling} must be a positive number: try D**-0.5 = {head_dim**-0.5}")
-    check_layout("query", query, arguments._asdict(), ("key", "value"))
+    check_layout("query", query, arguments._asdict(), () if on_cpu else ("key", "value"))
 
 
 def fits_residual_norm(hidden: Tensor) -> bool:

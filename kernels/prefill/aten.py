@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops.scan import scan_op
 
 from .arguments import CachedAttentionArguments, HeadsArguments
+
+ROWS = 16
+"""Tokens of a block of `cached_attention_by_rows`. Few, because a short prompt costs as much as a whole block."""
 
 
 def rotated_heads_aten(arguments: HeadsArguments) -> tuple[Tensor, Tensor]:
@@ -45,6 +49,42 @@ def cached_attention_aten(arguments: CachedAttentionArguments) -> Tensor:
         enable_gqa=True,
     )
     return out.to(query.dtype).transpose(1, 2).contiguous()
+
+
+def cached_attention_by_rows(arguments: CachedAttentionArguments) -> Tensor:
+    """`op.cached_attention` in ATen for any number of tokens, with a `scan` over blocks of `ROWS` of them.
+
+    Scores and masks exist for one block at a time: memory grows with C, not with the product of T and C. ExecuTorch
+    plans memory for the largest T, which is C.
+    """
+    query, key, value, visible, scaling = arguments
+    _, tokens, heads, head_dim = query.shape
+    kv_heads, context = key.shape[1:3]
+    blocks = (tokens + (ROWS - 1)) // ROWS
+    missing = blocks * ROWS - tokens  # rows that are computed in vain; they see the first position
+    rows = torch.nn.functional.pad(query[0].float() * scaling, (0, 0, 0, 0, 0, missing))
+    ends = torch.nn.functional.pad(visible, (0, 0, 0, missing))
+    positions = torch.arange(context, device=key.device)
+    # Positions that nobody wrote may hold NaN. Scores are selected, but values are multiplied with zeros.
+    seen = positions <= visible[:, -1].amax()
+    values = torch.where(seen[:, None], value[0].float(), 0.0)
+    # ExecuTorch copies what is transposed, so it is transposed once.
+    fixed = (key[0].float().transpose(1, 2).contiguous(), values, positions)
+
+    def block(done: Tensor, q: Tensor, ends: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> list[Tensor]:
+        """done: a number, because `scan` needs a state. q: [ROWS, heads, D]. ends: `visible` of these rows."""
+        mask = positions <= ends[:, -1:]
+        if ends.shape[1] == 2:
+            mask = mask & (positions >= ends[:, :1])
+        q = q.reshape(ROWS, kv_heads, -1, head_dim).permute(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
+        scores = torch.bmm(q, keys).reshape(heads, ROWS, context)
+        weights = torch.where(mask, scores, -torch.inf).softmax(-1).reshape(kv_heads, -1, context)
+        out = torch.bmm(weights, values).reshape(heads, ROWS, -1)
+        return [done + 1, out.permute(1, 0, 2).contiguous()]
+
+    xs = [rows.reshape(blocks, ROWS, heads, head_dim), ends.reshape(blocks, ROWS, visible.shape[1])]
+    _, out = scan_op(block, [torch.zeros(1, dtype=torch.int64, device=key.device)], xs, fixed)
+    return out.reshape(blocks * ROWS, heads, -1)[None, :tokens].to(query.dtype)
 
 
 def top_experts_aten(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

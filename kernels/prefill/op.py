@@ -23,6 +23,7 @@ from .arguments import (
     check_visible,
 )
 from .arguments import fits_cached_attention as fits_cached_attention
+from .arguments import fits_cached_attention_on_cpu as fits_cached_attention_on_cpu
 from .arguments import fits_residual_norm as fits_residual_norm
 from .arguments import fits_top_experts as fits_top_experts
 from .aten import cached_attention_aten, residual_norm_aten, rotated_heads_aten, top_experts_aten
@@ -80,12 +81,14 @@ def cached_attention(*args: Any, **kwargs: Any) -> Tensor:
 
     Args:
         query: bf16 [1, T, heads, D], D one of `HEAD_DIMS`. heads / kv_heads consecutive heads share one of the cache.
-        key, value: bf16 [1, kv_heads, C, D]. Positions that no token sees may hold anything, NaN included.
+            On the CPU, any D, and fp32 and fp16 too.
+        key, value: bf16 [1, kv_heads, C, D], contiguous except on the CPU. Positions that no token sees may hold
+            anything, NaN included.
         visible: int64, the positions that a token sees: [T, 1], the last one, or [T, 2], the first and the last one.
         scaling: factor of the scores, positive.
 
     Returns:
-        bf16 [1, T, heads, D].
+        [1, T, heads, D] in the dtype of `query`.
 
     Raises:
         ValueError: see `check_cached_attention`; on the CPU also positions outside [0, C).

@@ -26,7 +26,16 @@ from .cases import CASES, ZERO_CASE, Case, make
 from .delta_rule_cases import TINY
 from .delta_rule_cases import make as make_delta_rule
 from .memory_rules import MemoryRuleError, check_memory
-from .test_one_token import ATTENTION, EPS, LINEAR, attention_arguments, linear_arguments, random, route_arguments
+from .test_one_token import (
+    ATTENTION,
+    ATTENTION_NAMES,
+    EPS,
+    LINEAR,
+    attention_arguments,
+    linear_arguments,
+    random,
+    route_arguments,
+)
 
 pytestmark = pytest.mark.interpreter
 
@@ -80,9 +89,9 @@ def test_several_chunks_of_pairs_and_variants(persistent: bool) -> None:
     same_bits_in_any_order(lambda: run_fused_experts(arguments, options=options))
 
 
-@pytest.mark.parametrize(("kind", "groups", "position", "update"), ATTENTION)
-def test_one_token_attention(kind: str, groups: int, position: int, update: bool) -> None:
-    arguments = ops.AttentionArguments(*attention_arguments(kind, groups, position, update))
+@pytest.mark.parametrize(ATTENTION_NAMES, ATTENTION)
+def test_one_token_attention(kind: str, groups: int, position: int, update: bool, gated: bool) -> None:
+    arguments = ops.AttentionArguments(*attention_arguments(kind, groups, position, update, gated))
     same_bits_in_any_order(lambda: run_one_token_attention(arguments))
 
 

@@ -37,16 +37,16 @@ def projection(rows: int, columns: int, kind: str) -> tuple[Tensor, Tensor | Non
     return codes, (torch.rand(rows, generator=generator) + 0.5) / (73 * columns**0.5)
 
 
-def attention_arguments(kind: str, groups: int, position: int, update: bool) -> tuple[object, ...]:
+def attention_arguments(kind: str, groups: int, position: int, update: bool, gated: bool = False) -> tuple[object, ...]:
     """The cache holds NaN from `position` on, because no result may depend on it."""
-    weight, scale = projection((groups + 2) * KV_HEADS * HEAD_DIM, HIDDEN, kind)
+    weight, scale = projection(((1 + gated) * groups + 2) * KV_HEADS * HEAD_DIM, HIDDEN, kind)
     angle = torch.linspace(0.0, 3.0, HEAD_DIM // 2)[None, None] * position
     key, value = (random(1, KV_HEADS, CONTEXT, HEAD_DIM, seed=seed) for seed in (1, 2))
     key[:, :, position:], value[:, :, position:] = torch.nan, torch.nan
     return (
         random(1, 1, HIDDEN), random(1, 1, HIDDEN, seed=3) if update else None, random(HIDDEN), weight, scale,
         random(2, HEAD_DIM // 2), random(2, HEAD_DIM // 2, seed=1), angle.cos().bfloat16(), angle.sin().bfloat16(),
-        torch.tensor([position]), key, value, HEAD_DIM**-0.5, EPS,
+        torch.tensor([position]), key, value, HEAD_DIM**-0.5, EPS, gated,
     )  # fmt: skip
 
 
@@ -59,24 +59,25 @@ def route_arguments(kind: str, top_k: int, tied: bool = False) -> tuple[object, 
 
 
 ATTENTION = [
-    ("int8", 4, 150, True),
-    ("bf16", 4, 64, False),  # no update, as in the first layer
-    ("int8", 1, 0, True),  # an empty cache
-    ("int8", 3, 1, True),  # not a power of two of query heads
-    ("int8", 4, CONTEXT - 1, True),  # the last position
+    ("int8", 4, 150, True, False),
+    ("bf16", 4, 64, False, False),  # no update, as in the first layer
+    ("int8", 1, 0, True, False),  # an empty cache
+    ("int8", 3, 1, True, True),  # not a power of two of query heads; an output gate
+    ("int8", 4, CONTEXT - 1, True, False),  # the last position
 ]
+ATTENTION_NAMES = ("kind", "groups", "position", "update", "gated")
 
 
-@pytest.mark.parametrize(("kind", "groups", "position", "update"), ATTENTION)
-def test_attention_is_that_of_plain_modules(kind: str, groups: int, position: int, update: bool) -> None:
-    arguments = attention_arguments(kind, groups, position, update)
-    hidden, add, norm, weight, scale, q_norm, k_norm, cos, sin, _, key, value, scaling, eps = arguments
+@pytest.mark.parametrize(ATTENTION_NAMES, ATTENTION)
+def test_attention_is_that_of_plain_modules(kind: str, groups: int, position: int, update: bool, gated: bool) -> None:
+    arguments = attention_arguments(kind, groups, position, update, gated)
+    hidden, add, norm, weight, scale, q_norm, k_norm, cos, sin, _, key, value, scaling, eps, _ = arguments
     summed, out, new = ops.one_token_attention(*arguments)
     x = hidden if add is None else hidden + add
     assert torch.equal(summed, x)
     x = torch.nn.functional.rms_norm(x.float(), (HIDDEN,), norm.float(), eps)
     rows = (x @ (weight.float() * (1.0 if scale is None else scale[:, None])).T).unflatten(-1, (-1, HEAD_DIM))[0, 0]
-    query, fresh, last = rows.split([groups * KV_HEADS, KV_HEADS, KV_HEADS])
+    query, fresh, last, gate = rows.split([groups * KV_HEADS, KV_HEADS, KV_HEADS, gated * groups * KV_HEADS])
 
     def turn(part: Tensor, weight: Tensor) -> Tensor:
         part = torch.nn.functional.rms_norm(part, (HEAD_DIM,), weight.flatten().float(), eps)
@@ -90,6 +91,7 @@ def test_attention_is_that_of_plain_modules(kind: str, groups: int, position: in
     expected = torch.nn.functional.scaled_dot_product_attention(
         turn(query, q_norm)[None, :, None], keys[None], values[None], scale=scaling, enable_gqa=True
     )
+    expected = expected[0, :, 0] * torch.sigmoid(gate) if gated else expected
     torch.testing.assert_close(out.float().flatten(), expected.flatten(), rtol=0.02, atol=0.02)
     torch.testing.assert_close(new.float().flatten(), torch.stack([fresh, last]).flatten(), rtol=0.01, atol=0.01)
 
@@ -115,7 +117,7 @@ def test_of_equal_experts_the_first_are_taken() -> None:
 
 @pytest.mark.parametrize("update", [True, False])
 def test_operators_as_torch_wants_them(update: bool) -> None:
-    attention = attention_arguments("int8", 2, 5, update)
+    attention = attention_arguments("int8", 2, 5, update, gated=not update)
     for index in (10, 11):  # opcheck compares results, and NaN is not equal to itself
         attention[index].nan_to_num_()  # type: ignore[attr-defined]
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
@@ -157,10 +159,10 @@ def _assert_close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> No
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize(("kind", "groups", "position", "update"), ATTENTION)
-def test_interpreted_attention(kind: str, groups: int, position: int, update: bool) -> None:
+@pytest.mark.parametrize(ATTENTION_NAMES, ATTENTION)
+def test_interpreted_attention(kind: str, groups: int, position: int, update: bool, gated: bool) -> None:
     assert os.environ.get("TRITON_INTERPRET") == "1"
-    arguments = ops.AttentionArguments(*attention_arguments(kind, groups, position, update))
+    arguments = ops.AttentionArguments(*attention_arguments(kind, groups, position, update, gated))
     _assert_close(run_one_token_attention(arguments), one_token_attention_aten(arguments))
 
 
@@ -220,9 +222,9 @@ def test_qwen3_30b_compiles_without_spills(capability: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("kind", "groups", "position", "update"), ATTENTION)
-def test_attention_on_a_gpu(kind: str, groups: int, position: int, update: bool) -> None:
-    arguments = attention_arguments(kind, groups, position, update)
+@pytest.mark.parametrize(ATTENTION_NAMES, ATTENTION)
+def test_attention_on_a_gpu(kind: str, groups: int, position: int, update: bool, gated: bool) -> None:
+    arguments = attention_arguments(kind, groups, position, update, gated)
     there = [part.cuda() if isinstance(part, Tensor) else part for part in arguments]
     found = ops.one_token_attention(*there)
     _assert_close(tuple(part.cpu() for part in found), ops.one_token_attention(*arguments))

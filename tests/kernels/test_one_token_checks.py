@@ -15,9 +15,20 @@ from executorch_moe.kernels.decode import op as ops
 from executorch_moe.kernels.decode.aten import one_token_router_aten
 from executorch_moe.kernels.decode.launches import run_one_token_router
 
-from .test_one_token import CONTEXT, EXPERTS, attention_arguments, linear_arguments, random, route_arguments
+from .test_one_token import (
+    CONTEXT,
+    EXPERTS,
+    attention_arguments,
+    linear_arguments,
+    projection,
+    random,
+    route_arguments,
+)
 
 Change = Callable[[Any], Any]
+OPERATORS = (
+    "one_token_attention", "one_token_router", "one_token_linear", "one_token_norm_linear", "one_token_shared_router",
+)  # fmt: skip
 
 
 def wider(t: Tensor) -> Tensor:
@@ -76,11 +87,36 @@ LINEAR: list[tuple[str, Change, str]] = [
 ]
 
 
+NORM_LINEAR: list[tuple[str, Change, str]] = [
+    ("hidden", lambda t: t[0], r"hidden has shape \[1, 96\], expected \[1, 1, columns\]"),
+    ("update", lambda t: t[..., :64], r"update has shape \[1, 1, 64\], expected \[1, 1, 96\]"),
+    ("update", lambda t: t.float(), "update has dtype float32"),
+    ("norm", lambda t: t[:64], r"norm has shape \[64\], expected 96 elements"),
+    ("weight", lambda t: t[:, :64].contiguous(), r"weight has shape .* expected \[N, 96\]"),
+    ("weight", wider, "weight must be contiguous"),
+    ("scale", lambda t: t[:7], r"scale has shape \[7\], expected \[50\]"),
+    ("eps", lambda _: -1.0, r"eps=-1.0 must be a finite number, 0 or more"),
+]
+SHARED_ROUTE: list[tuple[str, Change, str]] = [
+    ("router", lambda t: t[:, :64], r"router has shape \[12, 64\], expected \[E, H=192\]"),
+    ("gate_up", lambda t: t[:, :64].contiguous(), r"gate_up has shape .* expected \[N, 192\]"),
+    ("gate_up", wider, "gate_up must be contiguous"),
+    ("gate_up_scale", lambda t: t[:7], r"scale has shape \[7\], expected \[43\]"),
+    ("width", lambda _: 22, "gate_up has 43 rows, expected at least 2 .* width=22"),
+]
+
+
 def arguments_of(name: str) -> tuple[Any, dict[str, Any]]:
     if name == "one_token_attention":
         fields, values = ops.AttentionArguments._fields, attention_arguments("int8", 4, 5, True)
     elif name == "one_token_router":
         fields, values = ops.RouteArguments._fields, route_arguments("int8", 3)
+    elif name == "one_token_shared_router":
+        matrix = projection(43, 192, "int8")
+        fields, values = ops.SharedRouteArguments._fields, (*route_arguments("int8", 3), *matrix, 21)
+    elif name == "one_token_norm_linear":
+        fields = ("hidden", "update", "norm", "weight", "scale", "eps")
+        values = (random(1, 1, 96), random(1, 1, 96, seed=1), random(96), *projection(50, 96, "int8"), 1e-6)
     else:
         fields, values = ("x", "weight", "scale"), linear_arguments("int8", 50, 96)
     return getattr(torch.ops.executorch_moe, name), dict(zip(fields, values, strict=True))
@@ -92,6 +128,8 @@ CASES = [
         ("one_token_attention", ATTENTION),
         ("one_token_router", ROUTE),
         ("one_token_linear", LINEAR),
+        ("one_token_norm_linear", NORM_LINEAR),
+        ("one_token_shared_router", SHARED_ROUTE),
     )
     for case in cases
 ]
@@ -135,7 +173,7 @@ def test_positions_outside_the_cache(position: int) -> None:
 
 def test_tokens_that_are_not_contiguous_are_taken() -> None:
     """Activations may be strided, because they are new for each token. Only weights and caches must be contiguous."""
-    for name in ("one_token_attention", "one_token_router", "one_token_linear"):
+    for name in OPERATORS:
         run, arguments = arguments_of(name)
         first = next(iter(arguments))
         expected = run(*arguments.values())
@@ -145,7 +183,7 @@ def test_tokens_that_are_not_contiguous_are_taken() -> None:
         assert all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs)
 
 
-@pytest.mark.parametrize("name", ["one_token_attention", "one_token_router", "one_token_linear"])
+@pytest.mark.parametrize("name", OPERATORS)
 def test_all_checks_of_torch(name: str) -> None:
     run, arguments = arguments_of(name)
     for cache in ("key", "value"):  # opcheck compares results, and NaN is not equal to itself
@@ -154,7 +192,7 @@ def test_all_checks_of_torch(name: str) -> None:
     torch.library.opcheck(run.default, tuple(arguments.values()))
 
 
-@pytest.mark.parametrize("name", ["one_token_attention", "one_token_router", "one_token_linear"])
+@pytest.mark.parametrize("name", OPERATORS)
 def test_backward_says_that_there_is_none(name: str) -> None:
     run, arguments = arguments_of(name)
     first = next(iter(arguments))

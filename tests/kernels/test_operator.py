@@ -64,11 +64,12 @@ def test_repeated_expert_of_a_token_counts_twice() -> None:
 
 
 def test_the_arguments_are_those_of_expert_arguments() -> None:
-    """The schema is part of every exported program, so it must not change."""
+    """The schema is part of every exported program: it may only get further arguments with defaults at its end."""
     assert str(torch.ops.executorch_moe.fused_experts.default._schema) == (
         "executorch_moe::fused_experts(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor w13, "
         "Tensor w2, Tensor? w13_scale, Tensor? w2_scale, Tensor? w13_zero, Tensor? w2_zero, Tensor? w13_bias, "
-        "Tensor? w2_bias, str scheme, str activation, SymInt group_size) -> Tensor"
+        "Tensor? w2_bias, str scheme, str activation, SymInt group_size, Tensor? shared=None, Tensor? share=None, "
+        "Tensor? shared_down=None, Tensor? shared_down_scale=None) -> Tensor"
     )
     arguments = make(Case("keywords", tokens=3), "w4a16").args()
     by_keyword = fused_experts(**dict(reversed(arguments._asdict().items())))
@@ -76,7 +77,7 @@ def test_the_arguments_are_those_of_expert_arguments() -> None:
     assert tuple(inspect.signature(fused_experts).parameters) == ExpertArguments._fields
     assert "topk_weights: fp32, bf16 or fp16 [T, top_k]" in pydoc.render_doc(fused_experts)
     with pytest.raises(RuntimeError, match="group_size"):
-        fused_experts(*arguments[:-1])
+        fused_experts(*arguments[: ExpertArguments._fields.index("group_size")])
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

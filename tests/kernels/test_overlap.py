@@ -13,7 +13,11 @@ from torch import Tensor
 
 from executorch_moe.kernels._device import launches_before
 from executorch_moe.kernels.decode import op as ops
-from executorch_moe.kernels.decode.launches import run_one_token_attention, run_one_token_router
+from executorch_moe.kernels.decode.launches import (
+    run_one_token_attention,
+    run_one_token_router,
+    run_one_token_shared_router,
+)
 from executorch_moe.kernels.delta_rule.launches import run_gated_delta_net
 from executorch_moe.kernels.experts.plan import Options, run_fused_experts
 from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED, Gpu, find_model
@@ -36,6 +40,8 @@ def launches_of_a_layer(capability: int) -> list[Launch]:
         attention, route = token_arguments(torch.empty(1, 1, H, dtype=torch.bfloat16), None)
         run_one_token_attention(attention, gpu=gpu, submit=launches.append)
         run_one_token_router(route, gpu=gpu, submit=launches.append)
+        gate_up = torch.empty(1040, H, dtype=torch.int8), torch.empty(1040)
+        run_one_token_shared_router(ops.SharedRouteArguments(*route, *gate_up, 512), gpu=gpu, submit=launches.append)
         for tokens in (1, 70):
             arguments = on(make(QWEN35, tokens, dtype=torch.bfloat16), "meta")
             run_gated_delta_net(arguments, gpu=gpu, submit=launches.append)
@@ -87,7 +93,7 @@ def test_all_kernels_wait_where_launches_can_overlap(capability: int) -> None:
         # Nothing is written before the wait.
         assert "st.global" not in ptx.partition("griddepcontrol.wait")[0] or not waits, launch.kernel.__name__
         assert launch.options.get("launch_pdl", False) == (capability >= 90)
-    assert len(seen) == 14, seen
+    assert len(seen) == 15, seen
 
 
 @triton.jit

@@ -12,6 +12,7 @@ from executorch_moe.kernels.measure.compile import compile_launch
 from executorch_moe.kernels.prefill import op as ops
 from executorch_moe.kernels.prefill.aten import (
     cached_attention_aten,
+    cached_attention_by_rows,
     residual_norm_aten,
     rotated_heads_aten,
     top_experts_aten,
@@ -145,6 +146,25 @@ def test_attention_is_that_of_fp64(name: str) -> None:
             torch.testing.assert_close(out[0, token, head].double(), weights @ values, rtol=0.01, atol=0.01)
 
 
+@pytest.mark.parametrize("tokens", [1, 15, 16, 33])
+@pytest.mark.parametrize(("dtype", "head_dim", "window"), [(torch.float32, 24, False), (torch.bfloat16, 32, True)])
+def test_attention_by_rows_is_that_of_the_operator(
+    tokens: int, dtype: torch.dtype, head_dim: int, window: bool
+) -> None:
+    """As CPU programs compute it, for head sizes and dtypes that CUDA does not have; nobody sees the last positions."""
+    generator = torch.Generator().manual_seed(tokens)
+    query = torch.randn(1, tokens, 6, head_dim, generator=generator).to(dtype)
+    key, value = (torch.randn(1, 2, 50, head_dim, generator=generator).to(dtype) for _ in range(2))
+    key[:, :, 40:], value[:, :, 40:] = torch.nan, torch.nan
+    last = torch.arange(40 - tokens, 40)[:, None]
+    visible = torch.cat([(last - 7).clamp(min=0), last], -1) if window else last
+    arguments = ops.CachedAttentionArguments(query, key, value, visible, 0.2)
+    found, expected = cached_attention_by_rows(arguments), ops.cached_attention(*arguments)
+    bound = 1e-5 if dtype == torch.float32 else 0.01
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, rtol=bound, atol=bound)
+
+
 def test_operators_keep_the_rules_of_torch() -> None:
     arguments = attention_arguments(3, 5, 4, 2, 32, 16)
     for index in (1, 2):  # opcheck compares results, and NaN is not equal to itself
@@ -155,17 +175,26 @@ def test_operators_keep_the_rules_of_torch() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"query": torch.zeros(1, 5, 4, 32)}, r"query has dtype float32, expected bfloat16: convert it"),
+        ({"query": torch.zeros(1, 5, 4, 32, device="meta")}, r"query has dtype float32, expected bfloat16: convert it"),
         ({"query": random(2, 5, 4, 32)}, r"query has shape \[2, 5, 4, 32\], expected \[1, T, heads, D\]"),
         ({"query": random(1, 5, 3, 32)}, r"query has shape \[1, 5, 3, 32\], expected \[1, T, heads, 32\] with heads a"),
         ({"value": random(1, 2, 17, 32)}, r"value has shape \[1, 2, 17, 32\], expected that of key"),
-        ({"key": random(1, 2, 16, 48), "value": random(1, 2, 16, 48)}, r"heads of D=48, expected one of \(32, 64, "),
+        ({name: random(1, 2, 16, 48).to("meta") for name in ["query", "key", "value"]}, r"heads of D=48, expected one"),
+        ({"query": torch.zeros(1, 5, 4, 32, dtype=torch.float64)}, r"query has dtype float64, expected bfloat16 or"),
         ({"visible": torch.zeros(5, dtype=torch.int64)}, r"visible has shape \[5\], expected \[5, 1\] or \[5, 2\]"),
         ({"visible": torch.zeros(5, 1, dtype=torch.int32)}, r"visible has dtype int32, expected int64"),
         ({"visible": torch.full((5, 1), 16)}, r"visible has positions from 16 to 16, expected 0 to 15"),
         ({"visible": torch.tensor([[3, 2]]).expand(5, 2)}, r"a first position after the last one"),
         ({"scaling": 0.0}, r"scaling=0.0 must be a positive number"),
-        ({"key": random(1, 16, 2, 32).transpose(1, 2)}, r"key must be contiguous"),
+        (
+            {
+                "query": random(1, 5, 4, 32).to("meta"),
+                "key": random(1, 16, 2, 32).to("meta").transpose(1, 2),
+                "value": random(1, 2, 16, 32).to("meta"),
+                "visible": torch.zeros(5, 1, dtype=torch.int64, device="meta"),
+            },
+            r"key must be contiguous",
+        ),
         ({"visible": torch.zeros(5, 1, dtype=torch.int64, device="meta")}, r"visible is on meta but query is on cpu"),
     ],
 )

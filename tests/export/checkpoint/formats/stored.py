@@ -218,7 +218,7 @@ def logits_error(model: Any, reference: Any) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
-def experts_of(model: StreamedModel) -> PackedExperts:
-    module: Any = model.model.get_submodule(model.layers[0].name)
+def experts_of(model: StreamedModel, layer: int = 0) -> PackedExperts:
+    module: Any = model.model.get_submodule(model.layers[layer].name)
     packed: PackedExperts = module.packed()
     return packed
