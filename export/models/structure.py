@@ -191,7 +191,8 @@ def check_structure(model: nn.Module) -> Structure:
     for layer in range(config.num_hidden_layers):  # type: ignore[union-attr, arg-type]
         if layer not in structure.caches and layer not in recurrent:
             raise NotImplementedError(
-                f"layer {layer} of {type(model).__name__} ({_mixer(model, layer)}) caches no keys and values: {SUPPORTED}"
+                f"layer {layer} of {type(model).__name__}, {_mixer(model, layer)}, caches no keys and values: "
+                f"{SUPPORTED}"
             )
     if structure.unknown_terms:
         raise NotImplementedError(

@@ -8,17 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from executorch_moe.backends.fusion import FusionOptions
-from executorch_moe.backends.fusion.modules import find_experts, recognize_module
+from executorch_moe.backends.fusion.modules import find_experts
 from executorch_moe.export.build import attention_of
 from executorch_moe.export.checkpoint.streaming import StreamedModel
 from executorch_moe.export.models.causal_lm import CausalLM
 from executorch_moe.export.models.structure import check_structure
 from executorch_moe.export.options import Target
 
-from ..families import FAMILIES, FURTHER, RECURRENT, Family, by_name, tokens
+from ..families import FAMILIES, FURTHER, RECURRENT, Family, tokens
 
 CONTEXT, PROMPT, NEW = 40, 23, 8
 CHUNKS = (7, 1, 15)
