@@ -77,8 +77,8 @@ def check_supported(folder: Path) -> dict[str, Any]:
     classes = _causal_models()
     if kind not in classes:
         raise NotImplementedError(
-            f"model_type={kind!r} in {folder / 'config.json'} is no causal language model of the installed transformers: "
-            "use another model, or a transformers that has it and that `executorch-moe doctor` accepts"
+            f"model_type={kind!r} in {folder / 'config.json'} is no causal language model of the installed "
+            "transformers: use another model, or a transformers that has it and that `executorch-moe doctor` accepts"
         )
     if classes[kind] and not isinstance(config.get("text_config"), dict):
         raise ValueError(
