@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -32,15 +33,10 @@ from executorch_moe.export.models.causal_lm import (
 )
 from executorch_moe.export.models.decoder_layer import replace_decoder_layers_
 from executorch_moe.export.models.delta_rule import replace_delta_rule_
-from executorch_moe.export.models.pretrained import (
-    TINY,
-    WITH_LATENTS,
-    WITH_SINKS,
-    check_supported,
-    require_transformers,
-)
+from executorch_moe.export.models.pretrained import TINY, check_supported, layer_kinds, require_transformers
 from executorch_moe.export.models.router import replace_routers_
 from executorch_moe.export.models.sampling import sorted_nucleus
+from executorch_moe.export.models.structure import Structure, structure_of
 from executorch_moe.export.models.upstream_experts import UpstreamMoE, pack, random_weights
 from executorch_moe.export.quantize import dense_torchao
 from executorch_moe.export.quantize.dense import check_widths, quantize_dense_
@@ -65,8 +61,7 @@ def check_folder(options: ExportOptions) -> Path:
     folder = find_folder(TINY if synthetic.is_synthetic(options.model) else options.model)
     config = check_supported(folder)
     check_activation(config, folder / "config.json")
-    if isinstance(kinds := config.get("layer_types"), list):  # transformers refuses other values
-        check_kinds(map(str, kinds))
+    check_kinds(layer_kinds(folder, config))
     check_format(folder)
     return folder
 
@@ -97,18 +92,14 @@ def check_activation(config: Mapping[str, Any], where: Path) -> None:
         )
 
 
-def precision(options: ExportOptions, folder: Path) -> tuple[torch.dtype, str]:
-    """The dtype of everything except the experts, and transformers' `attn_implementation` for the target."""
-    return options.target.torch_dtype, attention_of(options.target, check_supported(folder)["model_type"])
-
-
 def stream(options: ExportOptions, folder: Path) -> StreamedModel:
     """The plan to load the model with packed experts; reads headers only.
 
     Raises:
         ValueError, NotImplementedError, FileNotFoundError: see `StreamedModel` and `check_dense`.
     """
-    streamed = StreamedModel(folder, *precision(options, folder), options.experts.fusion())
+    attention = functools.partial(attention_of, options.target)
+    streamed = StreamedModel(folder, options.target.torch_dtype, attention, options.experts.fusion())
     check_dense(streamed.model, options)
     return streamed
 
@@ -117,11 +108,13 @@ def load_whole(options: ExportOptions, folder: Path) -> nn.Module:
     """The model in memory. Its experts are unpacked, those of a synthetic model packed.
 
     Raises:
-        ValueError: see `load_model` and `synthetic.build`.
+        ValueError: see `load_model` and `synthetic.build`. NotImplementedError: see `structure_of`.
     """
     if synthetic.is_synthetic(options.model):
         return build_synthetic(options)
-    return streamline(load_model(folder, *precision(options, folder)))
+    model: Any = load_model(folder, options.target.torch_dtype, "eager")
+    model.set_attn_implementation(attention_of(options.target, structure_of(model)))
+    return streamline(model)
 
 
 def streamline(model: nn.Module) -> nn.Module:
@@ -209,14 +202,18 @@ def load_packed(options: ExportOptions, folder: Path, report: FusionReport) -> n
     return model
 
 
-def attention_of(target: Target, model_type: str = "") -> str:
-    """transformers' `attn_implementation` for a resolved target."""
-    if model_type in WITH_SINKS:  # transformers implements sinks in plain PyTorch only
+def attention_of(target: Target, structure: Structure | None = None) -> str:
+    """transformers' `attn_implementation` for a resolved target and what a model asks of its attention.
+
+    Without a structure, it is that of a model without sinks or latent attention.
+    """
+    if structure is not None and structure.sinks:  # transformers implements sinks in plain PyTorch only
         return "eager"
     if target.is_cpu:
         return attention.register(attention.CPU_NAME)
     # ExecuTorch's Triton attention for CUDA always writes bf16, and needs keys and values of the same width.
-    return "eager" if target.dtype == "fp32" or model_type in WITH_LATENTS else attention.register()
+    widths_differ = structure is not None and structure.widths_differ
+    return "eager" if target.dtype == "fp32" or widths_differ else attention.register()
 
 
 def streamline_(module: nn.Module) -> nn.Module:
