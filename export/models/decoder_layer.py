@@ -3,8 +3,9 @@
 For one token of full attention, two operators compute everything before the experts, and no other kernel runs between
 them: `one_token_attention` and `one_token_router`. A gated delta rule layer has `one_token_norm_linear` and
 `gated_delta_net` in place of the first. A shared expert takes no kernels: `one_token_shared_router` and `fused_experts`
-compute its halves. For several tokens the layer computes what transformers' layer does, with `residual_norm` for the
-norms; `MergedAttention` and `TopKFirstRouter` have operators of their own.
+compute its halves. One token of each of several texts takes `rows_attention`, `rows_linear` and `rows_router`. For
+several tokens of one text the layer computes what transformers' layer does, with `residual_norm` for the norms;
+`MergedAttention` and `TopKFirstRouter` have operators of their own.
 """
 
 from __future__ import annotations
@@ -97,7 +98,9 @@ class OneTokenDecoderLayer(nn.Module):
         hidden, update = hidden_states if isinstance(hidden_states, tuple) else (hidden_states, None)
         assert position_embeddings is not None
         one_token = self._takes_one_token_path(hidden, cache)
-        if one_token and self.routed:
+        if isinstance(cache, CacheView) and cache.slots is not None and self.takes_rows:
+            hidden, update = self._rows(hidden, update, position_embeddings, cache)
+        elif one_token and self.routed:
             hidden, update = self._one_token(hidden, update, position_embeddings, cache)
         else:
             if one_token and self._fuses_attention:
@@ -112,6 +115,20 @@ class OneTokenDecoderLayer(nn.Module):
             hidden, normed = _residual_norm(hidden, update, self.post_attention_layernorm)
             update = self.mlp(normed)
         return hidden + update if self.last else (hidden, update)
+
+    @property
+    def takes_rows(self) -> bool:
+        """True if the layer can compute one token of each of several texts."""
+        if not self.routed or not self._fuses_attention or isinstance(self.mlp, SharedExpertBlock):
+            return False
+        attention, router = self.self_attn, self.mlp.gate.weight
+        return (
+            not attention.sliding_window
+            and not attention.gated
+            and router.dtype == torch.bfloat16
+            and fits_one_token(attention.head_dim, router.shape[1], len(router))
+            and all(map(_weights, (attention.qkv_proj, attention.o_proj)))
+        )
 
     @property
     def _is_linear(self) -> bool:
@@ -188,6 +205,27 @@ class OneTokenDecoderLayer(nn.Module):
         else:
             hidden, projected = one_token_norm_linear(hidden, update, norm.weight, *matrix, norm.variance_epsilon)
         return hidden, layer.mix(projected, cache)
+
+    def _rows(
+        self, hidden: Tensor, update: Tensor | None, position_embeddings: tuple[Tensor, Tensor], cache: CacheView
+    ) -> tuple[Tensor, Tensor]:
+        """hidden and update, bf16 [T, 1, H], whose sum is the input of T texts -> the same pair for the next layer."""
+        attention, router = self.self_attn, self.mlp.gate
+        update = None if update is None else update.transpose(0, 1)
+        hidden, normed = _residual_norm(hidden.transpose(0, 1), update, self.input_layernorm)
+        cos, sin = (part.transpose(0, 1) for part in attention.angles(position_embeddings))
+        out, new = torch.ops.executorch_moe.rows_attention(
+            normed, *(_weights(attention.qkv_proj) or ()), attention.q_norm, attention.k_norm, cos, sin,
+            cache.cache_position, cache.slots, *cache.layer(attention.layer_idx), attention.scaling, attention.eps,
+        )  # fmt: skip
+        cache.update(new[0], new[1], attention.layer_idx)
+        update = torch.ops.executorch_moe.rows_linear(out, *(_weights(attention.o_proj) or ()))
+        hidden, normed = _residual_norm(hidden, update, self.post_attention_layernorm)
+        weights, experts = torch.ops.executorch_moe.rows_router(
+            normed, router.weight, cache.cache_position, router.top_k
+        )
+        update = self.mlp.experts(normed[0], experts, weights)
+        return hidden.transpose(0, 1), update[:, None]
 
     def _attend(
         self, hidden: Tensor, update: Tensor | None, position_embeddings: tuple[Tensor, Tensor], cache: CacheView
