@@ -15,10 +15,6 @@ from .arguments import AttentionArguments, RouteArguments, SharedRouteArguments
 from .kernels import moe_one_token_attention, moe_one_token_matvec, moe_one_token_router
 from .shared_kernels import moe_one_token_shared_router
 
-ROUTER_ROWS = 4
-"""Experts that a program of the router handles."""
-SHARED_ELEMENTS = 4
-"""Elements of the shared expert's width that a program handles: as many rows of its gate and of its up projection."""
 POSITIONS = 128
 """Positions that a program of attention handles at a time."""
 MAX_CELLS = 16384
@@ -142,11 +138,12 @@ def run_one_token_shared_router(
     routing, results = _routing(arguments.route, gpu or kernel_gpu(arguments.x), submit)
     out, weights = results[0], results[2]
     shared, share = out.new_empty(1, width), torch.empty_like(weights[:, :1])
-    steps, block = _pieces(gate_up, 2 * SHARED_ELEMENTS)
+    rows = routing.constexprs["BLOCK_E"]
+    steps, block = _pieces(gate_up, 2 * rows, routing.num_warps)
     (programs,) = routing.grid
     launch = Launch(
         moe_one_token_shared_router,
-        (programs + -(-width // SHARED_ELEMENTS) + 1,),
+        (programs + -(-width // rows) + 1,),
         {
             **routing.args,
             "gate_up_ptr": gate_up,
@@ -158,12 +155,13 @@ def run_one_token_shared_router(
             **routing.constexprs,
             "S": width,
             "N": gate_up.shape[0],
-            "BLOCK_S": SHARED_ELEMENTS,
+            "BLOCK_S": rows,
             "SHARED_STEPS": steps,
             "SHARED_BLOCK": block,
             "HAS_OWN_GATE": arguments.has_own_gate,
             "HAS_SCALE": scale is not None,
         },
+        num_warps=routing.num_warps,
     )
     submit(launch)
     return *results, shared, share
@@ -183,9 +181,12 @@ def _routing(
     weights = torch.empty(1, top_k, dtype=torch.float32, device=device)
     ids = torch.empty(1, top_k, dtype=torch.int64, device=device)
     steps, block_h = row_pieces(hidden, router.dtype.itemsize)
+    # A row for each warp. In the last program, a thread compares its experts with all others: with two of 256 experts, it
+    # takes all registers, and the program cannot start beside the launch before.
+    rows = 4 if experts <= 128 else 8
     routing = Launch(
         moe_one_token_router,
-        (-(-experts // ROUTER_ROWS),),
+        (-(-experts // rows),),
         {
             "x_ptr": out,
             "norm_ptr": norm,
@@ -202,20 +203,21 @@ def _routing(
             "E": experts,
             "E_POW2": triton.next_power_of_2(experts),
             "TOP_K": top_k,
-            "BLOCK_E": ROUTER_ROWS,
+            "BLOCK_E": rows,
             "STEPS": steps,
             "BLOCK_H": block_h,
             "RANK_BLOCK": min(32, triton.next_power_of_2(experts)),
             "PTX": ptx,
         },
+        num_warps=rows,
     )
     return routing, (out, normed, weights, ids)
 
 
-def _pieces(weight: Tensor, rows: int) -> tuple[int, int]:
+def _pieces(weight: Tensor, rows: int, num_warps: int = 4) -> tuple[int, int]:
     """`row_pieces` of a matrix, at most as many as a program of so many rows holds in registers."""
     steps, piece = row_pieces(weight.shape[1], weight.dtype.itemsize)
-    return min(steps, max(1, MAX_CELLS // (piece * rows))), piece
+    return min(steps, max(1, MAX_CELLS // 4 * num_warps // (piece * rows))), piece
 
 
 def row_pieces(columns: int, itemsize: int) -> tuple[int, int]:

@@ -50,9 +50,9 @@ def attention_arguments(kind: str, groups: int, position: int, update: bool, gat
     )  # fmt: skip
 
 
-def route_arguments(kind: str, top_k: int, tied: bool = False) -> tuple[object, ...]:
+def route_arguments(kind: str, top_k: int, tied: bool = False, experts: int = EXPERTS) -> tuple[object, ...]:
     weight, scale = projection(HIDDEN, 96, kind)
-    router = random(EXPERTS, HIDDEN, deviation=HIDDEN**-0.5)
+    router = random(experts, HIDDEN, deviation=HIDDEN**-0.5)
     if tied:
         router[3:] = router[:1]
     return random(1, 1, 96), weight, scale, random(1, 1, HIDDEN), random(HIDDEN), router, top_k, EPS
