@@ -212,8 +212,8 @@ def attention_of(target: Target, structure: Structure | None = None) -> str:
     if target.is_cpu:
         return attention.register(attention.CPU_NAME)
     # ExecuTorch's Triton attention for CUDA always writes bf16, and needs keys and values of the same width.
-    widths_differ = structure is not None and structure.widths_differ
-    return "eager" if target.dtype == "fp32" or widths_differ else attention.register()
+    latents = structure is not None and structure.latents
+    return "eager" if target.dtype == "fp32" or latents else attention.register()
 
 
 def streamline_(module: nn.Module) -> nn.Module:

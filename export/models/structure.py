@@ -42,14 +42,14 @@ class Structure:
         top_k: qualified name of an experts module -> experts of a token.
         sinks: attention has a sink for each head.
         unknown_terms: further arguments of the attention function that `grouped_attention` does not compute.
-        widths_differ: keys and values of attention differ in width, as those of latent attention do.
+        latents: what layers cache is not what attention gets, as for latent attention.
     """
 
     caches: dict[int, tuple[int, int, int, int]] = field(default_factory=dict)
     top_k: dict[str, int] = field(default_factory=dict)
     sinks: bool = False
     unknown_terms: set[str] = field(default_factory=set)
-    widths_differ: bool = False
+    latents: bool = False
 
 
 class Recorder:
@@ -86,7 +86,8 @@ def _recorded_attention(
 ) -> tuple[Tensor, None]:
     """Records the arguments behind transformers' attention interface; returns a tensor of the right shape."""
     structure: Structure = _recording.structure
-    structure.widths_differ |= key.shape[-1] != value.shape[-1]
+    sizes = key.shape[1], key.shape[3], value.shape[1], value.shape[3]
+    structure.latents |= sizes != structure.caches.get(module.layer_idx, sizes)  # type: ignore[arg-type]
     structure.sinks |= s_aux is not None
     for name, argument in keywords.items():
         try:
