@@ -79,7 +79,9 @@ def grouped_attention(
         is_causal=causal and query.shape[2] > 1,
         enable_gqa=True,
     )
-    return out.transpose(1, 2).contiguous(), None
+    out = out.transpose(1, 2)
+    # A copy even if torch's operator gives this layout: what lowering puts in its place has another, and models view it.
+    return out if is_one_token(query[:, 0]) else out.clone(memory_format=torch.contiguous_format), None
 
 
 def mask_of(visible: Tensor, context: int) -> Tensor:
@@ -245,7 +247,8 @@ def window(attention: Any) -> int | None:
     """The sliding window of an attention's layer, as `CausalLM` masks it; None for full attention."""
     kinds = getattr(attention.config, "layer_types", None)
     full = kinds and kinds[attention.layer_idx] != "sliding_attention"
-    return None if full else getattr(attention.config, "sliding_window", None)
+    own = getattr(attention, "sliding_window", None)
+    return own if full else getattr(attention.config, "sliding_window", None) or own
 
 
 def fits(attention: Any) -> bool:

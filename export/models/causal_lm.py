@@ -233,6 +233,15 @@ def check_context(config: Any, max_context: int) -> None:
             f"max_position_embeddings={limit}: choose a value in that range"
         )
     check_kinds(attention_kinds(config))
+    check_rope(config)
+
+
+def check_rope(config: Any) -> None:
+    """Checks the RoPE of a transformers configuration.
+
+    Raises:
+        NotImplementedError: frequencies that depend on the length of the text.
+    """
     if changing := sorted(rope_types(config) & set(CHANGING_ROPE)):
         raise NotImplementedError(
             f"RoPE of type {', '.join(changing)} is not supported: its frequencies depend on the length of the text; "

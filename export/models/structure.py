@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from executorch_moe.backends.fusion.modules import find_experts
 from executorch_moe.kernels import FusedExperts
 
-from .causal_lm import cache_sizes, check_kinds
+from .causal_lm import cache_sizes, check_kinds, check_rope
 from .delta_rule import LINEAR, GatedDeltaNet
 from .delta_rule import fits as is_delta_rule
 from .keywords import cache_name, check
@@ -135,12 +135,13 @@ def structure_of(model: nn.Module) -> Structure:
     """Runs a transformers `*ForCausalLM` without values; its parameters may be on any device, and are not read.
 
     Raises:
-        NotImplementedError: layers of an unsupported kind, or layers that cannot be called with a cache of keys and
-            values; names them.
+        NotImplementedError: layers or RoPE of an unsupported kind, or layers that cannot be called with a cache of keys
+            and values; names them.
     """
     config: Any = model.config
     kinds = attention_kinds(config)
     check_kinds(kinds)
+    check_rope(config)
     _check_recurrent(model)
     require_transformers()
     from transformers import AttentionInterface, AttentionMaskInterface
