@@ -21,6 +21,7 @@ from executorch_moe.export.checkpoint import stored_codes
 from executorch_moe.export.checkpoint.formats import check_format
 from executorch_moe.export.checkpoint.gguf import find_folder
 from executorch_moe.export.checkpoint.streaming import StreamedModel
+from executorch_moe.export.checkpoint.structure import Structure, structure_of
 from executorch_moe.export.checkpoint.whole import load_model
 from executorch_moe.export.models import attention, synthetic
 from executorch_moe.export.models.causal_lm import (
@@ -36,7 +37,6 @@ from executorch_moe.export.models.delta_rule import replace_delta_rule_
 from executorch_moe.export.models.pretrained import TINY, check_supported, layer_kinds, require_transformers
 from executorch_moe.export.models.router import replace_routers_
 from executorch_moe.export.models.sampling import sorted_nucleus
-from executorch_moe.export.models.structure import Structure, structure_of
 from executorch_moe.export.models.upstream_experts import UpstreamMoE, pack, random_weights
 from executorch_moe.export.quantize import dense_torchao
 from executorch_moe.export.quantize.dense import check_widths, quantize_dense_

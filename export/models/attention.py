@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from executorch_moe.export.same_results import TOKENS, example, gives_same_results
 from executorch_moe.kernels.prefill.arguments import HEAD_DIMS
 from executorch_moe.kernels.prefill.op import fits_cached_attention
 
 from .keywords import check, take_cache
 from .linears import StoredInt4, is_one_token, stored_int4
 from .pretrained import require_transformers
-from .same_results import TOKENS, example, gives_same_results
 
 NAME = "executorch_moe_grouped"
 """The attention of models for CUDA targets, whose modules are replaced too."""
@@ -80,7 +80,7 @@ def grouped_attention(
         enable_gqa=True,
     )
     out = out.transpose(1, 2)
-    # A copy even if torch's operator gives this layout: what lowering puts in its place has another, and models view it.
+    # A copy even if it has this layout now: models view it, and lowering puts operators of other layouts in its place.
     return out if is_one_token(query[:, 0]) else out.clone(memory_format=torch.contiguous_format), None
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from executorch_moe.export.same_results import TOKENS, example, gives_same_results
 from executorch_moe.kernels.decode.arguments import HEAD_DIMS
 from executorch_moe.kernels.decode.op import fits_one_token, one_token_linear
 from executorch_moe.kernels.prefill.op import fits_residual_norm
@@ -24,7 +25,6 @@ from .delta_rule import GatedDeltaNet
 from .keywords import take_cache
 from .linears import Int8Linear, is_one_token
 from .router import SharedExpertBlock, routes_alone
-from .same_results import TOKENS, example, gives_same_results
 
 ANY_HEAD_DIM = 128
 """A supported size of a head, for layers without attention that an operator computes."""

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from executorch_moe.export.build import attention_of, streamline
+from executorch_moe.export.checkpoint.structure import structure_of
 from executorch_moe.export.models.causal_lm import CausalLM
-from executorch_moe.export.models.structure import structure_of
 from executorch_moe.export.options import Target
 
 from ..families import FAMILIES, FURTHER, RECURRENT, Family, Logits, by_name, tokens
@@ -76,7 +76,7 @@ def logits_and_operators(name: str) -> tuple[Tensor, Tensor, frozenset[str]]:
 
 
 def table() -> dict[str, dict[tuple[str, ...], bool]]:
-    """Rows of the table of fused parts: model type -> operators in the header of a column -> whether it has the part."""
+    """The table of fused parts: model type -> operators in the header of a column -> whether it has the part."""
     text = PAGE.read_text(encoding="utf-8")
     lines = text[text.index("| model type |") :].partition("\n\n")[0].splitlines()
     header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]

@@ -13,8 +13,8 @@ from executorch_moe.backends.fusion import FusionOptions
 from executorch_moe.backends.fusion.modules import find_experts
 from executorch_moe.export.build import attention_of
 from executorch_moe.export.checkpoint.streaming import StreamedModel
+from executorch_moe.export.checkpoint.structure import check_structure
 from executorch_moe.export.models.causal_lm import CausalLM
-from executorch_moe.export.models.structure import check_structure
 from executorch_moe.export.options import Target
 
 from ..families import FAMILIES, FURTHER, RECURRENT, Family, tokens

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from executorch_moe.backends.fusion.modules import find_experts
+from executorch_moe.export.models.causal_lm import cache_sizes, check_kinds
+from executorch_moe.export.models.delta_rule import LINEAR, GatedDeltaNet
+from executorch_moe.export.models.delta_rule import fits as is_delta_rule
+from executorch_moe.export.models.keywords import cache_name, check
+from executorch_moe.export.models.pretrained import attention_kinds, check_rope, require_transformers
 from executorch_moe.kernels import FusedExperts
-
-from .causal_lm import cache_sizes, check_kinds, check_rope
-from .delta_rule import LINEAR, GatedDeltaNet
-from .delta_rule import fits as is_delta_rule
-from .keywords import cache_name, check
-from .pretrained import attention_kinds, require_transformers
 
 NAME = "executorch_moe_recorded"
 """The attention of a model while it is recorded."""
