@@ -21,6 +21,7 @@ from executorch_moe.export.checkpoint import stored_codes
 from executorch_moe.export.checkpoint.formats import check_format
 from executorch_moe.export.checkpoint.gguf import find_folder
 from executorch_moe.export.checkpoint.streaming import StreamedModel
+from executorch_moe.export.checkpoint.structure import Structure, structure_of
 from executorch_moe.export.checkpoint.whole import load_model
 from executorch_moe.export.models import attention, synthetic
 from executorch_moe.export.models.batch.methods import BatchedLM, export_batched
@@ -38,7 +39,6 @@ from executorch_moe.export.models.delta_rule import replace_delta_rule_
 from executorch_moe.export.models.pretrained import TINY, check_supported, layer_kinds, require_transformers
 from executorch_moe.export.models.router import replace_routers_
 from executorch_moe.export.models.sampling import sorted_nucleus
-from executorch_moe.export.models.structure import Structure, structure_of
 from executorch_moe.export.models.upstream_experts import UpstreamMoE, pack, random_weights
 from executorch_moe.export.quantize import dense_torchao
 from executorch_moe.export.quantize.dense import check_widths, quantize_dense_
@@ -228,8 +228,8 @@ def attention_of(target: Target, structure: Structure | None = None) -> str:
     if target.is_cpu:
         return attention.register(attention.CPU_NAME)
     # ExecuTorch's Triton attention for CUDA always writes bf16, and needs keys and values of the same width.
-    widths_differ = structure is not None and structure.widths_differ
-    return "eager" if target.dtype == "fp32" or widths_differ else attention.register()
+    latents = structure is not None and structure.latents
+    return "eager" if target.dtype == "fp32" or latents else attention.register()
 
 
 def streamline_(module: nn.Module) -> nn.Module:

@@ -19,7 +19,6 @@ from executorch_moe.backends.fusion import ExpertLayout, FusedLayer, FusionOptio
 from executorch_moe.backends.fusion.modules import find_experts, kind_of, pack_layer_codes, recognize_module
 from executorch_moe.export.models.linears import stored_int4
 from executorch_moe.export.models.pretrained import read_config
-from executorch_moe.export.models.structure import Structure, check_structure
 from executorch_moe.kernels import SCHEMES, FusedExperts, Int4Codes, PackedExperts, pack_experts
 from executorch_moe.kernels.packing.experts import unpack_experts
 from executorch_moe.kernels.packing.mxfp4 import Mxfp4Codes
@@ -30,6 +29,7 @@ from .plan import CheckpointPlan, below, meta_model
 from .shards import ShardReader, Shards
 from .sizes import check_sizes
 from .stored_codes import KeptCodes, kept_codes, mark_linears, read_codes, read_mxfp4, round_anew
+from .structure import Structure, check_structure
 from .work_folder import WorkFolder, manifest_of
 
 RUN_BYTES = 32 << 20

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from executorch_moe.export.same_results import TOKENS, example, gives_same_results
 from executorch_moe.kernels.prefill.arguments import HEAD_DIMS
 from executorch_moe.kernels.prefill.op import fits_cached_attention, fits_cached_attention_on_cpu
 
 from .keywords import check, take_cache
 from .linears import StoredInt4, is_one_token, stored_int4
 from .pretrained import require_transformers
-from .same_results import TOKENS, example, gives_same_results
 
 NAME = "executorch_moe_grouped"
 """The attention of models for CUDA targets, whose modules are replaced too."""
@@ -84,7 +84,9 @@ def grouped_attention(
         is_causal=causal and query.shape[2] > 1,
         enable_gqa=True,
     )
-    return out.transpose(1, 2).contiguous(), None
+    out = out.transpose(1, 2)
+    # A copy even if it has this layout now: models view it, and lowering puts operators of other layouts in its place.
+    return out if is_one_token(query[:, 0]) else out.clone(memory_format=torch.contiguous_format), None
 
 
 def mask_of(visible: Tensor, context: int) -> Tensor:
@@ -250,7 +252,8 @@ def window(attention: Any) -> int | None:
     """The sliding window of an attention's layer, as `CausalLM` masks it; None for full attention."""
     kinds = getattr(attention.config, "layer_types", None)
     full = kinds and kinds[attention.layer_idx] != "sliding_attention"
-    return None if full else getattr(attention.config, "sliding_window", None)
+    own = getattr(attention, "sliding_window", None)
+    return own if full else getattr(attention.config, "sliding_window", None) or own
 
 
 def fits(attention: Any) -> bool:

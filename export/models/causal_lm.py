@@ -20,15 +20,13 @@ from .attention import CPU_NAME, NAME
 from .delta_rule import LINEAR, GatedDeltaNet, replace_delta_rule_
 from .keywords import cache_name, check
 from .linears import OneTokenLinears
-from .pretrained import attention_kinds, plain_outputs_, rope_types
+from .pretrained import attention_kinds, check_rope, plain_outputs_
 from .sampling import FindNucleus, Sampler, greedy, nucleus, sample
 
 MIN_CONTEXT = 8
 KINDS = ("full_attention", "sliding_attention", LINEAR)
 """Supported kinds of layers, in transformers' names. A layer with a sliding window caches all positions too; only its
 mask differs. Linear attention is supported as gated delta rule (`GatedDeltaNet`)."""
-CHANGING_ROPE = ("dynamic", "longrope")
-"""RoPE types whose frequencies depend on the length of the text, which a traced method cannot follow."""
 EXAMPLE_TOKENS = 1024
 """Prefill is traced with one token less: compilers size their tiles by this length, and an odd one keeps them from
 assuming divisibility."""
@@ -234,11 +232,7 @@ def check_context(config: Any, max_context: int) -> None:
             f"max_position_embeddings={limit}: choose a value in that range"
         )
     check_kinds(attention_kinds(config))
-    if changing := sorted(rope_types(config) & set(CHANGING_ROPE)):
-        raise NotImplementedError(
-            f"RoPE of type {', '.join(changing)} is not supported: its frequencies depend on the length of the text; "
-            "use a model with another rope_type (default, linear, llama3, yarn)"
-        )
+    check_rope(config)
 
 
 def check_cache(config: Any, max_context: int, item_bytes: int, slots: int = 1) -> None:

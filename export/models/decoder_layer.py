@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from executorch_moe.export.same_results import TOKENS, example, gives_same_results
 from executorch_moe.kernels import FusedExperts
 from executorch_moe.kernels.decode.arguments import HEAD_DIMS
 from executorch_moe.kernels.decode.op import fits_one_token, one_token_norm_linear
@@ -27,7 +28,6 @@ from .delta_rule import GatedDeltaNet
 from .keywords import take_cache
 from .linears import Int8Linear, is_one_token
 from .router import SharedExpertBlock, routes_alone
-from .same_results import TOKENS, example, gives_same_results
 
 ANY_HEAD_DIM = 128
 """A supported size of a head, for layers without attention that an operator computes."""
@@ -86,7 +86,7 @@ class OneTokenDecoderLayer(nn.Module):
         Args:
             hidden_states: float [1, T, H], or the two tensors that the layer before returned.
             attention_mask: as for `grouped_attention`.
-            position_embeddings: cosines and sines, [1, T, D] each.
+            position_embeddings: cosines and sines, [1, T, D] each; not needed by gated delta rule layers.
 
         Returns:
             [1, T, H], or, unless the layer is the `last`, two tensors whose sum that is.
@@ -96,22 +96,23 @@ class OneTokenDecoderLayer(nn.Module):
         """
         cache = take_cache(type(self).__name__, keywords)
         hidden, update = hidden_states if isinstance(hidden_states, tuple) else (hidden_states, None)
-        assert position_embeddings is not None
+        assert self._is_linear or position_embeddings is not None
+        embeddings: Any = position_embeddings
         one_token = self._takes_one_token_path(hidden, cache)
         if isinstance(cache, CacheView) and cache.slots is not None and self.takes_rows:
-            hidden, update = self._rows(hidden, update, position_embeddings, cache)
+            hidden, update = self._rows(hidden, update, embeddings, cache)
         elif one_token and self.routed:
-            hidden, update = self._one_token(hidden, update, position_embeddings, cache)
+            hidden, update = self._one_token(hidden, update, embeddings, cache)
         else:
             if one_token and self._fuses_attention:
-                hidden, out = self._attend(hidden, update, position_embeddings, cache)
+                hidden, out = self._attend(hidden, update, embeddings, cache)
                 update = self.self_attn.o_proj(out)
             else:
                 hidden, normed = _residual_norm(hidden, update, self.input_layernorm)
                 if self._is_linear:
                     update = self.linear_attn(normed, attention_mask, cache=cache)
                 else:
-                    update = self.self_attn(normed, position_embeddings, attention_mask, cache=cache)[0]
+                    update = self.self_attn(normed, embeddings, attention_mask, cache=cache)[0]
             hidden, normed = _residual_norm(hidden, update, self.post_attention_layernorm)
             update = self.mlp(normed)
         return hidden + update if self.last else (hidden, update)

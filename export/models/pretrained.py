@@ -14,6 +14,8 @@ from executorch_moe.export.hub import cached, hub_model
 TINY = "tiny"
 BUNDLED = ("demo", TINY)
 """Models that are part of this package: one that writes sentences, and a smaller one for tests."""
+CHANGING_ROPE = ("dynamic", "longrope")
+"""RoPE types whose frequencies depend on the length of the text, which a traced method cannot follow."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -157,6 +159,19 @@ def rope_types(config: Any) -> set[str]:
     parameters = getattr(config, "rope_parameters", None) or {}
     parts = [part for part in (parameters, *parameters.values()) if isinstance(part, dict)]
     return {part["rope_type"] for part in parts if "rope_type" in part}
+
+
+def check_rope(config: Any) -> None:
+    """Checks the RoPE of a transformers configuration.
+
+    Raises:
+        NotImplementedError: frequencies that depend on the length of the text.
+    """
+    if changing := sorted(rope_types(config) & set(CHANGING_ROPE)):
+        raise NotImplementedError(
+            f"RoPE of type {', '.join(changing)} is not supported: its frequencies depend on the length of the text; "
+            "use a model with another rope_type (default, linear, llama3, yarn)"
+        )
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:

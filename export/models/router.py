@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from executorch_moe.export.same_results import TOKENS, Run, example, gives_same_results
 from executorch_moe.kernels.prefill.op import fits_top_experts
 
 from .attention import merged
 from .linears import is_one_token, stored_int4
-from .same_results import TOKENS, Run, example, gives_same_results
 
 ROWS = 16
 """The outputs of a merged projection are padded to a multiple of this, so that matrix products need no masks."""

@@ -10,11 +10,11 @@ import torch
 
 from executorch_moe.backends.runtime import loader as runtime
 from executorch_moe.export.build import attention_of
+from executorch_moe.export.checkpoint.structure import structure_of
 from executorch_moe.export.checkpoint.whole import load_model
 from executorch_moe.export.models.causal_lm import CausalLM, GreedyLM, SamplingLM, check_positions, export_methods
 from executorch_moe.export.models.pretrained import resolve
 from executorch_moe.export.models.sampling import Sampler
-from executorch_moe.export.models.structure import structure_of
 from executorch_moe.export.options import Target
 from executorch_moe.export.quantize.experts import quantize_experts_
 

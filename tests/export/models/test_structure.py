@@ -13,8 +13,8 @@ from executorch_moe.backends.fusion import FusionOptions
 from executorch_moe.backends.fusion.modules import find_experts
 from executorch_moe.export.build import attention_of
 from executorch_moe.export.checkpoint.streaming import StreamedModel
+from executorch_moe.export.checkpoint.structure import check_structure
 from executorch_moe.export.models.causal_lm import CausalLM
-from executorch_moe.export.models.structure import check_structure
 from executorch_moe.export.options import Target
 
 from ..families import FAMILIES, FURTHER, RECURRENT, Family, tokens
@@ -84,7 +84,7 @@ def test_a_structure_is_what_the_model_caches(family: Family) -> None:
     for layer, (heads, key_width, value_heads, value_width) in structure.caches.items():
         key, value = module.kv_cache.at(torch.arange(1)).layer(layer)
         assert key.shape == (1, heads, CONTEXT, key_width) and value.shape == (1, value_heads, CONTEXT, value_width)
-    assert structure.sinks == (family.name == "gpt_oss")
+    assert structure.sinks == (family.name == "gpt_oss") and structure.latents == ("kv_lora_rank" in family.options)
     assert (
         set(structure.top_k) == {name for name, _ in find_experts(model)} and len(structure.top_k) == family.moe_layers
     )

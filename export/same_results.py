@@ -7,7 +7,7 @@ module replaces it if it takes over these weights and gives the same results.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -89,10 +89,21 @@ def _kind(module: nn.Module, stubs: dict[str, nn.Module]) -> tuple[object, ...]:
             parts.append((name, "stub"))
             continue
         attributes = {k: v for k, v in vars(part).items() if not k.startswith("_") and k not in _WITHOUT_EFFECT}
+        parts += _of_layer(part)
         parts += [name, type(part), *((key, _text(value)) for key, value in sorted(attributes.items()))]
         tensors = (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
         parts += [(key, tuple(tensor.shape)) for key, tensor in tensors]
     return tuple(parts)
+
+
+def _of_layer(part: Any) -> Iterator[tuple[str, str]]:
+    """What the configuration of a module says of its layer: entries of lists that have one for each layer."""
+    config, layer = getattr(part, "config", None), getattr(part, "layer_idx", None)
+    layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(layer, int) and isinstance(layers, int):
+        for name, value in sorted(vars(config).items()):
+            if isinstance(value, (list, tuple)) and len(value) == layers:
+                yield name, repr(value[layer])
 
 
 def _text(value: Any) -> str:

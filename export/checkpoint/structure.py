@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from executorch_moe.backends.fusion.modules import find_experts
+from executorch_moe.export.models.causal_lm import cache_sizes, check_kinds
+from executorch_moe.export.models.delta_rule import LINEAR, GatedDeltaNet
+from executorch_moe.export.models.delta_rule import fits as is_delta_rule
+from executorch_moe.export.models.keywords import cache_name, check
+from executorch_moe.export.models.pretrained import attention_kinds, check_rope, require_transformers
 from executorch_moe.kernels import FusedExperts
-
-from .causal_lm import cache_sizes, check_kinds
-from .delta_rule import LINEAR, GatedDeltaNet
-from .delta_rule import fits as is_delta_rule
-from .keywords import cache_name, check
-from .pretrained import attention_kinds, require_transformers
 
 NAME = "executorch_moe_recorded"
 """The attention of a model while it is recorded."""
@@ -42,14 +41,14 @@ class Structure:
         top_k: qualified name of an experts module -> experts of a token.
         sinks: attention has a sink for each head.
         unknown_terms: further arguments of the attention function that `grouped_attention` does not compute.
-        widths_differ: keys and values of attention differ in width, as those of latent attention do.
+        latents: what layers cache is not what attention gets, as for latent attention.
     """
 
     caches: dict[int, tuple[int, int, int, int]] = field(default_factory=dict)
     top_k: dict[str, int] = field(default_factory=dict)
     sinks: bool = False
     unknown_terms: set[str] = field(default_factory=set)
-    widths_differ: bool = False
+    latents: bool = False
 
 
 class Recorder:
@@ -86,7 +85,8 @@ def _recorded_attention(
 ) -> tuple[Tensor, None]:
     """Records the arguments behind transformers' attention interface; returns a tensor of the right shape."""
     structure: Structure = _recording.structure
-    structure.widths_differ |= key.shape[-1] != value.shape[-1]
+    sizes = key.shape[1], key.shape[3], value.shape[1], value.shape[3]
+    structure.latents |= sizes != structure.caches.get(module.layer_idx, sizes)  # type: ignore[arg-type]
     structure.sinks |= s_aux is not None
     for name, argument in keywords.items():
         try:
@@ -134,12 +134,13 @@ def structure_of(model: nn.Module) -> Structure:
     """Runs a transformers `*ForCausalLM` without values; its parameters may be on any device, and are not read.
 
     Raises:
-        NotImplementedError: layers of an unsupported kind, or layers that cannot be called with a cache of keys and
-            values; names them.
+        NotImplementedError: layers or RoPE of an unsupported kind, or layers that cannot be called with a cache of keys
+            and values; names them.
     """
     config: Any = model.config
     kinds = attention_kinds(config)
     check_kinds(kinds)
+    check_rope(config)
     _check_recurrent(model)
     require_transformers()
     from transformers import AttentionInterface, AttentionMaskInterface
