@@ -49,7 +49,7 @@ def tokenizer_json(path: Path, metadata: Mapping[str, Any]) -> str:
             f"transformers {transformers.__version__} does not convert the tokenizer in {path} exactly: install "
             f"transformers 5.24, or {folder}"
         ) from None
-    kind, split = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    kind, split = metadata.get("tokenizer.ggml.model"), str(metadata.get("tokenizer.ggml.pre"))
     known = (*SPLITS, *_AS_GPT2, *GGUF_PRE_TOKENIZER_SPLITS)
     if kind == "gpt2" and split not in known:  # with another split, the same text would be other tokens
         raise ValueError(

@@ -53,7 +53,8 @@ def test_other_families(family: str, variant: str, tmp_path: Path) -> None:
 
 def model_of(family: str) -> Any:
     """A small model. Keys of DeepSeek's heads have a width of 32, because blocks are along them in files."""
-    kind, changed = by_name(family), {}
+    kind = by_name(family)
+    changed: dict[str, Any] = {}
     if family == "deepseek_v3":
         changed = {"qk_nope_head_dim": 32}
     if family == "qwen3_5_moe_text":
