@@ -54,7 +54,8 @@ def _made(path: Path, size: int, changed: int) -> Path:
     metadata, tensors = read_tables(path.parent, [part.name for part in parts])
     config = read_configuration(path, metadata, tensors)
     tokenizer = tokenizer_json(path, metadata)
-    holder = tempfile.TemporaryDirectory(prefix="executorch-moe-gguf-")
+    # Messages name the folder, so its name has that of the file.
+    holder = tempfile.TemporaryDirectory(prefix=f"executorch-moe-{path.name[-100:]}-")
     _folders.append(holder)
     folder = Path(holder.name)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
