@@ -6,6 +6,7 @@ changes         the order of rows and columns, and other differences of values
 configurations  config.json from the metadata of a file
 files           the files: tables of tensors, reading tensors
 folder          a model folder made from the metadata of a file
+tokenizer       its tokenizer.json
 """
 
 from .files import GgufFormat, open_gguf

@@ -139,6 +139,33 @@ def test_configuration_and_tokenizer(tmp_path: Path) -> None:
         load_model(folder, torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("split", "text", "parts"),
+    [
+        ("qwen2", "It's 12345", ["It", "'s", " ", "1", "2", "3", "4", "5"]),
+        ("glm4", "It'S 12345", ["It", "'S", " ", "123", "45"]),
+        ("deepseek-v3", "It's 12345 \u6f22\u5b57+\n", ["It", "'s", " ", "123", "45", " ", "\u6f22\u5b57", "+\n"]),
+        ("olmo", "It's 12345", ["It", "'s", " 12345"]),
+        ("kimi-k2", "", None),
+    ],
+)
+def test_how_text_is_split(split: str, text: str, parts: list[str] | None, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    def other(writer: Any) -> None:
+        writer.kv_data[0].pop("tokenizer.ggml.pre")
+        writer.add_tokenizer_pre(split)
+
+    path = write(tmp_path / "model.gguf", big_model(), only("Q4_0"), change=other).path
+    if parts is None:
+        with pytest.raises(ValueError, match=r"cannot be converted \(tokenizer\.ggml\.pre='kimi-k2', supported: deep"):
+            model_folder(path)
+        return
+    tokenizer: Any = Tokenizer.from_str(tokenizer_json(model_folder(path)))
+    found = tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    assert [text[start:end] for _, (start, end) in found] == parts
+
+
 def test_a_folder_with_a_configuration_of_its_own(tmp_path: Path) -> None:
     written = write(tmp_path / "model.gguf", big_model(), only("Q4_0"))
     folder = tmp_path / "folder"
