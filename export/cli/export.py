@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from executorch_moe.backends.versions import HUGGING_FACE, check_versions
+
 from .app import DEBUGGING, RESULT, app, command, console, is_debug, quiet_unless, values, warn_deprecated
 
 if TYPE_CHECKING:
@@ -179,6 +181,7 @@ def export(
     Weights are read and packed layer by layer, so the model need not fit into memory. Packed layers are kept in
     NAME.work beside the output until it is written: after an interruption, the same command continues from there.
     """
+    check_versions(*HUGGING_FACE)  # before they are imported
     quiet_unless(verbose)
     from executorch_moe.export.build import usual_scheme
     from executorch_moe.export.options import Context, Dense, Experts, ExportOptions, Target

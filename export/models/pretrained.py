@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from executorch_moe.backends.versions import check_versions
+from executorch_moe.backends.versions import HUGGING_FACE, check_versions
 from executorch_moe.export.hub import cached, hub_model
 
 # Values of model_type in config.json that `CausalLM` supports. The partitioners fuse the experts of any model.
@@ -33,7 +33,7 @@ def require_transformers() -> Any:
     Raises:
         RuntimeError: a required package is missing, or its version is outside the supported range.
     """
-    check_versions("transformers", "tokenizers", "safetensors")
+    check_versions(*HUGGING_FACE)
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

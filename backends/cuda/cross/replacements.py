@@ -39,6 +39,7 @@ SMALL = 4096
 INDUCTOR_CONFIG = {
     "compile_threads": 1,  # workers are other processes, without the replacements
     "cpp.simdlen": 256,  # AVX2, as in the CPU baseline
+    "cpp.vec_isa_ok": True,  # without compiling a test program for each: every supported compiler knows AVX2
     "triton.autotune_at_compile_time": True,
     "triton.autotune_with_sample_inputs": False,
     "deterministic": True,
@@ -137,7 +138,7 @@ def replaced(model: GpuModel, choices: StaticChoices, folder: Path) -> Iterator[
         _forget_devices()
         stack.callback(_forget_devices)
         _replace_toolchain(stack, replace, model, folder)
-        _replace_device(stack, replace, model, folder)
+        _replace_device(stack, replace, model)
         _replace_triton(stack, replace, model)
         _remember_accesses(replace)
         _replace_choices(stack, replace, choices)
@@ -188,7 +189,7 @@ def _replace_toolchain(stack: contextlib.ExitStack, replace: Replace, model: Gpu
     stack.enter_context(config.patch(settings))
 
 
-def _replace_device(stack: contextlib.ExitStack, replace: Replace, model: GpuModel, folder: Path) -> None:
+def _replace_device(stack: contextlib.ExitStack, replace: Replace, model: GpuModel) -> None:
     from torch._dynamo.device_interface import init_device_reg
 
     init_device_reg()  # before device_count() is replaced, because it registers every device that is counted
@@ -197,7 +198,7 @@ def _replace_device(stack: contextlib.ExitStack, replace: Replace, model: GpuMod
         replace(f"torch.cuda:{name}", answer)
     replace("torch._dynamo.device_interface:device_interfaces", {"cuda": target, "cuda:0": target})
     if not torch.backends.cuda.is_built():
-        guard = host_toolchain.build_guard(folder)
+        guard = host_toolchain.device_guard()
         if guard.install_guard():
             stack.callback(guard.remove_guard)
 
