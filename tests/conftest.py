@@ -118,7 +118,6 @@ def pytest_collection_finish() -> None:
     """Leaves what was imported out of garbage collection: that took a tenth of the time of tracing and lowering."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(700, 10, 100)  # the oldest generation a tenth as often as by default
 
 
 @pytest.fixture(autouse=True)
