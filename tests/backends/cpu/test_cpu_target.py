@@ -33,7 +33,7 @@ class Case:
 
 
 CASES = [
-    Case("w4a16", torch.bfloat16),
+    pytest.param(Case("w4a16", torch.bfloat16), marks=pytest.mark.exhaustive),
     Case("w4a16", torch.float32),  # fp32 around experts that compute in bf16
     Case("w4a8", torch.bfloat16),
     Case("bf16", torch.bfloat16),
