@@ -67,6 +67,9 @@ SLOW_FILES = (
     "test_delta_rule_states.py",  # lowers two methods for CUDA: about 60 s
     "test_output_folders.py",
     "test_quality.py",
+    "test_real_model.py",  # after test_tokens.py, which makes the artifact that it serves
+    "test_server.py",  # starts six servers
+    "test_help.py",  # starts processes that import all packages
 )
 """The slow parts of `make test`, slowest first: it runs them in this order, so that no process idles at the end."""
 SHORT_FILES = ("test_gpu.py",)
@@ -118,7 +121,6 @@ def pytest_collection_finish() -> None:
     """Leaves what was imported out of garbage collection: that took a tenth of the time of tracing and lowering."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(700, 10, 100)  # the oldest generation a tenth as often as by default
 
 
 @pytest.fixture(autouse=True)

@@ -55,8 +55,7 @@ def test_grouped_path_against_the_oracle(case: Case, scheme: str) -> None:
     assert relative_error(out, problem.expected) <= BOUNDS[scheme]
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "scheme"), combinations(CASES, list(SCHEMES), one_of=2))
 def test_the_configurations_that_users_get(case: Case, scheme: str) -> None:
     problem = make(case, scheme)
     out = run_fused_experts(problem.args(), options=Options(path="grouped"))

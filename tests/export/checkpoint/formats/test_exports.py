@@ -303,8 +303,10 @@ def test_a_gguf_file(tmp_path: Path, executorch_runtime: None) -> None:
     compare(lambda method, *given: program.run(method, *given)[0], Saved(tmp_path, written.reference, {}))
 
 
+# test_exported_programs has what is lowered here, and test_a_gguf_file lowers kept codes in `make test` too.
 @pytest.mark.slow
-@pytest.mark.parametrize("save", [symmetric, pytest.param(with_zeros, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("save", [symmetric, with_zeros])
 def test_artifacts(save: Callable[[Path], Saved], tmp_path: Path, executorch_runtime: None) -> None:
     saved = save(tmp_path / "model")
     out, lines = tmp_path / "kept.pte", io.StringIO()
