@@ -22,6 +22,8 @@ from executorch_moe.export.checkpoint.gguf import find_folder
 from executorch_moe.export.checkpoint.streaming import StreamedModel
 from executorch_moe.export.checkpoint.whole import load_model
 from executorch_moe.export.models import attention, synthetic
+from executorch_moe.export.models.batch.methods import BatchedLM, export_batched
+from executorch_moe.export.models.batch.sampling import sorted_nucleus_rows
 from executorch_moe.export.models.causal_lm import (
     BY_OUTPUT,
     CausalLM,
@@ -148,13 +150,16 @@ def trace_methods(
 ) -> tuple[CausalLM, dict[str, ExportedProgram]]:
     """A model that `prepare_` changed, with its KV cache, and the methods that an export lowers.
 
-    Those for the CPU are `prefill@cpu`, `decode@cpu` and `forward`, which is for ExecuTorch's `TextLLMRunner`: tokens
-    and positions -> logits. That runner shares the KV cache of two methods only if a delegate holds it. It uses one
-    method for prompt and tokens if the program has none of the plain name `decode`.
+    With `max_batch` above 1 they are those of `batch.methods`. Else those for the CPU are `prefill@cpu`, `decode@cpu` and
+    `forward`, which is for ExecuTorch's `TextLLMRunner`: tokens and positions -> logits. That runner shares the KV cache
+    of two methods only if a delegate holds it. It uses one method for prompt and tokens if the program has none of the
+    plain name `decode`.
 
     Raises:
         ValueError, NotImplementedError: see `causal_lm.check_context`.
     """
+    if options.context.max_batch > 1:
+        return _trace_batched(model, options, max_context)
     module = BY_OUTPUT[options.context.output](model, max_context)
     if not options.target.is_cpu:
         return module, export_methods(module, one_token_linears=True)
@@ -166,6 +171,17 @@ def trace_methods(
     else:
         methods["forward"] = export_prefill(CausalLM(model, max_context))
     return module, methods
+
+
+def _trace_batched(
+    model: nn.Module, options: ExportOptions, max_context: int
+) -> tuple[CausalLM, dict[str, ExportedProgram]]:
+    """`trace_methods` for several sequences. None of the methods is for ExecuTorch's runners, which know no slots."""
+    module = BatchedLM(model, max_context, options.context.max_batch, options.context.output)
+    if not options.target.is_cpu:
+        return module, export_batched(module, one_token_linears=True)
+    module.find_nucleus, module.find_nucleus_rows = sorted_nucleus, sorted_nucleus_rows
+    return module, {cpu_method(name): program for name, program in export_batched(module).items()}
 
 
 def needs_whole_model(options: ExportOptions) -> bool:

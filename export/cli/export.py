@@ -44,6 +44,13 @@ def export(
             help="Positions in the KV cache; by default 2048, or the model's own limit if less.", rich_help_panel=WHAT
         ),
     ] = None,
+    max_batch: Annotated[
+        int,
+        typer.Option(
+            help="Sequences that can be decoded in one step, up to 64; each has a KV cache of its own.",
+            rich_help_panel=WHAT,
+        ),
+    ] = 1,
     output: Annotated[
         str,
         typer.Option(
@@ -199,7 +206,7 @@ def export(
         experts=Experts(scheme, group_size, algorithm, experts),
         dense=Dense(dense, lm_head, embedding),
         target=Target(target, dtype, kernel_configs),
-        context=Context(max_context, output),
+        context=Context(max_context, output, max_batch),
         layers=layers,
         seed=seed,
         placeholder_weights=placeholder_weights or thin,

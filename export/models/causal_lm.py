@@ -89,11 +89,12 @@ class StaticKVCache(nn.Module):
 class CacheView:
     """The cache interface of transformers' attention layers: `update` writes new rows and returns the whole cache.
 
-    The caller passes the positions. transformers' StaticCache counts tokens itself, and its counter would be one more
-    mutated buffer to share and reset.
+    The caller passes the positions: the counter of transformers' StaticCache would be one more mutated buffer to share.
     """
 
     is_compileable = True
+    slots: Tensor | None = None
+    """int64 [T], the slot of each token, if all are of different texts (`batch.cache.RowsView`)."""
 
     def __init__(self, cache: StaticKVCache, cache_position: Tensor) -> None:
         self.cache = cache
@@ -240,13 +241,12 @@ def check_context(config: Any, max_context: int) -> None:
         )
 
 
-def check_cache(config: Any, max_context: int, item_bytes: int) -> None:
+def check_cache(config: Any, max_context: int, item_bytes: int, slots: int = 1) -> None:
     """Checks that a KV cache fits into this machine's memory, in which the export allocates it.
 
     Args:
         config: transformers' configuration.
-        max_context: positions in the cache.
-        item_bytes: bytes of one element.
+        max_context: positions in a slot of the cache. slots: their number. item_bytes: bytes of one element.
 
     Raises:
         ValueError: it does not fit; gives the bytes needed and available.
@@ -258,7 +258,7 @@ def check_cache(config: Any, max_context: int, item_bytes: int) -> None:
     else:
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         width = 2 * config.num_key_value_heads * head
-    needed, available = layers * width * max_context * item_bytes, total_memory()
+    needed, available = layers * width * max_context * item_bytes * slots, total_memory()
     if available and needed > available:
         raise ValueError(
             f"max_context={max_context} needs a KV cache of {size(needed)}, but this machine has {size(available)} of "

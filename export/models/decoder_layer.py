@@ -1,7 +1,8 @@
 """A decoder layer of Qwen3 models of few kernels.
 
 For one token of full attention, two operators compute everything before the experts, and no other kernel runs between
-them unless attention has an output gate: `one_token_attention` and `one_token_router`. A gated delta rule layer has its
+them unless attention has an output gate: `one_token_attention` and `one_token_router`. One token of each of several texts
+takes `rows_attention` and `rows_router`. A gated delta rule layer has its
 norm, its projection and `gated_delta_net` in place of the first. For several tokens the layer computes what
 transformers' layer does, with `residual_norm` for the norms; `MergedAttention` and `TopKFirstRouter` have operators of
 their own.
@@ -90,7 +91,9 @@ class OneTokenDecoderLayer(nn.Module):
         cache = take_cache(type(self).__name__, keywords)
         hidden, update = hidden_states if isinstance(hidden_states, tuple) else (hidden_states, None)
         assert position_embeddings is not None
-        if self._takes_one_token_path(hidden, cache):
+        if isinstance(cache, CacheView) and cache.slots is not None and self.takes_rows:
+            hidden, update = self._rows(hidden, update, position_embeddings, cache)
+        elif self._takes_one_token_path(hidden, cache):
             hidden, update = self._one_token(hidden, update, position_embeddings, cache)
         else:
             hidden, normed = _residual_norm(hidden, update, self.input_layernorm)
@@ -101,6 +104,20 @@ class OneTokenDecoderLayer(nn.Module):
             hidden, normed = _residual_norm(hidden, update, self.post_attention_layernorm)
             update = self.mlp(normed)
         return hidden + update if self.last else (hidden, update)
+
+    @property
+    def takes_rows(self) -> bool:
+        """True if the layer can compute one token of each of several texts."""
+        if self._is_linear or isinstance(self.mlp, SharedExpertBlock):
+            return False
+        attention, router = self.self_attn, self.mlp.gate.weight
+        return (
+            not attention.sliding_window
+            and not attention.gated
+            and router.dtype == torch.bfloat16
+            and fits_one_token(attention.head_dim, router.shape[1], len(router))
+            and all(map(_weights, (attention.qkv_proj, attention.o_proj)))
+        )
 
     @property
     def _is_linear(self) -> bool:
@@ -141,6 +158,27 @@ class OneTokenDecoderLayer(nn.Module):
         if isinstance(self.mlp, SharedExpertBlock):
             update = update + self.mlp.shared_expert(normed)
         return hidden, update[None]
+
+    def _rows(
+        self, hidden: Tensor, update: Tensor | None, position_embeddings: tuple[Tensor, Tensor], cache: CacheView
+    ) -> tuple[Tensor, Tensor]:
+        """hidden and update, bf16 [T, 1, H], whose sum is the input of T texts -> the same pair for the next layer."""
+        attention, router = self.self_attn, self.mlp.gate
+        update = None if update is None else update.transpose(0, 1)
+        hidden, normed = _residual_norm(hidden.transpose(0, 1), update, self.input_layernorm)
+        cos, sin = (part.transpose(0, 1) for part in attention.angles(position_embeddings))
+        out, new = torch.ops.executorch_moe.rows_attention(
+            normed, *(_weights(attention.qkv_proj) or ()), attention.q_norm, attention.k_norm, cos, sin,
+            cache.cache_position, cache.slots, *cache.layer(attention.layer_idx), attention.scaling, attention.eps,
+        )  # fmt: skip
+        cache.update(new[0], new[1], attention.layer_idx)
+        update = torch.ops.executorch_moe.rows_linear(out, *(_weights(attention.o_proj) or ()))
+        hidden, normed = _residual_norm(hidden, update, self.post_attention_layernorm)
+        weights, experts = torch.ops.executorch_moe.rows_router(
+            normed, router.weight, cache.cache_position, router.top_k
+        )
+        update = self.mlp.experts(normed[0], experts, weights)
+        return hidden.transpose(0, 1), update[:, None]
 
     def _attend(
         self, hidden: Tensor, update: Tensor | None, position_embeddings: tuple[Tensor, Tensor], cache: CacheView
