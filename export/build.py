@@ -150,10 +150,10 @@ def trace_methods(
 ) -> tuple[CausalLM, dict[str, ExportedProgram]]:
     """A model that `prepare_` changed, with its KV cache, and the methods that an export lowers.
 
-    With `max_batch` above 1 they are those of `batch.methods`. Else those for the CPU are `prefill@cpu`, `decode@cpu` and
-    `forward`, which is for ExecuTorch's `TextLLMRunner`: tokens and positions -> logits. That runner shares the KV cache
-    of two methods only if a delegate holds it. It uses one method for prompt and tokens if the program has none of the
-    plain name `decode`.
+    With `max_batch` above 1 they are those of `batch.methods`. Else those for the CPU are `prefill@cpu`, `decode@cpu`
+    and `forward`, which is for ExecuTorch's `TextLLMRunner`: tokens and positions -> logits. That runner shares the KV
+    cache of two methods only if a delegate holds it. It uses one method for prompt and tokens if the program has none
+    of the plain name `decode`.
 
     Raises:
         ValueError, NotImplementedError: see `causal_lm.check_context`.

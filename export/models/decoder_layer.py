@@ -1,9 +1,9 @@
 """A decoder layer of Qwen3 models of few kernels.
 
 For one token of full attention, two operators compute everything before the experts, and no other kernel runs between
-them unless attention has an output gate: `one_token_attention` and `one_token_router`. One token of each of several texts
-takes `rows_attention` and `rows_router`. A gated delta rule layer has its
-norm, its projection and `gated_delta_net` in place of the first. For several tokens the layer computes what
+them unless attention has an output gate: `one_token_attention` and `one_token_router`. A gated delta rule layer has its
+norm, its projection and `gated_delta_net` in place of the first. One token of each of several texts takes
+`rows_attention`, `rows_linear` and `rows_router`. For several tokens the layer computes what
 transformers' layer does, with `residual_norm` for the norms; `MergedAttention` and `TopKFirstRouter` have operators of
 their own.
 """

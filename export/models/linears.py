@@ -1,8 +1,8 @@
 """Linear layers and embeddings with 8- and 4-bit weights, and matrix-vector products for one token. For CUDA targets.
 
 One token takes one kernel per layer, which reads each packed weight once: `one_token_linear` for int8 weights and bf16
-activations, else plain tensor operators, which Inductor fuses. A fixed number of up to 64 tokens takes `rows_linear` with the
-same weights. For other numbers the weights are converted to the activations' dtype first.
+activations, else plain tensor operators, which Inductor fuses. A fixed number of up to 64 tokens takes `rows_linear`
+with the same weights. For other numbers the weights are converted to the activations' dtype first.
 ExecuTorch's `int4_plain_mm` family is not used: its kernels are part of ExecuTorch's own runtime, so that the delegate
 host could not run them.
 

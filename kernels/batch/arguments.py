@@ -41,7 +41,7 @@ class RowsAttentionArguments(NamedTuple):
 
 
 def fits_rows_linear(x: Tensor) -> bool:
-    """True if `rows_linear` supports x [..., K]: bf16, and a number of rows from 2 to `MAX_ROWS` that is not symbolic."""
+    """True if `rows_linear` supports x [..., K] and it pays off: bf16, and a fixed number of rows, 2 to `MAX_ROWS`."""
     sizes = x.shape[:-1]
     return x.dtype == torch.bfloat16 and all(isinstance(size, int) for size in sizes) and fits_rows(math.prod(sizes))
 
@@ -93,8 +93,8 @@ def check_rows_attention(arguments: RowsAttentionArguments) -> None:
     heads = columns // head_dim - 2 * kv_heads
     if columns % head_dim or heads < 1 or heads % kv_heads:
         raise ValueError(
-            f"weight has {columns} rows, expected (heads + 2 * kv_heads) * D with kv_heads={kv_heads}, D={head_dim} and "
-            "heads a multiple of kv_heads: concatenate the projections of query, key and value in this order"
+            f"weight has {columns} rows, expected (heads + 2 * kv_heads) * D with kv_heads={kv_heads}, D={head_dim} "
+            "and heads a multiple of kv_heads: concatenate the projections of query, key and value in this order"
         )
     for name, t in (("q_norm", q_norm), ("k_norm", k_norm)):
         check_dtype(name, t, FLOATS)
@@ -157,8 +157,8 @@ def _check_rows(name: str, t: Tensor) -> int:
     check_dtype(name, t, (torch.bfloat16,))
     if t.dim() != 3 or t.shape[0] != 1 or not 1 <= t.shape[1] <= MAX_ROWS or t.shape[2] < 1:
         raise ValueError(
-            f"{name} has shape {list(t.shape)}, expected [1, T, columns] with T from 1 to {MAX_ROWS}: pass one token of "
-            "each text"
+            f"{name} has shape {list(t.shape)}, expected [1, T, columns] with T from 1 to {MAX_ROWS}: pass one token "
+            "of each text"
         )
     return t.shape[1]
 

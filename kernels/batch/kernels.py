@@ -1,7 +1,7 @@
 """Kernels for one token of each of several texts.
 
-A row is the token of one text. The weights are read once for all rows. Each row attends to its own slot of the cache, up
-to its own position.
+A row is the token of one text. The weights are read once for all rows. Each row attends to its own slot of the cache,
+up to its own position.
 
 Letters: T rows, D head_dim, G query heads of a key/value head, S slots of the cache, C positions of a slot, E experts.
 """

@@ -142,8 +142,8 @@ def run_rows_router(
 def splits_of(gpu: Gpu, rows: int, kv_heads: int, width: int) -> int:
     """Number of parts of a row's positions for each head, a power of two.
 
-    Four programs for each multiprocessor with all rows, and at least `FEW_SPLITS` parts, because most rows may be empty;
-    at most as many as the last program can combine, which reads `width` numbers of each part that has positions.
+    Four programs for each multiprocessor with all rows, and at least `FEW_SPLITS` parts, because most rows may be
+    empty; at most as many as the last program can combine, which reads `width` numbers of each part that has positions.
     """
     wanted = max(FEW_SPLITS, 4 * gpu.num_sms // (kv_heads * rows))
     return 1 << (max(1, min(wanted, MAX_PART_CELLS // width)).bit_length() - 1)
@@ -156,7 +156,7 @@ BLOCK_K = 128
 def _linear(
     x: Tensor, weight: Tensor, scale: Tensor | None, out: Tensor, arrivals: Tensor | None, splits: int, gpu: Gpu
 ) -> Launch:
-    """x @ weight.T * scale, or with several `splits` the parts of it. For None, a tensor that the kernel never reads."""
+    """x @ weight.T * scale, or with several `splits` the parts of it."""
     n, k = weight.shape
     rows = x.numel() // k
     # Columns of a program: few enough that the programs fill the GPU, because each of them reads all of x.

@@ -1,7 +1,7 @@
 """The operators `rows_linear`, `rows_attention` and `rows_router`, their fakes and their CPU kernels.
 
-A row is the one new token of a text. None of them writes to its arguments: the caller writes the new keys and values to the
-cache. An empty row has a negative position: its results mean nothing, and it costs next to nothing.
+A row is the one new token of a text. None of them writes to its arguments: the caller writes the new keys and values to
+the cache. An empty row has a negative position: its results mean nothing, and it costs next to nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from executorch_moe.kernels.inference_only import inference_operator
 
-from .aten import rows_attention_aten, rows_linear_aten, rows_router_aten
 from .arguments import (
     RowsAttentionArguments,
     check_places,
@@ -23,6 +22,7 @@ from .arguments import (
 )
 from .arguments import fits_rows as fits_rows
 from .arguments import fits_rows_linear as fits_rows_linear
+from .aten import rows_attention_aten, rows_linear_aten, rows_router_aten
 from .launches import run_rows_attention, run_rows_linear, run_rows_router
 
 

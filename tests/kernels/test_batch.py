@@ -11,9 +11,9 @@ from executorch_moe.kernels.batch.aten import rows_attention_aten, rows_linear_a
 from executorch_moe.kernels.batch.launches import run_rows_attention, run_rows_linear, run_rows_router, splits_of
 from executorch_moe.kernels.decode.op import one_token_attention
 from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED, Gpu, find_model
-from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.measure.compile import compile_launch
 
+from .batch_launches import launches_of_rows
 from .test_memory import same_bits_in_any_order
 from .test_one_token import projection, random
 
@@ -181,32 +181,12 @@ def test_interpreted_router(positions: list[int], experts: int, top_k: int) -> N
     same_bits_in_any_order(lambda: run_rows_router(x, router, at, top_k))
 
 
-def launches_of_a_layer(gpu: Gpu, rows: int, head_dim: int, dtype: torch.dtype) -> list[Launch]:
-    """All launches of the operators, on meta tensors of Qwen3-30B-A3B's sizes, but for the head."""
-    launches: list[Launch] = []
-    with torch.device("meta"):
-        bf16 = {"dtype": torch.bfloat16}
-        x, cache = torch.empty(1, rows, 2048, **bf16), torch.empty(rows, 4, 2049, head_dim, **bf16)
-        qkv, scale = torch.empty(40 * head_dim, 2048, dtype=dtype), torch.empty(40 * head_dim)
-        norm, angles = torch.empty(head_dim, **bf16), torch.empty(1, rows, head_dim // 2, **bf16)
-        at = torch.empty(rows, dtype=torch.int64)
-        arguments = ops.RowsAttentionArguments(
-            x, qkv, scale, norm, norm, angles, angles, at, at, cache, cache, 0.1, EPS
-        )  # fmt: skip
-        run_rows_attention(arguments, gpu=gpu, submit=launches.append)
-        head = torch.empty(50_000, 2048, dtype=dtype)
-        run_rows_linear(x, head, torch.empty(50_000), gpu=gpu, submit=launches.append)
-        run_rows_linear(x, torch.empty(2048, 2048, dtype=dtype), None, gpu=gpu, submit=launches.append)
-        run_rows_router(x, torch.empty(128, 2048, **bf16), at, 8, gpu=gpu, submit=launches.append)
-    return launches
-
-
 @pytest.mark.compiler
 @pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
 @pytest.mark.parametrize(("rows", "head_dim", "dtype"), [(64, 128, torch.int8), (16, 256, torch.bfloat16)])
 def test_kernels_compile_without_spills(capability: int, rows: int, head_dim: int, dtype: torch.dtype) -> None:
     gpu = Gpu(capability, 132, MAX_DYNAMIC_SHARED[capability])
-    for launch in launches_of_a_layer(gpu, rows, head_dim, dtype):
+    for launch in launches_of_rows(gpu, rows, head_dim, dtype):
         report = compile_launch(launch, capability)
         assert report.spill_bytes == 0 and report.shared <= gpu.max_shared, (launch.kernel.__name__, report)
 

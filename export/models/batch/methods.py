@@ -114,7 +114,8 @@ class BatchedLM(CausalLM):
         at = positions.clamp(min=0)
         logits = self._run(input_ids, at[:, None], RowsView(self.kv_cache, positions, slots))
         if self.output == "token":
-            return sample_rows(logits, at + 1, *settings, self.find_nucleus_rows)
+            temperature, top_p, seed = settings
+            return sample_rows(logits, at + 1, temperature, top_p, seed, self.find_nucleus_rows)
         return logits if self.output == "logits" else greedy_rows(logits)
 
     def _pick(self, logits: Tensor, cache_position: Tensor, settings: tuple[Tensor, ...]) -> Tensor:

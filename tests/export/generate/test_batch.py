@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_refused() -> None:
         batch.add([])
     with pytest.raises(ValueError, match="max_new_tokens=40 after a prompt of 3 tokens do not fit"):
         batch.add(PROMPTS[0], 40)
-    with pytest.raises(ValueError, match="temperature=1.0 does not apply to this artifact"):
+    with pytest.raises(ValueError, match=r"temperature=1\.0 does not apply to this artifact"):
         batch.add(PROMPTS[0], 4, Sampler(1.0))
     plain = generator("greedy")
     plain.max_batch = 1
