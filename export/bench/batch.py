@@ -40,38 +40,35 @@ def check_batch(generator: TextGenerator, sequences: Sequence[int]) -> None:
 
 def measure_batch(
     generator: TextGenerator,
-    ids: list[int],
-    sequences: int,
+    prompts: Sequence[list[int]],
     new_tokens: int,
     repeats: int,
     on_repeat: Callable[[], Any] | None = None,
 ) -> BatchSpeed:
-    """Decodes `sequences` copies of a prompt, each in a slot of its own and with keys and values of its own.
+    """Decodes a sequence after each prompt, all at once.
 
-    The time is that of all steps in which every sequence gets a token, with the host waiting for the tokens of each
-    step, as a server does. Copies of one prompt would choose the same experts, so each starts with a token of its own.
+    The time is that of the steps in which every sequence gets a token. The host waits for the tokens of each step, as a
+    server does.
 
     Args:
-        ids: the prompt. new_tokens: steps that are measured, after a warm-up. repeats: measurements.
+        prompts: of one length, different ones: equal sequences would choose the same experts.
+        new_tokens: steps that are measured. repeats: measurements, after a warm-up.
         on_repeat: called after each.
     """
-    speed = BatchSpeed(sequences, len(ids), new_tokens)
+    speed = BatchSpeed(len(prompts), len(prompts[0]), new_tokens)
     batch = BatchGenerator(generator)
     steps = min(WARMUP_DECODE_STEPS + 1, new_tokens)
-    for repeat in range(repeats + 1):  # the first one is a warm-up
+    for repeat in range(repeats + 1):  # the first one is the warm-up
         size = steps if repeat == 0 else new_tokens
-        added = [
-            batch.add([(ids[0] + index) % generator.vocabulary, *ids[1:]], size + 1, ignore_eos=True)
-            for index in range(sequences)
-        ]
-        while any(sequence.computed < len(ids) for sequence in added):
+        added = [batch.add(ids, size + 1, ignore_eos=True) for ids in prompts]
+        while any(not sequence.tokens for sequence in added):
             batch.fill()
         start = time.perf_counter()
         batch.run()
         seconds = time.perf_counter() - start
         assert all(len(sequence.tokens) == size + 1 for sequence in added)
         if repeat:
-            speed.decode.append(sequences * new_tokens / seconds)
+            speed.decode.append(len(prompts) * new_tokens / seconds)
             if on_repeat is not None:
                 on_repeat()
     return speed

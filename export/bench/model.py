@@ -181,9 +181,9 @@ def read_record(pte: Path) -> dict[str, Any]:
     return record
 
 
-def random_prompt(vocabulary: int, length: int) -> list[int]:
+def random_prompt(vocabulary: int, length: int, seed: int = 0) -> list[int]:
     """Random token ids, the same in each run."""
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator().manual_seed(seed)
     return torch.randint(0, vocabulary, (length,), generator=random).tolist()
 
 
@@ -239,11 +239,10 @@ def benchmark_model(
             speed.decode.append(run.decode_rate)
             if on_repeat is not None:
                 on_repeat(speed)
-    batches = [
-        measure_batch(generator, random_prompt(generator.vocabulary, length), sequences, new_tokens, repeats)
-        for length in prompt_lengths
-        for sequences in batch
-    ]
+    batches = []
+    for length in prompt_lengths:
+        prompts = [random_prompt(generator.vocabulary, length, seed) for seed in range(max(batch, default=0))]
+        batches += [measure_batch(generator, prompts[:size], new_tokens, repeats) for size in batch]
     picked = "from the logits" if generator.output == "logits" else "on the device"
     files = {".pte": artifact, ".ptd": companion(artifact, ".ptd")}
     sizes = {suffix: path.stat().st_size for suffix, path in files.items() if path.is_file()}
