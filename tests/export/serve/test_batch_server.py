@@ -114,6 +114,7 @@ def test_a_client_that_goes_away_frees_its_slot(address: str) -> None:
         assert time.monotonic() - start < 5
 
 
+@pytest.mark.exhaustive  # each start of a process takes 10 CPU seconds
 def test_a_killed_worker_is_started_again(address: str) -> None:
     response = post(address, "die")
     assert response.status_code == 500 and "the worker has ended" in response.json()["error"]["message"]
