@@ -1,7 +1,7 @@
 """ExecuTorch's server with many requests at once: what its `SessionRuntime` does, for `batch_worker`.
 
-`SessionRuntime` hands its worker one request after the other. `ServingChat` itself has no such limit, so this class takes
-the place of the runtime: it numbers the requests, sends them all, and sorts the answers.
+`SessionRuntime` hands its worker one request after the other. `ServingChat` itself has no such limit, so this class
+takes the place of the runtime: it numbers the requests, sends them all, and sorts the answers.
 """
 
 from __future__ import annotations
