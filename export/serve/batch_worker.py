@@ -1,7 +1,7 @@
 """The worker process for artifacts of `export --max-batch`: requests run at once, and join and leave between steps.
 
 The lines are those of ExecuTorch's protocol (`worker`), each with the number of its request, `id`. {"op": "cancel"}
-ends the request of that number at the next step. Weights exist once. Each session has a slot of the KV cache as its state.
+ends the request of that number at the next step. Weights exist once. A session's state is a slot of the KV cache.
 """
 
 from __future__ import annotations
