@@ -95,8 +95,8 @@ def attend(
         if HAS_FIRST:
             seen = seen & (offs_n[None, :] >= first[:, None])
         # Finite: a row may see nothing in this block. Whatever it adds then is later multiplied by 0. A power of two,
-        # so that its product with UNIT is exact: below, the compiler may fuse product and difference, and a product that
-        # was rounded up for `higher` but not there would leave 1e22, whose power is infinite.
+        # so that its product with UNIT is exact: below, the compiler may fuse product and difference, and a product
+        # that was rounded up for `higher` but not there would leave 1e22, whose power is infinite.
         scores = tl.where(seen, scores, -1267650600228229401496703205376.0)  # -2^100
     higher = tl.maximum(best, tl.max(scores, axis=1) * UNIT)
     weights = tl.exp2(scores * UNIT - higher[:, None])

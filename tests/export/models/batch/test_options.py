@@ -30,7 +30,7 @@ def test_the_cache_of_all_slots_must_fit(monkeypatch: pytest.MonkeyPatch) -> Non
         options = ExportOptions("tiny", target=Target("cpu"), context=Context(32, max_batch=rows))
         assert options.positions(config) == 32
     options = ExportOptions("tiny", target=Target("cpu"), context=Context(32, max_batch=3))
-    with pytest.raises(ValueError, match="max_context=32 needs a KV cache of .*: use at most 21"):
+    with pytest.raises(ValueError, match=r"max_context=32 needs a KV cache of .*: use at most 21"):
         options.positions(config)
 
 
