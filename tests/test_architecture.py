@@ -24,7 +24,7 @@ ROOMS: dict[str, set[str]] = {
     "kernels/experts": {"kernels/packing", "kernels/tuning", "kernels/decode"},
     "kernels/decode": set(),
     "kernels/prefill": set(),
-    "kernels/batch": {"kernels/decode", "kernels/prefill"},
+    "kernels/batch": {"kernels/decode", "kernels/experts", "kernels/prefill"},
     "kernels/delta_rule": set(),
     "kernels/measure": {"kernels/packing", "kernels/tuning", "kernels/experts"},
     "backends/artifact": set(),

@@ -27,7 +27,7 @@ class Sequence:
         prompt_ids: its prompt. limit: number of tokens to generate. sampler: settings.
         on_token: called with each new token; may return True to stop. ignore_eos: continue after an end-of-text token.
         tokens: new token ids so far.
-        slot: its part of the cache; None before it has one and after the end.
+        slot: its part of the cache; None before it has one.
         computed: tokens of the prompt whose keys and values are in the cache.
         stopped_by: "end of text", "max_new_tokens", "a stop text" or "canceled"; empty before the end.
     """
@@ -43,6 +43,13 @@ class Sequence:
     stopped_by: str = ""
 
     @property
+    def resident(self) -> list[int]:
+        """Tokens whose keys and values are in the slot: the last new token was not an input yet."""
+        if self.computed < len(self.prompt_ids):
+            return self.prompt_ids[: self.computed]
+        return self.prompt_ids + self.tokens[:-1]
+
+    @property
     def position(self) -> int:
         """Position of the last token, the input of the next step."""
         return len(self.prompt_ids) + len(self.tokens) - 1
@@ -55,10 +62,11 @@ class BatchGenerator:
         running: the texts that take part in a step. waiting: those without a slot, in order.
     """
 
-    def __init__(self, generator: TextGenerator) -> None:
+    def __init__(self, generator: TextGenerator, *, slots_given: bool = False) -> None:
         """
         Args:
             generator: the loaded artifact; nothing else may use it meanwhile.
+            slots_given: the caller of `add` gives each text a slot, and knows which of them are free.
 
         Raises:
             ValueError: the artifact was exported for one sequence.
@@ -69,7 +77,8 @@ class BatchGenerator:
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
         self._filling: Sequence | None = None
-        self._free = set(range(generator.max_batch))
+        self._slots_given = slots_given
+        self._free = set() if slots_given else set(range(generator.max_batch))
         self._rows: tuple[Tensor, ...] | None = None  # inputs of the next step; None after texts joined or left
         self._device = generator.program.device
 
@@ -81,8 +90,14 @@ class BatchGenerator:
         on_token: Callable[[int], bool | None] | None = None,
         *,
         ignore_eos: bool = False,
+        slot: int | None = None,
+        cached: int = 0,
     ) -> Sequence:
         """Puts a text in line; arguments as for `TextGenerator.generate`.
+
+        Args:
+            slot: with `slots_given`, a slot that no other text has.
+            cached: number of the prompt's first tokens that are in that slot, less than all.
 
         Raises:
             ValueError: an empty prompt, more tokens than fit into a slot, or settings that the artifact does not have.
@@ -92,7 +107,11 @@ class BatchGenerator:
         sampler = sampler or Sampler()
         self.generator.check_sampler(sampler)
         limit = self.generator.check_length(len(prompt_ids), max_new_tokens)
-        sequence = Sequence(list(prompt_ids), limit, sampler, on_token, ignore_eos)
+        if (slot is None) == self._slots_given or not 0 <= cached < len(prompt_ids):
+            raise ValueError(f"slot={slot} and cached={cached} are for slots_given=True: pass both there, nowhere else")
+        sequence = Sequence(
+            list(prompt_ids), limit, sampler, on_token, ignore_eos, slot=slot, computed=0 if slot is None else cached
+        )
         self.waiting.append(sequence)
         return sequence
 
@@ -125,11 +144,12 @@ class BatchGenerator:
             False if no text waits, or no slot is free.
         """
         if self._filling is None:
-            if not self.waiting or not self._free:
+            if not self.waiting or not (self._free or self._slots_given):
                 return False
             self._filling = self.waiting.popleft()
-            self._filling.slot = min(self._free)
-            self._free.remove(self._filling.slot)
+            if not self._slots_given:
+                self._filling.slot = min(self._free)
+                self._free.remove(self._filling.slot)
         sequence, start = self._filling, self._filling.computed
         assert sequence.slot is not None
         chunk = self.generator.prefill_chunk or len(sequence.prompt_ids)
@@ -209,6 +229,5 @@ class BatchGenerator:
             self._rows = None
         if sequence is self._filling:
             self._filling = None
-        if sequence.slot is not None:
+        if sequence.slot is not None and not self._slots_given:
             self._free.add(sequence.slot)
-            sequence.slot = None

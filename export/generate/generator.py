@@ -254,11 +254,13 @@ class TextGenerator:
             result.decode_seconds += time.perf_counter() - start
 
     def stream(self, prompt_ids: list[int], sampler: Sampler | None = None) -> Iterator[Tensor]:
-        """Tokens after a prompt, int64 [1, 1] on the device, from an empty cache; each `next` generates one.
+        """Tokens after a prompt, int64 [1, 1] on the device, from its first token on; each `next` generates one.
 
         The caller must not generate more tokens than `check_length` allows.
         """
-        self.program.reset()
+        # A text reads only what it wrote. Slots have no recurrent state, and clearing all takes a second on a GPU.
+        if self.max_batch == 1:
+            self.program.reset()
         return self._tokens(prompt_ids, self._picker(sampler or Sampler()))
 
     def resume(

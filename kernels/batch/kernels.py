@@ -13,6 +13,7 @@ import triton.language as tl
 
 from executorch_moe.kernels._device import bf16_round, dot_bf16, launches_before, to_bf16
 from executorch_moe.kernels.decode.kernels import load_halves, norm_and_rotate
+from executorch_moe.kernels.experts.tile import done_with_registers
 from executorch_moe.kernels.prefill.kernels import attend, choose_experts
 
 
@@ -54,7 +55,7 @@ def moe_rows_linear(
         x = tl.load(x_ptr + offs_t[:, None] * K + k[None, :], mask=rows & inside, other=0.0)
         if w_ptr.dtype.element_ty == tl.int8:
             w = to_bf16(w.to(tl.float32), PTX)
-        acc = dot_bf16(w, x.trans(), acc, PTX)
+        acc = done_with_registers(dot_bf16(w, x.trans(), acc, PTX), PTX)
     if HAS_SCALE:
         acc *= scale[:, None]
     cells = (part * T + offs_t).to(tl.int64)[:, None] * N + offs_n[None, :]

@@ -11,11 +11,12 @@ from executorch_moe.kernels.batch.aten import rows_attention_aten, rows_linear_a
 from executorch_moe.kernels.batch.launches import run_rows_attention, run_rows_linear, run_rows_router, splits_of
 from executorch_moe.kernels.decode.op import one_token_attention
 from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED, Gpu, find_model
-from executorch_moe.kernels.measure.compile import compile_launch
+from executorch_moe.kernels.measure.compile import compile_kernel, compile_launch, cuobjdump
 
 from .batch_launches import launches_of_rows
 from .test_memory import same_bits_in_any_order
 from .test_one_token import projection, random
+from .wgmma_registers import hazards, parse
 
 EPS = 1e-6
 HIDDEN = 160
@@ -189,6 +190,21 @@ def test_kernels_compile_without_spills(capability: int, rows: int, head_dim: in
     for launch in launches_of_rows(gpu, rows, head_dim, dtype):
         report = compile_launch(launch, capability)
         assert report.spill_bytes == 0 and report.shared <= gpu.max_shared, (launch.kernel.__name__, report)
+
+
+@pytest.mark.compiler
+def test_no_register_of_a_running_product_is_written() -> None:
+    """As `test_compile.py` checks for experts: large weights are the first operand of a wgmma, in registers."""
+    found = 0
+    for rows in (16, 64):
+        for launch in launches_of_rows(find_model("h200").gpu, rows, 128, torch.int8):
+            if launch.kernel.__name__ != "moe_rows_linear" or launch.constexprs["BLOCK_N"] < 64:
+                continue
+            compiled = compile_kernel(launch, 90)
+            code = parse(cuobjdump(compiled.asm["cubin"], "-sass"))
+            found += any(instruction.is_wgmma for instruction in code)
+            assert not list(hazards(code))
+    assert found == 2
 
 
 @pytest.mark.gpu
