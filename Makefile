@@ -39,6 +39,9 @@ OLDEST := build/triton-$(OLDEST_TRITON)
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --durations 10 $(PYTEST_FLAGS)
 OLD_PATHS = $(CURDIR)/$(OLDEST):$(CURDIR)/$(OLD_TRANSFORMERS)
 
+# Tests start many Python processes, each of which would compile this package again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test test-full lint mypy export-check test-gpu sanitize constraints install clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help

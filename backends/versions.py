@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
 DISTRIBUTION = "executorch-moe"
+HUGGING_FACE = ("transformers", "tokenizers", "safetensors")
+"""Packages of the extra `hf`, which exports of Hugging Face models need."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -20,8 +21,11 @@ from executorch_moe.export.checkpoint import stored_codes
 from executorch_moe.export.checkpoint.formats import check_format
 from executorch_moe.export.checkpoint.gguf import find_folder
 from executorch_moe.export.checkpoint.streaming import StreamedModel
+from executorch_moe.export.checkpoint.structure import Structure, structure_of
 from executorch_moe.export.checkpoint.whole import load_model
 from executorch_moe.export.models import attention, synthetic
+from executorch_moe.export.models.batch.methods import BatchedLM, export_batched
+from executorch_moe.export.models.batch.sampling import sorted_nucleus_rows
 from executorch_moe.export.models.causal_lm import (
     BY_OUTPUT,
     CausalLM,
@@ -32,13 +36,7 @@ from executorch_moe.export.models.causal_lm import (
 )
 from executorch_moe.export.models.decoder_layer import replace_decoder_layers_
 from executorch_moe.export.models.delta_rule import replace_delta_rule_
-from executorch_moe.export.models.pretrained import (
-    TINY,
-    WITH_LATENTS,
-    WITH_SINKS,
-    check_supported,
-    require_transformers,
-)
+from executorch_moe.export.models.pretrained import TINY, check_supported, layer_kinds, require_transformers
 from executorch_moe.export.models.router import replace_routers_
 from executorch_moe.export.models.sampling import sorted_nucleus
 from executorch_moe.export.models.upstream_experts import UpstreamMoE, pack, random_weights
@@ -65,8 +63,7 @@ def check_folder(options: ExportOptions) -> Path:
     folder = find_folder(TINY if synthetic.is_synthetic(options.model) else options.model)
     config = check_supported(folder)
     check_activation(config, folder / "config.json")
-    if isinstance(kinds := config.get("layer_types"), list):  # transformers refuses other values
-        check_kinds(map(str, kinds))
+    check_kinds(layer_kinds(folder, config))
     check_format(folder)
     return folder
 
@@ -97,18 +94,14 @@ def check_activation(config: Mapping[str, Any], where: Path) -> None:
         )
 
 
-def precision(options: ExportOptions, folder: Path) -> tuple[torch.dtype, str]:
-    """The dtype of everything except the experts, and transformers' `attn_implementation` for the target."""
-    return options.target.torch_dtype, attention_of(options.target, check_supported(folder)["model_type"])
-
-
 def stream(options: ExportOptions, folder: Path) -> StreamedModel:
     """The plan to load the model with packed experts; reads headers only.
 
     Raises:
         ValueError, NotImplementedError, FileNotFoundError: see `StreamedModel` and `check_dense`.
     """
-    streamed = StreamedModel(folder, *precision(options, folder), options.experts.fusion())
+    attention = functools.partial(attention_of, options.target)
+    streamed = StreamedModel(folder, options.target.torch_dtype, attention, options.experts.fusion())
     check_dense(streamed.model, options)
     return streamed
 
@@ -117,11 +110,13 @@ def load_whole(options: ExportOptions, folder: Path) -> nn.Module:
     """The model in memory. Its experts are unpacked, those of a synthetic model packed.
 
     Raises:
-        ValueError: see `load_model` and `synthetic.build`.
+        ValueError: see `load_model` and `synthetic.build`. NotImplementedError: see `structure_of`.
     """
     if synthetic.is_synthetic(options.model):
         return build_synthetic(options)
-    return streamline(load_model(folder, *precision(options, folder)))
+    model: Any = load_model(folder, options.target.torch_dtype, "eager")
+    model.set_attn_implementation(attention_of(options.target, structure_of(model)))
+    return streamline(model)
 
 
 def streamline(model: nn.Module) -> nn.Module:
@@ -148,13 +143,16 @@ def trace_methods(
 ) -> tuple[CausalLM, dict[str, ExportedProgram]]:
     """A model that `prepare_` changed, with its KV cache, and the methods that an export lowers.
 
-    Those for the CPU are `prefill@cpu`, `decode@cpu` and `forward`, which is for ExecuTorch's `TextLLMRunner`: tokens
-    and positions -> logits. That runner shares the KV cache of two methods only if a delegate holds it. It uses one
-    method for prompt and tokens if the program has none of the plain name `decode`.
+    With `max_batch` above 1 they are those of `batch.methods`. Else those for the CPU are `prefill@cpu`, `decode@cpu`
+    and `forward`, which is for ExecuTorch's `TextLLMRunner`: tokens and positions -> logits. That runner shares the KV
+    cache of two methods only if a delegate holds it. It uses one method for prompt and tokens if the program has none
+    of the plain name `decode`.
 
     Raises:
         ValueError, NotImplementedError: see `causal_lm.check_context`.
     """
+    if options.context.max_batch > 1:
+        return _trace_batched(model, options, max_context)
     module = BY_OUTPUT[options.context.output](model, max_context)
     if not options.target.is_cpu:
         return module, export_methods(module, one_token_linears=True)
@@ -166,6 +164,17 @@ def trace_methods(
     else:
         methods["forward"] = export_prefill(CausalLM(model, max_context))
     return module, methods
+
+
+def _trace_batched(
+    model: nn.Module, options: ExportOptions, max_context: int
+) -> tuple[CausalLM, dict[str, ExportedProgram]]:
+    """`trace_methods` for several sequences. None of the methods is for ExecuTorch's runners, which know no slots."""
+    module = BatchedLM(model, max_context, options.context.max_batch, options.context.output)
+    if not options.target.is_cpu:
+        return module, export_batched(module, one_token_linears=True)
+    module.find_nucleus, module.find_nucleus_rows = sorted_nucleus, sorted_nucleus_rows
+    return module, {cpu_method(name): program for name, program in export_batched(module).items()}
 
 
 def needs_whole_model(options: ExportOptions) -> bool:
@@ -209,14 +218,18 @@ def load_packed(options: ExportOptions, folder: Path, report: FusionReport) -> n
     return model
 
 
-def attention_of(target: Target, model_type: str = "") -> str:
-    """transformers' `attn_implementation` for a resolved target."""
-    if model_type in WITH_SINKS:  # transformers implements sinks in plain PyTorch only
+def attention_of(target: Target, structure: Structure | None = None) -> str:
+    """transformers' `attn_implementation` for a resolved target and what a model asks of its attention.
+
+    Without a structure, it is that of a model without sinks or latent attention.
+    """
+    if structure is not None and structure.sinks:  # transformers implements sinks in plain PyTorch only
         return "eager"
     if target.is_cpu:
         return attention.register(attention.CPU_NAME)
     # ExecuTorch's Triton attention for CUDA always writes bf16, and needs keys and values of the same width.
-    return "eager" if target.dtype == "fp32" or model_type in WITH_LATENTS else attention.register()
+    latents = structure is not None and structure.latents
+    return "eager" if target.dtype == "fp32" or latents else attention.register()
 
 
 def streamline_(module: nn.Module) -> nn.Module:

@@ -7,6 +7,7 @@ CUDA backend lacks, and compares the first layers, with their weights, with the 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,7 @@ from executorch_moe.export.checkpoint.streaming import LayerPlan, StreamedModel
 from executorch_moe.export.checkpoint.whole import check_loadable
 from executorch_moe.export.host_memory import size
 from executorch_moe.export.models.causal_lm import CausalLM, export_methods
-from executorch_moe.export.models.pretrained import check_supported, tokenizer_json
+from executorch_moe.export.models.pretrained import tokenizer_json
 from executorch_moe.export.models.synthetic import is_synthetic
 from executorch_moe.export.models.upstream_experts import UpstreamMoE, placeholder_weights
 from executorch_moe.export.quantize.dense_torchao import stored_bytes
@@ -270,12 +271,12 @@ def probe_models(options: ExportOptions, folder: Path) -> tuple[nn.Module, nn.Mo
 
     There are as many layers as are needed to have one of each kind of expert layer and of attention.
     """
-    attention = attention_of(Target("cpu", "fp32"), check_supported(folder)["model_type"])
+    attention = functools.partial(attention_of, Target("cpu", "fp32"))
     streamed = StreamedModel(folder, torch.float32, attention, options.experts.fusion())
     layers = _layers_for_all_kinds(streamed)
     later = tuple(f"{_layers_name(streamed.model)}.{i}" for i in range(layers, _num_layers(streamed.model)))
     records = streamed.load(skip=later)
-    reference = meta_model(folder, torch.float32, "eager" if attention == "eager" else "sdpa")
+    reference = meta_model(folder, torch.float32, "eager" if streamed.structure.sinks else "sdpa")
     names = reference.state_dict().keys()
     for name, tensor in streamed.model.state_dict(keep_vars=True).items():
         if name in names and not tensor.is_meta:

@@ -15,7 +15,9 @@ from executorch_moe.backends.atomic_files import check_writable
 from executorch_moe.backends.cuda.cross.kernel_configs import Config, read_configs
 from executorch_moe.backends.fusion import FusionOptions
 from executorch_moe.export.models import synthetic
+from executorch_moe.export.models.batch.methods import check_batch, check_kinds
 from executorch_moe.export.models.causal_lm import BY_OUTPUT, check_cache, check_context
+from executorch_moe.export.models.pretrained import attention_kinds
 from executorch_moe.export.models.upstream_experts import PREFILL
 from executorch_moe.export.quantize.dense import KINDS
 from executorch_moe.kernels.gpus import find_models, target_names
@@ -181,16 +183,19 @@ class Context:
         max_context: positions in the KV cache; None: 2048, or the model's own limit if that is smaller.
         output: what the methods return: "token" (sampled on the device, with settings as inputs), "greedy" (the most
             likely token) or "logits".
+        max_batch: sequences with a slot of their own in the cache; above 1 there is a method `decode_batch`.
 
     Raises:
-        ValueError: an unknown choice.
+        ValueError: an unknown choice, or a number that is out of range.
     """
 
     max_context: int | None = None
     output: str = "token"
+    max_batch: int = 1
 
     def __post_init__(self) -> None:
         _check_known("output", self.output, tuple(BY_OUTPUT))
+        check_batch(self.max_batch)
 
 
 @dataclass(frozen=True)
@@ -293,7 +298,9 @@ class ExportOptions:
         if size is None:
             size = min(DEFAULT_MAX_CONTEXT, config.max_position_embeddings)
         check_context(config, size)
-        check_cache(config, size, self.target.torch_dtype.itemsize)
+        if self.context.max_batch > 1:
+            check_kinds(attention_kinds(config))
+        check_cache(config, size, self.target.torch_dtype.itemsize, self.context.max_batch)
         return size
 
     def to_json(self) -> str:

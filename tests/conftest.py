@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import random
 import shutil
@@ -66,6 +67,9 @@ SLOW_FILES = (
     "test_delta_rule_states.py",  # lowers two methods for CUDA: about 60 s
     "test_output_folders.py",
     "test_quality.py",
+    "test_real_model.py",  # after test_tokens.py, which makes the artifact that it serves
+    "test_server.py",  # starts six servers
+    "test_help.py",  # starts processes that import all packages
 )
 """The slow parts of `make test`, slowest first: it runs them in this order, so that no process idles at the end."""
 SHORT_FILES = ("test_gpu.py",)
@@ -111,6 +115,12 @@ def _part(item: pytest.Item) -> int:
     if item.get_closest_marker("late"):
         return 1
     return 2 if item.path.name in SHORT_FILES else 0
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what was imported out of garbage collection: that took a tenth of the time of tracing and lowering."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from executorch_moe.kernels import PackedExperts
 from executorch_moe.kernels.packing.rounding import check_algorithm
 from executorch_moe.kernels.schemes import check_any_group_size, get_scheme
 
+from .complex_numbers import without_complex_numbers
 from .modules import pack_layer
 from .recognize import ExpertLayout, Roles, find_roles, fingerprint, recognize
 from .regions import NotFusable, NotPackable, Region, find_regions, parameter_targets, tensor_of
@@ -78,7 +79,8 @@ class ExpertFuser:
         self._layouts: dict[str, ExpertLayout | str] = {}
 
     def fuse(self, program: ExportedProgram) -> ExportedProgram:
-        """Return the program with its expert regions fused, or `program` itself if it has none. Does not edit it.
+        """Return the program with its expert regions fused and without complex numbers, or `program` itself if it has
+        neither. Does not edit it.
 
         Packed weights are new buffers, named after the experts module: `model.layers.0.mlp.experts.packed_w13`. The
         unpacked parameters are removed unless other nodes read them.
@@ -86,6 +88,7 @@ class ExpertFuser:
         Raises:
             NotImplementedError: with `require_fused`, a region cannot be fused; the message names module and reason.
         """
+        program = without_complex_numbers(program)
         if not find_regions(program):
             return program
         editor = ProgramEditor(program)

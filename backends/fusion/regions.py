@@ -85,7 +85,8 @@ def named_experts(family: str) -> bool:
 
 
 def _named_shared(family: str) -> bool:
-    return "SharedExpert" in family
+    # Routed experts of GraniteMoeShared are GraniteMoeSharedExperts.
+    return "SharedExpert" in family and not family.endswith("MoeSharedExperts")
 
 
 def owns_stacks(tensors: Iterable[torch.Tensor], family: str = "") -> bool:

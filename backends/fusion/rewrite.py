@@ -35,7 +35,7 @@ class ProgramEditor:
             constants=dict(program.constants),
             verifiers=list(program.verifiers),
         )
-        self._fake_mode = _fake_mode(self.program)
+        self._fake_mode = fake_mode_of(self.program)
         self._replaced: list[Node] = []
 
     def tensor(self, target: str) -> Tensor:
@@ -121,7 +121,8 @@ def _first_other(graph: torch.fx.Graph) -> Node:
     return next(node for node in graph.nodes if node.op != "placeholder")
 
 
-def _fake_mode(program: ExportedProgram) -> FakeTensorMode:
+def fake_mode_of(program: ExportedProgram) -> FakeTensorMode:
+    """The mode of the fake tensors of a program; a new one if it has none."""
     for node in program.graph.nodes:
         if isinstance(value := node.meta.get("val"), FakeTensor):
             return value.fake_mode

@@ -44,6 +44,9 @@ _NOT_RUN = "check the file with `executorch-moe inspect --verify` and this insta
 
 TEXT_METHODS, CONTEXT = ("prefill", "decode"), "get_max_context_len"
 """Methods of an exported language model, whose second input is the positions, and the constant that limits these."""
+MAX_BATCH = "get_max_batch"
+"""Constant of an exported language model with `BATCH_METHOD`: its rows, and the slots of its cache."""
+BATCH_METHOD = "decode_batch"
 RECURRENT = "has_recurrent_state"
 """Constant of an exported language model whose tokens must come in order."""
 
@@ -65,6 +68,28 @@ def check_positions(positions: Tensor, max_context: int, method: str) -> None:
         raise ValueError(
             f"method {method!r} got position {lowest if lowest < 0 else highest}, but its cache has positions 0 to "
             f"{max_context - 1}: count the tokens of the text from 0, or export with a larger --max-context"
+        )
+
+
+def check_rows(positions: Tensor, slots: Tensor, max_context: int) -> None:
+    """Check positions and slots of `BATCH_METHOD`. Nothing in the program checks them.
+
+    Args:
+        positions: int64 [B]; below 0: an empty row. slots: int64 [B]. Tensors on a GPU are not checked.
+        max_context: number of positions in a slot.
+
+    Raises:
+        ValueError: a position that is not below `max_context`, or rows that share a slot or name one that there is not.
+    """
+    if any(t.device.type != "cpu" or t.dtype != torch.int64 or t.dim() != 1 for t in (positions, slots)):
+        return  # the runtime refuses inputs of another kind
+    check_positions(positions.clamp(min=0), max_context, BATCH_METHOD)
+    used = slots[positions >= 0]
+    outside = bool(len(slots)) and not 0 <= int(slots.min()) <= int(slots.max()) < len(slots)
+    if outside or len(used) != len(used.unique()):
+        raise ValueError(
+            f"method {BATCH_METHOD!r} got slots {slots.tolist()}, expected different ones from 0 to {len(slots) - 1} "
+            "in the rows that are not empty: give each text a slot of its own"
         )
 
 
@@ -174,6 +199,8 @@ class LoadedProgram:
             check_positions(tensors[1], self._max_context, method)
             if self._order is not None:
                 self._order.follow(tensors[1], method)
+        if method == BATCH_METHOD and self._max_context is not None and len(tensors) > 2:
+            check_rows(tensors[1], tensors[2], self._max_context)
         with said_in_one_line(f"{self.runtime} cannot run {method} of {self._program.path}", _NOT_RUN):
             return self._engine.run(self._methods[method], tensors)
 

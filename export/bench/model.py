@@ -19,6 +19,7 @@ from executorch_moe.export.generate.generator import TextGenerator
 from executorch_moe.export.host_memory import size
 from executorch_moe.export.report.metadata import RECORD_SUFFIX
 
+from .batch import BatchSpeed, check_batch, measure_batch
 from .breakdown import Breakdown, profile_decode
 from .prefill import PromptBreakdown, profile_prompt
 
@@ -42,6 +43,7 @@ class ModelBenchmark:
     Attributes:
         bytes: bytes of the artifact's files, by suffix, and of the model's parts, if the export recorded them.
         export: the export's record, empty if the file is missing.
+        batches: speeds of several sequences at once.
         breakdown: of a decode token. prompts: of a prompt of each length; both only with a profile.
         peak_bytes: peak memory: "host" (this process), and on a GPU also "gpu" (weights, cache, temporaries).
     """
@@ -59,6 +61,7 @@ class ModelBenchmark:
     peak_bytes: dict[str, int] = field(default_factory=dict)
     breakdown: Breakdown | None = None
     prompts: list[PromptBreakdown] = field(default_factory=list)
+    batches: list[BatchSpeed] = field(default_factory=list)
 
     def profile_decode(self, generator: TextGenerator, prompt_tokens: int, steps: int) -> None:
         """Profiles decode tokens and sets `breakdown`; see `breakdown.profile_decode`."""
@@ -89,6 +92,12 @@ class ModelBenchmark:
             start = f"| {self.model_name()} | {total} |"
             lines.append(f"{start} prefill {speed.prompt_tokens} | {spread(speed.prefill)} |")
             lines.append(f"{start} decode {speed.new_tokens} after {speed.prompt_tokens} | {spread(speed.decode)} |")
+        if self.batches:
+            lines += ["", "| sequences at once | test | tokens/s in sum | of each |", "|---|---|---|---|"]
+        for batch in self.batches:
+            test = f"decode {batch.new_tokens} after {batch.prompt_tokens}"
+            each = [rate / batch.sequences for rate in batch.decode]
+            lines.append(f"| {batch.sequences} | {test} | {spread(batch.decode)} | {spread(each)} |")
         lines += ["", "; ".join(self.notes()) + "."]
         for prompt in self.prompts:
             lines += ["", prompt.markdown()]
@@ -172,9 +181,9 @@ def read_record(pte: Path) -> dict[str, Any]:
     return record
 
 
-def random_prompt(vocabulary: int, length: int) -> list[int]:
+def random_prompt(vocabulary: int, length: int, seed: int = 0) -> list[int]:
     """Random token ids, the same in each run."""
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator().manual_seed(seed)
     return torch.randint(0, vocabulary, (length,), generator=random).tolist()
 
 
@@ -189,6 +198,7 @@ def benchmark_model(
     cuda_graph: bool = False,
     prefill_chunk: int | None = None,
     generator: TextGenerator | None = None,
+    batch: Sequence[int] = (),
 ) -> ModelBenchmark:
     """Measures an artifact for each prompt length, after a warm-up of the same size.
 
@@ -201,6 +211,7 @@ def benchmark_model(
         on_repeat: called after each run.
         cuda_graph, prefill_chunk: as for `TextGenerator.load`.
         generator: the artifact, if it is loaded already.
+        batch: numbers of sequences to decode at once, after each prompt length; see `batch.measure_batch`.
 
     Raises:
         ValueError: sizes that are not positive or do not fit into the exported cache.
@@ -213,7 +224,9 @@ def benchmark_model(
     if generator is None:
         generator = TextGenerator.load(artifact, runtime, cuda_graph=cuda_graph, prefill_chunk=prefill_chunk)
     for length in prompt_lengths:
-        generator.check_length(length, new_tokens)
+        generator.check_length(length, new_tokens + 1 if batch else new_tokens)
+    if batch:
+        check_batch(generator, batch)
     speeds = []
     for length in prompt_lengths:
         ids = random_prompt(generator.vocabulary, length)
@@ -226,6 +239,10 @@ def benchmark_model(
             speed.decode.append(run.decode_rate)
             if on_repeat is not None:
                 on_repeat(speed)
+    batches = []
+    for length in prompt_lengths:
+        prompts = [random_prompt(generator.vocabulary, length, seed) for seed in range(max(batch, default=0))]
+        batches += [measure_batch(generator, prompts[:size], new_tokens, repeats) for size in batch]
     picked = "from the logits" if generator.output == "logits" else "on the device"
     files = {".pte": artifact, ".ptd": companion(artifact, ".ptd")}
     sizes = {suffix: path.stat().st_size for suffix, path in files.items() if path.is_file()}
@@ -241,6 +258,7 @@ def benchmark_model(
             "same length. Prefill: from token ids to the first new token. Decode: each further token."
         ),
         speeds=speeds,
+        batches=batches,
         cuda_graph=cuda_graph,
         prefill_chunk=generator.prefill_chunk,
         bytes=sizes,

@@ -17,7 +17,9 @@ from .kernel import parse_shape
 from .model import versions
 
 
-def tune_layer(shape_text: str, scheme: str, out: Path | None, layers: int, console: Console) -> Path:
+def tune_layer(
+    shape_text: str, scheme: str, out: Path | None, layers: int, console: Console, *, grouped_only: bool = False
+) -> Path:
     """Tunes a layer on the GPU of this machine and writes the table.
 
     Args:
@@ -26,6 +28,7 @@ def tune_layer(shape_text: str, scheme: str, out: Path | None, layers: int, cons
         out: file of the table; None means the package's own table for this GPU. Its other layers are kept.
         layers: layers with different weights in one measurement.
         console: shows the progress.
+        grouped_only: see `Tuner`.
 
     Returns:
         Path of the table.
@@ -38,12 +41,13 @@ def tune_layer(shape_text: str, scheme: str, out: Path | None, layers: int, cons
     shape = parse_shape(shape_text)
     if not torch.cuda.is_available():
         raise ValueError(f"torch {torch.__version__} finds no GPU: run this on a machine with one")
-    tuner = Tuner(shape, scheme, layers)
+    tuner = Tuner(shape, scheme, layers, grouped_only=grouped_only)
     path = out or table_path(tuner.gpu)
     before = path.read_text(encoding="utf-8") if path.is_file() else None
+    command = f"executorch-moe tune --shape {shape_text} --scheme {scheme} --layers {layers}"
     made_by = {
         "gpu": torch.cuda.get_device_name(),
-        "command": f"executorch-moe tune --shape {shape_text} --scheme {scheme} --layers {layers}",
+        "command": command + (" --grouped-only" if grouped_only else ""),
         **versions(("torch", "triton")),
     }
     # Refuses a damaged file before the tuning.

@@ -82,6 +82,13 @@ def check_sizes(config: Mapping[str, Any], shards: Shards) -> None:
             f"model: {COMPLETE}"
         )
     check_numbers(config, where)
+    top_k = config.get("num_experts_per_tok")
+    for name in EXPERTS:
+        if top_k is not None and config.get(name) is not None and top_k > config[name]:
+            raise ValueError(
+                f"num_experts_per_tok={top_k} of config.json must be between 1 and its {config[name]} experts: "
+                "use the number that the model was trained with"
+            )
     stored = sum(math.prod(tensor.shape) for tensor in shards.tensors.values())
     remedy = "check that config.json and weights are of the same model, and correct the number"
     numbers = {int(match[1]) for name in shards.tensors if (match := _LAYER.search(name))}

@@ -29,6 +29,7 @@ from .plan import CheckpointPlan, below, meta_model
 from .shards import ShardReader, Shards
 from .sizes import check_sizes
 from .stored_codes import KeptCodes, kept_codes, mark_linears, read_codes, read_mxfp4, round_anew
+from .structure import Structure, check_structure
 from .work_folder import WorkFolder, manifest_of
 
 RUN_BYTES = 32 << 20
@@ -71,24 +72,30 @@ class StreamedModel:
     Args:
         folder: model folder.
         dtype: dtype of everything but the experts.
-        attention: transformers' `attn_implementation`.
+        attention: transformers' `attn_implementation`, or a function that chooses it for the model's structure.
         fusion: scheme, group size and algorithm of the experts.
 
     Attributes:
         model: the model; its parameters are on the meta device until `load`.
+        structure: what the model asks of its cache and attention.
         layers: plans of the expert layers, in order.
 
     Raises:
         ValueError, FileNotFoundError: configuration or weights that are damaged or disagree, a model without experts,
             or a group size that does not divide a width.
-        NotImplementedError: unsupported experts; names module and reason.
+        NotImplementedError: unsupported layers, see `check_structure`, or experts; names module and reason.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype, attention: str, fusion: FusionOptions) -> None:
+    def __init__(
+        self, folder: Path, dtype: torch.dtype, attention: str | Callable[[Structure], str], fusion: FusionOptions
+    ) -> None:
         self.fusion = fusion
         self.shards = Shards(folder)
         check_sizes(read_config(folder), self.shards)
-        self.model = meta_model(folder, dtype, attention)
+        self.model = meta_model(folder, dtype, attention if isinstance(attention, str) else "eager")
+        self.structure = check_structure(self.model)
+        if not isinstance(attention, str):
+            self.model.set_attn_implementation(attention(self.structure))  # type: ignore[operator]
         self.plan = CheckpointPlan(self.model, self.shards)
         self.layers = list(self._expert_layers())
         if not self.layers:
@@ -114,14 +121,8 @@ class StreamedModel:
                 ) from error
 
     def _layer(self, name: str, experts: nn.Module, layout: ExpertLayout) -> LayerPlan:
-        config: Any = self.model.config
         _, down, *_ = layout.canonical(dict(experts.named_parameters()))
         num_experts, hidden, intermediate = down.shape
-        if not 1 <= (top_k := config.num_experts_per_tok) <= num_experts:
-            raise ValueError(
-                f"num_experts_per_tok={top_k} of config.json must be between 1 and its {num_experts} experts: "
-                "use the number that the model was trained with"
-            )
         kept = kept_codes(self.plan, name, layout, self.fusion, (hidden, intermediate))
         if kept is None:
             _check_group_size(self.fusion, hidden, intermediate)
@@ -131,7 +132,7 @@ class StreamedModel:
             family=type(experts).__name__,
             layout=layout,
             num_experts=num_experts,
-            top_k=top_k,
+            top_k=self.structure.top_k[name],
             hidden_size=hidden,
             intermediate_size=intermediate,
             stored_bytes=sum(tensor.nbytes for tensor in stored),

@@ -54,6 +54,13 @@ def bench_model(
         int, typer.Option("--new-tokens", "-n", help="Tokens generated after each prompt.", rich_help_panel=WHAT)
     ] = 64,
     repeats: Annotated[int, typer.Option("--repeats", "-r", help="Runs of each length.", rich_help_panel=WHAT)] = 5,
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            help="Also decode so many sequences at once, separated by commas; for exports with --max-batch.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
     profile: Annotated[
         bool,
         typer.Option(
@@ -98,6 +105,7 @@ def bench_model(
     check_plot(plot)
     check_result(out)
     lengths = parse_lengths(prompt_tokens, "prompt_tokens")
+    sequences = parse_lengths(batch, "batch") if batch is not None else []
     with hold_native_notes() as terminal, progress_bar(terminal) as progress:
         task = progress.add_task("measuring", total=len(lengths) * repeats)
         generator = TextGenerator.load(
@@ -107,7 +115,7 @@ def bench_model(
             check_profile(generator.program.device)
         result = benchmark_model(
             artifact, lengths, new_tokens, repeats, on_repeat=lambda _: progress.advance(task), generator=generator,
-            cuda_graph=cuda_graph,
+            cuda_graph=cuda_graph, batch=sequences,
         )  # fmt: skip
         if profile:
             result.profile_prompts(generator, lengths)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from executorch_moe.backends.versions import HUGGING_FACE, check_versions
+
 from .app import DEBUGGING, RESULT, app, command, console, is_debug, quiet_unless, values, warn_deprecated
 
 if TYPE_CHECKING:
@@ -44,6 +46,13 @@ def export(
             help="Positions in the KV cache; by default 2048, or the model's own limit if less.", rich_help_panel=WHAT
         ),
     ] = None,
+    max_batch: Annotated[
+        int,
+        typer.Option(
+            help="Sequences that can be decoded in one step, up to 64; each has a KV cache of its own.",
+            rich_help_panel=WHAT,
+        ),
+    ] = 1,
     output: Annotated[
         str,
         typer.Option(
@@ -179,6 +188,7 @@ def export(
     Weights are read and packed layer by layer, so the model need not fit into memory. Packed layers are kept in
     NAME.work beside the output until it is written: after an interruption, the same command continues from there.
     """
+    check_versions(*HUGGING_FACE)  # before they are imported
     quiet_unless(verbose)
     from executorch_moe.export.build import usual_scheme
     from executorch_moe.export.options import Context, Dense, Experts, ExportOptions, Target
@@ -199,7 +209,7 @@ def export(
         experts=Experts(scheme, group_size, algorithm, experts),
         dense=Dense(dense, lm_head, embedding),
         target=Target(target, dtype, kernel_configs),
-        context=Context(max_context, output),
+        context=Context(max_context, output, max_batch),
         layers=layers,
         seed=seed,
         placeholder_weights=placeholder_weights or thin,

@@ -19,6 +19,9 @@ def tune(
         str, typer.Option(help="w4a16, w4a8, mxfp4 or bf16.", autocompletion=values("w4a16", "w4a8", "mxfp4", "bf16"))
     ] = "w4a16",
     layers: Annotated[int, typer.Option(help="Layers with different weights in one CUDA graph.")] = 3,
+    grouped_only: Annotated[
+        bool, typer.Option("--grouped-only", help="Keep the heuristic's configurations for few tokens: much faster.")
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="The table to add the entry to; by default this package's own for this GPU."),
@@ -28,5 +31,5 @@ def tune(
     quiet_unless(False)
     from executorch_moe.export.bench.tune import tune_layer
 
-    path = tune_layer(shape, scheme, out, layers, console)
+    path = tune_layer(shape, scheme, out, layers, console, grouped_only=grouped_only)
     console.print(f"wrote {path}; exports and runs on this kind of GPU read it", soft_wrap=True)

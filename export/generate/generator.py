@@ -14,7 +14,7 @@ from torch import Tensor
 
 from executorch_moe.backends.artifact.digests import COPY_AGAIN
 from executorch_moe.backends.errors import said_in_one_line
-from executorch_moe.backends.runtime.loader import RECURRENT
+from executorch_moe.backends.runtime.loader import BATCH_METHOD, MAX_BATCH, RECURRENT
 from executorch_moe.export.build import made_again
 from executorch_moe.export.models.sampling import Sampler
 from executorch_moe.export.report.metadata import (
@@ -101,6 +101,7 @@ class TextGenerator:
         self.model_limit = int(program.constant(MODEL_LIMIT)) if limited else None
         self.vocabulary = int(program.constant("get_vocab_size"))
         self.can_rewind = RECURRENT not in program.constant_names
+        self.max_batch = int(program.constant(MAX_BATCH)) if MAX_BATCH in program.constant_names else 1
         eos = program.constant("get_eos_ids")
         self.eos_ids = frozenset(int(token) for token in (eos if isinstance(eos, (list, tuple)) else [eos]))
 
@@ -119,7 +120,7 @@ class TextGenerator:
         Args:
             pte: path of the .pte, with or without the suffix.
             runtime: as for `executorch_moe.backends.runtime.loader.load`.
-            cuda_graph: replay decode as a CUDA graph.
+            cuda_graph: replay decode, for one sequence and for several, as a CUDA graph.
             prefill_chunk: see `__init__`.
             verify: as for `executorch_moe.backends.runtime.loader.load`.
 
@@ -143,7 +144,8 @@ class TextGenerator:
         tokenizer = read_tokenizer(beside)
         if "get_max_context_len" in opened.constant_names:
             check_chunk(prefill_chunk, int(opened.constant("get_max_context_len")))  # before weights are loaded
-        graphs = ("decode",) if cuda_graph else ()
+        batched = (BATCH_METHOD,) if MAX_BATCH in opened.constant_names else ()
+        graphs = ("decode", *batched) if cuda_graph else ()
         program = load(opened, runtime=runtime, cuda_graph=graphs, make_weights=synthetic_weights, verify=verify)
         with said_in_one_line(f"{pte} cannot be used", COPY_AGAIN, ValueError):
             return cls(program, tokenizer, prefill_chunk)
@@ -252,11 +254,13 @@ class TextGenerator:
             result.decode_seconds += time.perf_counter() - start
 
     def stream(self, prompt_ids: list[int], sampler: Sampler | None = None) -> Iterator[Tensor]:
-        """Tokens after a prompt, int64 [1, 1] on the device, from an empty cache; each `next` generates one.
+        """Tokens after a prompt, int64 [1, 1] on the device, from its first token on; each `next` generates one.
 
         The caller must not generate more tokens than `check_length` allows.
         """
-        self.program.reset()
+        # A text reads only what it wrote. Slots have no recurrent state, and clearing all takes a second on a GPU.
+        if self.max_batch == 1:
+            self.program.reset()
         return self._tokens(prompt_ids, self._picker(sampler or Sampler()))
 
     def resume(
@@ -295,26 +299,33 @@ class TextGenerator:
         steps = min(WARMUP_DECODE_STEPS + 1, self.max_context - prompt_tokens + 1)
         self.generate([0] * prompt_tokens, steps, ignore_eos=True)
 
-    def _picker(self, sampler: Sampler) -> Pick:
-        """Binds sampling settings to a function from input ids to the next token.
+    def check_sampler(self, sampler: Sampler) -> None:
+        """Checks settings.
 
         Raises:
             ValueError: a temperature above 0 for an artifact that only returns the likeliest token.
         """
-        device = self.program.device
-        settings = sampler.inputs(device) if self.output == "token" else ()
         if self.output == "greedy" and sampler.temperature > 0:
             raise ValueError(
                 f"temperature={sampler.temperature} does not apply to this artifact, which always returns the "
                 "likeliest token: omit it, or export with --output token"
             )
 
+    def _picker(self, sampler: Sampler) -> Pick:
+        """Binds sampling settings to a function from input ids to the next token; see `check_sampler`."""
+        device = self.program.device
+        settings = sampler.inputs(device) if self.output == "token" else ()
+        self.check_sampler(sampler)
+
+        first_slot = (torch.zeros(1, dtype=torch.int64, device=device),) if self.max_batch > 1 else ()
+
         def pick(input_ids: Tensor, position: int) -> Tensor:
             end = position + input_ids.shape[1]
             cache_position = torch.arange(position, end, dtype=torch.int64, device=device)
             # decode is faster, and prefill of older exports needs two tokens.
             method = "prefill" if input_ids.shape[1] > 1 else "decode"
-            (out,) = self.program.run(method, input_ids, cache_position, *settings)
+            slot = first_slot if method == "prefill" else ()
+            (out,) = self.program.run(method, input_ids, cache_position, *slot, *settings)
             return out if self.output != "logits" else torch.tensor([[sampler(out, end)]], device=device)
 
         return pick

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from executorch_moe.export.same_results import TOKENS, example, gives_same_results
 from executorch_moe.kernels.prefill.arguments import HEAD_DIMS
 from executorch_moe.kernels.prefill.op import fits_cached_attention, fits_cached_attention_on_cpu
 
@@ -27,8 +28,7 @@ from .pretrained import require_transformers
 
 NAME = "executorch_moe_grouped"
 """The attention of models for CUDA targets, whose modules are replaced too."""
-FAMILIES = ("Qwen3MoeAttention", "Qwen3NextAttention", "Qwen3_5MoeAttention")
-"""Attention with a norm for each head of query and key, before a rotation of its halves."""
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 CPU_NAME = "executorch_moe_grouped_cpu"
 """The same attention in models for the CPU, which keep transformers' modules."""
 
@@ -84,7 +84,9 @@ def grouped_attention(
         is_causal=causal and query.shape[2] > 1,
         enable_gqa=True,
     )
-    return out.transpose(1, 2).contiguous(), None
+    out = out.transpose(1, 2)
+    # A copy even if it has this layout now: models view it, and lowering puts operators of other layouts in its place.
+    return out if is_one_token(query[:, 0]) else out.clone(memory_format=torch.contiguous_format), None
 
 
 def mask_of(visible: Tensor, context: int) -> Tensor:
@@ -95,40 +97,44 @@ def mask_of(visible: Tensor, context: int) -> Tensor:
 
 
 class MergedAttention(nn.Module):
-    """Replaces the attention of `FAMILIES`: one projection for query, key, value, and the output gate if there is one.
+    """Replaces attention that `fits`: one projection for query, key, value, and the output gate if there is one.
 
-    For several tokens, `rotated_heads` computes norm and rotation. Elsewhere both halves of a head are read from the
-    projection, not from a normalized copy, so that Inductor fuses norm, rotation and the cache write into one kernel.
-    The result is rounded once, after the rotation; transformers rounds after the norm too.
+    For several tokens, `rotated_heads` computes norm and rotation, if there are norms. Elsewhere both halves of a head
+    are read from the projection, not from a normalized copy, so that Inductor fuses norm, rotation and the cache write
+    into one kernel. The result is rounded once, after the rotation; transformers rounds after the norm too.
 
     If only a part of a head is rotated, its elements are put in another order, in queries and keys alike, in which the
     two elements of each rotated pair are D/2 apart, as if all were rotated; those that are not have the angle 0. Scores
     are the same, and the cache holds keys in this order.
 
     Attributes:
+        q_norm, k_norm: factors of the norm of each head [2, D/2]; None for attention without norms.
         rotated: number of rotated elements of a head.
         gated: the projection has a gate for each element of the result, after query, key and value.
     """
 
     def __init__(self, attention: Any) -> None:
-        """Takes over the weights of an attention of `FAMILIES`."""
+        """Takes over the weights of transformers' attention."""
         super().__init__()
         self.layer_idx, self.scaling, self.head_dim = attention.layer_idx, attention.scaling, attention.head_dim
-        self.sliding_window, self.is_causal = getattr(attention, "sliding_window", None), attention.is_causal
+        self.sliding_window, self.is_causal = window(attention), attention.is_causal
         linears = [attention.q_proj, attention.k_proj, attention.v_proj]
         self.heads = attention.o_proj.in_features // self.head_dim
         self.kv_heads = attention.k_proj.out_features // self.head_dim
         self.gated = attention.q_proj.out_features == 2 * attention.o_proj.in_features
-        parameters = getattr(attention.config, "rope_parameters", None) or {}
-        self.rotated = int(self.head_dim * parameters.get("partial_rotary_factor", 1.0))
+        self.rotated = rotated_elements(attention)
         order = self._order()
         plain = not self.gated and self.rotated == self.head_dim
         self.qkv_proj = merged(linears, None if plain else self._rows(order))
         self.o_proj = attention.o_proj
-        self.eps = norm_eps(attention.q_norm)
-        for name in ("q_norm", "k_norm"):
-            weight = norm_weight(getattr(attention, name))
-            self.register_buffer(name, weight[order.to(weight.device)].unflatten(-1, (2, -1)))
+        self.q_norm: Tensor | None = None
+        self.k_norm: Tensor | None = None
+        if getattr(attention, "q_norm", None) is not None:
+            self.eps = norm_eps(attention.q_norm)
+            for name in ("q_norm", "k_norm"):
+                weight = norm_weight(getattr(attention, name))
+                delattr(self, name)
+                self.register_buffer(name, weight[order.to(weight.device)].unflatten(-1, (2, -1)))
 
     def _order(self) -> Tensor:
         """Elements of a head, in the order in which the two of each pair are D/2 apart."""
@@ -169,6 +175,16 @@ class MergedAttention(nn.Module):
             ValueError: an unknown argument, or a value that would change the result; see `keywords.take_cache`.
         """
         cache = take_cache(type(self).__name__, keywords)
+        return self.o_proj(self.attend(hidden_states, position_embeddings, attention_mask, cache)), None
+
+    def attend(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        cache: Any,
+    ) -> Tensor:
+        """The input of the output projection, [1, T, heads * D]; arguments as for `forward`."""
         shape = hidden_states.shape[:-1]
         projected = self.qkv_proj(hidden_states)
         qkv = projected[..., : self.qkv_rows] if self.gated else projected
@@ -180,7 +196,7 @@ class MergedAttention(nn.Module):
             out, _weights = grouped_attention(
                 self, tokens.transpose(1, 2), keys, values, attention_mask, scaling=self.scaling
             )
-            return self._projected(out, projected), None
+            return self._gated(out, projected)
         qkv = qkv.view(*shape, self.heads + 2 * self.kv_heads, 2, self.head_dim // 2)
         rotated = self.heads + self.kv_heads
         if self.rotated < self.head_dim:
@@ -194,19 +210,18 @@ class MergedAttention(nn.Module):
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         out, _weights = grouped_attention(self, query, key, value, attention_mask, scaling=self.scaling)
-        return self._projected(out, projected), None
+        return self._gated(out, projected)
 
-    def _projected(self, out: Tensor, projected: Tensor) -> Tensor:
-        """The output projection of the heads' results [1, T, heads, D], after their gate."""
+    def _gated(self, out: Tensor, projected: Tensor) -> Tensor:
+        """The heads' results [1, T, heads, D] as [1, T, heads * D], times their gate."""
         out = out.flatten(-2)
-        if self.gated:
-            out = out * torch.sigmoid(projected[..., self.qkv_rows :])
-        return self.o_proj(out)  # type: ignore[no-any-return]
+        return out * torch.sigmoid(projected[..., self.qkv_rows :]) if self.gated else out
 
     def _takes_operators(self, hidden_states: Tensor, mask: Tensor | None, cache: Any) -> bool:
         """True for several tokens of a model for CUDA, whose cache and mask come from `CausalLM`."""
         return (
-            cache is not None
+            self.q_norm is not None
+            and cache is not None
             and mask is not None
             and mask.dtype == torch.int64
             and hidden_states.dtype == torch.bfloat16
@@ -214,12 +229,54 @@ class MergedAttention(nn.Module):
             and not is_one_token(hidden_states)
         )
 
-    def _norm_and_rotate(self, x: Tensor, norm: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [1, T, heads, 2, D/2] -> [1, heads, T, D]; norm [2, D/2], cos and sin fp32 [1, T, 1, 2, D/2]."""
-        dtype, x, norm = x.dtype, x.to(torch.float32), norm.to(torch.float32)
+    def _norm_and_rotate(self, x: Tensor, norm: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [1, T, heads, 2, D/2] -> [1, heads, T, D]; norm [2, D/2] or None, cos and sin fp32 [1, T, 1, 2, D/2]."""
+        dtype, x = x.dtype, x.to(torch.float32)
+        if norm is None:
+            return (x * cos + x.flip(-2) * sin).to(dtype).flatten(-2).transpose(1, 2)
+        norm = norm.to(torch.float32)
         scale = torch.rsqrt(x.pow(2).mean((-2, -1), keepdim=True) + self.eps)
         x = x * scale * norm * cos + x.flip(-2) * scale * norm.flip(-2) * sin
         return x.to(dtype).flatten(-2).transpose(1, 2)
+
+
+def rotated_elements(attention: Any) -> int:
+    """Number of rotated elements of a head, by the configuration of the attention's layer."""
+    parameters = getattr(attention.config, "rope_parameters", None) or {}
+    if kinds := getattr(attention.config, "layer_types", None):  # some have parameters for each kind of layer
+        parameters = parameters.get(kinds[attention.layer_idx]) or parameters
+    return int(attention.head_dim * parameters.get("partial_rotary_factor", 1.0))
+
+
+def window(attention: Any) -> int | None:
+    """The sliding window of an attention's layer, as `CausalLM` masks it; None for full attention."""
+    kinds = getattr(attention.config, "layer_types", None)
+    full = kinds and kinds[attention.layer_idx] != "sliding_attention"
+    own = getattr(attention, "sliding_window", None)
+    return own if full else getattr(attention.config, "sliding_window", None) or own
+
+
+def fits(attention: Any) -> bool:
+    """True for attention that `MergedAttention` can replace, by its parts and results.
+
+    Its projections are plain linear layers, with biases or without. Query and key may have a norm for each head, before
+    a rotation of the halves of a head or of its first part, and the query projection may have an output gate.
+    """
+    if not all(type(getattr(attention, name, None)) is nn.Linear for name in LINEARS):
+        return False
+    if not hasattr(attention, "head_dim") or not hasattr(attention, "config"):
+        return False
+    norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    if isinstance(norms[0], nn.Module) != isinstance(norms[1], nn.Module):
+        return False
+
+    def run(module: Any) -> tuple[Tensor]:
+        angles = example(1, TOKENS, rotated_elements(attention) // 2).repeat(1, 1, 2)
+        hidden = example(1, TOKENS, attention.q_proj.in_features)
+        embeddings = angles.cos(), angles.sin()
+        return (module(hidden_states=hidden, position_embeddings=embeddings, attention_mask=None)[0],)
+
+    return gives_same_results(attention, MergedAttention, run)
 
 
 def merged(linears: list[nn.Linear], rows: Tensor | None = None) -> nn.Linear:
@@ -261,9 +318,9 @@ def norm_eps(norm: Any) -> float:
 
 
 def merge_attention_(module: nn.Module) -> nn.Module:
-    """Replaces each attention of `FAMILIES` in a model or layer by `MergedAttention`, in place; returns `module`."""
+    """Replaces each attention that `fits` in a model or layer by `MergedAttention`, in place; returns `module`."""
     for name, child in list(module.named_modules()):
-        if type(child).__name__ in FAMILIES:
+        if fits(child):
             owner, _, attribute = name.rpartition(".")
             setattr(module.get_submodule(owner), attribute, MergedAttention(child))
     return module

@@ -20,15 +20,13 @@ from .attention import CPU_NAME, NAME
 from .delta_rule import LINEAR, GatedDeltaNet, replace_delta_rule_
 from .keywords import cache_name, check
 from .linears import OneTokenLinears
-from .pretrained import attention_kinds, plain_outputs_, rope_types
+from .pretrained import attention_kinds, check_rope, plain_outputs_
 from .sampling import FindNucleus, Sampler, greedy, nucleus, sample
 
 MIN_CONTEXT = 8
 KINDS = ("full_attention", "sliding_attention", LINEAR)
 """Supported kinds of layers, in transformers' names. A layer with a sliding window caches all positions too; only its
 mask differs. Linear attention is supported as gated delta rule (`GatedDeltaNet`)."""
-CHANGING_ROPE = ("dynamic", "longrope")
-"""RoPE types whose frequencies depend on the length of the text, which a traced method cannot follow."""
 EXAMPLE_TOKENS = 1024
 """Prefill is traced with one token less: compilers size their tiles by this length, and an odd one keeps them from
 assuming divisibility."""
@@ -89,11 +87,12 @@ class StaticKVCache(nn.Module):
 class CacheView:
     """The cache interface of transformers' attention layers: `update` writes new rows and returns the whole cache.
 
-    The caller passes the positions. transformers' StaticCache counts tokens itself, and its counter would be one more
-    mutated buffer to share and reset.
+    The caller passes the positions: the counter of transformers' StaticCache would be one more mutated buffer to share.
     """
 
     is_compileable = True
+    slots: Tensor | None = None
+    """int64 [T], the slot of each token, if all are of different texts (`batch.cache.RowsView`)."""
 
     def __init__(self, cache: StaticKVCache, cache_position: Tensor) -> None:
         self.cache = cache
@@ -233,20 +232,15 @@ def check_context(config: Any, max_context: int) -> None:
             f"max_position_embeddings={limit}: choose a value in that range"
         )
     check_kinds(attention_kinds(config))
-    if changing := sorted(rope_types(config) & set(CHANGING_ROPE)):
-        raise NotImplementedError(
-            f"RoPE of type {', '.join(changing)} is not supported: its frequencies depend on the length of the text; "
-            "use a model with another rope_type (default, linear, llama3, yarn)"
-        )
+    check_rope(config)
 
 
-def check_cache(config: Any, max_context: int, item_bytes: int) -> None:
+def check_cache(config: Any, max_context: int, item_bytes: int, slots: int = 1) -> None:
     """Checks that a KV cache fits into this machine's memory, in which the export allocates it.
 
     Args:
         config: transformers' configuration.
-        max_context: positions in the cache.
-        item_bytes: bytes of one element.
+        max_context: positions in a slot of the cache. slots: their number. item_bytes: bytes of one element.
 
     Raises:
         ValueError: it does not fit; gives the bytes needed and available.
@@ -258,7 +252,7 @@ def check_cache(config: Any, max_context: int, item_bytes: int) -> None:
     else:
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         width = 2 * config.num_key_value_heads * head
-    needed, available = layers * width * max_context * item_bytes, total_memory()
+    needed, available = layers * width * max_context * item_bytes * slots, total_memory()
     if available and needed > available:
         raise ValueError(
             f"max_context={max_context} needs a KV cache of {size(needed)}, but this machine has {size(available)} of "

@@ -3,8 +3,9 @@
 For one token of full attention, two operators compute everything before the experts, and no other kernel runs between
 them: `one_token_attention` and `one_token_router`. A gated delta rule layer has `one_token_norm_linear` and
 `gated_delta_net` in place of the first. A shared expert takes no kernels: `one_token_shared_router` and `fused_experts`
-compute its halves. For several tokens the layer computes what transformers' layer does, with `residual_norm` for the
-norms; `MergedAttention` and `TopKFirstRouter` have operators of their own.
+compute its halves. One token of each of several texts takes `rows_attention`, `rows_linear` and `rows_router`. For
+several tokens of one text the layer computes what transformers' layer does, with `residual_norm` for the norms;
+`MergedAttention` and `TopKFirstRouter` have operators of their own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from executorch_moe.export.same_results import TOKENS, example, gives_same_results
 from executorch_moe.kernels import FusedExperts
+from executorch_moe.kernels.decode.arguments import HEAD_DIMS
 from executorch_moe.kernels.decode.op import fits_one_token, one_token_norm_linear
 from executorch_moe.kernels.prefill.op import fits_residual_norm
 from executorch_moe.kernels.validate import MAX_SHARED
@@ -24,12 +27,10 @@ from .causal_lm import CacheView
 from .delta_rule import GatedDeltaNet
 from .keywords import take_cache
 from .linears import Int8Linear, is_one_token
-from .router import SharedExpertBlock, TopKFirstRouter
+from .router import SharedExpertBlock, routes_alone
 
-FAMILIES = ("Qwen3MoeDecoderLayer", "Qwen3NextDecoderLayer", "Qwen3_5MoeDecoderLayer")
-"""Layers of a norm, attention, a norm and an MLP, with a residual stream around each pair."""
 ANY_HEAD_DIM = 128
-"""A supported size of a head, for layers without full attention."""
+"""A supported size of a head, for layers without attention that an operator computes."""
 Matrix = tuple[Tensor, Tensor | None]
 """Weight, int8 or bf16 [N, K], and scale, fp32 [N] or None."""
 
@@ -50,17 +51,18 @@ class Norm(nn.Module):
 
 
 class OneTokenDecoderLayer(nn.Module):
-    """Replaces a decoder layer that has a `MergedAttention` or `GatedDeltaNet`, and a `TopKFirstRouter`; keeps names.
+    """Replaces a decoder layer that has a `MergedAttention` or `GatedDeltaNet`, see `fits`; keeps names.
 
     A layer returns the residual stream and the experts' output as two tensors: the first kernel of the next layer adds
     them. The last of consecutive such layers adds them itself.
 
     Attributes:
         last: the layer returns the sum.
+        routed: its MLP is a `TopKFirstRouter` and experts, with or without a `SharedExpert`.
     """
 
     def __init__(self, layer: Any) -> None:
-        """Takes over the submodules of a layer of `FAMILIES`."""
+        """Takes over the submodules of a layer."""
         super().__init__()
         if hasattr(layer, "linear_attn"):
             self.linear_attn = layer.linear_attn
@@ -70,6 +72,7 @@ class OneTokenDecoderLayer(nn.Module):
         self.input_layernorm = _factors(layer.input_layernorm)
         self.post_attention_layernorm = _factors(layer.post_attention_layernorm)
         self.last = False
+        self.routed = isinstance(self.mlp, SharedExpertBlock) or routes_alone(self.mlp)
 
     def forward(
         self,
@@ -83,7 +86,7 @@ class OneTokenDecoderLayer(nn.Module):
         Args:
             hidden_states: float [1, T, H], or the two tensors that the layer before returned.
             attention_mask: as for `grouped_attention`.
-            position_embeddings: cosines and sines, [1, T, D] each.
+            position_embeddings: cosines and sines, [1, T, D] each; not needed by gated delta rule layers.
 
         Returns:
             [1, T, H], or, unless the layer is the `last`, two tensors whose sum that is.
@@ -93,36 +96,64 @@ class OneTokenDecoderLayer(nn.Module):
         """
         cache = take_cache(type(self).__name__, keywords)
         hidden, update = hidden_states if isinstance(hidden_states, tuple) else (hidden_states, None)
-        assert position_embeddings is not None
-        if self._takes_one_token_path(hidden, cache):
-            hidden, update = self._one_token(hidden, update, position_embeddings, cache)
+        assert self._is_linear or position_embeddings is not None
+        embeddings: Any = position_embeddings
+        one_token = self._takes_one_token_path(hidden, cache)
+        if isinstance(cache, CacheView) and cache.slots is not None and self.takes_rows:
+            hidden, update = self._rows(hidden, update, embeddings, cache)
+        elif one_token and self.routed:
+            hidden, update = self._one_token(hidden, update, embeddings, cache)
         else:
-            hidden, normed = _residual_norm(hidden, update, self.input_layernorm)
-            if self._is_linear:
-                update = self.linear_attn(normed, attention_mask, cache=cache)
+            if one_token and self._fuses_attention:
+                hidden, out = self._attend(hidden, update, embeddings, cache)
+                update = self.self_attn.o_proj(out)
             else:
-                update = self.self_attn(normed, position_embeddings, attention_mask, cache=cache)[0]
+                hidden, normed = _residual_norm(hidden, update, self.input_layernorm)
+                if self._is_linear:
+                    update = self.linear_attn(normed, attention_mask, cache=cache)
+                else:
+                    update = self.self_attn(normed, embeddings, attention_mask, cache=cache)[0]
             hidden, normed = _residual_norm(hidden, update, self.post_attention_layernorm)
             update = self.mlp(normed)
         return hidden + update if self.last else (hidden, update)
 
     @property
+    def takes_rows(self) -> bool:
+        """True if the layer can compute one token of each of several texts."""
+        if not self.routed or not self._fuses_attention or isinstance(self.mlp, SharedExpertBlock):
+            return False
+        attention, router = self.self_attn, self.mlp.gate.weight
+        return (
+            not attention.sliding_window
+            and not attention.gated
+            and router.dtype == torch.bfloat16
+            and fits_one_token(attention.head_dim, router.shape[1], len(router))
+            and all(map(_weights, (attention.qkv_proj, attention.o_proj)))
+        )
+
+    @property
     def _is_linear(self) -> bool:
         return hasattr(self, "linear_attn")
 
+    @property
+    def _fuses_attention(self) -> bool:
+        """True for attention that `one_token_attention` computes: with norms and without biases."""
+        if self._is_linear or self.self_attn.q_norm is None:
+            return False
+        return self.self_attn.head_dim in HEAD_DIMS and _weights(self.self_attn.qkv_proj) is not None
+
     def _takes_one_token_path(self, hidden: Tensor, cache: Any) -> bool:
+        if not (is_one_token(hidden) and hidden.dtype == torch.bfloat16 and isinstance(cache, CacheView)):
+            return False
         if self._is_linear:
             head_dim, window, linears = ANY_HEAD_DIM, None, [self.linear_attn.out_proj]
         else:
             attention = self.self_attn
-            head_dim, window = attention.head_dim, attention.sliding_window
-            linears = [attention.qkv_proj, attention.o_proj]
+            head_dim = attention.head_dim if self._fuses_attention else ANY_HEAD_DIM
+            window, linears = attention.sliding_window, [attention.o_proj]
         return (
-            is_one_token(hidden)
-            and hidden.dtype == torch.bfloat16
-            and isinstance(cache, CacheView)
-            and not window
-            and fits_one_token(head_dim, hidden.shape[-1], len(self.mlp.gate.weight))
+            not window
+            and fits_one_token(head_dim, hidden.shape[-1], len(self.mlp.gate.weight) if self.routed else 1)
             and all(map(_weights, linears))
         )
 
@@ -176,11 +207,36 @@ class OneTokenDecoderLayer(nn.Module):
             hidden, projected = one_token_norm_linear(hidden, update, norm.weight, *matrix, norm.variance_epsilon)
         return hidden, layer.mix(projected, cache)
 
+    def _rows(
+        self, hidden: Tensor, update: Tensor | None, position_embeddings: tuple[Tensor, Tensor], cache: CacheView
+    ) -> tuple[Tensor, Tensor]:
+        """hidden and update, bf16 [T, 1, H], whose sum is the input of T texts -> the same pair for the next layer."""
+        attention, router = self.self_attn, self.mlp.gate
+        update = None if update is None else update.transpose(0, 1)
+        hidden, normed = _residual_norm(hidden.transpose(0, 1), update, self.input_layernorm)
+        cos, sin = (part.transpose(0, 1) for part in attention.angles(position_embeddings))
+        out, new = torch.ops.executorch_moe.rows_attention(
+            normed, *(_weights(attention.qkv_proj) or ()), attention.q_norm, attention.k_norm, cos, sin,
+            cache.cache_position, cache.slots, *cache.layer(attention.layer_idx), attention.scaling, attention.eps,
+        )  # fmt: skip
+        cache.update(new[0], new[1], attention.layer_idx)
+        update = torch.ops.executorch_moe.rows_linear(out, *(_weights(attention.o_proj) or ()))
+        hidden, normed = _residual_norm(hidden, update, self.post_attention_layernorm)
+        weights, experts = torch.ops.executorch_moe.rows_router(
+            normed, router.weight, cache.cache_position, router.top_k
+        )
+        update = self.mlp.experts(normed[0], experts, weights)
+        return hidden.transpose(0, 1), update[:, None]
+
     def _attend(
         self, hidden: Tensor, update: Tensor | None, position_embeddings: tuple[Tensor, Tensor], cache: CacheView
     ) -> tuple[Tensor, Tensor]:
         """hidden and update -> their sum, and the input of the output projection, bf16 [1, 1, heads * D]."""
         attention = self.self_attn
+        if not self._fuses_attention:
+            hidden, normed = _residual_norm(hidden, update, self.input_layernorm)
+            visible = cache.cache_position[None, None, :, None]
+            return hidden, attention.attend(normed, position_embeddings, visible, cache)
         key, value = cache.layer(attention.layer_idx)
         hidden, out, new = torch.ops.executorch_moe.one_token_attention(
             hidden, update, self.input_layernorm.weight, *(_weights(attention.qkv_proj) or ()), attention.q_norm,
@@ -191,9 +247,9 @@ class OneTokenDecoderLayer(nn.Module):
         return hidden, out
 
 
-def _factors(norm: nn.Module) -> nn.Module:
+def _factors(norm: Any) -> nn.Module:
     """The norm, with factors as its weight."""
-    return Norm(norm) if is_offset(norm) else norm
+    return norm if not is_offset(norm) and hasattr(norm, "variance_epsilon") else Norm(norm)  # type: ignore[no-any-return]
 
 
 def _residual_norm(hidden: Tensor, update: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
@@ -222,7 +278,7 @@ def replace_decoder_layers_(module: nn.Module) -> nn.Module:
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             for index, layer in enumerate(child):
-                if _fits(layer):
+                if fits(layer):
                     child[index] = OneTokenDecoderLayer(layer)
             for layer, following in zip(child, [*child[1:], None], strict=True):
                 if isinstance(layer, OneTokenDecoderLayer):
@@ -232,10 +288,50 @@ def replace_decoder_layers_(module: nn.Module) -> nn.Module:
     return module
 
 
-def _fits(layer: nn.Module) -> bool:
-    attention = getattr(layer, "self_attn", None) or getattr(layer, "linear_attn", None)
-    return (
-        type(layer).__name__ in FAMILIES
-        and isinstance(attention, (MergedAttention, GatedDeltaNet))
-        and isinstance(getattr(getattr(layer, "mlp", None), "gate", None), TopKFirstRouter)
-    )
+def fits(layer: Any) -> bool:
+    """True for a layer that `OneTokenDecoderLayer` can replace, by its parts and results.
+
+    It adds to the residual stream what attention, which was replaced before, makes of its RMS norm, and then what the
+    MLP makes of its RMS norm.
+    """
+    norms = [getattr(layer, name, None) for name in ("input_layernorm", "post_attention_layernorm")]
+    parts = {name: getattr(layer, name) for name in ("self_attn", "linear_attn", "mlp") if hasattr(layer, name)}
+    mixers = [part for name, part in parts.items() if name != "mlp"]
+    if len(parts) != 2 or len(mixers) != 1 or not isinstance(mixers[0], (MergedAttention, GatedDeltaNet)):
+        return False
+    if any(getattr(getattr(norm, "weight", None), "dim", int)() != 1 for norm in norms):
+        return False
+    width = len(norms[0].weight)  # type: ignore[union-attr]
+
+    def run(module: Any) -> tuple[Tensor]:
+        x = example(1, TOKENS, width)
+        out = (
+            module(x)
+            if len(list(module.children())) == 0
+            else module(x, attention_mask=None, position_embeddings=(x, x))
+        )
+        return (out[0] if isinstance(out, tuple) else out,)
+
+    stubs = {name: _Stub(as_tuple=name == "self_attn") for name in parts}
+    return all(
+        gives_same_results(norm, Norm, run) for norm in norms if isinstance(norm, nn.Module)
+    ) and gives_same_results(layer, _alone, run, stubs)
+
+
+class _Stub(nn.Module):
+    """Attention or MLP without weights."""
+
+    def __init__(self, as_tuple: bool) -> None:
+        super().__init__()
+        self.as_tuple = as_tuple
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = torch.tanh(1.5 * hidden_states + 0.1)
+        return (out, None) if self.as_tuple else out
+
+
+def _alone(layer: Any) -> OneTokenDecoderLayer:
+    """The replacement of a layer that no other follows."""
+    replacement = OneTokenDecoderLayer(layer)
+    replacement.last = True
+    return replacement

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.resources
 import json
 from pathlib import Path
 from typing import Any
 
-from executorch_moe.backends.versions import check_versions
+from executorch_moe.backends.versions import HUGGING_FACE, check_versions
 from executorch_moe.export.hub import cached, hub_model
 
-# Values of model_type in config.json that `CausalLM` supports. The partitioners fuse the experts of any model.
-SUPPORTED_MODEL_TYPES = (
-    "qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "glm4_moe", "gpt_oss", "deepseek_v3", "qwen3_next",
-    "qwen3_5_moe_text", "qwen3_5_moe",
-)  # fmt: skip
-MULTIMODAL = ("qwen3_5_moe",)
-"""Model types whose configuration has the text model's, which is exported, in `text_config`."""
-WITH_SINKS = ("gpt_oss",)
-"""Model types whose attention has a sink for each head."""
-WITH_LATENTS = ("deepseek_v3",)
-"""Model types with latent attention, whose keys and values differ in width."""
 TINY = "tiny"
 BUNDLED = ("demo", TINY)
 """Models that are part of this package: one that writes sentences, and a smaller one for tests."""
+CHANGING_ROPE = ("dynamic", "longrope")
+"""RoPE types whose frequencies depend on the length of the text, which a traced method cannot follow."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -33,7 +25,7 @@ def require_transformers() -> Any:
     Raises:
         RuntimeError: a required package is missing, or its version is outside the supported range.
     """
-    check_versions("transformers", "tokenizers", "safetensors")
+    check_versions(*HUGGING_FACE)
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -84,7 +76,13 @@ def check_supported(folder: Path) -> dict[str, Any]:
             f"{folder / 'config.json'} is not a model configuration ({type(error).__name__}: {error}): "
             "use the one that the model was published with"
         ) from None
-    if kind in MULTIMODAL and not isinstance(config.get("text_config"), dict):
+    classes = _causal_models()
+    if kind not in classes:
+        raise NotImplementedError(
+            f"model_type={kind!r} in {folder / 'config.json'} is no causal language model of the installed "
+            "transformers: use another model, or a transformers that has it and that `executorch-moe doctor` accepts"
+        )
+    if classes[kind] and not isinstance(config.get("text_config"), dict):
         raise ValueError(
             f"model_type={kind!r} in {folder / 'config.json'} has no text_config, so there is no text model to export: "
             "use the whole model as it was published"
@@ -92,19 +90,37 @@ def check_supported(folder: Path) -> dict[str, Any]:
     if not any("expert" in key for key in _all_keys(config)):
         raise ValueError(
             f"model_type={kind!r} in {folder / 'config.json'} is not a Mixture-of-Experts model (no experts in its "
-            f"configuration): use a model of type {', '.join(SUPPORTED_MODEL_TYPES)}"
-        )
-    if kind not in SUPPORTED_MODEL_TYPES:
-        raise NotImplementedError(
-            f"model_type={kind!r} in {folder / 'config.json'} is not supported yet: "
-            f"use a model of type {', '.join(SUPPORTED_MODEL_TYPES)}"
+            f"configuration): use a model with experts, see docs/support.md"
         )
     return text_part(config)
 
 
+@functools.cache
+def _causal_models() -> dict[str, bool]:
+    """Values of model_type of the causal language models of transformers; true if their text model is a part."""
+    transformers = require_transformers()
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as names
+
+    return {
+        kind: "text_config" in getattr(transformers.CONFIG_MAPPING[kind], "sub_configs", {})
+        for kind in names
+        if kind in transformers.CONFIG_MAPPING
+    }
+
+
+def layer_kinds(folder: Path, config: dict[str, Any]) -> list[str]:
+    """Kinds of a model's layers, in transformers' names; those of config.json if transformers refuses it."""
+    transformers = require_transformers()
+    try:
+        return attention_kinds(transformers.AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config())
+    except Exception:  # transformers and its dataclasses raise their own classes; `meta_model` reports it
+        kinds = config.get("layer_types")
+        return sorted({str(kind) for kind in kinds}) if isinstance(kinds, list) else []
+
+
 def text_part(config: dict[str, Any]) -> dict[str, Any]:
     """The text model's part of a config.json, with the `model_type` of the whole."""
-    text = config.get("text_config") if config.get("model_type") in MULTIMODAL else None
+    text = config.get("text_config")
     return config if not isinstance(text, dict) else {**text, "model_type": config["model_type"]}
 
 
@@ -143,6 +159,19 @@ def rope_types(config: Any) -> set[str]:
     parameters = getattr(config, "rope_parameters", None) or {}
     parts = [part for part in (parameters, *parameters.values()) if isinstance(part, dict)]
     return {part["rope_type"] for part in parts if "rope_type" in part}
+
+
+def check_rope(config: Any) -> None:
+    """Checks the RoPE of a transformers configuration.
+
+    Raises:
+        NotImplementedError: frequencies that depend on the length of the text.
+    """
+    if changing := sorted(rope_types(config) & set(CHANGING_ROPE)):
+        raise NotImplementedError(
+            f"RoPE of type {', '.join(changing)} is not supported: its frequencies depend on the length of the text; "
+            "use a model with another rope_type (default, linear, llama3, yarn)"
+        )
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The MLP of Qwen3 models around their experts: a router, and a shared expert with a gate."""
+"""The MLP around the experts: a router, and a shared expert with a gate."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from executorch_moe.export.same_results import TOKENS, Run, example, gives_same_results
 from executorch_moe.kernels.prefill.op import fits_top_experts
 
 from .attention import merged
 from .linears import is_one_token, stored_int4
 
-ROUTERS = ("Qwen3MoeTopKRouter", "Qwen3NextTopKRouter", "Qwen3_5MoeTopKRouter")
-"""Routers with a softmax over all experts, whose chosen weights are then renormalized if `norm_topk_prob`."""
 ROWS = 16
 """The outputs of a merged projection are padded to a multiple of this, so that matrix products need no masks."""
 
 
 class TopKFirstRouter(nn.Module):
-    """Replaces one of `ROUTERS` that renormalizes; gives the same experts and weights.
+    """Replaces a router whose weights are a softmax over the chosen logits; gives the same experts and weights.
 
     A softmax over all experts, renormalized over the chosen ones, equals a softmax over the chosen ones. This saves the
     kernel of the softmax over all experts.
@@ -28,7 +27,7 @@ class TopKFirstRouter(nn.Module):
     def __init__(self, router: Any) -> None:
         """Takes over the weight of a router."""
         super().__init__()
-        self.top_k, self.hidden_dim = router.top_k, router.hidden_dim
+        self.top_k, self.hidden_dim = router.top_k, router.weight.shape[1]
         self.weight = router.weight
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,12 +86,13 @@ class SharedExpertBlock(nn.Module):
 
 
 def replace_routers_(module: nn.Module) -> nn.Module:
-    """Replaces each router of `ROUTERS` that renormalizes, and the block around it if it has a shared expert, in place.
+    """Replaces each router that `TopKFirstRouter` can replace, and the block around it if it has a shared expert, in
+    place.
 
     Returns `module`.
     """
     for name, child in list(module.named_modules()):
-        if type(child).__name__ in ROUTERS and getattr(child, "norm_topk_prob", True):
+        if _is_top_k_first(child):
             _replace(module, name, TopKFirstRouter(child))
     for name, child in list(module.named_modules()):
         if _has_shared_expert(child):
@@ -100,12 +100,62 @@ def replace_routers_(module: nn.Module) -> nn.Module:
     return module
 
 
-def _has_shared_expert(block: nn.Module) -> bool:
-    expert = getattr(block, "shared_expert", None)
+def routes_alone(block: Any) -> bool:
+    """True for a block that computes nothing but `experts` for what its `TopKFirstRouter` chooses."""
+    return _is_routed(block) and gives_same_results(block, _Alone, _run(block), {"experts": _Stub()})
+
+
+class _Alone(nn.Module):
+    """What `routes_alone` compares a block with."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.gate, self.experts = block.gate, block.experts
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, weights, experts = self.gate(flat)
+        return self.experts(flat, experts, weights).view(hidden_states.shape)  # type: ignore[no-any-return]
+
+
+class _Stub(nn.Module):
+    """Experts without weights."""
+
+    def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        return torch.tanh(x * (weights * (1 + experts)).sum(-1, keepdim=True))
+
+
+def _run(block: Any) -> Run:
+    return lambda module: (module(example(1, TOKENS, block.gate.hidden_dim)),)
+
+
+def _is_routed(block: Any) -> bool:
+    return isinstance(getattr(block, "gate", None), TopKFirstRouter) and hasattr(block, "experts")
+
+
+def _is_top_k_first(router: Any) -> bool:
+    """True for a router without biases or groups that renormalizes the chosen weights of a softmax."""
+    tensors = dict((*router.named_parameters(), *router.named_buffers()))
+    if (
+        set(tensors) != {"weight"}
+        or tensors["weight"].dim() != 2
+        or not isinstance(getattr(router, "top_k", None), int)
+    ):
+        return False
+
+    def run(module: Any) -> tuple[Tensor, Tensor]:
+        _, weights, experts = module(example(4 * TOKENS, router.weight.shape[1]))
+        return weights, experts
+
+    return not isinstance(router, TopKFirstRouter) and gives_same_results(router, TopKFirstRouter, run)
+
+
+def _has_shared_expert(block: Any) -> bool:
     return (
-        isinstance(getattr(block, "gate", None), TopKFirstRouter)
+        _is_routed(block)
         and isinstance(getattr(block, "shared_expert_gate", None), nn.Linear)
-        and "SiLU" in type(getattr(expert, "act_fn", None)).__name__
+        and not isinstance(block, SharedExpertBlock)
+        and gives_same_results(block, SharedExpertBlock, _run(block), {"experts": _Stub()})
     )
 
 

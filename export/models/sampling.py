@@ -22,9 +22,9 @@ _WORD = 0xFFFFFFFF
 # Start values of the two keys of a draw: the first 64 bits of the golden ratio's fraction.
 _STARTS = (0x9E3779B9, 0x7F4A7C15)
 _BELOW_ONE = 1.0 - 2.0**-24
-_WAYS = 16
-_ROUNDS = 4
-_WIDTHS = (512, 256, 128, 64)
+WAYS = 16
+ROUNDS = 4
+WIDTHS = (512, 256, 128, 64)
 STEPS_PER_UNIT = 256
 """Logits that differ by less than 1 / STEPS_PER_UNIT count as equal at the end of the nucleus. Logits of a bf16 model
 above 0.5 have no finer steps. The grid has 16**4 steps, so that all logits 256 below the best and less count as equal.
@@ -86,22 +86,22 @@ def nucleus(below: Tensor, weights: Tensor, top_p: Tensor) -> Tensor:
         bool [V]; the likeliest token is always included.
     """
     # Whole numbers below 2**16, which fp32 holds exactly; 0 is the likeliest token.
-    key = (below * STEPS_PER_UNIT).clamp(max=float(_WAYS**_ROUNDS - 1)).floor()
+    key = (below * STEPS_PER_UNIT).clamp(max=float(WAYS**ROUNDS - 1)).floor()
     wanted = top_p * weights.sum()
     end = torch.zeros_like(top_p)
-    ways = torch.arange(1, _WAYS + 1, device=below.device, dtype=torch.float32)
-    for width in (_WAYS ** (_ROUNDS - 1 - n) for n in range(_ROUNDS)):
+    ways = torch.arange(1, WAYS + 1, device=below.device, dtype=torch.float32)
+    for width in (WAYS ** (ROUNDS - 1 - n) for n in range(ROUNDS)):
         last = end + ways * width - 1.0
         reached = torch.where(key[None, :] <= last[:, None], weights[None, :], 0.0).sum(1)
         short = (reached < wanted).to(torch.float32).sum(0, keepdim=True)
         # By rounding, the sum of all weights may be less than `wanted`.
-        end = end + short.clamp(max=_WAYS - 1.0) * width
+        end = end + short.clamp(max=WAYS - 1.0) * width
     return (key <= end) | (top_p >= 1.0)
 
 
 def sorted_nucleus(below: Tensor, weights: Tensor, top_p: Tensor) -> Tensor:
     """`nucleus` by sorting: for ExecuTorch's CPU kernels, on which 64 comparisons with each token take far longer."""
-    key = (below * STEPS_PER_UNIT).clamp(max=float(_WAYS**_ROUNDS - 1)).floor()
+    key = (below * STEPS_PER_UNIT).clamp(max=float(WAYS**ROUNDS - 1)).floor()
     order = torch.topk(below, below.shape[0], largest=False).indices
     reached = weights.gather(0, order).cumsum(0)
     short = (reached < top_p * weights.sum()).to(torch.int64).sum(0, keepdim=True)
@@ -114,8 +114,8 @@ def greedy(logits: Tensor) -> Tensor:
 
     If a row width divides V, it reduces rows first: a reduction to a single number runs in one block of the GPU.
     """
-    width = next((width for width in _WIDTHS if logits.shape[-1] % width == 0), 1)
-    if logits.shape[-1] <= _WIDTHS[0] or width == 1:
+    width = next((width for width in WIDTHS if logits.shape[-1] % width == 0), 1)
+    if logits.shape[-1] <= WIDTHS[0] or width == 1:
         return logits.argmax(-1, keepdim=True)
     best, where = logits.reshape(-1, width).max(-1)
     row = best.argmax(-1, keepdim=True)

@@ -13,7 +13,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from executorch_moe.backends.runtime.loader import RECURRENT
+from executorch_moe.backends.runtime.loader import MAX_BATCH, RECURRENT
 from executorch_moe.export.checkpoint.gguf import find_folder, is_gguf
 from executorch_moe.export.checkpoint.work_folder import work_folder_path
 from executorch_moe.export.models.delta_rule import LINEAR
@@ -123,7 +123,9 @@ def constant_methods(options: ExportOptions, config: Any, max_context: int, toke
     }
     if LINEAR in attention_kinds(config):
         constants[RECURRENT] = True
-    if options.target.is_cpu or options.context.output == "logits":
+    if options.context.max_batch > 1:
+        constants[MAX_BATCH] = options.context.max_batch
+    elif options.target.is_cpu or options.context.output == "logits":
         constants[STOCK_RUNNERS] = max_context
     if folder is not None and (template := read_chat_template(folder)):
         constants[CHAT_TEMPLATE] = template
@@ -142,6 +144,7 @@ def stored_options(options: ExportOptions, leave_out: Collection[str] = ()) -> d
         "scheme": experts.scheme,
         "group_size": experts.group_size,
         "max_context": options.context.max_context,
+        "max_batch": options.context.max_batch,
         "dtype": target.dtype,
         "output": options.context.output,
         "experts": experts.implementation,
@@ -159,7 +162,7 @@ def stored_options(options: ExportOptions, leave_out: Collection[str] = ()) -> d
 
 def made_from(options: ExportOptions) -> str:
     """The options that determine the weights of a synthetic model, as JSON for `read_made_from`."""
-    return json.dumps(stored_options(options, ("out", "target", "max_context", "kernel_configs")))
+    return json.dumps(stored_options(options, ("out", "target", "max_context", "max_batch", "kernel_configs")))
 
 
 def read_made_from(text: str) -> ExportOptions:

@@ -79,7 +79,10 @@ class ExportSummary:
         after = self.report.bytes_after
         table.add_row("expert weights", f"{size(before)} in bf16 -> {size(after)} packed")
         table.add_row("other weights", size(self.dense_bytes) + self._dense_text())
-        table.add_row("methods", f"prefill (1 to {self.max_context} tokens), decode (1 token)")
+        methods, rows = f"prefill (1 to {self.max_context} tokens), decode (1 token)", self.options.context.max_batch
+        table.add_row("methods", methods + (f", decode_batch ({rows} sequences)" if rows > 1 else ""))
+        if rows > 1:
+            table.add_row("KV cache", f"{size(self.cache_bytes)}, {size(self.cache_bytes // rows)} for each sequence")
         for path in self.files:
             table.add_row("file", f"{path}  {size(path.stat().st_size)}")
         for compiled in self.compiled:

@@ -16,6 +16,7 @@ from executorch_moe.backends.artifact.files import companion
 from executorch_moe.backends.artifact.method_targets import pick_cpu_methods
 from executorch_moe.backends.artifact.pte import PteFile
 from executorch_moe.backends.artifact.weight_metadata import CUDA_BACKEND
+from executorch_moe.backends.runtime.loader import MAX_BATCH
 from executorch_moe.export.generate.chat import artifact_template, chat_tokenizer
 from executorch_moe.export.generate.generator import pte_path
 from executorch_moe.export.generate.tokenizer_file import check_tokenizer, read_tokenizer
@@ -68,9 +69,9 @@ class ServeOptions:
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
 
-    def command(self) -> list[str]:
-        """The command of the worker process."""
-        command = [sys.executable, "-m", "executorch_moe.export.serve.worker", "--model_path", str(self.pte)]
+    def command(self, worker: str = "worker") -> list[str]:
+        """The command of the worker process, whose module is `worker` or `batch_worker`."""
+        command = [sys.executable, "-m", f"executorch_moe.export.serve.{worker}", "--model_path", str(self.pte)]
         command += ["--runtime", self.runtime, "--sessions", str(self.sessions), "--states", str(self.states)]
         if self.cuda_graph:
             command.append("--cuda-graph")
@@ -113,6 +114,7 @@ def serving(options: ServeOptions, command: Sequence[str] = ()) -> Iterator[App]
     from executorch.examples.llm_server.python.session_runtime import SessionRuntime
     from executorch.examples.llm_server.python.worker_client import WorkerError, spawn_worker
 
+    from .batch_runtime import BatchRuntime
     from .restarts import KILL_AFTER, RestartedWorker
 
     program = PteFile(pte_path(options.pte), verify=options.verify)
@@ -125,12 +127,17 @@ def serving(options: ServeOptions, command: Sequence[str] = ()) -> Iterator[App]
     with tempfile.TemporaryDirectory() as folder:  # ExecuTorch's class reads a folder
         chat_tokenizer(tokenizer, program.constant, template).save_pretrained(folder)
         chat = ChatTemplate(folder)
+    rows = int(program.constant(MAX_BATCH)) if MAX_BATCH in program.constant_names else 1
     logger.info(state_memory(program, options.states))
+    runtime: Any
     try:
-        worker = RestartedWorker(lambda: spawn_worker(command or options.command()))
+        if rows > 1:
+            runtime = BatchRuntime(command or options.command("batch_worker"))
+        else:
+            worker = RestartedWorker(lambda: spawn_worker(command or options.command()))
+            runtime = SessionRuntime(worker, cancel_grace_seconds=KILL_AFTER + 15.0)
     except WorkerError as error:
         raise RuntimeError(f"the worker does not start: its messages are above ({error})") from None
-    runtime = SessionRuntime(worker, cancel_grace_seconds=KILL_AFTER + 15.0)
     try:
         handler = ServingChat(
             runtime,
@@ -145,11 +152,14 @@ def serving(options: ServeOptions, command: Sequence[str] = ()) -> Iterator[App]
 
 
 def state_memory(program: PteFile, states: int) -> str:
-    """What the states of a program take, as a line for the log.
+    """What the states of a program take, as a line for the log. Those of `export --max-batch` are slots of one cache.
 
     A state on the CPU has the planned buffers of its methods, which hold the KV cache and intermediate values; the
     weights are mapped and shared.
     """
+    if MAX_BATCH in program.constant_names:
+        rows = int(program.constant(MAX_BATCH))
+        return f"{rows} slots of the KV cache, which is allocated when the program is loaded"
     if any(delegate.id == CUDA_BACKEND for _, delegate in program.delegates()):
         return f"{states} state{'s' * (states > 1)} on the GPU, each with the weights"
     methods = pick_cpu_methods(program.method_names).values()

@@ -26,11 +26,15 @@ class State:
         generator: the program.
         resident: tokens whose state is in the cache; emptied while a call runs.
         owner: the session that it belongs to; None: no session.
+        number: of the state, from 0: its slot, if all states are in one program (`batch_worker`).
+        busy: a request runs on it.
     """
 
     generator: Rewinds
     resident: list[int] = field(default_factory=list)
     owner: str | None = None
+    number: int = 0
+    busy: bool = False
 
     def reusable(self, prompt_ids: Sequence[int]) -> tuple[int, str]:
         """Number of a prompt's first tokens that need not be computed, less than all of them, and the reason.
@@ -104,7 +108,7 @@ class Sessions:
     def lend(self, name: str | None) -> tuple[State, bool]:
         """A state for one request, and True if the session had one before and lost it to another.
 
-        A state that another session held is empty.
+        A state that another session held is empty. Where states can be busy, only if `can_lend`.
         """
         state = next((state for state in self._states if name is not None and state.owner == name), None)
         lost = False
@@ -123,14 +127,22 @@ class Sessions:
         self._states.append(state)
         return state, lost
 
+    def can_lend(self, name: str | None) -> bool:
+        """True if `lend` finds a state that is not busy: a session has its own, or takes any."""
+        own = next((state for state in self._states if name is not None and state.owner == name), None)
+        if own is not None:
+            return not own.busy
+        return len(self._states) < self._limit or not all(state.busy for state in self._states)
+
     def _free_state(self) -> State:
-        for state in self._states:
+        idle = [state for state in self._states if not state.busy]
+        for state in idle:
             if state.owner is None:
                 return state
         if len(self._states) < self._limit:
-            self._states.append(State(self._load()))
+            self._states.append(State(self._load(), number=len(self._states)))
             return self._states[-1]
-        return self._states[0]
+        return idle[0]
 
     def _release(self, name: str) -> None:
         for state in self._states:

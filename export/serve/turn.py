@@ -166,11 +166,28 @@ def run_turn(
         emit(piece)
     # The stream may have been asked for one token more than it computed; what is in the cache is what was fed.
     state.resident = resident
-    end = time.perf_counter()
+    times = start, prefilled, time.perf_counter()
+    return {
+        **done,
+        **counts(turn, answer, cached, reason, times),
+        # Without ids the server renders the text of this answer again: a stop text may end within a token.
+        **({} if text.stopped or done["cancelled"] else {"generated_token_ids": answer}),
+    }
+
+
+def counts(
+    turn: Turn, answer: list[int], cached: int, reason: str, times: tuple[float, float, float]
+) -> dict[str, Any]:
+    """Counts and rates of the protocol's `done` message.
+
+    Args:
+        answer: new tokens. cached: tokens of the prompt that were not computed, for `reason` (`State.reusable`).
+        times: of start, first new token and end, seconds.
+    """
+    start, prefilled, end = times
     prompt_ms, decode_ms = 1e3 * (prefilled - start), 1e3 * (end - prefilled)
     computed = len(turn.prompt_ids) - cached
     return {
-        **done,
         "prompt_tokens": len(turn.prompt_ids),
         "completion_tokens": len(answer),
         "reused_prompt_tokens": cached,
@@ -181,6 +198,4 @@ def run_turn(
         "total_ms": prompt_ms + decode_ms,
         "prefill_tok_s": 1e3 * computed / prompt_ms if prompt_ms else 0.0,
         "decode_tok_s": 1e3 * max(len(answer) - 1, 0) / decode_ms if decode_ms else 0.0,
-        # Without ids the server renders the text of this answer again: a stop text may end within a token.
-        **({} if text.stopped or done["cancelled"] else {"generated_token_ids": answer}),
     }

@@ -134,20 +134,20 @@ class Worker:
 
 def main() -> None:
     """Entry point of the process; ends when stdin is closed."""
-    options = _arguments()
+    options = read_arguments()
     logging.basicConfig(level=logging.INFO, format="worker: %(message)s")
-    graph = options.cuda_graph
+    serve_lines(lambda: load_from(options), options.sessions, options.states)
 
-    def load() -> TextGenerator:
-        chunk, verify = options.prefill_chunk, not options.no_verify
-        generator = TextGenerator.load(
-            options.model_path, options.runtime, cuda_graph=graph, prefill_chunk=chunk, verify=verify
-        )
-        if chunk is None:
-            generator.prefill_chunk = min(PREFILL_CHUNK, generator.max_context)
-        return generator
 
-    serve_lines(load, options.sessions, options.states)
+def load_from(options: argparse.Namespace) -> TextGenerator:
+    """Loads the program that the arguments of the process name."""
+    chunk, verify = options.prefill_chunk, not options.no_verify
+    generator = TextGenerator.load(
+        options.model_path, options.runtime, cuda_graph=options.cuda_graph, prefill_chunk=chunk, verify=verify
+    )
+    if chunk is None:
+        generator.prefill_chunk = min(PREFILL_CHUNK, generator.max_context)
+    return generator
 
 
 def serve_lines(load: Callable[[], TextGenerator], names: int, states: int) -> None:
@@ -174,7 +174,8 @@ def serve_lines(load: Callable[[], TextGenerator], names: int, states: int) -> N
             worker.answer(line)
 
 
-def _arguments() -> argparse.Namespace:
+def read_arguments() -> argparse.Namespace:
+    """Arguments of the process."""
     parser = argparse.ArgumentParser(description="Runs a program for ExecuTorch's OpenAI-compatible server.")
     parser.add_argument("--model_path", type=Path, required=True)
     parser.add_argument("--tokenizer_path", help="ignored: it is the .tokenizer.json beside the program")

@@ -181,8 +181,8 @@ def _routing(
     weights = torch.empty(1, top_k, dtype=torch.float32, device=device)
     ids = torch.empty(1, top_k, dtype=torch.int64, device=device)
     steps, block_h = row_pieces(hidden, router.dtype.itemsize)
-    # A row for each warp. In the last program, a thread compares its experts with all others: with two of 256, it takes
-    # all registers, and the program cannot start beside the launch before.
+    # A row for each warp. In the last program, a thread compares its experts with all others: with two of 256 experts,
+    # it takes all registers, and the program cannot start beside the launch before.
     rows = 4 if experts <= 128 else 8
     routing = Launch(
         moe_one_token_router,

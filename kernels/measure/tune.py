@@ -22,6 +22,7 @@ from executorch_moe.kernels.gpus import Gpu, gpu_of
 from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.schemes import Scheme, get_scheme
 from executorch_moe.kernels.shapes import LayerShape
+from executorch_moe.kernels.tuning.choose import heuristic_few_tokens
 from executorch_moe.kernels.tuning.configs import GemmConfig, MatvecConfig, fit
 from executorch_moe.kernels.tuning.tables import MatvecRow, TunedLayer, TunedRow, layer_key
 
@@ -94,7 +95,7 @@ def grouped_candidates(scheme: Scheme, layer: LayerShape, gemm: int, height: int
     if height == 256:
         tiles = ((128, 8),)  # four warps have too few registers
     scaling = (True,) if height == 16 else (False, True) if height < 128 else (False,)
-    if not scheme.packed or scheme.act_group(gemm):
+    if not scheme.packed or scheme.act_group(gemm) or layer.group_size < 128:
         scaling = (False,)  # scale_after has no effect
     ctas = (2, 4) if height == 16 else (1, 2, 3) if height < 128 else (1, 2) if height == 128 else (1,)
     depths = (2, 3) if height == 256 else (3, 4)
@@ -114,10 +115,16 @@ class Tuner:
 
     Args:
         layers: number of layers with different weights in a measurement.
+        grouped_only: the few-token path keeps the configurations of the heuristic, which saves most compilations.
     """
 
-    def __init__(self, shape: LayerShape, scheme: str, layers: int = 3, replays: int = 10) -> None:
+    grouped_only = False
+
+    def __init__(
+        self, shape: LayerShape, scheme: str, layers: int = 3, replays: int = 10, *, grouped_only: bool = False
+    ) -> None:
         self.shape, self.scheme = shape, get_scheme(scheme)
+        self.grouped_only = grouped_only
         self.gpu: Gpu = gpu_of(torch.cuda.current_device())
         self.layer = replace(shape.padded(), group_size=shape.group_size if self.scheme.packed else 0)
         self.replays = replays
@@ -127,7 +134,7 @@ class Tuner:
     def trials(self) -> list[Trial]:
         """All trials that `run` times."""
         found = []
-        for tokens in FEW_TOKENS:
+        for tokens in () if self.grouped_only else FEW_TOKENS:
             for gemm in (1, 2):
                 found += [
                     Trial("few_tokens", tokens, gemm, config)
@@ -162,8 +169,11 @@ class Tuner:
         grouped = [self._best_grouped(ratio, times) for ratio in PAIRS_PER_EXPERT]
         few = []
         for tokens in FEW_TOKENS:
-            best = [min(times["few_tokens", tokens, gemm], key=_time_of)[1] for gemm in (1, 2)]
-            few.append(TunedRow(tokens, best[0], best[1]))
+            if self.grouped_only:
+                gemm1, gemm2 = heuristic_few_tokens(self.gpu, self.scheme, self.layer, tokens)
+            else:
+                gemm1, gemm2 = (min(times["few_tokens", tokens, gemm], key=_time_of)[1] for gemm in (1, 2))
+            few.append(TunedRow(tokens, gemm1, gemm2))
         few = self._few_that_win(few, grouped)
         return TunedLayer(tuple(self._matvec_that_win(few, grouped)), tuple(few), tuple(_merged(grouped)))
 

@@ -163,28 +163,19 @@ def moe_cached_attention(
 
 
 @triton.jit
-def moe_top_experts(
-    logits_ptr,  # float [T, E]
-    weights_ptr,  # fp32 [T, TOP_K]
-    ids_ptr,  # int64 [T, TOP_K]
-    T,
-    E: tl.constexpr, E_POW2: tl.constexpr, TOP_K: tl.constexpr, K_POW2: tl.constexpr, BLOCK_T: tl.constexpr,
-    PTX: tl.constexpr,
+def choose_experts(
+    logits, E: tl.constexpr, E_POW2: tl.constexpr, TOP_K: tl.constexpr, K_POW2: tl.constexpr, BLOCK_T: tl.constexpr
 ):  # fmt: skip
-    """The TOP_K largest logits of each token, largest first, and the softmax over them; BLOCK_T tokens a program.
+    """The TOP_K largest logits of each token, largest first: weights fp32 and ids int64, [BLOCK_T, K_POW2] each.
 
     Of equal logits, that of the lower expert comes first. NaN ranks as infinity: TOP_K different experts are chosen for
     any logits, and the weights are NaN. A key of 64 bits holds a logit, mapped to an integer in the same order, above
     the expert's number, counted from the end: keys differ from each other, so the largest one is one expert.
+
+    Args:
+        logits: fp32 [BLOCK_T, E_POW2].
     """
-    zero = launches_before(False, PTX)
-    logits_ptr += zero
-    weights_ptr += zero
-    ids_ptr += zero
-    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     expert, place = tl.arange(0, E_POW2), tl.arange(0, K_POW2)
-    real = (token < T)[:, None] & (expert < E)[None, :]
-    logits = tl.load(logits_ptr + token[:, None] * E + expert[None, :], mask=real, other=0.0).to(tl.float32)
     bits = (tl.where(logits == logits, logits, float("inf")) + 0.0).to(tl.int32, bitcast=True)  # -0 + 0 = 0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     keys = (ordered.to(tl.int64) << 32) | (E_POW2 - 1 - expert)[None, :]
@@ -199,10 +190,32 @@ def moe_top_experts(
     values = tl.where((place < TOP_K)[None, :], values, -float("inf"))
     shares = tl.exp(values - tl.max(values, axis=1)[:, None])
     weights = shares / tl.sum(shares, axis=1)[:, None]
+    return weights, E_POW2 - 1 - (chosen & 0x7FFFFFFF)
+
+
+@triton.jit
+def moe_top_experts(
+    logits_ptr,  # float [T, E]
+    weights_ptr,  # fp32 [T, TOP_K]
+    ids_ptr,  # int64 [T, TOP_K]
+    T,
+    E: tl.constexpr, E_POW2: tl.constexpr, TOP_K: tl.constexpr, K_POW2: tl.constexpr, BLOCK_T: tl.constexpr,
+    PTX: tl.constexpr,
+):  # fmt: skip
+    """`choose_experts` for BLOCK_T tokens a program."""
+    zero = launches_before(False, PTX)
+    logits_ptr += zero
+    weights_ptr += zero
+    ids_ptr += zero
+    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    expert, place = tl.arange(0, E_POW2), tl.arange(0, K_POW2)
+    real = (token < T)[:, None] & (expert < E)[None, :]
+    logits = tl.load(logits_ptr + token[:, None] * E + expert[None, :], mask=real, other=0.0).to(tl.float32)
+    weights, ids = choose_experts(logits, E, E_POW2, TOP_K, K_POW2, BLOCK_T)
     cells = token[:, None] * TOP_K + place[None, :]
     wanted = (token < T)[:, None] & (place < TOP_K)[None, :]
     tl.store(weights_ptr + cells, weights, mask=wanted)
-    tl.store(ids_ptr + cells, E_POW2 - 1 - (chosen & 0x7FFFFFFF), mask=wanted)
+    tl.store(ids_ptr + cells, ids, mask=wanted)
 
 
 @triton.jit

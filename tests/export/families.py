@@ -145,6 +145,107 @@ GATED_DELTA_RULE: dict[str, Any] = {
     "linear_value_head_dim": 32,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
 }
+WINDOWS_OF_THREE = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+    "sliding_window": 6,
+}
+LATENTS = {
+    "num_key_value_heads": 2,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 32,
+}
+ROUTED = {**FEW, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "intermediate_size": 64}
+LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}
+
+FURTHER = (
+    # latent attention, one dense layer
+    Family(
+        "glm4_moe_lite",
+        "Glm4MoeLite",
+        {**ROUTED, **LATENTS, "num_hidden_layers": 2, "mlp_layer_types": ["dense", "sparse"]},
+    ),
+    # layer norms with biases, a router that masks near-ties
+    Family("phimoe", "Phimoe", {**LOCAL}),
+    # factors of embedding, residual and logits
+    Family(
+        "granitemoe",
+        "GraniteMoe",
+        {**LOCAL, "embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 3.0},
+    ),
+    Family("granitemoeshared", "GraniteMoeShared", {**LOCAL, "shared_intermediate_size": 32}),
+    # a rotation of interleaved pairs, a correction of the router's choice
+    Family(
+        "ernie4_5_moe",
+        "Ernie4_5_Moe",
+        {
+            "num_hidden_layers": 2,
+            "intermediate_size": 64,
+            "moe_intermediate_size": 32,
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_num_shared_experts": 1,
+            "moe_layer_start_index": 1,
+        },
+    ),
+    # a norm of all heads together, partial rotation
+    Family("minimax_m2", "MiniMaxM2", {**LOCAL, "head_dim": 32}),
+    # norms of heads as in Qwen3, the router of DeepSeek-V3
+    Family("dots1", "Dots1", {**ROUTED, "num_hidden_layers": 2, "first_k_dense_replace": 1, "head_dim": 32}),
+    # norms of heads after the rotation
+    Family(
+        "hunyuan_v1_moe", "HunYuanMoEV1", {"num_experts": 4, "moe_topk": 2, "intermediate_size": 32, "head_dim": 32}
+    ),
+    # norms after attention and MLP
+    Family("flex_olmo", "FlexOlmo", {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}),
+    # sliding windows with a rotation, full attention without
+    Family(
+        "exaone_moe",
+        "ExaoneMoe",
+        {
+            **FEW,
+            **WINDOWS_OF_THREE,
+            "num_experts": 4,
+            "num_shared_experts": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "intermediate_size": 64,
+            "head_dim": 32,
+            "mlp_layer_types": ["dense"] + ["sparse"] * 3,
+        },
+        moe_layers=3,
+    ),
+    Family("solar_open", "SolarOpen", {**ROUTED, "head_dim": 32}),
+    # four norms in a layer, a gate after attention
+    Family(
+        "afmoe",
+        "Afmoe",
+        {
+            **FEW,
+            **WINDOWS_OF_THREE,
+            "num_experts": 4,
+            "num_shared_experts": 1,
+            "num_dense_layers": 1,
+            "intermediate_size": 64,
+            "head_dim": 32,
+        },
+        moe_layers=3,
+    ),
+    # attention and MLP side by side, layer norms without biases
+    Family(
+        "cohere2_moe",
+        "Cohere2Moe",
+        {**FEW, **WINDOWS_OF_THREE, "num_experts": 4, "intermediate_size": 32, "head_dim": 32},
+        moe_layers=4,
+    ),
+    # latent attention, a rotation by complex numbers
+    Family("deepseek_v2", "DeepseekV2", {**ROUTED, **LATENTS, "num_hidden_layers": 2, "first_k_dense_replace": 1}),
+)
+"""Families that are tested in plain PyTorch and as CPU artifacts, but not in every mode of `FAMILIES`."""
+
 RECURRENT = (
     Family("qwen3_5_moe_text", "Qwen3_5Moe", GATED_DELTA_RULE, moe_layers=4, configuration="Qwen3_5MoeText"),
     # projections that interleave the parts of each key head
@@ -154,7 +255,7 @@ RECURRENT = (
 
 
 def by_name(name: str) -> Family:
-    return next(family for family in (*FAMILIES, *RECURRENT) if family.name == name)
+    return next(family for family in (*FAMILIES, *FURTHER, *RECURRENT) if family.name == name)
 
 
 class Logits(nn.Module):

@@ -24,6 +24,7 @@ from executorch_moe.kernels.tuning.choose import (
     MAX_VARIANTS,
     few_token_configs,
     grouped_variants,
+    heuristic_few_tokens,
     matvec_configs,
 )
 from executorch_moe.kernels.tuning.configs import GemmConfig, MatvecConfig, fit
@@ -177,6 +178,18 @@ def test_tuning_keeps_the_fastest(shape: str, scheme: str) -> None:
     for row in (*tuned.few_tokens, *tuned.grouped):
         for config in (row.gemm1, row.gemm2):
             assert (config.block_n, config.unroll, config.split_k) == (128, 1, 1)
+    assert tuned.grouped[-1].up_to == PAIRS_PER_EXPERT[-1]
+
+
+def test_tuning_the_grouped_path_only() -> None:
+    tuner = Dry("gpt-oss", "mxfp4", few_win_up_to=8)
+    tuner.grouped_only = True
+    trials = tuner.trials()
+    assert {t.path for t in trials} == {"grouped"} and len(set(trials)) == len(trials)
+    assert not any(t.config.scale_after for t in trials)  # it has no effect on groups of 32
+    tuned = tuner.run()
+    heuristic = [heuristic_few_tokens(H200, get_scheme("mxfp4"), tuner.layer, tokens) for tokens in (1, 2, 4, 8)]
+    assert [(row.gemm1, row.gemm2) for row in tuned.few_tokens] == heuristic
     assert tuned.grouped[-1].up_to == PAIRS_PER_EXPERT[-1]
 
 

@@ -55,8 +55,7 @@ def test_grouped_path_against_the_oracle(case: Case, scheme: str) -> None:
     assert relative_error(out, problem.expected) <= BOUNDS[scheme]
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "scheme"), combinations(CASES, list(SCHEMES), one_of=2))
 def test_the_configurations_that_users_get(case: Case, scheme: str) -> None:
     problem = make(case, scheme)
     out = run_fused_experts(problem.args(), options=Options(path="grouped"))
@@ -134,7 +133,7 @@ def test_zero_points(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "block_n", "group_size_m"), combinations(["w4a16", "w4a8", "mxfp4"], [64, 128], [1, 8, 16, 32], one_of=3)
+    ("scheme", "block_n", "group_size_m"), combinations(["w4a16", "w4a8", "mxfp4"], [64, 128], [1, 8, 16, 32], one_of=4)
 )
 def test_both_schedules_give_the_same_bits(scheme: str, block_n: int, group_size_m: int) -> None:
     problem = make(Case("schedules", tokens=45, experts=3, hidden=256), scheme)

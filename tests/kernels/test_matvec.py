@@ -34,7 +34,7 @@ def test_against_the_oracle(case: Case) -> None:
     assert relative_error(out, problem.expected) <= BOUNDS["w4a16"]
 
 
-@pytest.mark.parametrize(("way", "sizes"), combinations(WAYS, SIZES, one_of=2))
+@pytest.mark.parametrize(("way", "sizes"), combinations(WAYS, SIZES, one_of=3))
 def test_every_way_of_scaling(way: tuple[str, bool], sizes: tuple[int, int, int]) -> None:
     """Each order of the codes with each place of the scales, because these are separate code paths."""
     (scheme, zero), (hidden, intermediate, group_size) = way, sizes
@@ -51,7 +51,7 @@ def test_mxfp4_against_the_oracle(case: Case) -> None:
 
 @pytest.mark.parametrize("sizes", [MatvecConfig(16, 8, 2), MatvecConfig(32, 8, 4), MatvecConfig(64, 16)], ids=str)
 def test_chunks_of_k(sizes: MatvecConfig) -> None:
-    case = Case("chunks", tokens=1, experts=4, top_k=3, hidden=640, intermediate=384, group_size=128, bias=True)
+    case = Case("chunks", tokens=1, experts=3, top_k=2, hidden=640, intermediate=384, group_size=128, bias=True)
     problem = make(case, "w4a16")
     out = run_fused_experts(problem.args(), options=Options(path="matvec", matvec=(sizes, sizes)))
     assert relative_error(out, problem.expected) <= BOUNDS["w4a16"]
@@ -64,15 +64,14 @@ def test_a_token_that_names_an_expert_twice() -> None:
     assert relative_error(run_fused_experts(args, options=MATVEC), expected.float()) <= BOUNDS["w4a16"]
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_no_nan_and_no_infinity_is_hidden(bad: float) -> None:
+def test_no_nan_and_no_infinity_is_hidden() -> None:
     """Activations become integers, which have neither."""
-    problem = make(Case("not finite", tokens=2, group_size=128), "w4a16")
+    problem = make(Case("not finite", tokens=4, group_size=128), "w4a16")
     hidden = problem.hidden_states.clone()
-    hidden[1, 77] = bad
+    hidden[1:, 77] = torch.tensor([float("nan"), float("inf"), -float("inf")])
     out = run_fused_experts(problem.args()._replace(hidden_states=hidden), options=MATVEC)
     assert relative_error(out[:1], problem.expected[:1]) <= BOUNDS["w4a16"]
-    assert out[1].isnan().all()
+    assert out[1:].isnan().all()
 
 
 @pytest.mark.parametrize("case", marked(*CASES))

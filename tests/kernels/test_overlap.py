@@ -26,6 +26,7 @@ from executorch_moe.kernels.measure.compile import compile_kernel, record_launch
 from executorch_moe.kernels.measure.timing import LayerInputs, make_layers
 from executorch_moe.kernels.shapes import SHAPES, LayerShape
 
+from .batch_launches import launches_of_rows
 from .delta_rule_cases import QWEN35, make, on
 from .wait_dependence import unordered_stores
 
@@ -33,7 +34,7 @@ H, HEADS, KV_HEADS, HEAD_DIM, CONTEXT = 2048, 32, 4, 128, 640
 
 
 def launches_of_a_layer(capability: int) -> list[Launch]:
-    """All kernels of decoder layers for one token, of experts and delta rule for several tokens, on meta tensors."""
+    """Kernels of layers for one token and for rows, of experts and delta rule for several tokens, on meta tensors."""
     gpu = Gpu(capability, 132, MAX_DYNAMIC_SHARED[capability])
     launches: list[Launch] = []
     with torch.device("meta"):
@@ -42,6 +43,7 @@ def launches_of_a_layer(capability: int) -> list[Launch]:
         run_one_token_router(route, gpu=gpu, submit=launches.append)
         gate_up = torch.empty(1040, H, dtype=torch.int8), torch.empty(1040)
         run_one_token_shared_router(ops.SharedRouteArguments(*route, *gate_up, 512), gpu=gpu, submit=launches.append)
+        launches += launches_of_rows(gpu, 64, HEAD_DIM, torch.int8)
         for tokens in (1, 70):
             arguments = on(make(QWEN35, tokens, dtype=torch.bfloat16), "meta")
             run_gated_delta_net(arguments, gpu=gpu, submit=launches.append)
@@ -93,7 +95,7 @@ def test_all_kernels_wait_where_launches_can_overlap(capability: int) -> None:
         # Nothing is written before the wait.
         assert "st.global" not in ptx.partition("griddepcontrol.wait")[0] or not waits, launch.kernel.__name__
         assert launch.options.get("launch_pdl", False) == (capability >= 90)
-    assert len(seen) == 15, seen
+    assert len(seen) == 18, seen
 
 
 @triton.jit

@@ -6,11 +6,13 @@ Headers and ptxas come from Triton's wheel; the rest is generated in a temporary
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import platform
 import shlex
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 CPU_BASELINE = "x86-64-v3"
@@ -138,16 +140,21 @@ def make_compiler(folder: Path) -> Path:
     return script
 
 
-def build_guard(folder: Path) -> ctypes.CDLL:
-    """Build the device guard for CPU builds of torch: `install_guard()` (1 if it was needed) and `remove_guard()`."""
+@functools.cache
+def device_guard() -> ctypes.CDLL:
+    """The device guard for CPU builds of torch: `install_guard()` (1 if it was needed) and `remove_guard()`.
+
+    It is built once in a process.
+    """
     import torch
 
     package = Path(torch.__file__).parent
-    source, library = folder / "guard.cpp", folder / "guard.so"
-    source.write_text(_GUARD)
-    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", f"-I{package / 'include'}"]
-    _build([*flags, str(source), "-o", str(library), f"-L{package / 'lib'}", "-lc10"])
-    return ctypes.CDLL(str(library))
+    with tempfile.TemporaryDirectory(prefix="executorch_moe_") as folder:
+        source, library = Path(folder, "guard.cpp"), Path(folder, "guard.so")
+        source.write_text(_GUARD)
+        flags = ["-std=c++20", "-O1", "-shared", "-fPIC", f"-I{package / 'include'}"]
+        _build([*flags, str(source), "-o", str(library), f"-L{package / 'lib'}", "-lc10"])
+        return ctypes.CDLL(str(library))
 
 
 def _build(arguments: list[str]) -> None:

@@ -137,7 +137,7 @@ def replaced(model: GpuModel, choices: StaticChoices, folder: Path) -> Iterator[
         _forget_devices()
         stack.callback(_forget_devices)
         _replace_toolchain(stack, replace, model, folder)
-        _replace_device(stack, replace, model, folder)
+        _replace_device(stack, replace, model)
         _replace_triton(stack, replace, model)
         _remember_accesses(replace)
         _replace_choices(stack, replace, choices)
@@ -182,13 +182,29 @@ def _replace_toolchain(stack: contextlib.ExitStack, replace: Replace, model: Gpu
         "LIBRARY_PATH": os.pathsep.join(filter(None, (str(home / "lib64"), os.environ.get("LIBRARY_PATH")))),
     }
     stack.enter_context(mock.patch.dict(os.environ, environment))
+    _choose_vector_instructions(stack, replace)
     replace("torch.utils.cpp_extension:CUDA_HOME", str(home))
     # With this version set, a CUDA build of torch makes fatbins, which need nvcc.
     replace("torch:version.cuda", None)
     stack.enter_context(config.patch(settings))
 
 
-def _replace_device(stack: contextlib.ExitStack, replace: Replace, model: GpuModel, folder: Path) -> None:
+def _choose_vector_instructions(stack: contextlib.ExitStack, replace: Replace) -> None:
+    """Host code uses AVX2, as `CPU_BASELINE` says, whatever this machine's CPU has.
+
+    torch compiles and loads up to six test programs to find what CPU and compiler can do: about 12 CPU seconds for each
+    target. If this torch has no such function, nothing is changed.
+    """
+    from torch._inductor import config, cpu_vec_isa
+
+    name = "torch._inductor.cpu_vec_isa:valid_vec_isa_list"
+    if problem(name) or not hasattr(cpu_vec_isa, "VecAVX2"):
+        return
+    stack.enter_context(config.patch({"cpp.vec_isa_ok": True}))
+    replace(name, lambda: [cpu_vec_isa.VecAVX2()])
+
+
+def _replace_device(stack: contextlib.ExitStack, replace: Replace, model: GpuModel) -> None:
     from torch._dynamo.device_interface import init_device_reg
 
     init_device_reg()  # before device_count() is replaced, because it registers every device that is counted
@@ -197,7 +213,7 @@ def _replace_device(stack: contextlib.ExitStack, replace: Replace, model: GpuMod
         replace(f"torch.cuda:{name}", answer)
     replace("torch._dynamo.device_interface:device_interfaces", {"cuda": target, "cuda:0": target})
     if not torch.backends.cuda.is_built():
-        guard = host_toolchain.build_guard(folder)
+        guard = host_toolchain.device_guard()
         if guard.install_guard():
             stack.callback(guard.remove_guard)
 

@@ -46,8 +46,9 @@ def read_format(folder: Path) -> WeightFormat | None:
 
     Raises:
         NotImplementedError: an unsupported format, or unsupported parameters of it.
-        ValueError: invalid parameters, or a file that is not readable.
+        ValueError: invalid parameters, a file that is not readable, or files that contradict each other.
     """
+    found: list[WeightFormat] = []
     for declared, method in _declarations(folder):
         make = METHODS.get(method)
         if make is None:
@@ -55,8 +56,14 @@ def read_format(folder: Path) -> WeightFormat | None:
                 f"the weights in {folder} are quantized ({method or 'no quant_method'}), which is not supported yet: "
                 f"{declared.file} declares it; use the model in bf16, or in a supported format ({SUPPORTED})"
             )
-        return make(declared)
-    return None
+        found.append(make(declared))
+    for other in found[1:]:
+        if (type(other), other.title) != (type(found[0]), found[0].title):
+            raise ValueError(
+                f"{found[0].file} of {folder} declares {found[0].title}, but {other.file} declares {other.title}: use "
+                "the files of one download, or remove the file that does not belong to the weights"
+            )
+    return found[0] if found else None
 
 
 def check_format(folder: Path) -> None:
@@ -78,7 +85,8 @@ def _declarations(folder: Path) -> Iterator[tuple[Declared, str]]:
     # modelopt writes its own file, and `quantization_config` only in later versions.
     if values := _read(folder / "hf_quant_config.json"):
         inner = Declared(values, folder, "hf_quant_config.json").within(values.get("quantization"))
-        yield inner, "modelopt"
+        if "quant_algo" not in inner or inner["quant_algo"] is not None:  # null: only the KV cache is quantized
+            yield inner, "modelopt"
     # AutoGPTQ wrote its own file before transformers read `quantization_config`.
     if values := _read(folder / "quantize_config.json"):
         yield Declared(values, folder, "quantize_config.json"), str(values.get("quant_method") or "gptq").lower()

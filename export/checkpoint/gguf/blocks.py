@@ -27,6 +27,9 @@ from executorch_moe.export.checkpoint.formats.base import Encoding
 from executorch_moe.kernels import Int4Codes
 from executorch_moe.kernels.packing.mxfp4 import Mxfp4Codes
 
+from .changes import SAME, Change
+
+Kinds = tuple[tuple[str, str], ...]
 GROUP = 32
 CODED = ("Q4_0", "Q4_1", "Q4_K")
 """Types whose codes can be kept."""
@@ -37,20 +40,20 @@ TYPES = (*CODED, "Q5_0", "Q5_1", "Q8_0", "Q5_K", "Q6_K", "MXFP4", *FLOATS)
 
 @dataclass(frozen=True)
 class GgufEncoding(Encoding):
-    """A tensor of blocks.
+    """A tensor of blocks, or of floats that change.
 
     Attributes:
         kind: name of ggml's type.
-        rows: order of the rows in the model, as indices of stored rows; None if it is the same.
+        change: what makes the model's tensor of the stored one.
     """
 
     kind: str
-    rows: tuple[int, ...] | None = None
+    change: Change = SAME
 
     @property
     def group_size(self) -> int:  # type: ignore[override]
         """32 for types with 4-bit codes, else 0."""
-        return GROUP if self.kind in CODED else 0
+        return GROUP if self.kind in CODED and self.change.keeps_groups(GROUP) else 0
 
     @property
     def symmetric(self) -> bool:  # type: ignore[override]
@@ -60,30 +63,27 @@ class GgufEncoding(Encoding):
     @property
     def microscaled(self) -> bool:  # type: ignore[override]
         """True for MXFP4."""
-        return self.kind == "MXFP4"
+        return self.kind == "MXFP4" and self.change.keeps_groups(GROUP)
 
     def mxfp4(self, parts: Mapping[str, Tensor]) -> Mxfp4Codes:
         blocks = parts["codes"].unflatten(-1, (-1, 17))
-        codes = Mxfp4Codes(_halves(blocks[..., 1:]).flatten(-2), blocks[..., 0].contiguous())
-        return codes if self.rows is None else codes.map(self._ordered)
+        q, scale = _halves(blocks[..., 1:]).flatten(-2), blocks[..., 0].contiguous()
+        return Mxfp4Codes(self.change.moved(q), self.change.moved(scale, GROUP))
 
     def dequantize(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """fp32 [N, K], exact; floats keep their dtype."""
+        """fp32 [..., N, K], exact; floats keep their dtype if their values do not change."""
         stored = parts["codes"]
         if self.kind in FLOATS:
-            return self._ordered(stored)
+            return self.change.of(stored)
         import gguf
 
         kind: Any = gguf.GGMLQuantizationType[self.kind]
-        return self._ordered(torch.from_numpy(gguf.quants.dequantize(stored.numpy(), kind)))
+        return self.change.of(torch.from_numpy(gguf.quants.dequantize(stored.numpy(), kind)))
 
     def codes(self, parts: Mapping[str, Tensor]) -> Int4Codes:
         q, scale, zero = _UNPACK[self.kind](parts["codes"])
-        codes = Int4Codes((q.to(torch.int8) - 8).contiguous(), scale, zero)
-        return codes if self.rows is None else codes.map(self._ordered)
-
-    def _ordered(self, tensor: Tensor) -> Tensor:
-        return tensor if self.rows is None else tensor[list(self.rows)]
+        moved = None if zero is None else self.change.moved(zero, GROUP)
+        return Int4Codes(self.change.moved((q.to(torch.int8) - 8).contiguous()), self.change.moved(scale, GROUP), moved)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class StackedEncoding(Encoding):
         kinds: role -> name of ggml's type.
     """
 
-    kinds: tuple[tuple[str, str], ...]
+    kinds: Kinds
 
     @property
     def microscaled(self) -> bool:  # type: ignore[override]
@@ -117,6 +117,61 @@ class StackedEncoding(Encoding):
         found = [GgufEncoding(kind).dequantize({"codes": parts[role]}) for role, kind in self.kinds]
         rows = found[0] if len(found) == 1 else torch.stack(found, 2).flatten(1, 2)
         return rows.transpose(1, 2).contiguous() if rows.dim() == 3 else rows
+
+
+@dataclass(frozen=True)
+class LatentEncoding(Encoding):
+    """DeepSeek's projection of the latents, [heads * (A + B), R], from "keys" [heads, R, A] and "values" [heads, B, R].
+
+    Attributes:
+        kinds: role -> name of ggml's type.
+    """
+
+    kinds: Kinds
+
+    def dequantize(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """fp32, or the files' floats."""
+        keys, values = (GgufEncoding(kind).dequantize({"codes": parts[role]}) for role, kind in self.kinds)
+        return torch.cat((keys.transpose(1, 2), values), 1).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class RowsEncoding(Encoding):
+    """A matrix whose rows are stored in several tensors.
+
+    Attributes:
+        kinds: role -> name of ggml's type, in order.
+        change: order of the rows of all tensors together.
+    """
+
+    kinds: Kinds
+    change: Change = SAME
+
+    @property
+    def group_size(self) -> int:  # type: ignore[override]
+        """32 if all tensors have 4-bit codes of one type, else 0."""
+        first = self.kinds[0][1]
+        return GROUP if first in CODED and all(kind == first for _, kind in self.kinds) else 0
+
+    @property
+    def symmetric(self) -> bool:  # type: ignore[override]
+        """True if codes have no zero points."""
+        return self.kinds[0][1] == "Q4_0"
+
+    def dequantize(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """fp32, or the files' floats."""
+        found = [GgufEncoding(kind).dequantize({"codes": parts[role]}) for role, kind in self.kinds]
+        return self.change.of(torch.cat(found))
+
+    def codes(self, parts: Mapping[str, Tensor]) -> Int4Codes:
+        found = [GgufEncoding(kind).codes({"codes": parts[role]}) for role, kind in self.kinds]
+        zeros = [codes.zero for codes in found if codes.zero is not None]
+        whole = Int4Codes(
+            torch.cat([codes.q for codes in found]),
+            torch.cat([codes.scale for codes in found]),
+            torch.cat(zeros) if zeros else None,
+        )
+        return whole.map(self.change.moved)
 
 
 def _halves(byte: Tensor) -> Tensor:

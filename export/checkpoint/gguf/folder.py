@@ -7,11 +7,11 @@ import json
 import re
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from executorch_moe.export.models.pretrained import require_transformers, resolve
+from executorch_moe.export.models.pretrained import resolve
 
 from .files import read_configuration, read_tables
+from .tokenizer import tokenizer_json
 
 _SPLIT = re.compile(r"^(?P<name>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 _folders: list[tempfile.TemporaryDirectory[str]] = []
@@ -53,8 +53,9 @@ def _made(path: Path, size: int, changed: int) -> Path:
     path = parts[0]  # the part with the metadata
     metadata, tensors = read_tables(path.parent, [part.name for part in parts])
     config = read_configuration(path, metadata, tensors)
-    tokenizer = _tokenizer(path, metadata)
-    holder = tempfile.TemporaryDirectory(prefix="executorch-moe-gguf-")
+    tokenizer = tokenizer_json(path, metadata)
+    # Messages name the folder, so its name has that of the file.
+    holder = tempfile.TemporaryDirectory(prefix=f"executorch-moe-{path.name[-100:]}-")
     _folders.append(holder)
     folder = Path(holder.name)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
@@ -74,27 +75,3 @@ def _parts(path: Path) -> list[Path]:
     if absent := [part.name for part in parts if not part.is_file()]:
         raise FileNotFoundError(f"{path.parent} lacks {', '.join(absent[:3])}: download all {count} parts")
     return parts
-
-
-def _tokenizer(path: Path, metadata: dict[str, Any]) -> str:
-    """Text of tokenizer.json, by transformers' own conversion."""
-    transformers = require_transformers()
-    folder = (
-        "put config.json and tokenizer.json of the original model into a folder with the GGUF file, and give the folder"
-    )
-    try:
-        from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
-    except ImportError:
-        # Earlier conversions leave out control tokens.
-        raise RuntimeError(
-            f"transformers {transformers.__version__} does not convert the tokenizer in {path} exactly: install "
-            f"transformers 5.24, or {folder}"
-        ) from None
-    try:
-        architecture, tokenizer, _ = get_gguf_tokenizer(str(path))
-        text: str = convert_gguf_tokenizer(architecture, tokenizer)[0].to_str()
-    except Exception as error:  # transformers and tokenizers raise their own classes
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        kind = metadata.get("tokenizer.ggml.model")
-        raise ValueError(f"the tokenizer in {path} ({kind}) cannot be converted ({reason}): {folder}") from error
-    return text

@@ -33,7 +33,7 @@ class Case:
 
 
 CASES = [
-    Case("w4a16", torch.bfloat16),
+    pytest.param(Case("w4a16", torch.bfloat16), marks=pytest.mark.exhaustive),
     Case("w4a16", torch.float32),  # fp32 around experts that compute in bf16
     Case("w4a8", torch.bfloat16),
     Case("bf16", torch.bfloat16),
@@ -144,7 +144,8 @@ def test_weights_are_not_copied_and_the_files_are_those_of_stock_executorch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = CachedExperts("w4a16", torch.float32).eval()
-    manager = lower(methods(module, torch.float32), "cpu")
+    programs = {f"tokens_{tokens}": export(module, inputs(tokens, torch.float32)) for tokens in (1, 2)}
+    manager = lower(programs, "cpu")
     buffers = manager._emitter_output.external_constant_buffer
     of_model = {t.untyped_storage().data_ptr(): t for t in module.experts.buffers()}
     found = [buffer for buffer in buffers if buffer._storage.data_ptr() in of_model]
@@ -154,7 +155,7 @@ def test_weights_are_not_copied_and_the_files_are_those_of_stock_executorch(
         assert buffer.to_bytes() == bytes(of_model[buffer._storage.data_ptr()].untyped_storage())
     ours = save(manager, tmp_path / "ours")
     monkeypatch.setattr(targets, "uncopied_weights", contextlib.nullcontext)
-    manager = lower(methods(module, torch.float32), "cpu")
+    manager = lower(programs, "cpu")
     assert {type(buffer) for buffer in manager._emitter_output.external_constant_buffer} == {bytes}
     stock = save(manager, tmp_path / "stock")
     assert ours.ptd.read_bytes() == stock.ptd.read_bytes() and ours.pte.read_bytes() == stock.pte.read_bytes()

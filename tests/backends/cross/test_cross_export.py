@@ -81,7 +81,11 @@ class TestArtifact:
         assert set(report.methods) == {"prefill", "decode"}
         for method in report.methods.values():
             for delegate in method.delegates:
-                assert {code.sm for code in delegate.gpu_code} == {int(crossed.target.removeprefix("sm_"))}
+                sm = int(crossed.target.removeprefix("sm_"))
+                assert {code.sm for code in delegate.gpu_code} == {sm}
+                symbols = {symbol.name for symbol in delegate.undefined}
+                # Launches overlap from sm_90 on.
+                assert "cuLaunchKernel" in symbols and ("cuLaunchKernelEx" in symbols) == (sm >= 90)
                 assert set(delegate.mutated or ()) == {
                     f"kv_cache.{part}_{layer}" for part in ("key", "value") for layer in (0, 1)
                 }

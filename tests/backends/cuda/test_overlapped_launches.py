@@ -232,22 +232,25 @@ def test_a_gpu_that_is_not_here_decides_by_its_own_capability() -> None:
 
 @dataclass
 class Compiled:
-    """Inputs of the C++ compiler and ptxas in an export: host code of each method, kernel -> PTX of its variants."""
+    """What exports generated: host code of each method, kernel -> PTX of its variants."""
 
     wrappers: list[str] = field(default_factory=list)
     ptx: dict[str, list[str]] = field(default_factory=dict)
 
 
+class Generated(BaseException):  # Inductor wraps an Exception
+    """Ends a compilation when host code and kernels are generated, before the C++ compiler."""
+
+
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Compiled:
-    stock, seen = AotCodeCompiler.compile.__func__, Compiled()
+    seen = Compiled()
 
     def compile(cls: Any, graph: Any, wrapper_code: str, *args: Any, **kwargs: Any) -> Any:
         seen.wrappers.append(wrapper_code)
-        seen.ptx = {}
         for path in Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.ptx"):
             seen.ptx.setdefault(path.stem, []).append(path.read_text())
-        return stock(cls, graph, wrapper_code, *args, **kwargs)
+        raise Generated
 
     monkeypatch.setattr(AotCodeCompiler, "compile", classmethod(compile))
     return seen
@@ -258,16 +261,12 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Compiled:
 @pytest.mark.parametrize(
     ("target", "overlapped"), [pytest.param("sm_80", False, marks=pytest.mark.exhaustive), ("sm_90", True)]
 )
-def test_exports_from_sm_90_on_launch_our_kernels_overlapped(
-    target: str, overlapped: bool, compiled: Compiled, tmp_path: Path
-) -> None:
-    """Uses W4A8, whose prompts use the largest number of kernels."""
-    report = inspect_artifact(save(lower(methods(CachedExperts("w4a8")), target), tmp_path / "model").pte)
-    check_cuda_artifact(report)
-    for method in report.methods.values():
-        (delegate,) = method.delegates
-        symbols = {symbol.name for symbol in delegate.undefined}
-        assert "cuLaunchKernel" in symbols and ("cuLaunchKernelEx" in symbols) == overlapped
+def test_exports_from_sm_90_on_launch_our_kernels_overlapped(target: str, overlapped: bool, compiled: Compiled) -> None:
+    """Uses W4A8, whose prompts use the largest number of kernels. test_cross_export.py has the symbols of a library."""
+    for name, program in methods(CachedExperts("w4a8")).items():
+        with pytest.raises(Generated):
+            lower({name: program}, target)
+    assert len(compiled.wrappers) == 2
     ours = set()
     for text in compiled.wrappers:
         assert (MACRO in text) == overlapped
@@ -284,6 +283,20 @@ def test_exports_from_sm_90_on_launch_our_kernels_overlapped(
     for name, variants in compiled.ptx.items():
         for ptx in variants:
             assert ("griddepcontrol.wait;" in ptx) == (overlapped and name in WAITING_KERNELS), name
+
+
+@needs_cross_export
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("target", "overlapped"), [("sm_80", False), ("sm_90", True)])
+def test_libraries_ask_the_driver_for_what_their_launches_need(target: str, overlapped: bool, tmp_path: Path) -> None:
+    """As the tiny model's in test_cross_export.py, with the kernels of W4A8."""
+    report = inspect_artifact(save(lower(methods(CachedExperts("w4a8")), target), tmp_path / "model").pte)
+    check_cuda_artifact(report)
+    for method in report.methods.values():
+        (delegate,) = method.delegates
+        symbols = {symbol.name for symbol in delegate.undefined}
+        assert "cuLaunchKernel" in symbols and ("cuLaunchKernelEx" in symbols) == overlapped
 
 
 def test_the_command_line_can_say_that_launches_do_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:

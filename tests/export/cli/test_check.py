@@ -71,7 +71,7 @@ def _kind(value: Any) -> str:
 @pytest.mark.parametrize(
     ("choices", "one_token"),
     [
-        ({"target": Target("sm_90")}, True),
+        pytest.param({"target": Target("sm_90")}, True, marks=pytest.mark.exhaustive),
         ({"target": Target("sm_90"), "dense": Dense("int8", None, "int8"), "context": Context(64, "greedy")}, True),
         ({"target": Target("sm_90", "fp32"), "dense": Dense("int4", "int8"), "context": Context(64, "logits")}, False),
         ({"target": Target("sm_90"), "experts": Experts(implementation="upstream")}, True),

@@ -27,11 +27,11 @@ def test_export_spoiled_models(model_folder: Path, tmp_path: Path) -> None:
     config = (model_folder / "config.json").read_text()
     (model_folder / "config.json").write_text(config[: len(config) // 2])
     assert "is not a model configuration (JSONDecodeError" in refused("export", model_folder, "-o", out)
-    (model_folder / "config.json").write_text(json.dumps(json.loads(config) | {"model_type": "jamba"}))
-    assert "model_type='jamba' in" in refused("export", model_folder, "-o", out)
+    (model_folder / "config.json").write_text(json.dumps(json.loads(config) | {"model_type": "zorg"}))
+    assert "is no causal language model of the installed transformers" in refused("export", model_folder, "-o", out)
     (model_folder / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 64}))
     assert "model_type='llama'" in (line := refused("export", model_folder, "-o", out))
-    assert "is not a Mixture-of-Experts model (no experts in its configuration): use a model of type qwen3_moe" in line
+    assert "is not a Mixture-of-Experts model (no experts in its configuration): use a model with experts" in line
     quantized = json.loads(config) | {"quantization_config": {"quant_method": "bitsandbytes"}}
     (model_folder / "config.json").write_text(json.dumps(quantized))
     assert "are quantized (bitsandbytes), which is not supported yet" in refused("export", model_folder, "-o", out)

@@ -84,7 +84,7 @@ def test_no_damaged_file_reaches_native_code(pte: Path, suffix: str, monkeypatch
         assert cli.is_users(refused.value)
 
 
-@pytest.mark.parametrize("suffix", [".pte", ".ptd"])
+@pytest.mark.parametrize("suffix", [pytest.param(".pte", marks=pytest.mark.exhaustive), ".ptd"])
 def test_in_a_process_of_its_own(pte: Path, suffix: str) -> None:
     path = pte.with_suffix(suffix)
     data = bytearray(path.read_bytes())

@@ -6,7 +6,6 @@ format has some.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from executorch_moe.backends.runtime.loader import load
 from executorch_moe.export.options import Context, Dense, Experts, ExportOptions, Target
 from executorch_moe.export.pipeline import export_model
 
-from ..checkpoint.formats.stored import Saved, save_gpt_oss
+from ..checkpoint.formats.stored import Saved, save_gpt_oss, tokenizer_file
 from ..checkpoint.formats.test_awq import save_awq
 from ..checkpoint.formats.test_exports import CONTEXT, compare
 from ..checkpoint.formats.test_fp8 import save_defined
@@ -68,14 +67,17 @@ def test_logits_and_tokens(name: str, tmp_path: Path) -> None:
 
 
 def test_a_gguf_file(tmp_path: Path) -> None:
+    """In a folder with configuration and tokenizer, which needs no new transformers."""
     pytest.importorskip("gguf", reason="needs the package gguf")
-    if not hasattr(importlib.import_module("transformers.integrations.gguf"), "convert_gguf_tokenizer"):
-        pytest.skip("needs a transformers that converts tokenizers of GGUF files")
     from ..checkpoint.formats.gguf_files import big_model, only, write
 
-    written = write(tmp_path / "model.gguf", big_model(), only("Q4_K"))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    written = write(folder / "model.gguf", big_model(), only("Q4_K"))
+    written.reference.config.save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes(tokenizer_file().read_bytes())
     options = ExportOptions(
-        str(written.path),
+        str(folder),
         tmp_path / "gguf.pte",
         dense=Dense("int4", lm_head="none"),
         target=Target("cuda", "fp32"),

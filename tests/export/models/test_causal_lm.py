@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 
 from executorch_moe.backends.runtime import loader as runtime
 from executorch_moe.export.build import attention_of
+from executorch_moe.export.checkpoint.structure import structure_of
 from executorch_moe.export.checkpoint.whole import load_model
 from executorch_moe.export.models.causal_lm import CausalLM, GreedyLM, SamplingLM, check_positions, export_methods
 from executorch_moe.export.models.pretrained import resolve
@@ -168,7 +170,8 @@ def check_chunks(inner: torch.nn.Module, ids: torch.Tensor, chunks: tuple[int, .
 @pytest.mark.parametrize("target", ["cpu", "sm_90"])
 @torch.no_grad()
 def test_latent_attention_keeps_latents(target: str, chunks: tuple[int, ...]) -> None:
-    inner = by_name("deepseek_v3").model("eager", attention=attention_of(Target(target, "bf16"), "deepseek_v3"))
+    inner: Any = by_name("deepseek_v3").model("eager")
+    inner.set_attn_implementation(attention_of(Target(target, "bf16"), structure_of(inner)))
     check_chunks(inner, tokens(sum(chunks)), chunks)
     cache = CausalLM(inner, 24).kv_cache
     assert cache.key_0.shape == (1, 1, 24, 32) and cache.value_0.shape == (1, 1, 24, 16)
@@ -181,7 +184,8 @@ def test_latent_attention_keeps_latents(target: str, chunks: tuple[int, ...]) ->
 def test_a_sliding_window_is_that_of_transformers(name: str, chunks: tuple[int, ...]) -> None:
     family = by_name(name)
     family = dataclasses.replace(family, options=family.options | WINDOWS[name])
-    inner = family.model("eager", attention=attention_of(Target("cpu", "fp32"), name))
+    inner: Any = family.model("eager")
+    inner.set_attn_implementation(attention_of(Target("cpu", "fp32"), structure_of(inner)))
     ids = tokens(sum(chunks))
     expected = check_chunks(inner, ids, chunks)
     # The window matters: a wider one gives other logits.

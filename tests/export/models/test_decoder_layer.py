@@ -167,17 +167,28 @@ def check_one_by_one(lm: CausalLM) -> None:
 
 @pytest.mark.parametrize("options", SPARSE.values(), ids=SPARSE.keys())
 def test_layers_without_experts_among_those_with(options: dict[str, Any]) -> None:
-    """A layer without experts takes one tensor, so that the layer before it returns the sum."""
+    """Their attention is fused too; only the last layer returns the sum."""
     lm = prepared(qwen3(**options))
     layers = list(lm.model.model.layers)
-    kinds = [isinstance(layer, OneTokenDecoderLayer) for layer in layers]
-    assert True in kinds and False in kinds
-    assert [layer.last for layer in layers if isinstance(layer, OneTokenDecoderLayer)] == [
-        not following for own, following in zip(kinds, [*kinds[1:], False], strict=True) if own
-    ]
+    routed = [layer.routed for layer in layers]
+    assert True in routed and False in routed
+    assert [layer.last for layer in layers] == [False] * (len(layers) - 1) + [True]
     check_one_by_one(lm)
     decode = operators(lm, "decode")
-    assert decode.count("executorch_moe.one_token_attention.default") == sum(kinds)
+    assert decode.count("executorch_moe.one_token_attention.default") == len(layers)
+    assert decode.count("executorch_moe.one_token_router.default") == sum(routed)
+
+
+def test_a_layer_of_another_structure_among_others() -> None:
+    """It takes one tensor, so that the layer before it returns the sum."""
+    model = qwen3(num_hidden_layers=3)
+    layer = model.model.layers[1]
+    layer.input_layernorm = torch.nn.LayerNorm(len(layer.input_layernorm.weight), dtype=torch.bfloat16)
+    lm = prepared(model)
+    layers = list(lm.model.model.layers)
+    assert [isinstance(layer, OneTokenDecoderLayer) for layer in layers] == [True, False, True]
+    assert layers[0].last and layers[2].last
+    check_one_by_one(lm)
 
 
 def test_a_window_in_some_layers() -> None:

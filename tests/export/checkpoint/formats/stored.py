@@ -144,7 +144,7 @@ def save(
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
     if declaration:
         edit_json(folder / "config.json", quantization_config=declaration)
-    (folder / "tokenizer.json").write_bytes(_tokenizer().read_bytes())
+    (folder / "tokenizer.json").write_bytes(tokenizer_file().read_bytes())
     return Saved(folder, reference.eval(), values)
 
 
@@ -170,11 +170,12 @@ def save_gpt_oss(folder: Path) -> Saved:
     )
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
     edit_json(folder / "config.json", quantization_config={"quant_method": "mxfp4"})
-    (folder / "tokenizer.json").write_bytes(_tokenizer().read_bytes())
+    (folder / "tokenizer.json").write_bytes(tokenizer_file().read_bytes())
     return Saved(folder, reference.eval(), {})
 
 
-def _tokenizer() -> Path:
+def tokenizer_file() -> Path:
+    """A tokenizer that fits all models here."""
     from executorch_moe.export.models.pretrained import resolve
 
     return resolve("tiny") / "tokenizer.json"
@@ -218,7 +219,7 @@ def logits_error(model: Any, reference: Any) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
-def experts_of(model: StreamedModel) -> PackedExperts:
-    module: Any = model.model.get_submodule(model.layers[0].name)
+def experts_of(model: StreamedModel, layer: int = 0) -> PackedExperts:
+    module: Any = model.model.get_submodule(model.layers[layer].name)
     packed: PackedExperts = module.packed()
     return packed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,18 @@ def test_zero_points_as_older_versions_stored_them(tmp_path: Path) -> None:
     name = f"{LAYERS}self_attn.o_proj.weight"
     assert torch.equal(model.model.get_parameter(name), saved.values[name])
     assert logits_error(model.model, saved.reference) < 1e-2
+
+
+def test_the_declaration_of_older_versions(tmp_path: Path) -> None:
+    """They called it `compression_config`."""
+    save_packed(tmp_path)
+    declared = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    edit_json(tmp_path / "config.json", quantization_config=None, compression_config=declared)
+    (record,) = streamed(tmp_path).load()
+    assert record.algorithm == "kept"
+    edit_json(tmp_path / "config.json", compression_config={**declared, "format": "marlin-24"})
+    with pytest.raises(NotImplementedError, match=r"format='marlin-24' of config\.json, which is not supported yet"):
+        streamed(tmp_path)
 
 
 def test_orders_of_groups(tmp_path: Path) -> None:

@@ -233,6 +233,18 @@ def nvfp4(folder: Path) -> Saved:
     return save_fp4(folder, "nvfp4-pack-quantized")
 
 
+def gguf_latents(folder: Path) -> Saved:
+    """DeepSeek-V3."""
+    pytest.importorskip("gguf", reason="needs the package gguf")
+    if not hasattr(importlib.import_module("transformers.integrations.gguf"), "convert_gguf_tokenizer"):
+        pytest.skip("needs a transformers that converts tokenizers of GGUF files")
+    from .gguf_files import only, write
+    from .test_gguf_families import model_of
+
+    written = write(folder / "model.gguf", model_of("deepseek_v3"), only("Q4_0"), "deepseek2")
+    return Saved(folder, written.reference, {})
+
+
 @pytest.mark.parametrize(
     ("save", "scheme"),
     [
@@ -242,13 +254,16 @@ def nvfp4(folder: Path) -> Saved:
         (fp8_rows, "bf16"),
         (nvfp4, "bf16"),
         (save_gpt_oss, "mxfp4"),
+        pytest.param(gguf_codes, "w4a16", marks=pytest.mark.exhaustive),
+        (gguf_latents, "w4a16"),
     ],
 )
 @torch.no_grad()
 def test_exported_programs(save: Callable[[Path], Saved], scheme: str, tmp_path: Path) -> None:
     saved = save(tmp_path)
-    options = options_for(tmp_path, experts=Experts(scheme))
-    model = stream(options, tmp_path)
+    given = tmp_path / "model.gguf" if (tmp_path / "model.gguf").exists() else tmp_path
+    options = options_for(given, experts=Experts(scheme))
+    model = stream(options, find_folder(str(given)))
     model.load()
     prepare_(model.model, options)
     _, programs = trace_methods(model.model, options, CONTEXT)
@@ -288,8 +303,10 @@ def test_a_gguf_file(tmp_path: Path, executorch_runtime: None) -> None:
     compare(lambda method, *given: program.run(method, *given)[0], Saved(tmp_path, written.reference, {}))
 
 
+# test_exported_programs has what is lowered here, and test_a_gguf_file lowers kept codes in `make test` too.
 @pytest.mark.slow
-@pytest.mark.parametrize("save", [symmetric, pytest.param(with_zeros, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("save", [symmetric, with_zeros])
 def test_artifacts(save: Callable[[Path], Saved], tmp_path: Path, executorch_runtime: None) -> None:
     saved = save(tmp_path / "model")
     out, lines = tmp_path / "kept.pte", io.StringIO()

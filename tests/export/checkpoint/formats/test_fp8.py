@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from executorch_moe.export.checkpoint.formats import check_format
+from executorch_moe.export.checkpoint.formats import check_format, read_format
 
 from .stored import GATE, LAYERS, Saved, edit, edit_json, logits_error, save, streamed
 
@@ -153,6 +153,30 @@ def test_another_file_of_modelopt(tmp_path: Path) -> None:
     (tmp_path / "hf_quant_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"hf_quant_config.json does not declare a format \(JSONDecodeError"):
         check_format(tmp_path)
+
+
+def test_files_that_contradict_each_other(tmp_path: Path) -> None:
+    """config.json often still has the declaration of the checkpoint that was quantized again."""
+    old = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    new = {"quantization": {"quant_algo": "NVFP4", "group_size": 16}}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": old}))
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(new))
+    contradiction = r"config\.json of .* declares fp8, blocks of 128 x 128, but hf_quant_config\.json declares modelopt"
+    with pytest.raises(ValueError, match=contradiction):
+        check_format(tmp_path)
+    same = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": same}))
+    check_format(tmp_path)
+    (tmp_path / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 32, "sym": True}))
+    with pytest.raises(ValueError, match=r"but quantize_config\.json declares GPTQ, 4 bits, groups of 32, symm"):
+        check_format(tmp_path)
+
+
+def test_only_the_cache_is_quantized(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    content = {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(content))
+    assert read_format(tmp_path) is None
 
 
 @pytest.fixture(scope="module")

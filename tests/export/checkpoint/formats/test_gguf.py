@@ -17,13 +17,14 @@ from torch import Tensor
 from executorch_moe.export.build import check_folder
 from executorch_moe.export.check import dequantized
 from executorch_moe.export.checkpoint.gguf import model_folder
+from executorch_moe.export.checkpoint.gguf.blocks import GgufEncoding
+from executorch_moe.export.checkpoint.gguf.changes import Change
 from executorch_moe.export.checkpoint.whole import load_model
 from executorch_moe.export.models.pretrained import tokenizer_json
 from executorch_moe.export.options import ExportOptions, Target
 from executorch_moe.kernels import unpack_experts
 
-from ...families import by_name
-from .gguf_files import TYPES, big_model, gguf, only, write
+from .gguf_files import TYPES, big_model, check_configuration, gguf, only, write
 from .stored import LAYERS, codes_of, edit_json, experts_of, logits_error, of_experts, streamed
 
 if not hasattr(importlib.import_module("transformers.integrations.gguf"), "convert_gguf_tokenizer"):
@@ -68,6 +69,7 @@ def test_other_types_are_rounded(kind: str, tmp_path: Path) -> None:
             assert torch.equal(model.model.get_parameter(name), expected), name
     exact = kind in ("MXFP4", "BF16")
     assert (record.error == 0) == exact and (record.error or 0) < 3e-3
+    check_configuration(model.model.config, written.reference.config)
     assert logits_error(model.model, written.reference) < 1e-2
     rounded = streamed(model_folder(written.path))
     (record,) = rounded.load()
@@ -104,51 +106,19 @@ def test_layers_of_several_types(algorithm: str, tmp_path: Path) -> None:
     assert shapes[0] == shapes[1]
 
 
-@pytest.mark.parametrize(
-    ("family", "architecture"), [("qwen2_moe", "qwen2moe"), ("mixtral", "llama"), ("olmoe", "olmoe")]
-)
-def test_other_families(family: str, architecture: str, tmp_path: Path) -> None:
-    written = write(tmp_path / "model.gguf", by_name(family).model(), only("Q4_0"), architecture)
-    model = streamed(model_folder(written.path))
-    (record,) = model.load()
-    assert record.algorithm == "kept"
-    for name, expected in written.reference.state_dict().items():
-        if ".experts." not in name:
-            assert torch.equal(model.model.get_parameter(name), expected), name
-    assert logits_error(model.model, written.reference) < 1e-2
-
-
-def test_gpt_oss(tmp_path: Path) -> None:
-    """MXFP4 experts, stacked in transformers, with biases; stored gate and up are apart."""
-    written = write(tmp_path / "model.gguf", by_name("gpt_oss").model(), only("MXFP4"), "gpt-oss")
-    model = streamed(model_folder(written.path), "bf16")
-    (record,) = model.load()
-    assert record.error == 0 and record.biases
-    for name, value in dequantized(model.layers[0].layout, experts_of(model)).items():
-        assert torch.equal(value, written.reference.get_submodule(model.layers[0].name).get_parameter(name)), name
-    for name, expected in written.reference.state_dict().items():
-        if ".experts." not in name:
-            assert torch.equal(model.model.get_parameter(name), expected), name
-    assert logits_error(model.model, written.reference) < 1e-2
-    rounded = streamed(model_folder(written.path))
-    (record,) = rounded.load()
-    assert record.algorithm == "minmax" and 0.03 < (record.error or 0) < 0.15
-    kept = streamed(model_folder(written.path), "mxfp4")
-    (record,) = kept.load()
-    assert record.algorithm == "kept" and record.error == 0
-    for value, exact in zip(*(unpack_experts(experts_of(each)) for each in (kept, model)), strict=True):
-        assert torch.equal(value, exact)
-    cut = write(
-        tmp_path / "cut.gguf",
-        by_name("gpt_oss").model(),
-        only("MXFP4"),
-        "gpt-oss",
-        change=lambda writer: writer.tensors[0].pop("blk.0.ffn_up_exps.weight"),
-    )
-    with pytest.raises(
-        ValueError, match=r"has blk\.0\.ffn_gate_exps\.weight, but not gate and up of one shape for model"
-    ):
-        streamed(model_folder(cut.path))
+def test_groups_that_columns_cut() -> None:
+    """Only whole groups of columns can be moved with their codes."""
+    whole = Change(columns=(*range(32, 64), *range(32)))
+    assert whole.keeps_groups(32) and GgufEncoding("Q4_0", whole).group_size == 32
+    cut = Change(columns=(*range(16, 64), *range(16)))
+    assert not cut.keeps_groups(32) and GgufEncoding("Q4_0", cut).group_size == 0
+    assert not GgufEncoding("MXFP4", cut).microscaled and GgufEncoding("MXFP4", whole).microscaled
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    stored = {"codes": torch.from_numpy(gguf.quants.quantize(weight.numpy(), TYPES.Q4_0))}
+    values = GgufEncoding("Q4_0").dequantize(stored)
+    for change in (whole, cut):
+        assert torch.equal(GgufEncoding("Q4_0", change).dequantize(stored), values[:, list(change.columns or ())])
+    assert torch.equal(GgufEncoding("Q4_0", whole).codes(stored).dequantize(), values[:, list(whole.columns or ())])
 
 
 def test_configuration_and_tokenizer(tmp_path: Path) -> None:
@@ -169,6 +139,33 @@ def test_configuration_and_tokenizer(tmp_path: Path) -> None:
         load_model(folder, torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("split", "text", "parts"),
+    [
+        ("qwen2", "It's 12345", ["It", "'s", " ", "1", "2", "3", "4", "5"]),
+        ("glm4", "It'S 12345", ["It", "'S", " ", "123", "45"]),
+        ("deepseek-v3", "It's 12345 \u6f22\u5b57+\n", ["It", "'s", " ", "123", "45", " ", "\u6f22\u5b57", "+\n"]),
+        ("olmo", "It's 12345", ["It", "'s", " 12345"]),
+        ("kimi-k2", "", None),
+    ],
+)
+def test_how_text_is_split(split: str, text: str, parts: list[str] | None, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    def other(writer: Any) -> None:
+        writer.kv_data[0].pop("tokenizer.ggml.pre")
+        writer.add_tokenizer_pre(split)
+
+    path = write(tmp_path / "model.gguf", big_model(), only("Q4_0"), change=other).path
+    if parts is None:
+        with pytest.raises(ValueError, match=r"cannot be converted \(tokenizer\.ggml\.pre='kimi-k2', supported: deep"):
+            model_folder(path)
+        return
+    tokenizer: Any = Tokenizer.from_str(tokenizer_json(model_folder(path)))
+    found = tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    assert [text[start:end] for _, (start, end) in found] == parts
+
+
 def test_a_folder_with_a_configuration_of_its_own(tmp_path: Path) -> None:
     written = write(tmp_path / "model.gguf", big_model(), only("Q4_0"))
     folder = tmp_path / "folder"
@@ -178,6 +175,28 @@ def test_a_folder_with_a_configuration_of_its_own(tmp_path: Path) -> None:
     model = streamed(folder)
     model.load()
     assert logits_error(model.model, written.reference) < 1e-2
+
+
+def test_a_folder_with_two_models(file: Path, tmp_path: Path) -> None:
+    """As of a repository on the Hub, with several quantizations of a model."""
+    for name in ("model-Q4_0.gguf", "model-Q8_0.gguf"):
+        (tmp_path / name).symlink_to(file)
+    (tmp_path / "config.json").write_bytes((model_folder(file) / "config.json").read_bytes())
+    with pytest.raises(
+        ValueError, match=r"is in model-Q4_0\.gguf and in model-Q8_0\.gguf of .*: give one of the files"
+    ):
+        streamed(tmp_path)
+
+
+def test_the_other_order_of_bytes(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "big.gguf", "qwen3moe", endianess=gguf.GGUFEndian.BIG)
+    writer.add_tensor("token_embd.weight", np.zeros((4, 32), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(NotImplementedError, match=r"big\.gguf has big-endian numbers, which are not supported"):
+        model_folder(tmp_path / "big.gguf")
 
 
 def test_a_model_in_several_files(tmp_path: Path) -> None:
@@ -255,8 +274,8 @@ def test_without_the_package_gguf(file: Path, monkeypatch: pytest.MonkeyPatch, t
 
 def test_what_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
-    write(path, big_model(), only("Q4_0"), "gemma")
-    with pytest.raises(NotImplementedError, match=r"model\.gguf: architecture 'gemma' is not supported yet"):
+    write(path, big_model(), only("Q4_0"), "qwen3vlmoe")
+    with pytest.raises(NotImplementedError, match=r"model\.gguf: architecture 'qwen3vlmoe' is not supported yet"):
         model_folder(path)
     write(path, big_model(), only("Q4_0"), change=lambda writer: writer.kv_data[0].pop("qwen3moe.expert_used_count"))
     with pytest.raises(ValueError, match=r"model\.gguf lacks qwen3moe\.expert_used_count: download it again"):

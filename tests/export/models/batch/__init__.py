@@ -1,0 +1,1 @@
+"""Tests of several sequences in one step."""
