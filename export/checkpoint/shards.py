@@ -140,15 +140,15 @@ class ShardReader:
         self._finite(stored.file, stored.name, weight)
         return weight if rows is None or part is not None else weight[rows]
 
-    def read_codes(self, name: str) -> Int4Codes:
-        """Reads a quantized matrix as codes, whose scales and zero points are in fp32.
+    def read_codes(self, name: str, rows: slice | None = None) -> Int4Codes:
+        """Reads a quantized matrix, or `rows` of stacked ones, as codes, whose scales and zero points are in fp32.
 
         Raises:
             ValueError: scales that are NaN or Inf, or see `Encoding.codes`.
         """
         stored = self._shards.tensors[name]
         assert stored.encoding is not None, f"{name} has no codes"
-        codes = stored.encoding.codes(self._parts(stored, None))
+        codes = stored.encoding.codes(self._parts(stored, rows))
         self._finite(stored.file, stored.name, codes.scale)
         return codes
 

@@ -75,7 +75,7 @@ def kept_codes(
         return None
     if SCHEMES[fusion.scheme].microscaled:
         return _kept_mxfp4(plan, module, layout)
-    if layout.transposed or not SCHEMES[fusion.scheme].packed:
+    if not SCHEMES[fusion.scheme].packed:
         return None
     found: dict[str, list[StoredTensor]] = {}
     for name in (*layout.gate_up, layout.down):
@@ -86,10 +86,12 @@ def kept_codes(
     names = frozenset(
         name
         for name, some in found.items()
-        if _moves_rows(plan.sources[f"{module}.{name}"]) and all(_group_size(stored) for stored in some)
+        if _keeps_rows(plan.sources[f"{module}.{name}"], layout) and all(_group_size(stored) for stored in some)
     )
     coded = [stored for name in names for stored in found[name]]
-    if not names or (fusion.scheme == "w4a8" and not (len(names) == len(found) and _one_scale_a_row(coded))):
+    if not names or (
+        fusion.scheme == "w4a8" and (layout.transposed or not (len(names) == len(found) and _one_scale_a_row(coded)))
+    ):
         return None
     group_size = math.gcd(*map(_group_size, coded))
     try:
@@ -113,7 +115,7 @@ def _kept_mxfp4(plan: CheckpointPlan, module: str, layout: ExpertLayout) -> Kept
         encodings = [plan.shards.tensors[stored].encoding for stored in source.all_names()]
         if not all(encoding is not None and encoding.microscaled for encoding in encodings):
             return None
-        if not (source.converter is None or (_moves_rows(source) and not layout.transposed)):
+        if not _keeps_rows(source, layout):
             return None
     return KeptCodes(MX_GROUP, False, names, microscaled=True)
 
@@ -185,23 +187,26 @@ def round_anew(weight: Tensor, kept: KeptCodes, fusion: FusionOptions) -> Int4Co
     return codes if codes.zero is not None or not kept.zeros else replace(codes, zero=torch.zeros_like(codes.scale))
 
 
-def read_codes(plan: CheckpointPlan, reader: ShardReader, target: str, run: slice, group_size: int) -> Int4Codes:
-    """Reads experts `run` of a stacked weight as codes [E, N, K] with groups of `group_size`; scales are in fp32."""
+def read_codes(plan: CheckpointPlan, reader: ShardReader, target: str, run: slice, kept: KeptCodes) -> Int4Codes:
+    """Reads experts `run` of a stacked weight as codes [E, N, K] with the groups of `kept`; scales are in fp32."""
+
+    def fitted(code: Int4Codes) -> Int4Codes:
+        code = code.regrouped(kept.group_size)
+        # Other matrices of the layer, or other rows of this one, may have zero points.
+        return replace(code, zero=torch.zeros_like(code.scale)) if kept.zeros and code.zero is None else code
+
     source = plan.sources[target]
+    if source.converter is None:
+        return fitted(reader.read_codes(source.all_names()[0], run))
     codes = {
-        pattern: [reader.read_codes(name).regrouped(group_size) for name in names[run]]
-        for pattern, names in source.names.items()
+        pattern: [fitted(reader.read_codes(name)) for name in names[run]] for pattern, names in source.names.items()
     }
 
-    def made(part: str) -> Tensor | None:
+    def made(part: str) -> Tensor:
         parts: dict[str, Any] = {pattern: [getattr(code, part) for code in some] for pattern, some in codes.items()}
-        if any(tensor is None for some in parts.values() for tensor in some):
-            return None
         return plan.convert(source, parts)[target]
 
-    q, scale = made("q"), made("scale")
-    assert q is not None and scale is not None
-    return Int4Codes(q, scale, made("zero"))
+    return Int4Codes(made("q"), made("scale"), made("zero") if kept.zeros else None)
 
 
 def mark_linears(plan: CheckpointPlan, model: nn.Module, skip: tuple[str, ...] = (), *, empty: bool = False) -> None:
@@ -243,6 +248,11 @@ def _one_scale_a_row(stored: list[StoredTensor]) -> bool:
         tensor.encoding is not None and tensor.encoding.symmetric and _group_size(tensor) == tensor.shape[-1]
         for tensor in stored
     )
+
+
+def _keeps_rows(source: Source, layout: ExpertLayout) -> bool:
+    """True if the rows of stored codes are those of the packed weight: stored in one piece, or merged by rows."""
+    return source.converter is None or (_moves_rows(source) and not layout.transposed)
 
 
 def _moves_rows(source: Source) -> bool:

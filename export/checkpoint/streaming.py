@@ -279,12 +279,14 @@ class StreamedModel:
             if kept.microscaled:
                 codes[name] = read_mxfp4(self.plan, reader, target, run)
             elif name in kept.names:
-                exact = read_codes(self.plan, reader, target, run, kept.group_size)
+                exact = read_codes(self.plan, reader, target, run, kept)
                 rounded = codes[name] = exact.rounded()
                 if deviation is not None:
                     deviation.add_rounded(rounded, exact)
             else:
                 expected = self.plan.read_experts(reader, target, run)
+                if layer.layout.transposed:
+                    expected = expected.transpose(1, 2)
                 codes[name] = round_anew(expected, kept, self.fusion)
                 if deviation is not None:
                     deviation.add(codes[name].dequantize(), expected)

@@ -23,7 +23,7 @@ from executorch_moe.kernels.prefill.arguments import HEAD_DIMS
 from executorch_moe.kernels.prefill.op import fits_cached_attention, fits_cached_attention_on_cpu
 
 from .keywords import check, take_cache
-from .linears import StoredInt4, is_one_token, stored_int4
+from .linears import is_one_token, joined_int4
 from .pretrained import require_transformers
 
 NAME = "executorch_moe_grouped"
@@ -296,7 +296,7 @@ def merged(linears: list[nn.Linear], rows: Tensor | None = None) -> nn.Linear:
     whole.weight = nn.Parameter(weight, requires_grad=False)
     if linears[0].bias is not None:
         whole.bias = nn.Parameter(ordered([linear.bias for linear in linears]), requires_grad=False)
-    stored = StoredInt4.joined([stored_int4(linear) for linear in linears])
+    stored = joined_int4(linears)
     whole.stored_int4 = stored if stored is None else stored.map(lambda part: ordered([part]))
     return whole
 

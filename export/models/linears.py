@@ -102,21 +102,33 @@ class StoredInt4:
         """Applies a function to scales and zero points."""
         return StoredInt4(function(self.scale), None if self.zero is None else function(self.zero))
 
-    @staticmethod
-    def joined(parts: Sequence[StoredInt4 | None]) -> StoredInt4 | None:
-        """The scales of weights that are concatenated along N; None unless all parts have scales of the same kind."""
-        there = [part for part in parts if part is not None]
-        zeros = [part.zero for part in there if part.zero is not None]
-        alike = len({part.scale.shape[1] for part in there}) == 1 and len(zeros) in (0, len(there))
-        if len(there) != len(parts) or not alike:
-            return None
-        return StoredInt4(torch.cat([part.scale for part in there]), torch.cat(zeros) if zeros else None)
-
 
 def stored_int4(linear: nn.Module) -> StoredInt4 | None:
     """The scales of a linear layer that was stored as 4-bit codes; None for other layers."""
     found: StoredInt4 | None = getattr(linear, "stored_int4", None)
     return found
+
+
+def joined_int4(linears: Sequence[nn.Linear]) -> StoredInt4 | None:
+    """The scales of several layers' weights, concatenated along N; None if no layer has some, or their groups differ.
+
+    Layers without scales get those of rounding to the others' groups, so that the others keep their codes.
+    """
+    parts = [stored_int4(linear) for linear in linears]
+    groups = {part.scale.shape[1] for part in parts if part is not None}
+    if len(groups) != 1:
+        return None
+    size = linears[0].in_features // groups.pop()
+    whole = [
+        StoredInt4(quantize_int4(linear.weight.detach(), size)[1], None) if part is None else part
+        for linear, part in zip(linears, parts, strict=True)
+    ]
+    scale = torch.cat([part.scale for part in whole])
+    if all(part.zero is None for part in whole):
+        return StoredInt4(scale, None)
+    return StoredInt4(
+        scale, torch.cat([torch.zeros_like(part.scale) if part.zero is None else part.zero for part in whole])
+    )
 
 
 class Int4Linear(nn.Module):

@@ -14,6 +14,7 @@ from executorch_moe.export.models.linears import (
     Int8Linear,
     MergedLinear,
     StoredInt4,
+    joined_int4,
     stored_int4,
 )
 
@@ -119,11 +120,11 @@ def quantize_dense_(
 
 
 def _merge_qkv(attention: nn.Module, kind: str, group_size: int) -> None:
-    linears = [attention.get_submodule(projection) for projection in QKV]
-    weights: list[Tensor] = [linear.weight for linear in linears]  # type: ignore[misc]
+    linears: list[nn.Linear] = [attention.get_submodule(projection) for projection in QKV]  # type: ignore[misc]
+    weights = [linear.weight for linear in linears]
     biases = [linear.bias for linear in linears]
     bias = None if biases[0] is None else torch.cat(biases)  # type: ignore[arg-type]
-    stored = StoredInt4.joined([stored_int4(linear) for linear in linears])
+    stored = joined_int4(linears)
     whole = _quantized(torch.cat(weights), bias, kind, group_size, stored)
     merged = MergedLinear(whole, [len(weight) for weight in weights])
     for projection, replacement in zip(QKV, (merged, *merged.followers), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from torch import nn
@@ -62,7 +63,7 @@ def _experts(records: Sequence[FusedLayer]) -> list[str]:
 
 
 def _linears(streamed: StreamedModel, options: ExportOptions) -> list[str]:
-    kept = again = 0
+    kept, again = 0, Counter[str]()
     for target, source in streamed.plan.sources.items():
         if any(below(target, layer.name) for layer in streamed.layers):
             continue
@@ -70,15 +71,15 @@ def _linears(streamed: StreamedModel, options: ExportOptions) -> list[str]:
             continue
         name = target.rpartition(".")[0]
         module: nn.Module = streamed.model.get_submodule(name)
-        if stored_int4(module) and options.dense.kind_of(name) == "int4":
+        kind = options.dense.kind_of(name) if type(module) is nn.Linear else "none"
+        if stored_int4(module) and kind == "int4":
             kept += 1
         else:
-            again += 1
+            again[kind] += 1
     found = [f"{_counted(kept, 'linear layer')} with codes kept as int4"] if kept else []
-    if again:
-        kind = options.dense.linears
+    for kind, number in again.items():
         then = "" if kind == "none" else f", then quantized to {kind}"
-        found.append(f"{_counted(again, 'linear layer')} dequantized to {options.target.dtype}{then}")
+        found.append(f"{_counted(number, 'linear layer')} dequantized to {options.target.dtype}{then}")
     return found
 
 

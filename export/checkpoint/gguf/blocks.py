@@ -16,7 +16,7 @@ Source: ggml's `block_q4_0`, `block_q4_1`, `block_q4_K`, `get_scale_min_k4` and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +103,21 @@ class StackedEncoding(Encoding):
         """True for MXFP4."""
         return all(kind == "MXFP4" for _, kind in self.kinds)
 
+    @property
+    def group_size(self) -> int:  # type: ignore[override]
+        """32 if all tensors have 4-bit codes of one type, else 0."""
+        return group_of_kinds(self.kinds)
+
+    @property
+    def symmetric(self) -> bool:  # type: ignore[override]
+        """True if codes have no zero points."""
+        return self.kinds[0][1] == "Q4_0"
+
+    def codes(self, parts: Mapping[str, Tensor]) -> Int4Codes:
+        """[E, N, K]."""
+        found = [GgufEncoding(kind).codes({"codes": parts[role]}) for role, kind in self.kinds]
+        return found[0] if len(found) == 1 else joined_codes(found, lambda t: torch.stack(t, 2).flatten(1, 2))
+
     def mxfp4(self, parts: Mapping[str, Tensor]) -> Mxfp4Codes:
         found = [GgufEncoding(kind).mxfp4({"codes": parts[role]}) for role, kind in self.kinds]
         if len(found) == 1:
@@ -150,8 +165,7 @@ class RowsEncoding(Encoding):
     @property
     def group_size(self) -> int:  # type: ignore[override]
         """32 if all tensors have 4-bit codes of one type, else 0."""
-        first = self.kinds[0][1]
-        return GROUP if first in CODED and all(kind == first for _, kind in self.kinds) else 0
+        return group_of_kinds(self.kinds)
 
     @property
     def symmetric(self) -> bool:  # type: ignore[override]
@@ -165,13 +179,21 @@ class RowsEncoding(Encoding):
 
     def codes(self, parts: Mapping[str, Tensor]) -> Int4Codes:
         found = [GgufEncoding(kind).codes({"codes": parts[role]}) for role, kind in self.kinds]
-        zeros = [codes.zero for codes in found if codes.zero is not None]
-        whole = Int4Codes(
-            torch.cat([codes.q for codes in found]),
-            torch.cat([codes.scale for codes in found]),
-            torch.cat(zeros) if zeros else None,
-        )
-        return whole.map(self.change.moved)
+        return joined_codes(found, torch.cat).map(self.change.moved)
+
+
+def group_of_kinds(kinds: Kinds) -> int:
+    """32 if all types are one with 4-bit codes, else 0."""
+    first = kinds[0][1]
+    return GROUP if first in CODED and all(kind == first for _, kind in kinds) else 0
+
+
+def joined_codes(found: list[Int4Codes], join: Callable[[list[Tensor]], Tensor]) -> Int4Codes:
+    """Codes of one type as one; `join` joins their rows."""
+    zeros = [codes.zero for codes in found if codes.zero is not None]
+    return Int4Codes(
+        join([codes.q for codes in found]), join([codes.scale for codes in found]), join(zeros) if zeros else None
+    )
 
 
 def _halves(byte: Tensor) -> Tensor:

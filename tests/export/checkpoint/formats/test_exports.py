@@ -86,9 +86,9 @@ def test_linear_layers_keep_their_codes(save: Callable[[Path], Saved], target: s
     assert (found - expected).norm() / expected.norm() < 6e-3
 
 
-def _weight(linear: nn.Module) -> torch.Tensor:
+def _weight(linear: nn.Module, width: int = H) -> torch.Tensor:
     """The weight of a linear layer, from what it makes of unit vectors."""
-    one = torch.eye(H, dtype=torch.float32)
+    one = torch.eye(width, dtype=torch.float32)
     many = linear(one).float().t()
     if isinstance(linear, Int4Linear):
         alone = torch.stack([linear(row[None])[0] for row in one], 1)
@@ -116,6 +116,33 @@ def test_a_model_whose_linear_layers_keep_their_codes(save: Callable[[Path], Sav
     if save is with_zeros:
         result = check_export(options)
         assert result.passed and not result.missing, result.findings
+
+
+@pytest.mark.parametrize(("key", "value"), [("Q4_1", "Q4_0"), ("Q4_0", "Q8_0")])
+def test_merged_layers_keep_the_codes_that_there_are(key: str, value: str, tmp_path: Path) -> None:
+    """Queries, keys and values in several types, as in most GGUF files, become one layer."""
+    pytest.importorskip("gguf", reason="needs the package gguf")
+    if not hasattr(importlib.import_module("transformers.integrations.gguf"), "convert_gguf_tokenizer"):
+        pytest.skip("needs a transformers that converts tokenizers of GGUF files")
+    from .gguf_files import SIZE, big_model, write
+
+    kinds = {"attn_k.": key, "attn_v.": value, "attn_q.": "Q4_0", "attn_output": "Q4_0"}
+    path = tmp_path / "model.gguf"
+    written = write(path, big_model(), lambda name: next((kinds[part] for part in kinds if part in name), "F32"))
+    options = options_for(path, target="sm_90", dense=Dense("int4", lm_head="none"))
+    model = stream(options, find_folder(str(path)))
+    model.load()
+    (line,) = stored_weights(model, [], options)
+    kept = 4 if value == "Q4_0" else 3
+    assert f"{kept} linear layers with codes kept as int4" in line
+    assert ("1 linear layer dequantized to bf16, then quantized to int4" in line) == (kept == 3)
+    prepare_(model.model, options)
+    (found,) = (_weight(m, SIZE) for n, m in model.model.named_modules() if n.endswith(("qkv_proj", "q_proj.merged")))
+    attention = written.reference.model.layers[0].self_attn
+    parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+    for name, actual, part in zip("qkv", found.split([len(p.weight) for p in parts]), parts, strict=True):
+        bound = 0.15 if name == "v" and kept == 3 else 6e-3
+        assert (actual - part.weight).norm() < bound * part.weight.norm(), name
 
 
 @pytest.mark.parametrize("target", ["cpu", "sm_90"])

@@ -106,6 +106,29 @@ def test_layers_of_several_types(algorithm: str, tmp_path: Path) -> None:
     assert shapes[0] == shapes[1]
 
 
+@pytest.mark.parametrize(
+    ("gate", "up", "down"),
+    [("Q4_0", "Q4_0", "Q4_1"), ("Q4_1", "Q4_1", "Q4_0"), ("Q4_0", "Q4_K", "Q4_0"), ("Q4_K", "Q4_0", "Q4_1")],
+)
+def test_matrices_with_and_without_zero_points(gate: str, up: str, down: str, tmp_path: Path) -> None:
+    """As in files of Q4_0, where some down projections are Q4_1."""
+    kinds = {"gate_exps": gate, "up_exps": up, "down_exps": down}
+    written = write(
+        tmp_path / "model.gguf", big_model(), lambda name: next((kinds[k] for k in kinds if k in name), "F32")
+    )
+    model = streamed(model_folder(written.path))
+    (record,) = model.load()
+    assert record.algorithm == "kept" and (record.error or 0) < 1e-2
+    experts = written.reference.get_submodule(model.layers[0].name)
+    for name, value in dequantized(model.layers[0].layout, experts_of(model)).items():
+        expected = experts.get_parameter(name)
+        assert (value - expected).norm() < 1e-2 * expected.norm(), name
+    empty = streamed(model_folder(written.path))
+    empty.load_placeholders()
+    shapes = [{name: t.shape for name, t in m.model.state_dict().items()} for m in (model, empty)]
+    assert shapes[0] == shapes[1]
+
+
 def test_groups_that_columns_cut() -> None:
     """Only whole groups of columns can be moved with their codes."""
     whole = Change(columns=(*range(32, 64), *range(32)))

@@ -144,6 +144,44 @@ def test_gpt_oss(tmp_path: Path) -> None:
         streamed(model_folder(cut.path))
 
 
+MIXED = "kept, minmax"
+
+
+@pytest.mark.parametrize(
+    ("up", "down", "algorithm"),
+    [
+        ("Q4_0", "Q4_0", "kept"),
+        ("Q4_1", "Q4_1", "kept"),
+        ("Q4_0", "Q8_0", "kept, minmax"),
+        ("Q4_1", "Q4_0", "kept, minmax"),
+    ],
+)
+def test_gpt_oss_in_other_types(up: str, down: str, algorithm: str, tmp_path: Path) -> None:
+    """Stacked codes, whose gate and up rows alternate in the model: kept if both have one type."""
+    kinds = {"ffn_gate_exps": "Q4_0" if algorithm == MIXED else up, "ffn_up_exps": up, "ffn_down_exps": down}
+    written = write(
+        tmp_path / "model.gguf",
+        by_name("gpt_oss").model(),
+        lambda name: next((kinds[part] for part in kinds if part in name), "F32"),
+        "gpt-oss",
+    )
+    model = streamed(model_folder(written.path))
+    (record,) = model.load()
+    assert record.algorithm == algorithm
+    assert logits_error(model.model, written.reference) < (1e-2 if algorithm == "kept" else 0.2)
+    experts = written.reference.get_submodule(model.layers[0].name)
+    for name, value in dequantized(model.layers[0].layout, experts_of(model)).items():
+        expected = experts.get_parameter(name)
+        exact = algorithm == "kept" or name == ("gate_up_proj" if up == "Q4_0" else "down_proj") or "bias" in name
+        assert (value - expected).norm() < (1e-2 if exact else 0.15) * expected.norm(), name
+    empty = streamed(model_folder(written.path))
+    empty.load_placeholders()
+    shapes = [{name: t.shape for name, t in m.model.state_dict().items()} for m in (model, empty)]
+    assert shapes[0] == shapes[1]
+    eight = streamed(model_folder(written.path), "w4a8")
+    assert {layer.kept for layer in eight.layers} == {None}
+
+
 def without(key: str) -> Callable[[Any], object]:
     return lambda writer: writer.kv_data[0].pop(f"deepseek2.{key}")
 
