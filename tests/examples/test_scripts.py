@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from executorch_moe.examples import runner
+
 from ..export.conftest import MAX_CONTEXT, MadeOnce, tiny_artifact
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +55,5 @@ def test_runner_generates_text(tmp_path: Path, made_once: MadeOnce) -> None:
     # 10 positions for the prompt, as many more as there are, and the last token that is not fed back.
     assert result.stdout.startswith("The import") and len(result.stdout.rstrip("\n")) <= MAX_CONTEXT + 1
     assert "runtime: executorch (CPU)" in result.stderr
-    refused = run(ROOT / "examples" / "runner.py", str(pte), "x" * (MAX_CONTEXT + 8), cwd=tmp_path)
-    message = f"the prompt has {MAX_CONTEXT + 8} tokens: give 1 to {MAX_CONTEXT}"
-    assert refused.returncode == 1 and message in refused.stderr
+    with pytest.raises(SystemExit, match=f"the prompt has {MAX_CONTEXT + 8} tokens: give 1 to {MAX_CONTEXT}"):
+        runner.main(str(pte), "x" * (MAX_CONTEXT + 8))

@@ -30,6 +30,7 @@ def test_help_does_not_import_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.exhaustive  # the processes of test_damaged_artifact.py are quiet too
 def test_tune_keeps_other_packages_quiet(tmp_path: Path) -> None:
     command = [
         sys.executable,

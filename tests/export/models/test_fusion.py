@@ -289,7 +289,7 @@ def test_unfused_experts_that_the_cpu_runtime_cannot_run() -> None:
     with pytest.raises(NotImplementedError, match=named):
         MoECpuPartitioner(options).transform_for_pre_decomposition(export_logits(family.model("grouped_mm")))
     partitioner = MoECpuPartitioner(options)
-    program = export_logits(family.model("batched_mm"))
+    program = export_logits(family.model("batched_mm"), dynamic=False)
     lowered = to_edge_transform_and_lower(program, partitioner=[partitioner])
     assert len(partitioner.report.unfused) == family.moe_layers and lowered.methods == {"forward"}
 
