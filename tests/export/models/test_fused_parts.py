@@ -17,6 +17,7 @@ from executorch_moe.export.build import attention_of, streamline
 from executorch_moe.export.checkpoint.structure import structure_of
 from executorch_moe.export.models.causal_lm import CausalLM
 from executorch_moe.export.options import Target
+from executorch_moe.export.quantize.experts import quantize_experts_
 
 from ..families import FAMILIES, FURTHER, RECURRENT, Family, Logits, by_name, tokens
 
@@ -66,7 +67,7 @@ def logits_and_operators(name: str) -> tuple[Tensor, Tensor, frozenset[str]]:
     reference = tiny_model(name)
     model: Any = tiny_model(name).to(torch.bfloat16)
     model.set_attn_implementation(attention_of(Target("sm_90"), structure_of(model)))
-    module = CausalLM(streamline(model), CONTEXT)
+    module = CausalLM(streamline(quantize_experts_(model, "bf16")), CONTEXT)
     ids, actual = tokens(PROMPT + 3), []
     with Operators() as operators, torch.no_grad():
         for start, end in ((0, PROMPT), *((token, token + 1) for token in range(PROMPT, PROMPT + 3))):
