@@ -151,9 +151,11 @@ class OneTokenDecoderLayer(nn.Module):
             attention = self.self_attn
             head_dim = attention.head_dim if self._fuses_attention else ANY_HEAD_DIM
             window, linears = attention.sliding_window, [attention.o_proj]
+        router = self.mlp.gate.weight if self.routed else None
         return (
             not window
-            and fits_one_token(head_dim, hidden.shape[-1], len(self.mlp.gate.weight) if self.routed else 1)
+            and (router is None or router.dtype == torch.bfloat16)
+            and fits_one_token(head_dim, hidden.shape[-1], 1 if router is None else len(router))
             and all(map(_weights, linears))
         )
 

@@ -109,13 +109,17 @@ def _causal_models() -> dict[str, bool]:
 
 
 def layer_kinds(folder: Path, config: dict[str, Any]) -> list[str]:
-    """Kinds of a model's layers, in transformers' names; those of config.json if transformers refuses it."""
+    """Kinds of a model's layers, by its config.json, else by transformers; none if that refuses the file.
+
+    transformers takes "mamba" for linear attention, so that its own names say less.
+    """
+    if isinstance(kinds := config.get("layer_types"), list):
+        return sorted({"full_attention" if kind == "attention" else str(kind) for kind in kinds})
     transformers = require_transformers()
     try:
         return attention_kinds(transformers.AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config())
     except Exception:  # transformers and its dataclasses raise their own classes; `meta_model` reports it
-        kinds = config.get("layer_types")
-        return sorted({str(kind) for kind in kinds}) if isinstance(kinds, list) else []
+        return []
 
 
 def text_part(config: dict[str, Any]) -> dict[str, Any]:
