@@ -38,7 +38,9 @@ SMALL = 4096
 
 INDUCTOR_CONFIG = {
     "compile_threads": 1,  # workers are other processes, without the replacements
-    "cpp.simdlen": 256,  # AVX2, as in the CPU baseline
+    # Host code launches kernels and has no loops over elements. To find vector instructions for them, torch would
+    # compile and load up to six test programs: about 6 CPU seconds, and flags that depend on this machine.
+    "cpp.vec_isa_ok": False,
     "triton.autotune_at_compile_time": True,
     "triton.autotune_with_sample_inputs": False,
     "deterministic": True,
@@ -182,26 +184,10 @@ def _replace_toolchain(stack: contextlib.ExitStack, replace: Replace, model: Gpu
         "LIBRARY_PATH": os.pathsep.join(filter(None, (str(home / "lib64"), os.environ.get("LIBRARY_PATH")))),
     }
     stack.enter_context(mock.patch.dict(os.environ, environment))
-    _choose_vector_instructions(stack, replace)
     replace("torch.utils.cpp_extension:CUDA_HOME", str(home))
     # With this version set, a CUDA build of torch makes fatbins, which need nvcc.
     replace("torch:version.cuda", None)
     stack.enter_context(config.patch(settings))
-
-
-def _choose_vector_instructions(stack: contextlib.ExitStack, replace: Replace) -> None:
-    """Host code uses AVX2, as `CPU_BASELINE` says, whatever this machine's CPU has.
-
-    torch compiles and loads up to six test programs to find what CPU and compiler can do: about 12 CPU seconds for each
-    target. If this torch has no such function, nothing is changed.
-    """
-    from torch._inductor import config, cpu_vec_isa
-
-    name = "torch._inductor.cpu_vec_isa:valid_vec_isa_list"
-    if problem(name) or not hasattr(cpu_vec_isa, "VecAVX2"):
-        return
-    stack.enter_context(config.patch({"cpp.vec_isa_ok": True}))
-    replace(name, lambda: [cpu_vec_isa.VecAVX2()])
 
 
 def _replace_device(stack: contextlib.ExitStack, replace: Replace, model: GpuModel) -> None:

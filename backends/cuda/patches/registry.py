@@ -106,8 +106,6 @@ PATCHES: dict[str, Patch] = {
     "torch._higher_order_ops.triton_kernel_wrap:identify_accessed_tensors": Patch(
         CROSS, ("kernel", "kwargs", "tma_descriptor_metadata"), GO_WITHOUT
     ),
-    # Without it torch finds the vector instructions by compiling test programs.
-    f"{_INDUCTOR}.cpu_vec_isa:valid_vec_isa_list": Patch(CROSS, (), GO_WITHOUT),
     # target_cuda: weights without bytes on the GPU
     f"{_CPP}.codegen_device": Patch(CROSS, ("self", "device")),
     f"{_CPP}.codegen_model_constructor": Patch(CROSS, ("self",)),

@@ -148,7 +148,6 @@ def test_what_is_gone_without_is_not_refused(monkeypatch: pytest.MonkeyPatch) ->
     name = "torch._higher_order_ops.triton_kernel_wrap:identify_accessed_tensors"
     assert {known for known, patch in PATCHES.items() if patch.otherwise == GO_WITHOUT} == {
         name, "torch._inductor.codegen.cuda.device_op_overrides:CUDADeviceOpOverrides.kernel_driver",
-        "torch._inductor.cpu_vec_isa:valid_vec_isa_list",
     }  # fmt: skip
     monkeypatch.setattr(*holder_of(name), lambda other: None)
     assert "not (kernel, kwargs, tma_descriptor_metadata)" in problem(name)
