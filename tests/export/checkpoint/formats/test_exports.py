@@ -212,6 +212,20 @@ def test_nothing_is_written_before_a_refusal(damage: Callable[[Path], None], mes
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_nothing_is_written_for_a_truncated_gguf_file(tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="needs the package gguf")
+    from .gguf_files import big_model, only, write
+
+    (tmp_path / "made").mkdir()
+    whole = write(tmp_path / "made" / "model.gguf", big_model(), only("Q4_0")).path
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "cut.gguf").write_bytes(whole.read_bytes()[:-1000])
+    line = refused("export", folder / "cut.gguf", "--target", "cpu", "-o", folder / "x.pte")
+    assert "cut.gguf is cut short, damaged or not a GGUF file" in line and "download it again" in line
+    assert [path.name for path in folder.iterdir()] == ["cut.gguf"]
+
+
 def test_packing_continues_where_it_stopped(tmp_path: Path) -> None:
     save_awq(tmp_path / "model", 64)
     first = streamed(tmp_path / "model")
