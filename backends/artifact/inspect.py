@@ -94,7 +94,7 @@ class ArtifactReport:
         """Bytes by part: `host code METHOD`, `GPU code METHOD`, `experts`, `state`, `other weights`, and both files.
 
         Only CUDA delegates record which weights are state. In other programs state is in neither file. Parts whose size
-        is unknown are left out.
+        is unknown are left out. Weights that the GPU generates (`--placeholder-weights`) count in full.
         """
         sizes: dict[str, int] = {}
         storages = {name: self.weights[name] for name in self.outside}
@@ -113,7 +113,9 @@ class ArtifactReport:
             state_bytes = sum(storages[name] for name in state)
             if mutated:
                 sizes["state"] = state_bytes
-            sizes["other weights"] = sum(self.weights.values()) - sizes["experts"] - state_bytes
+            # The .ptd has no values of placeholders; delegates know the sizes of their weights.
+            weights = max(sum(self.weights.values()), sum(storages.values()))
+            sizes["other weights"] = weights - sizes["experts"] - state_bytes
         sizes[".pte"] = self.pte.stat().st_size
         sizes[".ptd"] = self.ptd.stat().st_size if self.ptd is not None else 0
         return sizes

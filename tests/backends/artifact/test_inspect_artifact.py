@@ -194,3 +194,10 @@ def test_everything_wrong_is_in_one_message() -> None:
 def test_torch_is_not_asked_for_a_gpu(linear: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked for a GPU"))
     inspect_artifact(linear.pte)
+
+
+def test_weights_without_values_count_in_full(emulated: Artifact) -> None:
+    report = inspect_artifact(emulated.pte)
+    sizes = replace(report, weights=dict.fromkeys(report.weights, 1)).sizes()
+    told = {name: size for m in report.methods.values() for d in m.delegates for name, size in d.weights.items()}
+    assert sizes["state"] + sizes["other weights"] == sum(told.values()) > len(report.weights)
