@@ -138,7 +138,7 @@ def seed() -> None:
 def few_gemms() -> Iterator[None]:
     """On a GPU Inductor times two kernels for each GEMM instead of about twenty: most of an export's time there.
 
-    Exports of `tiny_artifact` in export/conftest.py choose among all of them.
+    The export whose speed is compared chooses among all of them: `tiny_artifact` in export/conftest.py.
     """
     if why_no_gpu():
         yield

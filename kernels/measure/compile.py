@@ -168,13 +168,21 @@ class CompileJob:
 def compile_ahead(jobs: Sequence[CompileJob], on_done: Callable[[], None] = lambda: None) -> None:
     """Fill Triton's cache for the GPU of this machine, on all cores, because compiling takes longer than timing.
 
+    TORCHINDUCTOR_COMPILE_THREADS, torch's own variable, limits the processes; with 1 there are none.
+
     Args:
         jobs: layers to compile. on_done: called after each job.
     """
     gpu = gpu_of(torch.cuda.current_device())
-    workers = max(1, min((os.cpu_count() or 2) - 1, len(jobs)))
+    cores = int(os.environ.get("TORCHINDUCTOR_COMPILE_THREADS") or (os.cpu_count() or 2) - 1)
+    workers, work = max(1, min(cores, len(jobs))), [(gpu, job) for job in jobs]
+    if workers == 1:
+        for one in work:
+            _fill_cache(one)
+            on_done()
+        return
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for _ in pool.map(_fill_cache, [(gpu, job) for job in jobs], chunksize=2):
+        for _ in pool.map(_fill_cache, work, chunksize=2):
             on_done()
 
 

@@ -15,7 +15,6 @@ from executorch_moe.export.bench.humming import plain_codes
 from executorch_moe.export.cli.app import app
 from executorch_moe.kernels import Mxfp4Codes, unpack_experts
 from executorch_moe.kernels.experts.aten import fused_experts_cpu
-from executorch_moe.kernels.measure.compile import CompileJob, compile_ahead
 from executorch_moe.kernels.measure.timing import (
     floor_us,
     make_layers,
@@ -84,23 +83,10 @@ PATHS = (("ours", 4), ("ours-grouped", 4), ("ours", 100), ("ours-grouped", 100),
 """The path for few tokens, and the grouped kernel with both schedules, for few and for many tokens."""
 
 
-@pytest.fixture(scope="module")
-def compiled() -> None:
-    """Compiles all kernels of the test below, on all cores."""
-    compile_ahead(
-        [
-            CompileJob(shape, scheme, tokens, kb.OURS[implementation])
-            for shape in SHAPES.values()
-            for scheme in SCHEMES
-            for implementation, tokens in PATHS
-        ]
-    )
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_preset_scheme_and_path_is_right(shape: str, scheme: str, compiled: None) -> None:
+def test_every_preset_scheme_and_path_is_right(shape: str, scheme: str) -> None:
     generator = torch.Generator("cuda").manual_seed(0)
     packed = random_packed(SHAPES[shape], scheme, "cuda", generator)
     for implementation, tokens in PATHS:
