@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.library import wrap_triton
 from triton.runtime.jit import JITFunction
 
@@ -39,7 +41,8 @@ class Launch:
         if kernel is self.kernel:
             self.run_now()
         else:
-            kernel[self.grid](**self.args, **self.constexprs, num_warps=self.num_warps)
+            with on_device(value for value in self.args.values() if not is_traced(value)):
+                kernel[self.grid](**self.args, **self.constexprs, num_warps=self.num_warps)
 
     def run_now(self) -> None:
         """Run the kernel on the device of its tensors, even while torch traces."""
@@ -64,6 +67,11 @@ def ptx_of(gpu: Gpu) -> int:
 
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def is_traced(value: Any) -> bool:
+    """True for a tensor that has no values: torch is tracing."""
+    return isinstance(value, FakeTensor | FunctionalTensor)
 
 
 def on_device(arguments: Iterable[Any]) -> AbstractContextManager[Any]:

@@ -35,6 +35,9 @@ WAITING_KERNELS = (
     "moe_one_token_shared_router",
     "moe_residual_norm",
     "moe_rotated_heads",
+    "moe_rows_attention",
+    "moe_rows_linear",
+    "moe_rows_router",
     "moe_sum_pairs",
     "moe_top_experts",
 )

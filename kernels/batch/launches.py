@@ -23,6 +23,8 @@ POSITIONS = 64
 """Positions that a program of attention handles at a time."""
 FEW_SPLITS = 8
 """Parts of the positions with which few rows of long texts fill a GPU, if many rows are possible."""
+MAX_SPLITS = 32
+"""Most parts: the combination is unrolled, and 256 parts took Triton minutes to compile."""
 MAX_PART_CELLS = 32768
 """Numbers of all parts that the last program of attention combines."""
 SHORT_WAVE = 3
@@ -146,7 +148,7 @@ def splits_of(gpu: Gpu, rows: int, kv_heads: int, width: int) -> int:
     empty; at most as many as the last program can combine, which reads `width` numbers of each part that has positions.
     """
     wanted = max(FEW_SPLITS, 4 * gpu.num_sms // (kv_heads * rows))
-    return 1 << (max(1, min(wanted, MAX_PART_CELLS // width)).bit_length() - 1)
+    return 1 << (max(1, min(wanted, MAX_SPLITS, MAX_PART_CELLS // width)).bit_length() - 1)
 
 
 BLOCK_K = 128

@@ -7,11 +7,9 @@ from collections.abc import Callable
 import torch
 import triton
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from executorch_moe.kernels.gpus import Gpu
-from executorch_moe.kernels.launch import Launch, kernel_gpu, ptx_of
+from executorch_moe.kernels.launch import Launch, is_traced, kernel_gpu, ptx_of
 
 from .arguments import DeltaRuleArguments
 from .decode_kernels import moe_delta_rule_one_token
@@ -49,7 +47,7 @@ def _states(arguments: DeltaRuleArguments) -> tuple[Tensor, Tensor]:
     convolution is copied, of which the kernel for one token rewrites one row.
     """
     conv_state, state = arguments.conv_state, arguments.recurrent_state
-    traced = isinstance(state, FakeTensor | FunctionalTensor)
+    traced = is_traced(state)
     return conv_state.clone(), state.clone() if traced else torch.empty_like(state)
 
 
@@ -58,7 +56,7 @@ def _one_token(
 ) -> Tensor:
     sizes = arguments.sizes
     new_conv_state, new_state = states
-    traced = isinstance(new_state, FakeTensor | FunctionalTensor)
+    traced = is_traced(new_state)
     out = arguments.projected.new_empty(1, sizes.values)
     launch = Launch(
         moe_delta_rule_one_token,
@@ -101,7 +99,7 @@ def _chunks(
     """
     sizes, projected = arguments.sizes, arguments.projected
     new_conv_state, new_state = states
-    traced = isinstance(new_state, FakeTensor | FunctionalTensor)
+    traced = is_traced(new_state)
     tokens = projected.shape[0]
     chunks = (tokens + CHUNK - 1) // CHUNK
     # Buffers of small heads are fp32. Their products are cheap, and tiles below 64 have no use of larger instructions.

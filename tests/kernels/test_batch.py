@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch import Tensor
@@ -190,6 +192,17 @@ def test_kernels_compile_without_spills(capability: int, rows: int, head_dim: in
     for launch in launches_of_rows(gpu, rows, head_dim, dtype):
         report = compile_launch(launch, capability)
         assert report.spill_bytes == 0 and report.shared <= gpu.max_shared, (launch.kernel.__name__, report)
+
+
+@pytest.mark.compiler
+def test_few_rows_compile_fast() -> None:
+    """With few rows positions have many parts, and the last program's loops over them are unrolled."""
+    launches = launches_of_rows(find_model("h200").gpu, 2, 128, torch.int8)
+    (attention,) = (launch for launch in launches if launch.kernel.__name__ == "moe_rows_attention")
+    assert attention.constexprs["SPLITS"] == 32
+    start = time.process_time()
+    compile_launch(attention, 90)
+    assert time.process_time() - start < 20
 
 
 @pytest.mark.compiler

@@ -13,8 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, export
 
 from executorch_moe.kernels import FusedExperts, fused_experts, gpus, pack_experts
+from executorch_moe.kernels import launch as launching
 from executorch_moe.kernels.decode import op as ops
 from executorch_moe.kernels.experts import problem
+from executorch_moe.kernels.experts.elementwise import moe_sum_pairs
 from executorch_moe.kernels.experts.plan import Options, run_fused_experts
 from executorch_moe.kernels.experts.problem import needs_wide_offsets
 from executorch_moe.kernels.gpus import Gpu, compile_for, find_model, gpu_of
@@ -64,6 +66,19 @@ def test_kernels_are_launched_where_their_tensors_are(run: Any, driver: Driver) 
             run(Launch(driver, (1,), {"num_tokens": 3, "x_ptr": tensor}, {"PTX": 90}))
     run(Launch(driver, (1,), {"x_ptr": torch.empty(4)}, {"PTX": 0}))  # interpreted, on the CPU
     assert driver.launched_on == [1, 0, 0] and driver.current == 0
+
+
+def test_triton_kernels_are_launched_where_their_tensors_are(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above, for a kernel of Triton; while torch traces, no device is chosen, because there may be none."""
+    if torch.backends.cuda.is_built() and torch.cuda.device_count() == 1:
+        pytest.skip("a CUDA build cannot make tensors, not even fake ones, for a missing second GPU")
+    monkeypatch.setattr(launching, "wrap_triton", lambda kernel: driver)
+    with FakeTensorMode():
+        there = Launch(moe_sum_pairs, (1,), {"x_ptr": torch.empty(4, device="cuda:1")}, {"PTX": 90})
+        there.run()
+        monkeypatch.setattr(launching, "is_traced", lambda value: False)
+        there.run()
+    assert driver.launched_on == [0, 1] and driver.current == 0
 
 
 def test_no_index_is_the_current_device(monkeypatch: pytest.MonkeyPatch) -> None:

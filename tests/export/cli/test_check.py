@@ -108,11 +108,29 @@ def test_what_is_traced_is_what_an_export_traces(
     assert one_token == any("one_token_attention" in target for _, target, _ in decode)
 
 
+def without_position_ids() -> dict[str, Any]:
+    """Another table, because an entry that is deleted and put back would be the last one for the tests that follow."""
+    return {name: accepts for name, accepts in keywords.HARMLESS.items() if name != "position_ids"}
+
+
+def test_a_cache_that_refuses_an_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another version of transformers would call it: refused while the model's structure is found."""
+    monkeypatch.setattr(keywords, "HARMLESS", without_position_ids())
+    result = check("--target", "sm_90", "--max-context", "64")
+    assert result.exit_code == 2
+    assert "the cache was called with the unknown argument 'position_ids'" in result.stderr
+    assert "install a transformers version that `executorch-moe doctor` accepts" in result.stderr
+
+
 def test_a_layer_of_ours_that_refuses_an_argument(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As another version of transformers would call it."""
-    # Another table, because an entry that is deleted and put back would be the last one for the tests that follow.
-    harmless = {name: accepts for name, accepts in keywords.HARMLESS.items() if name != "position_ids"}
-    monkeypatch.setattr(keywords, "HARMLESS", harmless)
+    """The same, but only while tracing."""
+
+    def trace_methods(*arguments: Any) -> Any:
+        monkeypatch.setattr(keywords, "HARMLESS", without_position_ids())
+        return stock(*arguments)
+
+    stock = checking.trace_methods
+    monkeypatch.setattr(checking, "trace_methods", trace_methods)
     monkeypatch.setattr(checking, "check_numerics", lambda *_: None)
     result = check("--target", "sm_90", "--max-context", "64")
     assert result.exit_code == 2
