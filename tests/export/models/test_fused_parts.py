@@ -19,7 +19,7 @@ from executorch_moe.export.models.causal_lm import CausalLM
 from executorch_moe.export.options import Target
 from executorch_moe.export.quantize.experts import quantize_experts_
 
-from ..families import FAMILIES, FURTHER, RECURRENT, Family, Logits, by_name, tokens
+from ..families import COMMON, FAMILIES, FURTHER, RECURRENT, Family, Logits, by_name, tokens
 
 PAGE = Path(__file__).parents[3] / "docs" / "support.md"
 AS_PUBLISHED: dict[str, dict[str, Any]] = {
@@ -62,13 +62,13 @@ def tiny_model(name: str) -> nn.Module:
 
 
 @functools.cache
-def logits_and_operators(name: str, device: str = "cpu") -> tuple[Tensor, Tensor, frozenset[str]]:
+def logits_and_operators(name: str, device: str = "cpu", text: int = 0) -> tuple[Tensor, Tensor, frozenset[str]]:
     """Logits of a prompt's last tokens, unmodified in fp32 and as for CUDA in bf16, and the operators of the latter."""
     reference = tiny_model(name)
     model: Any = tiny_model(name).to(torch.bfloat16)
     model.set_attn_implementation(attention_of(Target("sm_90"), structure_of(model)))
     module = CausalLM(streamline(quantize_experts_(model, "bf16")), CONTEXT).to(device)
-    ids, positions, actual = tokens(PROMPT + 3), torch.arange(PROMPT + 3), []
+    ids, positions, actual = text_of(text), torch.arange(PROMPT + 3), []
     with Operators() as operators, torch.no_grad():
         for start, end in ((0, PROMPT), *((token, token + 1) for token in range(PROMPT, PROMPT + 3))):
             actual.append(module(ids[:, start:end].to(device), positions[start:end].to(device))[0].cpu())
@@ -118,12 +118,26 @@ def test_fused_parts_compute_the_same_on_a_gpu(family: Family) -> None:
 def check_results(name: str, device: str) -> None:
     """Asserts that logits in bf16 are about as near to the unmodified model in fp32 as that is in bf16.
 
-    Wrong parts differ by 0.1 and more.
+    Wrong parts differ by 0.1 and more, for any text. So does one choice of a random router in a near tie: if the first
+    text fails, two others must pass.
     """
-    expected, actual, _ = logits_and_operators(name, device)
+    found, bound = errors(name, device, 0)
+    if found >= bound:
+        others = [errors(name, device, text) for text in (1, 2)]
+        assert all(other < limit for other, limit in others), (found, bound, others)
+
+
+def errors(name: str, device: str, text: int) -> tuple[float, float]:
+    """The error of a text's logits, and its bound."""
+    expected, actual, _ = logits_and_operators(name, device, text)
     with torch.no_grad():
-        usual = Logits(tiny_model(name).to(torch.bfloat16))(tokens(PROMPT + 3))[0, PROMPT - 1 :].float()
-    assert error(actual, expected) < 3 * error(usual, expected) + 0.01
+        usual = Logits(tiny_model(name).to(torch.bfloat16))(text_of(text))[0, PROMPT - 1 :].float()
+    return error(actual, expected), 3 * error(usual, expected) + 0.01
+
+
+def text_of(number: int) -> Tensor:
+    """Token ids [1, PROMPT + 3], others for each number."""
+    return (tokens(PROMPT + 3) + 7 * number) % int(COMMON["vocab_size"])
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
