@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from executorch_moe.kernels.decode.launches import MAX_PART_CELLS, MAX_SPLITS
 from executorch_moe.kernels.gpus import Gpu
 from executorch_moe.kernels.launch import Launch, kernel_gpu, ptx_of
 
@@ -23,10 +24,6 @@ POSITIONS = 64
 """Positions that a program of attention handles at a time."""
 FEW_SPLITS = 8
 """Parts of the positions with which few rows of long texts fill a GPU, if many rows are possible."""
-MAX_SPLITS = 32
-"""Most parts: the combination is unrolled, and 256 parts took Triton minutes to compile."""
-MAX_PART_CELLS = 32768
-"""Numbers of all parts that the last program of attention combines."""
 SHORT_WAVE = 3
 """A launch with at most this many programs a multiprocessor lets the next one start early."""
 

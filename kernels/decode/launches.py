@@ -19,6 +19,8 @@ POSITIONS = 128
 """Positions that a program of attention handles at a time."""
 MAX_CELLS = 16384
 """Numbers that a program can hold in registers at a time."""
+MAX_SPLITS = 32
+"""Most parts of the positions. Their combination is unrolled: 32 take Triton 3 s to compile, 64 take 15 s."""
 MAX_PART_CELLS = 32768
 """Numbers of all parts that the last program of attention combines."""
 
@@ -232,7 +234,7 @@ def splits_of(gpu: Gpu, kv_heads: int, width: int) -> int:
     At most as many as the last program can combine; it reads `width` numbers of each part that has positions. So many
     parts pay off for long contexts, and cost nothing for short ones.
     """
-    most = max(1, min(MAX_PART_CELLS // width, gpu.num_sms // kv_heads))
+    most = max(1, min(MAX_SPLITS, MAX_PART_CELLS // width, gpu.num_sms // kv_heads))
     return 1 << (most.bit_length() - 1)
 
 

@@ -127,7 +127,7 @@ def test_operators_as_torch_wants_them(update: bool) -> None:
 
 def test_splits_leave_the_last_program_little_to_read() -> None:
     assert splits_of(Gpu(90, 132, 232448), 4, 8 * 128) == 32
-    assert splits_of(Gpu(90, 132, 232448), 1, 128) == 128
+    assert splits_of(Gpu(90, 132, 232448), 1, 128) == 32  # more would take long to compile
     assert splits_of(Gpu(90, 132, 232448), 1, 16 * 256) == 8
     assert splits_of(Gpu(90, 4, 232448), 8, 128) == 1
     assert splits_of(Gpu(90, 132, 232448), 1, 128 * 256) == 1
