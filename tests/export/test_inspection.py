@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,7 +85,8 @@ def test_inspect_refuses() -> None:
 
 @pytest.mark.slow
 def test_several_artifacts_are_one_line_each(exported: Callable[..., Path], tmp_path: Path) -> None:
-    first, second, none = exported("w4a16", "cpu"), exported("w4a8", "cpu"), tmp_path / "none.pte"
+    first, none = exported("w4a16", "cpu"), tmp_path / "none.pte"
+    second = shutil.copytree(first.parent, tmp_path / "copy") / first.name
     result = runner.invoke(app, ["inspect", str(first), str(none), str(second)])
     assert result.exit_code == 2 and result.stderr.startswith(f"error: program {none} does not exist: ")
     assert len(result.stderr.splitlines()) == 1
