@@ -27,11 +27,10 @@ def family_of(model_type: str, **options: Any) -> Family:
     )
 
 
-def save_recurrent(model_type: str, folder: Path, *, branches: float = 1.0, **options: Any) -> nn.Module:
+def save_recurrent(model_type: str, folder: Path, **options: Any) -> nn.Module:
     """Saves a random model as a model folder with the tiny model's tokenizer; returns it, in fp32.
 
-    Its experts add little, so that their activations in bf16 change few choices of experts and tokens. `branches`
-    scales what attention, delta rule and shared experts add to the residual stream.
+    Its experts add little, so that their activations in bf16 change few choices of experts and tokens.
     "qwen3_5_moe" is saved like the published checkpoints: the text model inside a multimodal one, with layers for
     multi-token prediction.
     """
@@ -39,8 +38,6 @@ def save_recurrent(model_type: str, folder: Path, *, branches: float = 1.0, **op
     for name, parameter in model.named_parameters():
         if name.endswith("experts.down_proj"):
             parameter.data.div_(16)
-        elif name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
-            parameter.data.mul_(branches)
     if model_type == "qwen3_5_moe":
         folder.mkdir(parents=True)
         write_multimodal(folder, model.state_dict(), model.config.to_dict())

@@ -19,7 +19,7 @@ from executorch_moe.export.models.causal_lm import CausalLM
 from executorch_moe.export.options import Target
 from executorch_moe.export.quantize.experts import quantize_experts_
 
-from ..families import COMMON, FAMILIES, FURTHER, RECURRENT, Family, Logits, by_name, tokens
+from ..families import FAMILIES, FURTHER, RECURRENT, Family, Logits, by_name, tokens
 
 PAGE = Path(__file__).parents[3] / "docs" / "support.md"
 AS_PUBLISHED: dict[str, dict[str, Any]] = {
@@ -53,22 +53,29 @@ def as_published(name: str) -> Family:
 
 
 def tiny_model(name: str) -> nn.Module:
-    """A model in fp32 whose experts add little, so that a change of their choice in bf16 changes little."""
+    """A model in fp32 whose experts add little, so that a change of their choice in bf16 changes little.
+
+    transformers makes the router of some families of zeros: then all experts are equal, and a CPU chooses others than a
+    GPU. These routers get random weights.
+    """
     model = as_published(name).model()
+    generator = torch.Generator().manual_seed(0)
     for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("gate.weight") and not parameter.any():
+            parameter.data.normal_(std=0.1, generator=generator)
         if ".experts." in parameter_name and "down" in parameter_name:
             parameter.data.div_(16)
     return model
 
 
 @functools.cache
-def logits_and_operators(name: str, device: str = "cpu", text: int = 0) -> tuple[Tensor, Tensor, frozenset[str]]:
+def logits_and_operators(name: str, device: str = "cpu") -> tuple[Tensor, Tensor, frozenset[str]]:
     """Logits of a prompt's last tokens, unmodified in fp32 and as for CUDA in bf16, and the operators of the latter."""
     reference = tiny_model(name)
     model: Any = tiny_model(name).to(torch.bfloat16)
     model.set_attn_implementation(attention_of(Target("sm_90"), structure_of(model)))
     module = CausalLM(streamline(quantize_experts_(model, "bf16")), CONTEXT).to(device)
-    ids, positions, actual = text_of(text), torch.arange(PROMPT + 3), []
+    ids, positions, actual = tokens(PROMPT + 3), torch.arange(PROMPT + 3), []
     with Operators() as operators, torch.no_grad():
         for start, end in ((0, PROMPT), *((token, token + 1) for token in range(PROMPT, PROMPT + 3))):
             actual.append(module(ids[:, start:end].to(device), positions[start:end].to(device))[0].cpu())
@@ -118,26 +125,12 @@ def test_fused_parts_compute_the_same_on_a_gpu(family: Family) -> None:
 def check_results(name: str, device: str) -> None:
     """Asserts that logits in bf16 are about as near to the unmodified model in fp32 as that is in bf16.
 
-    Wrong parts differ by 0.1 and more, for any text. So does one choice of a random router in a near tie: if the first
-    text fails, two others must pass.
+    Wrong parts differ by 0.1 and more.
     """
-    found, bound = errors(name, device, 0)
-    if found >= bound:
-        others = [errors(name, device, text) for text in (1, 2)]
-        assert all(other < limit for other, limit in others), (found, bound, others)
-
-
-def errors(name: str, device: str, text: int) -> tuple[float, float]:
-    """The error of a text's logits, and its bound."""
-    expected, actual, _ = logits_and_operators(name, device, text)
+    expected, actual, _ = logits_and_operators(name, device)
     with torch.no_grad():
-        usual = Logits(tiny_model(name).to(torch.bfloat16))(text_of(text))[0, PROMPT - 1 :].float()
-    return error(actual, expected), 3 * error(usual, expected) + 0.01
-
-
-def text_of(number: int) -> Tensor:
-    """Token ids [1, PROMPT + 3], others for each number."""
-    return (tokens(PROMPT + 3) + 7 * number) % int(COMMON["vocab_size"])
+        usual = Logits(tiny_model(name).to(torch.bfloat16))(tokens(PROMPT + 3))[0, PROMPT - 1 :].float()
+    assert error(actual, expected) < 3 * error(usual, expected) + 0.01
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
