@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,24 @@ def family_of(model_type: str, **options: Any) -> Family:
     )
 
 
-def save_recurrent(model_type: str, folder: Path, **options: Any) -> nn.Module:
+FEW_CHOICES = {"experts.down_proj": 1 / 16}
+"""The experts add little, so that their activations in bf16 change few choices of experts and tokens."""
+
+
+def save_recurrent(
+    model_type: str, folder: Path, factors: Mapping[str, float] = FEW_CHOICES, **options: Any
+) -> nn.Module:
     """Saves a random model as a model folder with the tiny model's tokenizer; returns it, in fp32.
 
-    Its experts add little, so that their activations in bf16 change few choices of experts and tokens.
+    The parameters whose names end with a key of `factors` are multiplied by its value.
     "qwen3_5_moe" is saved like the published checkpoints: the text model inside a multimodal one, with layers for
     multi-token prediction.
     """
     model: Any = family_of(model_type, **options).model()
     for name, parameter in model.named_parameters():
-        if name.endswith("experts.down_proj"):
-            parameter.data.div_(16)
+        for end, factor in factors.items():
+            if name.endswith(end):
+                parameter.data.mul_(factor)
     if model_type == "qwen3_5_moe":
         folder.mkdir(parents=True)
         write_multimodal(folder, model.state_dict(), model.config.to_dict())
