@@ -73,7 +73,7 @@ def run_prompt_linear(
     """
     x = x.contiguous()
     gpu, (n, k) = gpu or kernel_gpu(x), weight.shape
-    tokens = x.numel() // k
+    tokens = _tokens(x, k)
     out = x.new_empty(*x.shape[:-1], n)
     if weight.dtype == torch.int8:
         converted = torch.empty(n, k, dtype=torch.bfloat16, device=x.device)
@@ -116,6 +116,10 @@ def tiles_of(gpu: Gpu, n: int) -> tuple[tuple[LinearTile, int, int], ...]:
     return tuple(
         (tile, above, up_to) for tile, above, up_to in zip(tiles, limits, limits[1:], strict=False) if above < up_to
     )
+
+
+def _tokens(x: Tensor, k: int) -> Any:
+    return x.numel() // k
 
 
 def _time(gpu: Gpu, tile: LinearTile, n: int, tokens: int) -> float:
