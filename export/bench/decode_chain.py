@@ -27,6 +27,7 @@ from executorch_moe.kernels.measure.timing import LayerInputs, random_packed
 from executorch_moe.kernels.module import FusedExperts
 from executorch_moe.kernels.schemes import check_layer_group_size, get_scheme
 from executorch_moe.kernels.shapes import LayerShape
+from executorch_moe.kernels.token_experts import one_token_experts as _one_token_experts  # noqa: F401  registers it
 
 DENSE = ("int8", "bf16")
 EPS = 1e-6
@@ -76,10 +77,15 @@ class ChainLayer:
 
 @dataclass
 class LayerResults:
-    """What the operators of one layer returned."""
+    """What the operators of one layer returned.
+
+    Attributes:
+        router: None if the layer has no router of its own. hidden: the residual stream, bf16 [1, 1, H].
+    """
 
     attention: tuple[Tensor, Tensor, Tensor]
-    router: tuple[Tensor, Tensor, Tensor, Tensor]
+    router: tuple[Tensor, Tensor, Tensor, Tensor] | None
+    hidden: Tensor
     experts: Tensor
 
 
@@ -128,6 +134,7 @@ class DecodeChain:
         model: sizes; its `layers` is the number of layers of a whole model.
         layers: those of the chain, with different weights.
         context: positions in the cache that attention reads.
+        joined: `one_token_experts` in place of `one_token_router` and `fused_experts`; can be set at any time.
     """
 
     def __init__(
@@ -150,6 +157,7 @@ class DecodeChain:
         if context < 1:
             raise ValueError(f"context={context} must be at least 1")
         self.model, self.context, self.dense, self.scheme = model, context, dense, scheme
+        self.joined = False
         self.shape = LayerShape(model.experts, model.top_k, model.hidden, model.intermediate, group_size)
         self.device = device
         self._generator = torch.Generator(device).manual_seed(seed)
@@ -213,15 +221,23 @@ class DecodeChain:
                         self.sin, self.position, w.key, w.value, m.head_dim**-0.5, EPS,
                     ),
                 )  # fmt: skip
-                router = run(
-                    "router", index,
-                    functools.partial(
-                        ops.one_token_router, attention[1], *w.out, attention[0], w.post_norm, w.router, m.top_k, EPS
-                    ),
+                route = (
+                    attention[1], *w.out, attention[0], w.post_norm, w.router, m.top_k, EPS,
                 )  # fmt: skip
-                experts = run("experts", index, functools.partial(w.experts, router[1], router[3], router[2]))
-                hidden, update = router[0], experts[None]
-                results.append(LayerResults(attention, router, experts))
+                if self.joined:
+                    packed = w.experts.packed()
+                    kind = packed.scheme, "silu", packed.group_size
+                    hidden, experts = run(
+                        "experts", index,
+                        functools.partial(ops.one_token_experts, *route, *packed.tensors().values(), *kind),
+                    )  # fmt: skip
+                    router = None
+                else:
+                    router = run("router", index, functools.partial(ops.one_token_router, *route))
+                    hidden = router[0]
+                    experts = run("experts", index, functools.partial(w.experts, router[1], router[3], router[2]))
+                update = experts[None]
+                results.append(LayerResults(attention, router, hidden, experts))
         run("cache update", -1, functools.partial(self._update, [result.attention[2] for result in results]))
         last = run("last norm", -1, functools.partial(self._last, hidden, update))
         return run("lm_head", -1, functools.partial(ops.one_token_linear, last, *self.head)), results
@@ -245,9 +261,10 @@ class DecodeChain:
         if operator == "router":
             return w.out.nbytes, w.router.nbytes + w.post_norm.nbytes
         if operator == "experts":
+            before = (*self.bytes_of("router"),) if self.joined else ()
             gemms = ((packed.w13, packed.w13_scale), (packed.w2, packed.w2_scale))
             sizes = (sum(t[0].nbytes for t in gemm if t is not None) for gemm in gemms)
-            return tuple(m.top_k * size for size in sizes)
+            return (*before, *(m.top_k * size for size in sizes))
         return (self.head.nbytes,) if operator == "lm_head" else (0,)
 
 
@@ -264,10 +281,11 @@ def check_first_layer(made: DecodeChain, results: LayerResults) -> dict[str, flo
             w.value, m.head_dim**-0.5, EPS,
         )
     )  # fmt: skip
-    hidden, normed, weights, ids = results.router
-    router = one_token_router_aten(
-        RouteArguments(results.attention[1], *w.out, results.attention[0], w.post_norm, w.router, m.top_k, EPS)
-    )
+    route = RouteArguments(results.attention[1], *w.out, results.attention[0], w.post_norm, w.router, m.top_k, EPS)
+    # Layers without a router of their own make the same choice as one_token_router.
+    _, normed, weights, ids = results.router or torch.ops.executorch_moe.one_token_router(*route)
+    hidden = results.hidden
+    router = one_token_router_aten(route)
     # With nearly equal logits, another expert may be chosen. Rounded to bf16, the chosen logits must equal the largest.
     logits = (normed.float() @ w.router.float().T).bfloat16().float()
     best = logits.topk(m.top_k).values

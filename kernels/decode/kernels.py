@@ -20,7 +20,16 @@ import triton.language as tl
 
 from executorch_moe.kernels._device import bf16_round, dot_bf16, launches_before, to_bf16
 
-from .device import choose_experts, dot_bytes, load_pieces, load_router, two_bytes
+from .device import (
+    choose_experts,
+    dot_bytes,
+    dot_halves,
+    load_pieces,
+    load_router,
+    router_logits,
+    two_bytes,
+    two_halves,
+)
 
 
 @triton.jit
@@ -39,7 +48,7 @@ def moe_one_token_matvec(
     N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr, BLOCK_K: tl.constexpr,
     NUM_ARRIVALS: tl.constexpr,
     HAS_ADD: tl.constexpr, HAS_NORM: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    HAS_AHEAD: tl.constexpr, PTX: tl.constexpr,
+    HAS_AHEAD: tl.constexpr, HALVES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """out = W @ norm(x + add) * scale + residual; program i does rows [i * BLOCK_N, (i + 1) * BLOCK_N).
 
@@ -87,7 +96,14 @@ def moe_one_token_matvec(
             tl.store(sum_ptr + offs_k, to_bf16(x, PTX), mask=inside & (program == 0))
             squares += tl.sum(x * x, axis=0)
             x *= norm.to(tl.float32)
-        if INT8:
+        if INT8 and HALVES:
+            largest = tl.maximum(tl.max(tl.abs(x), axis=0), 1e-30)
+            first, second = two_halves(x, 32512.0 / largest, CHUNK)
+            first = first.reshape(STEPS, BLOCK_K // 4)[:, None, :]
+            second = second.reshape(STEPS, BLOCK_K // 4)[:, None, :]
+            units = tl.sum(dot_halves(w, first, second, PTX), axis=0)
+            out += tl.sum(units.to(tl.float32), axis=1) * (largest / 32512.0)
+        elif INT8:
             unit = tl.maximum(tl.max(tl.abs(x), axis=0) / 32512.0, 1e-30)
             high, low = two_bytes(x, unit, CHUNK)
             high = high.reshape(STEPS, BLOCK_K // 4)[:, None, :]
@@ -157,6 +173,58 @@ def load_values(value_ptr, first, end, D: tl.constexpr, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
+def combine_parts(
+    head, parts, gate_row, qkv_ptr, partial_ptr, log_ptr, arrivals_ptr, out_ptr,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, G_POW2: tl.constexpr, D: tl.constexpr, AT_ONCE: tl.constexpr,
+    GATED: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """The last program of a key/value head combines its parts 0..parts - 1, AT_ONCE at a time.
+
+    A thread has the same elements of every part, so nothing is summed across threads, and the loads of AT_ONCE parts
+    can be in flight at once.
+
+    Args:
+        gate_row: row of `qkv_ptr` with the first gate, GATED only.
+        partial_ptr: fp32 [parts, HEADS, D], results of the parts. log_ptr: fp32 [parts, HEADS], logarithms of the sums
+            of their weights.
+    """
+    tl.debug_barrier()  # the stores of all threads must precede the release by one thread
+    arrived = tl.atomic_add(arrivals_ptr + head, 1, sem="acq_rel", scope="gpu")
+    if arrived == parts - 1:
+        near = tl.arange(0, G_POW2)
+        query = head * GROUPS + near
+        cells = query[:, None] * D + tl.arange(0, D)[None, :]
+        best = tl.full((G_POW2,), -float("inf"), dtype=tl.float32)
+        total = tl.zeros((G_POW2,), dtype=tl.float32)
+        result = tl.zeros((G_POW2, D), dtype=tl.float32)
+        # .cg: other programs wrote this; L1 may be stale, L2 is not.
+        for first in tl.range(0, parts, AT_ONCE, num_stages=1):
+            higher = best
+            for i in tl.static_range(AT_ONCE):
+                mine = (near < GROUPS) & (first + i < parts)
+                place = log_ptr + (first + i) * HEADS + query
+                higher = tl.maximum(higher, tl.load(place, mask=mine, other=-float("inf"), cache_modifier=".cg"))
+            known = tl.where(near < GROUPS, higher, 0.0)
+            shrink = tl.exp(best - known)
+            total *= shrink
+            result *= shrink[:, None]
+            best = higher
+            for i in tl.static_range(AT_ONCE):
+                mine = (near < GROUPS) & (first + i < parts)
+                part = (first + i) * HEADS
+                log = tl.load(log_ptr + part + query, mask=mine, other=-float("inf"), cache_modifier=".cg")
+                values = tl.load(partial_ptr + part * D + cells, mask=mine[:, None], other=0.0, cache_modifier=".cg")
+                factor = tl.exp(log - known)
+                total += factor
+                result += values * factor[:, None]
+        result /= tl.where(near < GROUPS, total, 1.0)[:, None]
+        if GATED:
+            gates = tl.load(qkv_ptr + gate_row * D + cells, mask=(near < GROUPS)[:, None], other=0.0)
+            result /= 1.0 + tl.exp(-gates.to(tl.float32))
+        tl.store(out_ptr + cells, to_bf16(result, PTX), mask=(near < GROUPS)[:, None])
+
+
+@triton.jit
 def moe_one_token_attention(
     qkv_ptr,  # bf16 [(KV_HEADS * G + 2 * KV_HEADS) * D]: query heads, key heads, value heads; GATED: and gates of out
     q_norm_ptr, k_norm_ptr,  # bf16 [D]
@@ -170,7 +238,8 @@ def moe_one_token_attention(
     out_ptr,  # bf16 [KV_HEADS * G * D]
     SCALING: tl.constexpr, EPS: tl.constexpr,
     C: tl.constexpr, KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, G_POW2: tl.constexpr, G_PAD: tl.constexpr,
-    HALF: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, GATED: tl.constexpr, PTX: tl.constexpr,
+    HALF: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, COMBINED: tl.constexpr, EARLY: tl.constexpr,
+    GATED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Attention of one token: program (key/value head, part) does every SPLITS-th block of the positions.
 
@@ -217,7 +286,12 @@ def moe_one_token_attention(
     q_high = tl.load(qkv_ptr + q_rows + HALF, mask=real[:, None], other=0.0).to(tl.float32)
     q_low, q_high = norm_and_rotate(q_low, q_high, norm_low, norm_high, cos_ptr, sin_ptr, EPS, HALF, PTX)
 
-    rows = part * HEADS + head * GROUPS + group
+    # The token itself comes first, so that the parts that have positions are the first ones.
+    place = part
+    if COMBINED:
+        place = tl.where(part == SPLITS, 0, part + 1)
+    parts = 1 + tl.minimum(SPLITS, (length + BLOCK_T - 1) // BLOCK_T)
+    rows = place * HEADS + head * GROUPS + group
     if part == SPLITS:
         k_rows = (HEADS + head) * D + offs_h[None, :]
         new_low = tl.load(qkv_ptr + k_rows).to(tl.float32)
@@ -240,6 +314,9 @@ def moe_one_token_attention(
         acc = tl.zeros((G_PAD, D), dtype=tl.float32)
         q_low_bf16, q_high_bf16 = to_bf16(q_low, PTX), to_bf16(q_high, PTX)
         for first in tl.range(start, length, SPLITS * BLOCK_T, num_stages=1):
+            if EARLY:
+                next_low, next_high = load_keys(key_ptr, first + SPLITS * BLOCK_T, length, HALF, BLOCK_T)
+                next_v = load_values(value_ptr, first + SPLITS * BLOCK_T, length, D, BLOCK_T)
             seen = first + tl.arange(0, BLOCK_T) < length
             scores = dot_bf16(q_low_bf16, k_low.trans(), tl.zeros((G_PAD, BLOCK_T), dtype=tl.float32), PTX)
             scores = dot_bf16(q_high_bf16, k_high.trans(), scores, PTX) * SCALING
@@ -250,40 +327,55 @@ def moe_one_token_attention(
             total = total * shrink + tl.sum(weights, axis=1)
             acc = dot_bf16(to_bf16(weights, PTX), v, acc * shrink[:, None], PTX)
             best = higher
-            k_low, k_high = load_keys(key_ptr, first + SPLITS * BLOCK_T, length, HALF, BLOCK_T)
-            v = load_values(value_ptr, first + SPLITS * BLOCK_T, length, D, BLOCK_T)
+            if EARLY:
+                k_low, k_high, v = next_low, next_high, next_v
+            else:
+                k_low, k_high = load_keys(key_ptr, first + SPLITS * BLOCK_T, length, HALF, BLOCK_T)
+                v = load_values(value_ptr, first + SPLITS * BLOCK_T, length, D, BLOCK_T)
         wanted = real & (start < length)
+        if COMBINED:
+            acc /= tl.where(wanted, total, 1.0)[:, None]
+            best += tl.log(tl.where(wanted, total, 1.0))
         tl.store(partial_ptr + rows[:, None] * D + offs_d[None, :], acc, mask=wanted[:, None])
         tl.store(max_ptr + rows, best, mask=wanted)
         tl.store(sum_ptr + rows, total, mask=wanted)
-    tl.debug_barrier()  # the stores of all threads must precede the release by one thread
-    arrived = tl.atomic_add(arrivals_ptr + head, 1, sem="acq_rel", scope="gpu")
-    if arrived == SPLITS:
-        # A thread has the same elements of every part, so nothing is summed across threads, and all loads can be in
-        # flight at once. Parts without positions wrote nothing. .cg: others wrote this; L1 may be stale, L2 is not.
-        query = head * GROUPS + tl.arange(0, G_POW2)
-        real_query = tl.arange(0, G_POW2) < GROUPS
-        highest = tl.full((G_POW2,), -float("inf"), dtype=tl.float32)
-        for i in tl.static_range(SPLITS + 1):
-            mine = real_query & ((i * BLOCK_T < length) | (i == SPLITS))
-            maxima = tl.load(max_ptr + i * HEADS + query, mask=mine, other=-float("inf"), cache_modifier=".cg")
-            highest = tl.maximum(highest, maxima)
-        sums_of_all = tl.zeros((G_POW2,), dtype=tl.float32)
-        result = tl.zeros((G_POW2, D), dtype=tl.float32)
-        cells = query[:, None] * D + offs_d[None, :]
-        for i in tl.static_range(SPLITS + 1):
-            mine = real_query & ((i * BLOCK_T < length) | (i == SPLITS))
-            maxima = tl.load(max_ptr + i * HEADS + query, mask=mine, other=-float("inf"), cache_modifier=".cg")
-            sums = tl.load(sum_ptr + i * HEADS + query, mask=mine, other=0.0, cache_modifier=".cg")
-            values = tl.load(partial_ptr + i * HEADS * D + cells, mask=mine[:, None], other=0.0, cache_modifier=".cg")
-            factor = tl.exp(maxima - tl.where(real_query, highest, 0.0))
-            sums_of_all += sums * factor
-            result += values * factor[:, None]
-        result /= tl.where(real_query, sums_of_all, 1.0)[:, None]
-        if GATED:
-            gates = qkv_ptr + (HEADS + 2 * KV_HEADS) * D + cells
-            result /= 1.0 + tl.exp(-tl.load(gates, mask=real_query[:, None], other=0.0).to(tl.float32))
-        tl.store(out_ptr + cells, to_bf16(result, PTX), mask=real_query[:, None])
+    if COMBINED:
+        if place < parts:
+            combine_parts(
+                head, parts, HEADS + 2 * KV_HEADS, qkv_ptr, partial_ptr, max_ptr, arrivals_ptr, out_ptr,
+                HEADS, GROUPS, G_POW2, D, COMBINED, GATED, PTX,
+            )  # fmt: skip
+    else:
+        tl.debug_barrier()  # the stores of all threads must precede the release by one thread
+        arrived = tl.atomic_add(arrivals_ptr + head, 1, sem="acq_rel", scope="gpu")
+        if arrived == SPLITS:
+            # A thread has the same elements of every part, so nothing is summed across threads, and all loads can be in
+            # flight at once. Parts without positions wrote nothing. .cg: others wrote this; L1 may be stale, L2 is not.
+            query = head * GROUPS + tl.arange(0, G_POW2)
+            real_query = tl.arange(0, G_POW2) < GROUPS
+            highest = tl.full((G_POW2,), -float("inf"), dtype=tl.float32)
+            for i in tl.static_range(SPLITS + 1):
+                mine = real_query & ((i * BLOCK_T < length) | (i == SPLITS))
+                maxima = tl.load(max_ptr + i * HEADS + query, mask=mine, other=-float("inf"), cache_modifier=".cg")
+                highest = tl.maximum(highest, maxima)
+            sums_of_all = tl.zeros((G_POW2,), dtype=tl.float32)
+            result = tl.zeros((G_POW2, D), dtype=tl.float32)
+            cells = query[:, None] * D + offs_d[None, :]
+            for i in tl.static_range(SPLITS + 1):
+                mine = real_query & ((i * BLOCK_T < length) | (i == SPLITS))
+                maxima = tl.load(max_ptr + i * HEADS + query, mask=mine, other=-float("inf"), cache_modifier=".cg")
+                sums = tl.load(sum_ptr + i * HEADS + query, mask=mine, other=0.0, cache_modifier=".cg")
+                values = tl.load(
+                    partial_ptr + i * HEADS * D + cells, mask=mine[:, None], other=0.0, cache_modifier=".cg"
+                )
+                factor = tl.exp(maxima - tl.where(real_query, highest, 0.0))
+                sums_of_all += sums * factor
+                result += values * factor[:, None]
+            result /= tl.where(real_query, sums_of_all, 1.0)[:, None]
+            if GATED:
+                gates = qkv_ptr + (HEADS + 2 * KV_HEADS) * D + cells
+                result /= 1.0 + tl.exp(-tl.load(gates, mask=real_query[:, None], other=0.0).to(tl.float32))
+            tl.store(out_ptr + cells, to_bf16(result, PTX), mask=real_query[:, None])
 
 
 @triton.jit
@@ -308,3 +400,23 @@ def moe_one_token_router(
         program, w, norm, x_ptr + zero, normed_ptr + zero, logits_ptr + zero, arrivals_ptr + zero, weights_ptr + zero,
         ids_ptr + zero, EPS, H, E, E_POW2, TOP_K, BLOCK_E, STEPS, BLOCK_H, RANK_BLOCK, PTX,
     )  # fmt: skip
+
+
+@triton.jit
+def moe_one_token_logits(
+    x_ptr,  # bf16 [H]
+    norm_ptr,  # bf16 [H]
+    w_ptr,  # bf16 [E, H]
+    normed_ptr,  # bf16 [H]: the experts' input
+    logits_ptr,  # fp32 [E]
+    EPS: tl.constexpr,
+    H: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK_H: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """RMS norm and logits, BLOCK_E experts a program, without a choice: `moe_matvec` ranks the logits itself."""
+    program = tl.program_id(0)
+    w, norm = load_router(w_ptr, norm_ptr, program, H, E, BLOCK_E, STEPS, BLOCK_H)
+    zero = launches_before(True, PTX)
+    router_logits(
+        program, w, norm, x_ptr + zero, normed_ptr + zero, logits_ptr + zero, EPS, H, E, BLOCK_E, STEPS, BLOCK_H, PTX
+    )

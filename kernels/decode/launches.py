@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
@@ -12,7 +13,7 @@ from executorch_moe.kernels.gpus import Gpu
 from executorch_moe.kernels.launch import Launch, kernel_gpu, ptx_of
 
 from .arguments import AttentionArguments, RouteArguments, SharedRouteArguments
-from .kernels import moe_one_token_attention, moe_one_token_matvec, moe_one_token_router
+from .kernels import moe_one_token_attention, moe_one_token_logits, moe_one_token_matvec, moe_one_token_router
 from .shared_kernels import moe_one_token_shared_router
 
 POSITIONS = 128
@@ -23,6 +24,32 @@ MAX_SPLITS = 32
 """Most parts of the positions. Their combination is unrolled: 32 take Triton 3 s to compile, 64 take 15 s."""
 MAX_PART_CELLS = 32768
 """Numbers of all parts that the last program of attention combines."""
+
+
+class MatvecTile(NamedTuple):
+    """Rows of a program of `moe_one_token_matvec`, its warps, and most numbers of a row that it loads at once.
+
+    halves: int8 weights are multiplied by 16-bit activations, and not by each of their bytes.
+    """
+
+    rows: int
+    num_warps: int
+    columns: int
+    halves: bool = False
+
+
+class AttentionTile(NamedTuple):
+    """Positions of a block of attention, warps, most parts, and parts that are combined at once (0: all).
+
+    early: a block is loaded before the one before it is used.
+    """
+
+    positions: int = POSITIONS
+    num_warps: int = 8
+    max_splits: int = MAX_SPLITS
+    combined: int = 0
+    early: bool = False
+    programs_per_sm: int = 1
 
 
 def run_one_token_linear(
@@ -75,7 +102,8 @@ def run_one_token_attention(
     _, kv_heads, context, head_dim = key.shape
     heads = arguments.heads
     groups = triton.next_power_of_2(heads // kv_heads)
-    splits = splits_of(gpu, kv_heads, groups * head_dim)
+    tile = attention_tile(context)
+    splits = splits_of(gpu, kv_heads, groups * head_dim, tile)
     summed, qkv = torch.empty_like(hidden), hidden.new_empty(weight.shape[0])
     arrivals = torch.empty(triton.next_power_of_2(kv_heads), dtype=torch.int32, device=hidden.device)
     ahead = (position, key, value)
@@ -112,11 +140,13 @@ def run_one_token_attention(
             "G_PAD": max(16, groups),
             "HALF": head_dim // 2,
             "SPLITS": splits,
-            "BLOCK_T": POSITIONS,
+            "BLOCK_T": tile.positions,
+            "COMBINED": tile.combined,
+            "EARLY": tile.early,
             "GATED": gated,
             "PTX": ptx,
         },
-        num_warps=8,
+        num_warps=tile.num_warps,
     )
     submit(attention)
     return summed, out, new
@@ -169,17 +199,62 @@ def run_one_token_shared_router(
     return *results, shared, share
 
 
+def run_one_token_logits(
+    arguments: RouteArguments, *, gpu: Gpu, submit: Callable[[Launch], None] = Launch.run
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Two launches. The first two results of `one_token_router`, and the logits of its choice, fp32 [E]."""
+    norm, router, _, eps = arguments[4:]
+    ptx = ptx_of(gpu)
+    experts, hidden = router.shape
+    out, normed = _project(arguments, None, ptx, submit)
+    logits = torch.empty(experts, dtype=torch.float32, device=out.device)
+    rows, num_warps = logits_tile(experts)
+    steps, block_h = row_pieces(hidden, router.dtype.itemsize)
+    launch = Launch(
+        moe_one_token_logits,
+        (-(-experts // rows),),
+        {"x_ptr": out, "norm_ptr": norm, "w_ptr": router, "normed_ptr": normed, "logits_ptr": logits},
+        {
+            "EPS": eps,
+            "H": hidden,
+            "E": experts,
+            "BLOCK_E": rows,
+            "STEPS": steps,
+            "BLOCK_H": block_h,
+            "PTX": ptx,
+        },
+        num_warps=num_warps,
+    )
+    submit(launch)
+    return out, normed, logits
+
+
+def logits_tile(experts: int) -> tuple[int, int]:
+    """Experts of a program of `moe_one_token_logits`, and its warps."""
+    rows = 4 if experts <= 128 else 8
+    return rows, rows
+
+
+def _project(
+    arguments: RouteArguments, arrivals: Tensor | None, ptx: int, submit: Callable[[Launch], None]
+) -> tuple[Tensor, Tensor]:
+    """Submits the output projection; returns its result plus the residual, and room for the norm, bf16 [1, H]."""
+    x, weight, scale, residual, *_, eps = arguments
+    x, residual = x.contiguous(), residual.contiguous()
+    out, normed = torch.empty_like(residual), residual.new_empty(1, residual.shape[-1])
+    submit(_matvec(x, None, None, weight, scale, residual, out, out, arrivals, eps, ptx))
+    return out, normed
+
+
 def _routing(
     arguments: RouteArguments, gpu: Gpu, submit: Callable[[Launch], None]
 ) -> tuple[Launch, tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Submits the output projection; returns the router's launch, and the results of `one_token_router`."""
-    x, weight, scale, residual, norm, router, top_k, eps = arguments
-    x, residual = x.contiguous(), residual.contiguous()
+    norm, router, top_k, eps = arguments[4:]
     ptx = ptx_of(gpu)
-    (experts, hidden), device = router.shape, x.device
-    out, normed = torch.empty_like(residual), residual.new_empty(1, hidden)
+    (experts, hidden), device = router.shape, arguments.x.device
     arrivals = torch.empty(1, dtype=torch.int32, device=device)
-    submit(_matvec(x, None, None, weight, scale, residual, out, out, arrivals, eps, ptx))
+    out, normed = _project(arguments, arrivals, ptx, submit)
     weights = torch.empty(1, top_k, dtype=torch.float32, device=device)
     ids = torch.empty(1, top_k, dtype=torch.int64, device=device)
     steps, block_h = row_pieces(hidden, router.dtype.itemsize)
@@ -228,14 +303,32 @@ def row_pieces(columns: int, itemsize: int) -> tuple[int, int]:
     return triton.next_power_of_2(-(-columns // piece)), piece
 
 
-def splits_of(gpu: Gpu, kv_heads: int, width: int) -> int:
+def attention_tile(context: int) -> AttentionTile:
+    """Sizes of attention over a cache of `context` positions."""
+    return AttentionTile()
+
+
+def splits_of(gpu: Gpu, kv_heads: int, width: int, tile: AttentionTile = AttentionTile()) -> int:
     """Number of parts of the cache for each head, a power of two: a program for each multiprocessor.
 
     At most as many as the last program can combine; it reads `width` numbers of each part that has positions. So many
     parts pay off for long contexts, and cost nothing for short ones.
     """
-    most = max(1, min(MAX_SPLITS, MAX_PART_CELLS // width, gpu.num_sms // kv_heads))
+    most = max(
+        1,
+        min(
+            tile.max_splits,
+            MAX_PART_CELLS * (1 if not tile.combined else 4) // width,
+            gpu.num_sms * tile.programs_per_sm // kv_heads,
+        ),
+    )
     return 1 << (most.bit_length() - 1)
+
+
+def matvec_tile(n: int, itemsize: int) -> MatvecTile:
+    """Sizes of `moe_one_token_matvec` for a matrix of n rows: programs that fill a large GPU, 128 weights a thread."""
+    rows = 8 if n > 4096 else 4
+    return MatvecTile(rows, 4, MAX_CELLS // rows)
 
 
 def _matvec(
@@ -254,9 +347,10 @@ def _matvec(
 ) -> Launch:
     """weight @ norm(x + add) * scale + residual. For arguments that are None, a tensor that the kernel never reads."""
     n, k = weight.shape
-    # Rows of a program: few enough that the programs fill a large GPU. Weights of a chunk: 128 per thread.
-    block_n = 8 if n > 4096 else 4
-    steps, block_k = _pieces(weight, block_n)
+    tile = matvec_tile(n, weight.dtype.itemsize)
+    block_n = tile.rows
+    steps, block_k = row_pieces(k, weight.dtype.itemsize)
+    steps = min(steps, max(1, tile.columns // block_k))
     return Launch(
         moe_one_token_matvec,
         (-(-n // block_n),),
@@ -285,6 +379,8 @@ def _matvec(
             "HAS_SCALE": scale is not None,
             "HAS_RESIDUAL": residual is not None,
             "HAS_AHEAD": ahead is not None,
+            "HALVES": tile.halves,
             "PTX": ptx,
         },
+        num_warps=tile.num_warps,
     )

@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from executorch_moe.kernels.decode import launches as launches_module
 from executorch_moe.kernels.decode import op as ops
 from executorch_moe.kernels.decode.aten import one_token_attention_aten, one_token_linear_aten, one_token_router_aten
 from executorch_moe.kernels.decode.launches import (
+    AttentionTile,
+    MatvecTile,
     run_one_token_attention,
     run_one_token_linear,
     run_one_token_router,
@@ -250,6 +253,27 @@ def test_linear_on_a_gpu(kind: str, rows: int, columns: int) -> None:
     found = ops.one_token_linear(*there)
     _assert_close((found.cpu(),), (ops.one_token_linear(x, weight, scale),))
     assert torch.equal(ops.one_token_linear(*there), found)
+
+
+TILES = [AttentionTile(64, 4, 32, 16), AttentionTile(64, 8, 2, 1, True), AttentionTile(128, 8, 32, 4, True, 2)]
+
+
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize(ATTENTION_NAMES, ATTENTION)
+def test_attention_with_other_tiles(
+    kind: str, groups: int, position: int, update: bool, gated: bool, tile: AttentionTile, device: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(launches_module, "attention_tile", lambda context: tile)
+    monkeypatch.setattr(launches_module, "matvec_tile", lambda n, itemsize: MatvecTile(8, 4, 64, True))
+    arguments = attention_arguments(kind, groups, position, update, gated)
+    there = (part.to(device) if isinstance(part, Tensor) else part for part in arguments)
+    found = run_one_token_attention(ops.AttentionArguments(*there))
+    expected = one_token_attention_aten(ops.AttentionArguments(*arguments))
+    _assert_close(tuple(part.cpu() for part in found), expected)
 
 
 @pytest.mark.compiler
