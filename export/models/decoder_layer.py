@@ -20,6 +20,7 @@ from executorch_moe.kernels import FusedExperts
 from executorch_moe.kernels.decode.arguments import HEAD_DIMS
 from executorch_moe.kernels.decode.op import fits_one_token, one_token_norm_linear
 from executorch_moe.kernels.prefill.op import fits_residual_norm
+from executorch_moe.kernels.token_experts import one_token_experts as _one_token_experts  # noqa: F401  registers it
 from executorch_moe.kernels.validate import MAX_SHARED
 
 from .attention import MergedAttention, is_offset, norm_eps, norm_weight
@@ -174,7 +175,12 @@ class OneTokenDecoderLayer(nn.Module):
             out, *(_weights(projection) or ()), hidden, norm.weight, router.weight, router.top_k,
             norm.variance_epsilon,
         )  # fmt: skip
-        if shared is None:
+        if self._joins_experts:
+            experts = self.mlp.experts
+            tensors = experts.packed().tensors().values()
+            kind = experts.scheme, experts.activation, experts.group_size
+            hidden, update = torch.ops.executorch_moe.one_token_experts(*route, *tensors, *kind)
+        elif shared is None:
             hidden, normed, weights, experts = torch.ops.executorch_moe.one_token_router(*route)
             update = self.mlp.experts(normed, experts, weights)
             if isinstance(self.mlp, SharedExpertBlock):
@@ -187,6 +193,11 @@ class OneTokenDecoderLayer(nn.Module):
             )
             update = self.mlp.experts(normed, experts, weights, (*halfway, *down))
         return hidden, update[None]
+
+    @property
+    def _joins_experts(self) -> bool:
+        """True if `one_token_experts` computes the router and the experts."""
+        return isinstance(self.mlp.experts, FusedExperts) and not isinstance(self.mlp, SharedExpertBlock)
 
     def _shared_matrices(self) -> tuple[Matrix, Matrix] | None:
         """Both matrices of a shared expert that the operators compute; None for others and without one."""

@@ -23,8 +23,9 @@ from executorch_moe.kernels.experts.plan import Options, run_fused_experts
 from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED, Gpu, find_model
 from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.measure.compile import compile_kernel, record_launches
-from executorch_moe.kernels.measure.timing import LayerInputs, make_layers
+from executorch_moe.kernels.measure.timing import LayerInputs, make_layers, random_packed
 from executorch_moe.kernels.shapes import SHAPES, LayerShape
+from executorch_moe.kernels.token_experts import TokenExpertArguments, run_one_token_experts
 
 from .batch_launches import launches_of_rows
 from .delta_rule_cases import QWEN35, make, on
@@ -41,6 +42,10 @@ def launches_of_a_layer(capability: int) -> list[Launch]:
         attention, route = token_arguments(torch.empty(1, 1, H, dtype=torch.bfloat16), None)
         run_one_token_attention(attention, gpu=gpu, submit=launches.append)
         run_one_token_router(route, gpu=gpu, submit=launches.append)
+        packed = random_packed(SHAPES["qwen3"], "w4a16", "meta", torch.Generator())
+        kind = packed.scheme, "silu", packed.group_size
+        joined = TokenExpertArguments(*route, *packed.tensors().values(), *kind)
+        run_one_token_experts(joined, options=Options(ranks_logits=True), gpu=gpu, submit=launches.append)
         gate_up = torch.empty(1040, H, dtype=torch.int8), torch.empty(1040)
         run_one_token_shared_router(ops.SharedRouteArguments(*route, *gate_up, 512), gpu=gpu, submit=launches.append)
         launches += launches_of_rows(gpu, 64, HEAD_DIM, torch.int8)
@@ -95,7 +100,7 @@ def test_all_kernels_wait_where_launches_can_overlap(capability: int) -> None:
         # Nothing is written before the wait.
         assert "st.global" not in ptx.partition("griddepcontrol.wait")[0] or not waits, launch.kernel.__name__
         assert launch.options.get("launch_pdl", False) == (capability >= 90)
-    assert len(seen) == 18, seen
+    assert len(seen) == 19, seen
 
 
 @triton.jit

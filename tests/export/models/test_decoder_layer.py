@@ -103,7 +103,7 @@ def operators(lm: CausalLM, method: str) -> list[str]:
 
 def test_the_operators_of_both_methods() -> None:
     decode, prefill = (operators(model("int8"), method) for method in ("decode", "prefill"))
-    for name in ("one_token_attention", "one_token_router", "fused_experts"):
+    for name in ("one_token_attention", "one_token_experts"):
         assert decode.count(f"executorch_moe.{name}.default") == 3
     for name in ("rotated_heads", "cached_attention", "top_experts", "fused_experts"):
         assert prefill.count(f"executorch_moe.{name}.default") == 3
@@ -176,7 +176,7 @@ def test_layers_without_experts_among_those_with(options: dict[str, Any]) -> Non
     check_one_by_one(lm)
     decode = operators(lm, "decode")
     assert decode.count("executorch_moe.one_token_attention.default") == len(layers)
-    assert decode.count("executorch_moe.one_token_router.default") == sum(routed)
+    assert decode.count("executorch_moe.one_token_experts.default") == sum(routed)
 
 
 def test_a_layer_of_another_structure_among_others() -> None:
