@@ -173,6 +173,23 @@ def load_values(value_ptr, first, end, D: tl.constexpr, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
+def attend_block(
+    q_low, q_high, k_low, k_high, v, positions, best, total, acc,
+    SCALING: tl.constexpr, G_PAD: tl.constexpr, BLOCK_T: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Adds a block of keys and values, of which the first `positions` count, at least one."""
+    scores = dot_bf16(q_low, k_low.trans(), tl.zeros((G_PAD, BLOCK_T), dtype=tl.float32), PTX)
+    scores = dot_bf16(q_high, k_high.trans(), scores, PTX) * SCALING
+    scores = tl.where((tl.arange(0, BLOCK_T) < positions)[None, :], scores, -float("inf"))
+    higher = tl.maximum(best, tl.max(scores, axis=1))
+    weights = tl.exp(scores - higher[:, None])
+    shrink = tl.exp(best - higher)
+    total = total * shrink + tl.sum(weights, axis=1)
+    acc = dot_bf16(to_bf16(weights, PTX), v, acc * shrink[:, None], PTX)
+    return higher, total, acc
+
+
+@triton.jit
 def combine_parts(
     head, parts, gate_row, qkv_ptr, partial_ptr, log_ptr, arrivals_ptr, out_ptr,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, G_POW2: tl.constexpr, D: tl.constexpr, AT_ONCE: tl.constexpr,
@@ -238,7 +255,7 @@ def moe_one_token_attention(
     out_ptr,  # bf16 [KV_HEADS * G * D]
     SCALING: tl.constexpr, EPS: tl.constexpr,
     C: tl.constexpr, KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, G_POW2: tl.constexpr, G_PAD: tl.constexpr,
-    HALF: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, COMBINED: tl.constexpr, EARLY: tl.constexpr,
+    HALF: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, COMBINED: tl.constexpr, EARLY: tl.constexpr, STAGES: tl.constexpr,
     GATED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Attention of one token: program (key/value head, part) does every SPLITS-th block of the positions.
@@ -313,7 +330,20 @@ def moe_one_token_attention(
         total = tl.zeros((G_PAD,), dtype=tl.float32)
         acc = tl.zeros((G_PAD, D), dtype=tl.float32)
         q_low_bf16, q_high_bf16 = to_bf16(q_low, PTX), to_bf16(q_high, PTX)
-        for first in tl.range(start, length, SPLITS * BLOCK_T, num_stages=1):
+        if STAGES > 0:
+            if start < length:
+                best, total, acc = attend_block(
+                    q_low_bf16, q_high_bf16, k_low, k_high, v, length - start, best, total, acc, SCALING, G_PAD,
+                    BLOCK_T, PTX,
+                )  # fmt: skip
+                for first in tl.range(start + SPLITS * BLOCK_T, length, SPLITS * BLOCK_T, num_stages=STAGES):
+                    k_low, k_high = load_keys(key_ptr, first, length, HALF, BLOCK_T)
+                    v = load_values(value_ptr, first, length, D, BLOCK_T)
+                    best, total, acc = attend_block(
+                        q_low_bf16, q_high_bf16, k_low, k_high, v, length - first, best, total, acc, SCALING, G_PAD,
+                        BLOCK_T, PTX,
+                    )  # fmt: skip
+        for first in tl.range(start, length if STAGES == 0 else start, SPLITS * BLOCK_T, num_stages=1):
             if EARLY:
                 next_low, next_high = load_keys(key_ptr, first + SPLITS * BLOCK_T, length, HALF, BLOCK_T)
                 next_v = load_values(value_ptr, first + SPLITS * BLOCK_T, length, D, BLOCK_T)

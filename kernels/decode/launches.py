@@ -50,6 +50,7 @@ class AttentionTile(NamedTuple):
     combined: int = 0
     early: bool = False
     programs_per_sm: int = 1
+    stages: int = 0
 
 
 def run_one_token_linear(
@@ -143,6 +144,7 @@ def run_one_token_attention(
             "BLOCK_T": tile.positions,
             "COMBINED": tile.combined,
             "EARLY": tile.early,
+            "STAGES": tile.stages,
             "GATED": gated,
             "PTX": ptx,
         },

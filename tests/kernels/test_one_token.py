@@ -255,7 +255,7 @@ def test_linear_on_a_gpu(kind: str, rows: int, columns: int) -> None:
     assert torch.equal(ops.one_token_linear(*there), found)
 
 
-TILES = [AttentionTile(64, 4, 32, 16), AttentionTile(64, 8, 2, 1, True), AttentionTile(128, 8, 32, 4, True, 2)]
+TILES = [AttentionTile(64, 4, 32, 16), AttentionTile(64, 8, 2, 1, True), AttentionTile(64, 8, 2, 4, False, 2, 2)]
 
 
 @pytest.mark.parametrize(
