@@ -86,6 +86,16 @@ def load_pieces(
 
 
 @triton.jit
+def fetch_rows(w_ptr, block, wanted, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Asks L2 for block `block` of BLOCK_N rows of a matrix [N, K], if it exists: loads without a use, 32 bytes each."""
+    SIZE: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth // 8
+    SECTORS: tl.constexpr = (BLOCK_N * K * SIZE + 31) // 32
+    first = tl.arange(0, triton.next_power_of_2(SECTORS)) * (32 // SIZE)
+    inside = wanted & (first < BLOCK_N * K) & (block.to(tl.int64) * (BLOCK_N * K) + first < N * K)
+    tl.load(w_ptr + block.to(tl.int64) * (BLOCK_N * K) + first, mask=inside, other=0, volatile=True)
+
+
+@triton.jit
 def load_router(
     w_ptr, norm_ptr, program,
     H: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, STEPS: tl.constexpr, BLOCK_H: tl.constexpr,

@@ -24,6 +24,7 @@ from .device import (
     choose_experts,
     dot_bytes,
     dot_halves,
+    fetch_rows,
     load_pieces,
     load_router,
     router_logits,
@@ -48,7 +49,7 @@ def moe_one_token_matvec(
     N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr, BLOCK_K: tl.constexpr,
     NUM_ARRIVALS: tl.constexpr,
     HAS_ADD: tl.constexpr, HAS_NORM: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    HAS_AHEAD: tl.constexpr, HALVES: tl.constexpr, PTX: tl.constexpr,
+    HAS_AHEAD: tl.constexpr, HALVES: tl.constexpr, FIRST_WAVE: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """out = W @ norm(x + add) * scale + residual; program i does rows [i * BLOCK_N, (i + 1) * BLOCK_N).
 
@@ -80,6 +81,9 @@ def moe_one_token_matvec(
         if chunk == 0:  # the loads of the first weights are in flight
             if HAS_SCALE:
                 scale = tl.load(scale_ptr + offs_n, mask=rows, other=0.0)
+            if FIRST_WAVE > 0:
+                for wave in tl.static_range(1, ((N + BLOCK_N - 1) // BLOCK_N + FIRST_WAVE - 1) // FIRST_WAVE):
+                    fetch_rows(w_ptr, program + wave * FIRST_WAVE, program < FIRST_WAVE, N, K, BLOCK_N)
             zero = launches_before(True, PTX)
             x_ptr += zero
             add_ptr += zero

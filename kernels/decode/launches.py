@@ -30,12 +30,14 @@ class MatvecTile(NamedTuple):
     """Rows of a program of `moe_one_token_matvec`, its warps, and most numbers of a row that it loads at once.
 
     halves: int8 weights are multiplied by 16-bit activations, and not by each of their bytes.
+    first_wave: programs that start early, and ask L2 for the weights of the others too; 0: they do not.
     """
 
     rows: int
     num_warps: int
     columns: int
     halves: bool = False
+    first_wave: int = 0
 
 
 class AttentionTile(NamedTuple):
@@ -382,6 +384,7 @@ def _matvec(
             "HAS_RESIDUAL": residual is not None,
             "HAS_AHEAD": ahead is not None,
             "HALVES": tile.halves,
+            "FIRST_WAVE": tile.first_wave,
             "PTX": ptx,
         },
         num_warps=tile.num_warps,

@@ -268,7 +268,7 @@ def test_attention_with_other_tiles(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(launches_module, "attention_tile", lambda context: tile)
-    monkeypatch.setattr(launches_module, "matvec_tile", lambda n, itemsize: MatvecTile(8, 4, 64, True))
+    monkeypatch.setattr(launches_module, "matvec_tile", lambda n, itemsize: MatvecTile(8, 4, 64, True, 2))
     arguments = attention_arguments(kind, groups, position, update, gated)
     there = (part.to(device) if isinstance(part, Tensor) else part for part in arguments)
     found = run_one_token_attention(ops.AttentionArguments(*there))
