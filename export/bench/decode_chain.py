@@ -1,6 +1,6 @@
 """The decode step of a Qwen3-MoE model as calls of the operators that an exported program has, and checks of it.
 
-Each layer calls `one_token_attention`, `one_token_router` and `fused_experts`, in the order of `models.decoder_layer`.
+Each layer calls `one_token_attention` and `one_token_experts`, as `models.decoder_layer` does.
 After the last layer come the cache update of all layers, in one launch as in an exported program, the last norm, and
 `one_token_linear` for the vocabulary. The embedding, cosines and sines of the position, and the choice of the token are
 left out: five launches per token.
@@ -80,11 +80,10 @@ class LayerResults:
     """What the operators of one layer returned.
 
     Attributes:
-        router: None if the layer has no router of its own. hidden: the residual stream, bf16 [1, 1, H].
+        hidden: the residual stream after attention, bf16 [1, 1, H]. experts: bf16 [1, H].
     """
 
     attention: tuple[Tensor, Tensor, Tensor]
-    router: tuple[Tensor, Tensor, Tensor, Tensor] | None
     hidden: Tensor
     experts: Tensor
 
@@ -134,7 +133,6 @@ class DecodeChain:
         model: sizes; its `layers` is the number of layers of a whole model.
         layers: those of the chain, with different weights.
         context: positions in the cache that attention reads.
-        joined: `one_token_experts` in place of `one_token_router` and `fused_experts`; can be set at any time.
     """
 
     def __init__(
@@ -157,7 +155,6 @@ class DecodeChain:
         if context < 1:
             raise ValueError(f"context={context} must be at least 1")
         self.model, self.context, self.dense, self.scheme = model, context, dense, scheme
-        self.joined = False
         self.shape = LayerShape(model.experts, model.top_k, model.hidden, model.intermediate, group_size)
         self.device = device
         self._generator = torch.Generator(device).manual_seed(seed)
@@ -224,20 +221,14 @@ class DecodeChain:
                 route = (
                     attention[1], *w.out, attention[0], w.post_norm, w.router, m.top_k, EPS,
                 )  # fmt: skip
-                if self.joined:
-                    packed = w.experts.packed()
-                    kind = packed.scheme, "silu", packed.group_size
-                    hidden, experts = run(
-                        "experts", index,
-                        functools.partial(ops.one_token_experts, *route, *packed.tensors().values(), *kind),
-                    )  # fmt: skip
-                    router = None
-                else:
-                    router = run("router", index, functools.partial(ops.one_token_router, *route))
-                    hidden = router[0]
-                    experts = run("experts", index, functools.partial(w.experts, router[1], router[3], router[2]))
+                packed = w.experts.packed()
+                kind = packed.scheme, w.experts.activation, packed.group_size
+                hidden, experts = run(
+                    "experts", index,
+                    functools.partial(ops.one_token_experts, *route, *packed.tensors().values(), *kind),
+                )  # fmt: skip
                 update = experts[None]
-                results.append(LayerResults(attention, router, hidden, experts))
+                results.append(LayerResults(attention, hidden, experts))
         run("cache update", -1, functools.partial(self._update, [result.attention[2] for result in results]))
         last = run("last norm", -1, functools.partial(self._last, hidden, update))
         return run("lm_head", -1, functools.partial(ops.one_token_linear, last, *self.head)), results
@@ -258,13 +249,10 @@ class DecodeChain:
         if operator == "attention":
             row = m.kv_heads * m.head_dim * w.key.element_size()
             return w.qkv.nbytes + w.input_norm.nbytes, 2 * self.context * row + w.q_norm.nbytes + w.k_norm.nbytes
-        if operator == "router":
-            return w.out.nbytes, w.router.nbytes + w.post_norm.nbytes
         if operator == "experts":
-            before = (*self.bytes_of("router"),) if self.joined else ()
             gemms = ((packed.w13, packed.w13_scale), (packed.w2, packed.w2_scale))
             sizes = (sum(t[0].nbytes for t in gemm if t is not None) for gemm in gemms)
-            return (*before, *(m.top_k * size for size in sizes))
+            return w.out.nbytes, w.router.nbytes + w.post_norm.nbytes, *(m.top_k * size for size in sizes)
         return (self.head.nbytes,) if operator == "lm_head" else (0,)
 
 
@@ -282,8 +270,8 @@ def check_first_layer(made: DecodeChain, results: LayerResults) -> dict[str, flo
         )
     )  # fmt: skip
     route = RouteArguments(results.attention[1], *w.out, results.attention[0], w.post_norm, w.router, m.top_k, EPS)
-    # Layers without a router of their own make the same choice as one_token_router.
-    _, normed, weights, ids = results.router or torch.ops.executorch_moe.one_token_router(*route)
+    # The same choice, with the same rounding, as that of one_token_experts.
+    _, normed, weights, ids = torch.ops.executorch_moe.one_token_router(*route)
     hidden = results.hidden
     router = one_token_router_aten(route)
     # With nearly equal logits, another expert may be chosen. Rounded to bf16, the chosen logits must equal the largest.
