@@ -25,9 +25,9 @@ from executorch_moe.kernels.decode.aten import one_token_attention_aten, one_tok
 from executorch_moe.kernels.decode.op import fits_one_token
 from executorch_moe.kernels.measure.timing import LayerInputs, random_packed
 from executorch_moe.kernels.module import FusedExperts
+from executorch_moe.kernels.routed.op import one_token_experts as _one_token_experts  # noqa: F401  registers it
 from executorch_moe.kernels.schemes import check_layer_group_size, get_scheme
 from executorch_moe.kernels.shapes import LayerShape
-from executorch_moe.kernels.token_experts import one_token_experts as _one_token_experts  # noqa: F401  registers it
 
 DENSE = ("int8", "bf16")
 EPS = 1e-6

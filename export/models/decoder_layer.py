@@ -20,7 +20,7 @@ from executorch_moe.kernels import FusedExperts
 from executorch_moe.kernels.decode.arguments import HEAD_DIMS
 from executorch_moe.kernels.decode.op import fits_one_token, one_token_norm_linear
 from executorch_moe.kernels.prefill.op import fits_residual_norm
-from executorch_moe.kernels.token_experts import one_token_experts as _one_token_experts  # noqa: F401  registers it
+from executorch_moe.kernels.routed.op import one_token_experts as _one_token_experts  # noqa: F401  registers it
 from executorch_moe.kernels.validate import MAX_SHARED
 
 from .attention import MergedAttention, is_offset, norm_eps, norm_weight

@@ -60,7 +60,7 @@ def two_halves(x, per_unit, SIZE: tl.constexpr):
     """fp32 [SIZE] in units as int16: words of elements 4i and 4i + 1, and of 4i + 2 and 4i + 3, int32 [SIZE/4] each."""
     # Adding 1.5 * 2^23 puts the nearest integer into the lowest bits.
     units = (x * per_unit + 12582912.0).to(tl.int32, bitcast=True)
-    # A sum: with a split, Triton moves the change of layouts that follows to before `x`, and each warp repeats all this.
+    # A sum: after a split, Triton would move the change of layouts that follows to before `x`, and each warp repeat it.
     pairs = tl.sum((units & 65535).reshape(SIZE // 2, 2) << (16 * tl.arange(0, 2))[None, :], axis=1)
     return tl.split(pairs.reshape(SIZE // 4, 2))
 
@@ -87,7 +87,7 @@ def load_pieces(
 
 @triton.jit
 def fetch_rows(w_ptr, block, wanted, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Asks L2 for block `block` of BLOCK_N rows of a matrix [N, K], if it exists: loads without a use, 32 bytes each."""
+    """Asks L2 for block `block` of BLOCK_N rows of a matrix [N, K], if there is one: loads without a use."""
     SIZE: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth // 8
     SECTORS: tl.constexpr = (BLOCK_N * K * SIZE + 31) // 32
     first = tl.arange(0, triton.next_power_of_2(SECTORS)) * (32 // SIZE)

@@ -13,7 +13,8 @@ from executorch_moe.kernels.gpus import Gpu
 from executorch_moe.kernels.launch import Launch, kernel_gpu, ptx_of
 
 from .arguments import AttentionArguments, RouteArguments, SharedRouteArguments
-from .kernels import moe_one_token_attention, moe_one_token_logits, moe_one_token_matvec, moe_one_token_router
+from .attention_kernels import moe_one_token_attention
+from .kernels import moe_one_token_logits, moe_one_token_matvec, moe_one_token_router
 from .shared_kernels import moe_one_token_shared_router
 
 POSITIONS = 128

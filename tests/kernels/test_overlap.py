@@ -24,8 +24,8 @@ from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED, Gpu, find_model
 from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.measure.compile import compile_kernel, record_launches
 from executorch_moe.kernels.measure.timing import LayerInputs, make_layers, random_packed
+from executorch_moe.kernels.routed.op import TokenExpertArguments, run_one_token_experts
 from executorch_moe.kernels.shapes import SHAPES, LayerShape
-from executorch_moe.kernels.token_experts import TokenExpertArguments, run_one_token_experts
 
 from .batch_launches import launches_of_rows
 from .delta_rule_cases import QWEN35, make, on

@@ -18,8 +18,8 @@ from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.measure.compile import compile_kernel, compile_launch
 from executorch_moe.kernels.measure.timing import random_packed
 from executorch_moe.kernels.op import forced, fused_experts
+from executorch_moe.kernels.routed.op import TokenExpertArguments, one_token_experts, run_one_token_experts
 from executorch_moe.kernels.shapes import SHAPES, LayerShape
-from executorch_moe.kernels.token_experts import TokenExpertArguments, one_token_experts, run_one_token_experts
 
 from .cases import relative_error
 from .test_one_token import HIDDEN, random, route_arguments

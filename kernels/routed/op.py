@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import ExpertArguments
-from .decode.arguments import RouteArguments, check_one_token_router
-from .decode.aten import one_token_router_aten
-from .decode.launches import run_one_token_logits, run_one_token_router
-from .experts.aten import fused_experts_aten, fused_experts_cpu
-from .experts.matvec_plan import run_matvec
-from .experts.plan import Options, Problem, choose_path, run_fused_experts
-from .gpus import Gpu
-from .inference_only import inference_operator
-from .launch import Launch, kernel_gpu, ptx_of
-from .op import current_options
-from .validate import check_fused_experts
+from executorch_moe.kernels.arguments import ExpertArguments
+from executorch_moe.kernels.decode.arguments import RouteArguments, check_one_token_router
+from executorch_moe.kernels.decode.aten import one_token_router_aten
+from executorch_moe.kernels.decode.launches import run_one_token_logits, run_one_token_router
+from executorch_moe.kernels.experts.aten import fused_experts_aten, fused_experts_cpu
+from executorch_moe.kernels.experts.matvec_plan import run_matvec
+from executorch_moe.kernels.experts.plan import Options, Problem, choose_path, run_fused_experts
+from executorch_moe.kernels.gpus import Gpu
+from executorch_moe.kernels.inference_only import inference_operator
+from executorch_moe.kernels.launch import Launch, kernel_gpu, ptx_of
+from executorch_moe.kernels.op import current_options
+from executorch_moe.kernels.validate import check_fused_experts
 
 
 class TokenExpertArguments(NamedTuple):
