@@ -1,11 +1,11 @@
 """A decoder layer of Qwen3 models of few kernels.
 
-For one token of full attention, two operators compute everything before the experts, and no other kernel runs between
-them: `one_token_attention` and `one_token_router`. A gated delta rule layer has `one_token_norm_linear` and
-`gated_delta_net` in place of the first. A shared expert takes no kernels: `one_token_shared_router` and `fused_experts`
-compute its halves. One token of each of several texts takes `rows_attention`, `rows_linear` and `rows_router`. For
-several tokens of one text the layer computes what transformers' layer does, with `residual_norm` for the norms;
-`MergedAttention` and `TopKFirstRouter` have operators of their own.
+For one token of full attention, two operators compute everything, and no other kernel runs between them:
+`one_token_attention` and `one_token_experts`. A gated delta rule layer has `one_token_norm_linear` and
+`gated_delta_net` in place of the first. A shared expert takes no kernels: those of the router and of the experts
+compute its halves. Experts that are not fused take `one_token_router`. One token of each of several texts takes
+`rows_attention`, `rows_linear` and `rows_router`. For several tokens of one text the layer computes what transformers'
+layer does, with `residual_norm` for the norms; `MergedAttention` and `TopKFirstRouter` have operators of their own.
 """
 
 from __future__ import annotations
@@ -175,29 +175,22 @@ class OneTokenDecoderLayer(nn.Module):
             out, *(_weights(projection) or ()), hidden, norm.weight, router.weight, router.top_k,
             norm.variance_epsilon,
         )  # fmt: skip
-        if self._joins_experts:
-            experts = self.mlp.experts
-            tensors = experts.packed().tensors().values()
-            kind = experts.scheme, experts.activation, experts.group_size
-            hidden, update = torch.ops.executorch_moe.one_token_experts(*route, *tensors, *kind)
-        elif shared is None:
-            hidden, normed, weights, experts = torch.ops.executorch_moe.one_token_router(*route)
-            update = self.mlp.experts(normed, experts, weights)
+        experts = self.mlp.experts
+        if isinstance(experts, FusedExperts) and (shared is not None or not isinstance(self.mlp, SharedExpertBlock)):
+            tensors, kind = experts.packed().tensors().values(), (experts.activation, experts.group_size)
+            halves: tuple[Any, ...] = ()
+            if shared is not None:
+                gate_up, down = shared
+                halves = *gate_up, down[0].shape[1], *down
+            hidden, update = torch.ops.executorch_moe.one_token_experts(
+                *route, *tensors, experts.scheme, *kind, *halves
+            )
+        else:
+            hidden, normed, weights, ids = torch.ops.executorch_moe.one_token_router(*route)
+            update = experts(normed, ids, weights)
             if isinstance(self.mlp, SharedExpertBlock):
                 update = update + self.mlp.shared_expert(normed)
-        else:
-            gate_up, down = shared
-            width = down[0].shape[1]
-            hidden, normed, weights, experts, *halfway = torch.ops.executorch_moe.one_token_shared_router(
-                *route, *gate_up, width
-            )
-            update = self.mlp.experts(normed, experts, weights, (*halfway, *down))
         return hidden, update[None]
-
-    @property
-    def _joins_experts(self) -> bool:
-        """True if `one_token_experts` computes the router and the experts."""
-        return isinstance(self.mlp.experts, FusedExperts) and not isinstance(self.mlp, SharedExpertBlock)
 
     def _shared_matrices(self) -> tuple[Matrix, Matrix] | None:
         """Both matrices of a shared expert that the operators compute; None for others and without one."""

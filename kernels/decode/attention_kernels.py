@@ -55,23 +55,6 @@ def load_values(value_ptr, first, end, D: tl.constexpr, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def attend_block(
-    q_low, q_high, k_low, k_high, v, positions, best, total, acc,
-    SCALING: tl.constexpr, G_PAD: tl.constexpr, BLOCK_T: tl.constexpr, PTX: tl.constexpr,
-):  # fmt: skip
-    """Adds a block of keys and values, of which the first `positions` count, at least one."""
-    scores = dot_bf16(q_low, k_low.trans(), tl.zeros((G_PAD, BLOCK_T), dtype=tl.float32), PTX)
-    scores = dot_bf16(q_high, k_high.trans(), scores, PTX) * SCALING
-    scores = tl.where((tl.arange(0, BLOCK_T) < positions)[None, :], scores, -float("inf"))
-    higher = tl.maximum(best, tl.max(scores, axis=1))
-    weights = tl.exp(scores - higher[:, None])
-    shrink = tl.exp(best - higher)
-    total = total * shrink + tl.sum(weights, axis=1)
-    acc = dot_bf16(to_bf16(weights, PTX), v, acc * shrink[:, None], PTX)
-    return higher, total, acc
-
-
-@triton.jit
 def combine_parts(
     head, parts, gate_row, qkv_ptr, partial_ptr, log_ptr, arrivals_ptr, out_ptr,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, G_POW2: tl.constexpr, D: tl.constexpr, AT_ONCE: tl.constexpr,
@@ -131,16 +114,18 @@ def moe_one_token_attention(
     position_ptr,  # int64 [1]
     key_ptr, value_ptr,  # bf16 [KV_HEADS, C, D]: positions before this one
     new_ptr,  # bf16 [2, KV_HEADS, D]: this position's key and value, for the cache
-    partial_ptr,  # fp32 [SPLITS + 1, KV_HEADS * G, D]: of each part, not yet divided
-    max_ptr, sum_ptr,  # fp32 [SPLITS + 1, KV_HEADS * G]
+    partial_ptr,  # fp32 [SPLITS + 1, KV_HEADS * G, D]: results of the parts
+    log_ptr,  # fp32 [SPLITS + 1, KV_HEADS * G]: logarithms of the sums of their weights
     arrivals_ptr,  # int32 [KV_HEADS], zero
     out_ptr,  # bf16 [KV_HEADS * G * D]
     SCALING: tl.constexpr, EPS: tl.constexpr,
     C: tl.constexpr, KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, G_POW2: tl.constexpr, G_PAD: tl.constexpr,
-    HALF: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, COMBINED: tl.constexpr, EARLY: tl.constexpr,
-    STAGES: tl.constexpr, GATED: tl.constexpr, PTX: tl.constexpr,
+    HALF: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, AT_ONCE: tl.constexpr, EARLY: tl.constexpr,
+    GATED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Attention of one token: program (key/value head, part) does every SPLITS-th block of the positions.
+
+    EARLY: a block is requested before the one before it is used; this pays off for programs that have several blocks.
 
     The last part is the token itself, whose key and value are not in the cache yet. `position`, keys and values are
     read before the wait. They are complete before this kernel can start, whatever wrote them (the cache update of an
@@ -176,8 +161,7 @@ def moe_one_token_attention(
     # Only the address keeps stores of constants after the wait.
     new_ptr += zero
     partial_ptr += zero
-    max_ptr += zero
-    sum_ptr += zero
+    log_ptr += zero
     out_ptr += zero
 
     q_rows = (head * GROUPS + group)[:, None] * D + offs_h[None, :]
@@ -186,9 +170,7 @@ def moe_one_token_attention(
     q_low, q_high = norm_and_rotate(q_low, q_high, norm_low, norm_high, cos_ptr, sin_ptr, EPS, HALF, PTX)
 
     # The token itself comes first, so that the parts that have positions are the first ones.
-    place = part
-    if COMBINED:
-        place = tl.where(part == SPLITS, 0, part + 1)
+    place = tl.where(part == SPLITS, 0, part + 1)
     parts = 1 + tl.minimum(SPLITS, (length + BLOCK_T - 1) // BLOCK_T)
     rows = place * HEADS + head * GROUPS + group
     if part == SPLITS:
@@ -205,27 +187,13 @@ def moe_one_token_attention(
         score = (tl.sum(q_low * new_low, axis=1) + tl.sum(q_high * new_high, axis=1)) * SCALING
         acc = tl.zeros((G_PAD, D), dtype=tl.float32) + new_v.to(tl.float32)[None, :]
         tl.store(partial_ptr + rows[:, None] * D + offs_d[None, :], acc, mask=real[:, None])
-        tl.store(max_ptr + rows, score, mask=real)
-        tl.store(sum_ptr + rows, tl.full((G_PAD,), 1.0, dtype=tl.float32), mask=real)
+        tl.store(log_ptr + rows, score, mask=real)
     else:
         best = tl.full((G_PAD,), -float("inf"), dtype=tl.float32)
         total = tl.zeros((G_PAD,), dtype=tl.float32)
         acc = tl.zeros((G_PAD, D), dtype=tl.float32)
         q_low_bf16, q_high_bf16 = to_bf16(q_low, PTX), to_bf16(q_high, PTX)
-        if STAGES > 0:  # noqa: SIM102  a constant, and a number
-            if start < length:
-                best, total, acc = attend_block(
-                    q_low_bf16, q_high_bf16, k_low, k_high, v, length - start, best, total, acc, SCALING, G_PAD,
-                    BLOCK_T, PTX,
-                )  # fmt: skip
-                for first in tl.range(start + SPLITS * BLOCK_T, length, SPLITS * BLOCK_T, num_stages=STAGES):
-                    k_low, k_high = load_keys(key_ptr, first, length, HALF, BLOCK_T)
-                    v = load_values(value_ptr, first, length, D, BLOCK_T)
-                    best, total, acc = attend_block(
-                        q_low_bf16, q_high_bf16, k_low, k_high, v, length - first, best, total, acc, SCALING, G_PAD,
-                        BLOCK_T, PTX,
-                    )  # fmt: skip
-        for first in tl.range(start, length if STAGES == 0 else start, SPLITS * BLOCK_T, num_stages=1):
+        for first in tl.range(start, length, SPLITS * BLOCK_T, num_stages=1):
             if EARLY:
                 next_low, next_high = load_keys(key_ptr, first + SPLITS * BLOCK_T, length, HALF, BLOCK_T)
                 next_v = load_values(value_ptr, first + SPLITS * BLOCK_T, length, D, BLOCK_T)
@@ -245,46 +213,12 @@ def moe_one_token_attention(
                 k_low, k_high = load_keys(key_ptr, first + SPLITS * BLOCK_T, length, HALF, BLOCK_T)
                 v = load_values(value_ptr, first + SPLITS * BLOCK_T, length, D, BLOCK_T)
         wanted = real & (start < length)
-        if COMBINED:
-            acc /= tl.where(wanted, total, 1.0)[:, None]
-            best += tl.log(tl.where(wanted, total, 1.0))
+        total = tl.where(wanted, total, 1.0)
+        acc /= total[:, None]
         tl.store(partial_ptr + rows[:, None] * D + offs_d[None, :], acc, mask=wanted[:, None])
-        tl.store(max_ptr + rows, best, mask=wanted)
-        tl.store(sum_ptr + rows, total, mask=wanted)
-    if COMBINED:
-        if place < parts:
-            combine_parts(
-                head, parts, HEADS + 2 * KV_HEADS, qkv_ptr, partial_ptr, max_ptr, arrivals_ptr, out_ptr,
-                HEADS, GROUPS, G_POW2, D, COMBINED, GATED, PTX,
-            )  # fmt: skip
-    else:
-        tl.debug_barrier()  # the stores of all threads must precede the release by one thread
-        arrived = tl.atomic_add(arrivals_ptr + head, 1, sem="acq_rel", scope="gpu")
-        if arrived == SPLITS:
-            # A thread has the same elements of every part, so nothing is summed across threads, and all loads can be in
-            # flight at once. Parts without positions wrote nothing. .cg: others wrote this; L1 may be stale, L2 is not.
-            query = head * GROUPS + tl.arange(0, G_POW2)
-            real_query = tl.arange(0, G_POW2) < GROUPS
-            highest = tl.full((G_POW2,), -float("inf"), dtype=tl.float32)
-            for i in tl.static_range(SPLITS + 1):
-                mine = real_query & ((i * BLOCK_T < length) | (i == SPLITS))
-                maxima = tl.load(max_ptr + i * HEADS + query, mask=mine, other=-float("inf"), cache_modifier=".cg")
-                highest = tl.maximum(highest, maxima)
-            sums_of_all = tl.zeros((G_POW2,), dtype=tl.float32)
-            result = tl.zeros((G_POW2, D), dtype=tl.float32)
-            cells = query[:, None] * D + offs_d[None, :]
-            for i in tl.static_range(SPLITS + 1):
-                mine = real_query & ((i * BLOCK_T < length) | (i == SPLITS))
-                maxima = tl.load(max_ptr + i * HEADS + query, mask=mine, other=-float("inf"), cache_modifier=".cg")
-                sums = tl.load(sum_ptr + i * HEADS + query, mask=mine, other=0.0, cache_modifier=".cg")
-                values = tl.load(
-                    partial_ptr + i * HEADS * D + cells, mask=mine[:, None], other=0.0, cache_modifier=".cg"
-                )
-                factor = tl.exp(maxima - tl.where(real_query, highest, 0.0))
-                sums_of_all += sums * factor
-                result += values * factor[:, None]
-            result /= tl.where(real_query, sums_of_all, 1.0)[:, None]
-            if GATED:
-                gates = qkv_ptr + (HEADS + 2 * KV_HEADS) * D + cells
-                result /= 1.0 + tl.exp(-tl.load(gates, mask=real_query[:, None], other=0.0).to(tl.float32))
-            tl.store(out_ptr + cells, to_bf16(result, PTX), mask=real_query[:, None])
+        tl.store(log_ptr + rows, best + tl.log(total), mask=wanted)
+    if place < parts:
+        combine_parts(
+            head, parts, HEADS + 2 * KV_HEADS, qkv_ptr, partial_ptr, log_ptr, arrivals_ptr, out_ptr,
+            HEADS, GROUPS, G_POW2, D, AT_ONCE, GATED, PTX,
+        )  # fmt: skip

@@ -12,31 +12,6 @@ from executorch_moe.kernels._device import bf16_round, dot_two, to_bf16
 
 
 @triton.jit
-def dot_bytes(a, b, PTX: tl.constexpr):
-    """int32 words of four int8 each -> the sum of the products of their bytes."""
-    if PTX:
-        return tl.inline_asm_elementwise(
-            "dp4a.s32.s32 $0, $1, $2, 0;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
-        )
-    else:
-        total = (a >> 24) * (b >> 24) + ((a << 8) >> 24) * ((b << 8) >> 24)
-        return total + ((a << 16) >> 24) * ((b << 16) >> 24) + ((a << 24) >> 24) * ((b << 24) >> 24)
-
-
-@triton.jit
-def two_bytes(x, unit, SIZE: tl.constexpr):
-    """fp32 [SIZE] as 256 * high + low units, int8 both: words of four highs, and of four lows, int32 [SIZE/4] each."""
-    # Adding 1.5 * 2^23 puts the nearest integer into the lowest bits.
-    units = (x / unit + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
-    high = (units + 128) >> 8
-    low = units - (high << 8)
-    shifts = (8 * tl.arange(0, 4))[None, :]
-    high_words = tl.sum((high & 255).reshape(SIZE // 4, 4) << shifts, axis=1)
-    low_words = tl.sum((low & 255).reshape(SIZE // 4, 4) << shifts, axis=1)
-    return high_words, low_words
-
-
-@triton.jit
 def dot_halves(w, first, second, PTX: tl.constexpr):
     """int32 words of four int8 times four int16 -> the sum of the products, int32.
 
@@ -83,16 +58,6 @@ def load_pieces(
     # 64 bits for the first row only: the matrix of a vocabulary may have more elements than 32 bits can address.
     w = tl.load(w_ptr + row.to(tl.int64) * K + (near[:, None] * K + columns), mask=inside, other=0)
     return w.reshape(STEPS, BLOCK_N, BLOCK_K)
-
-
-@triton.jit
-def fetch_rows(w_ptr, block, wanted, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Asks L2 for block `block` of BLOCK_N rows of a matrix [N, K], if there is one: loads without a use."""
-    SIZE: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth // 8
-    SECTORS: tl.constexpr = (BLOCK_N * K * SIZE + 31) // 32
-    first = tl.arange(0, triton.next_power_of_2(SECTORS)) * (32 // SIZE)
-    inside = wanted & (first < BLOCK_N * K) & (block.to(tl.int64) * (BLOCK_N * K) + first < N * K)
-    tl.load(w_ptr + block.to(tl.int64) * (BLOCK_N * K) + first, mask=inside, other=0, volatile=True)
 
 
 @triton.jit
@@ -240,10 +205,10 @@ def dense_rows(
     offs_k = tl.arange(0, BLOCK_K)
     x = tl.load(x_ptr + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
     if INT8:
-        unit = tl.maximum(tl.max(tl.abs(x), axis=0) / 32512.0, 1e-30)
-        high, low = two_bytes(x, unit, BLOCK_K)
-        units = dot_bytes(w, high[None, :], PTX) * 256 + dot_bytes(w, low[None, :], PTX)
-        out = tl.sum(units.to(tl.float32), axis=1) * unit
+        largest = tl.maximum(tl.max(tl.abs(x), axis=0), 1e-30)
+        first, second = two_halves(x, 32512.0 / largest, BLOCK_K)
+        units = dot_halves(w, first[None, :], second[None, :], PTX)
+        out = tl.sum(units.to(tl.float32), axis=1) * (largest / 32512.0)
     else:
         out = tl.sum(w.to(tl.float32) * x[None, :], axis=1)
     if HAS_SCALE:

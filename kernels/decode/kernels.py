@@ -21,17 +21,7 @@ import triton.language as tl
 
 from executorch_moe.kernels._device import bf16_round, launches_before, to_bf16
 
-from .device import (
-    choose_experts,
-    dot_bytes,
-    dot_halves,
-    fetch_rows,
-    load_pieces,
-    load_router,
-    router_logits,
-    two_bytes,
-    two_halves,
-)
+from .device import choose_experts, dot_halves, load_pieces, load_router, router_logits, two_halves
 
 
 @triton.jit
@@ -50,7 +40,7 @@ def moe_one_token_matvec(
     N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr, BLOCK_K: tl.constexpr,
     NUM_ARRIVALS: tl.constexpr,
     HAS_ADD: tl.constexpr, HAS_NORM: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    HAS_AHEAD: tl.constexpr, HALVES: tl.constexpr, FIRST_WAVE: tl.constexpr, PTX: tl.constexpr,
+    HAS_AHEAD: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """out = W @ norm(x + add) * scale + residual; program i does rows [i * BLOCK_N, (i + 1) * BLOCK_N).
 
@@ -82,9 +72,6 @@ def moe_one_token_matvec(
         if chunk == 0:  # the loads of the first weights are in flight
             if HAS_SCALE:
                 scale = tl.load(scale_ptr + offs_n, mask=rows, other=0.0)
-            if FIRST_WAVE > 0:
-                for wave in tl.static_range(1, ((N + BLOCK_N - 1) // BLOCK_N + FIRST_WAVE - 1) // FIRST_WAVE):
-                    fetch_rows(w_ptr, program + wave * FIRST_WAVE, program < FIRST_WAVE, N, K, BLOCK_N)
             zero = launches_before(True, PTX)
             x_ptr += zero
             add_ptr += zero
@@ -101,20 +88,13 @@ def moe_one_token_matvec(
             tl.store(sum_ptr + offs_k, to_bf16(x, PTX), mask=inside & (program == 0))
             squares += tl.sum(x * x, axis=0)
             x *= norm.to(tl.float32)
-        if INT8 and HALVES:
+        if INT8:
             largest = tl.maximum(tl.max(tl.abs(x), axis=0), 1e-30)
             first, second = two_halves(x, 32512.0 / largest, CHUNK)
             first = first.reshape(STEPS, BLOCK_K // 4)[:, None, :]
             second = second.reshape(STEPS, BLOCK_K // 4)[:, None, :]
             units = tl.sum(dot_halves(w, first, second, PTX), axis=0)
             out += tl.sum(units.to(tl.float32), axis=1) * (largest / 32512.0)
-        elif INT8:
-            unit = tl.maximum(tl.max(tl.abs(x), axis=0) / 32512.0, 1e-30)
-            high, low = two_bytes(x, unit, CHUNK)
-            high = high.reshape(STEPS, BLOCK_K // 4)[:, None, :]
-            low = low.reshape(STEPS, BLOCK_K // 4)[:, None, :]
-            units = tl.sum(dot_bytes(w, high, PTX), axis=0) * 256 + tl.sum(dot_bytes(w, low, PTX), axis=0)
-            out += tl.sum(units.to(tl.float32), axis=1) * unit
         else:
             out += tl.sum(tl.sum(w.to(tl.float32) * x.reshape(STEPS, BLOCK_K)[:, None, :], axis=0), axis=1)
     if HAS_NORM:

@@ -1,7 +1,7 @@
 """`torch.ops.executorch_moe.one_token_experts`: output projection, router and experts of one token in one operator.
 
-With `Options.ranks_logits`, the experts' kernels choose the experts by the router's logits themselves. Then no program
-waits for all logits, chooses, and ends, before the experts start.
+The kernels of the matrix-vector path choose the experts by the router's logits themselves. So no program waits for all
+logits, chooses, and ends, before the experts start.
 """
 
 from __future__ import annotations
@@ -13,9 +13,19 @@ import torch
 from torch import Tensor
 
 from executorch_moe.kernels.arguments import ExpertArguments
-from executorch_moe.kernels.decode.arguments import RouteArguments, check_one_token_router
-from executorch_moe.kernels.decode.aten import one_token_router_aten
-from executorch_moe.kernels.decode.launches import run_one_token_logits, run_one_token_router
+from executorch_moe.kernels.decode.arguments import (
+    RouteArguments,
+    SharedRouteArguments,
+    check_one_token_router,
+    check_one_token_shared_router,
+)
+from executorch_moe.kernels.decode.aten import one_token_router_aten, one_token_shared_router_aten
+from executorch_moe.kernels.decode.launches import (
+    run_one_token_logits,
+    run_one_token_router,
+    run_one_token_shared_logits,
+    run_one_token_shared_router,
+)
 from executorch_moe.kernels.experts.aten import fused_experts_aten, fused_experts_cpu
 from executorch_moe.kernels.experts.matvec_plan import run_matvec
 from executorch_moe.kernels.experts.plan import Options, Problem, choose_path, run_fused_experts
@@ -48,21 +58,37 @@ class TokenExpertArguments(NamedTuple):
     scheme: str
     activation: str
     group_size: int
+    gate_up: Tensor | None = None
+    gate_up_scale: Tensor | None = None
+    width: int = 0
+    shared_down: Tensor | None = None
+    shared_down_scale: Tensor | None = None
 
     @property
     def route(self) -> RouteArguments:
         """The arguments of `one_token_router` among these."""
         return RouteArguments(*self[:8])
 
-    def experts(self, normed: Tensor, ids: Tensor, weights: Tensor) -> ExpertArguments:
-        """The arguments of `fused_experts` for results of `one_token_router`."""
-        return ExpertArguments(normed, ids, weights, *self[8:])
+    @property
+    def shared_route(self) -> SharedRouteArguments:
+        """The arguments of `one_token_shared_router` among these; there must be a shared expert."""
+        assert self.gate_up is not None
+        return SharedRouteArguments(*self[:8], self.gate_up, self.gate_up_scale, self.width)
 
-    def without_choice(self) -> ExpertArguments:
+    def experts(
+        self, normed: Tensor, ids: Tensor, weights: Tensor, shared: Tensor | None = None, share: Tensor | None = None
+    ) -> ExpertArguments:
+        """The arguments of `fused_experts` for results of `one_token_router` or `one_token_shared_router`."""
+        down = self.shared_down, self.shared_down_scale
+        return ExpertArguments(normed, ids, weights, *self[8:19], shared, share, *down)
+
+    def without_choice(
+        self, normed: Tensor, shared: Tensor | None = None, share: Tensor | None = None
+    ) -> ExpertArguments:
         """`experts` with ids and weights that hold no values."""
-        residual, size = self.residual, (1, self.top_k)
-        ids, weights = residual.new_empty(size, dtype=torch.int64), residual.new_empty(size, dtype=torch.float32)
-        return self.experts(residual[0], ids, weights)
+        size = (1, self.top_k)
+        ids, weights = normed.new_empty(size, dtype=torch.int64), normed.new_empty(size, dtype=torch.float32)
+        return self.experts(normed, ids, weights, shared, share)
 
 
 def check_one_token_experts(arguments: TokenExpertArguments) -> None:
@@ -72,13 +98,22 @@ def check_one_token_experts(arguments: TokenExpertArguments) -> None:
         ValueError: a dtype, shape, device, layout or value that the operator does not accept.
         NotImplementedError: zero points with a scheme that takes none.
     """
-    check_one_token_router(arguments.route)
+    residual, shared, share = arguments.residual, None, None
+    if arguments.gate_up is None:
+        if arguments.gate_up_scale is not None or arguments.width:
+            raise ValueError(
+                "gate_up_scale or width was given without gate_up: pass all of a shared expert, or nothing"
+            )
+        check_one_token_router(arguments.route)
+    else:
+        check_one_token_shared_router(arguments.shared_route)
+        shared, share = residual.new_empty(1, arguments.width), residual.new_empty(1, 1, dtype=torch.float32)
     experts, packed = arguments.router.shape[0], arguments.w13.shape[0]
     if experts != packed:
         raise ValueError(
             f"router has E={experts} rows, but w13 has {packed} experts: pass the router and the experts of one layer"
         )
-    check_fused_experts(arguments.without_choice())
+    check_fused_experts(arguments.without_choice(residual[0], shared, share))
 
 
 def run_one_token_experts(
@@ -94,29 +129,41 @@ def run_one_token_experts(
         See `one_token_experts`.
     """
     gpu = gpu or kernel_gpu(arguments.x)
-    if ranks_logits(arguments, options, gpu):
-        hidden, normed, logits = run_one_token_logits(arguments.route, gpu=gpu, submit=submit)
-        unchosen = arguments.without_choice()._replace(hidden_states=normed)
-        return hidden, run_matvec(Problem(unchosen, gpu, ptx_of(gpu), options, submit), logits)
-    hidden, normed, weights, ids = run_one_token_router(arguments.route, gpu=gpu, submit=submit)
-    return hidden, run_fused_experts(arguments.experts(normed, ids, weights), options=options, gpu=gpu, submit=submit)
+    ranks, has_shared = ranks_logits(arguments, options, gpu), arguments.gate_up is not None
+    if not ranks:
+        if has_shared:
+            hidden, normed, weights, ids, *halfway = run_one_token_shared_router(
+                arguments.shared_route, gpu=gpu, submit=submit
+            )
+        else:
+            hidden, normed, weights, ids, *halfway = run_one_token_router(arguments.route, gpu=gpu, submit=submit)
+        chosen = arguments.experts(normed, ids, weights, *halfway)
+        return hidden, run_fused_experts(chosen, options=options, gpu=gpu, submit=submit)
+    if has_shared:
+        hidden, normed, logits, *halfway = run_one_token_shared_logits(arguments.shared_route, gpu=gpu, submit=submit)
+    else:
+        hidden, normed, logits, *halfway = run_one_token_logits(arguments.route, gpu=gpu, submit=submit)
+    unchosen = arguments.without_choice(normed, *halfway)
+    return hidden, run_matvec(Problem(unchosen, gpu, ptx_of(gpu), options, submit), logits)
 
 
 def ranks_logits(arguments: TokenExpertArguments, options: Options, gpu: Gpu) -> bool:
     """True if the experts' kernels choose the experts: those of the matrix-vector path, of layers without biases."""
     if not options.ranks_logits or arguments.w13_bias is not None or arguments.w2_bias is not None:
         return False
-    p = Problem(arguments.without_choice(), gpu, ptx_of(gpu), options)
+    p = Problem(arguments.without_choice(arguments.residual[0]), gpu, ptx_of(gpu), options)
     return (options.path or choose_path(p)) == "matvec"
 
 
 @inference_operator("one_token_experts", TokenExpertArguments)
 def one_token_experts(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """`one_token_router` and `fused_experts` for the experts that it chooses.
+    """`one_token_router` and `fused_experts` for the experts that it chooses; with or without a shared expert.
 
     Args:
         x, weight, scale, residual, norm, router, top_k, eps: as for `one_token_router`.
         w13 to w2_bias, scheme, activation, group_size: as for `fused_experts`; E experts.
+        gate_up, gate_up_scale, width: of a shared expert, as for `one_token_shared_router`; None, None and 0 without.
+        shared_down, shared_down_scale: of a shared expert, as for `fused_experts`.
 
     Returns:
         Projection plus residual, bf16 [1, 1, H]; the experts' sum, bf16 [1, H]. The same input gives the same bits.
@@ -128,8 +175,8 @@ def one_token_experts(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     arguments = TokenExpertArguments(*args, **kwargs)
     check_one_token_experts(arguments)
     if arguments.x.device.type == "cpu":  # only while tracing for the CPU
-        hidden, normed, weights, ids = one_token_router_aten(arguments.route)
-        return hidden, fused_experts_aten(arguments.experts(normed, ids, weights))
+        hidden, chosen = _choose(arguments)
+        return hidden, fused_experts_aten(chosen)
     return run_one_token_experts(arguments, options=current_options())
 
 
@@ -148,5 +195,14 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
 def _(*args: Any) -> tuple[Tensor, Tensor]:
     arguments = TokenExpertArguments(*args)
     check_one_token_experts(arguments)
-    hidden, normed, weights, ids = one_token_router_aten(arguments.route)
-    return hidden, fused_experts_cpu(arguments.experts(normed, ids, weights))
+    hidden, chosen = _choose(arguments)
+    return hidden, fused_experts_cpu(chosen)
+
+
+def _choose(arguments: TokenExpertArguments) -> tuple[Tensor, ExpertArguments]:
+    """The operator's first result, and the arguments of the experts, in ATen."""
+    if arguments.gate_up is None:
+        hidden, normed, weights, ids = one_token_router_aten(arguments.route)
+        return hidden, arguments.experts(normed, ids, weights)
+    hidden, normed, weights, ids, *halfway = one_token_shared_router_aten(arguments.shared_route)
+    return hidden, arguments.experts(normed, ids, weights, *halfway)

@@ -42,11 +42,16 @@ def launches_of_a_layer(capability: int) -> list[Launch]:
         attention, route = token_arguments(torch.empty(1, 1, H, dtype=torch.bfloat16), None)
         run_one_token_attention(attention, gpu=gpu, submit=launches.append)
         run_one_token_router(route, gpu=gpu, submit=launches.append)
+        gate_up = torch.empty(1040, H, dtype=torch.int8), torch.empty(1040)
         packed = random_packed(SHAPES["qwen3"], "w4a16", "meta", torch.Generator())
         kind = packed.scheme, "silu", packed.group_size
         joined = TokenExpertArguments(*route, *packed.tensors().values(), *kind)
-        run_one_token_experts(joined, options=Options(ranks_logits=True), gpu=gpu, submit=launches.append)
-        gate_up = torch.empty(1040, H, dtype=torch.int8), torch.empty(1040)
+        run_one_token_experts(joined, gpu=gpu, submit=launches.append)
+        # The shared expert's launch without a choice.
+        shared_half = *gate_up, 512, torch.empty(H, 512, dtype=torch.int8), torch.empty(H)
+        run_one_token_experts(
+            joined._replace(**dict(zip(joined._fields[-5:], shared_half, strict=True))), gpu=gpu, submit=launches.append
+        )
         run_one_token_shared_router(ops.SharedRouteArguments(*route, *gate_up, 512), gpu=gpu, submit=launches.append)
         launches += launches_of_rows(gpu, 64, HEAD_DIM, torch.int8)
         for tokens in (1, 70):

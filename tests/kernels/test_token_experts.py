@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 import triton
@@ -22,33 +20,45 @@ from executorch_moe.kernels.routed.op import TokenExpertArguments, one_token_exp
 from executorch_moe.kernels.shapes import SHAPES, LayerShape
 
 from .cases import relative_error
-from .test_one_token import HIDDEN, random, route_arguments
+from .test_one_token import HIDDEN, projection, random, route_arguments
 
-RANKED = Options(path="matvec", ranks_logits=True)
-CASES = [("w4a16", 12, 4, False), ("mxfp4", 40, 3, True), ("w4a8", 300, 8, False)]
-NAMES = ("scheme", "experts", "top_k", "tied")
+RANKED = Options(path="matvec")
+CASES = [("w4a16", 12, 4, False, False), ("mxfp4", 40, 3, True, True), ("w4a8", 300, 8, False, True)]
+NAMES = ("scheme", "experts", "top_k", "tied", "has_shared")
+WIDTH = 72
+"""Of the shared expert."""
 
 
-def arguments_of(scheme: str, experts: int, top_k: int, tied: bool, device: str = "cpu") -> TokenExpertArguments:
+def arguments_of(
+    scheme: str, experts: int, top_k: int, tied: bool, has_shared: bool, device: str = "cpu"
+) -> TokenExpertArguments:
     shape = LayerShape(experts, top_k, HIDDEN, 128, 32)
     packed = random_packed(shape, scheme, "cpu", torch.Generator().manual_seed(experts))
     route = route_arguments("int8", top_k, tied, experts)
+    shared: tuple[object, ...] = ()
+    if has_shared:
+        shared = *projection(2 * WIDTH + 1, HIDDEN, "int8"), WIDTH, *projection(HIDDEN, WIDTH, "bf16")
     kind = packed.scheme, "silu", packed.group_size
-    there = [part.to(device) if isinstance(part, Tensor) else part for part in (*route, *packed.tensors().values())]
-    return TokenExpertArguments(*there, *kind)
+    parts = (*route, *packed.tensors().values(), *kind, *shared)
+    return TokenExpertArguments(*(part.to(device) if isinstance(part, Tensor) else part for part in parts))
 
 
 def apart(arguments: TokenExpertArguments) -> tuple[Tensor, Tensor]:
-    hidden, normed, weights, ids = ops.one_token_router(*arguments.route)
-    return hidden, fused_experts(*arguments.experts(normed, ids, weights))
+    """Results of the operators that `one_token_experts` joins."""
+    if arguments.gate_up is None:
+        hidden, normed, weights, ids, *halfway = ops.one_token_router(*arguments.route)
+    else:
+        hidden, normed, weights, ids, *halfway = ops.one_token_shared_router(*arguments.shared_route)
+    return hidden, fused_experts(*arguments.experts(normed, ids, weights, *halfway))
 
 
 def test_the_operator_is_router_and_experts() -> None:
-    arguments = arguments_of(*CASES[0])
-    for one, other in zip(one_token_experts(*arguments), apart(arguments), strict=True):
-        assert torch.equal(one, other)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(torch.ops.executorch_moe.one_token_experts, arguments, test_utils=checks)
+    for case in CASES[:2]:
+        arguments = arguments_of(*case)
+        for one, other in zip(one_token_experts(*arguments), apart(arguments), strict=True):
+            assert torch.equal(one, other)
+        torch.library.opcheck(torch.ops.executorch_moe.one_token_experts, arguments, test_utils=checks)
 
 
 def test_router_and_experts_must_be_of_one_layer() -> None:
@@ -59,6 +69,13 @@ def test_router_and_experts_must_be_of_one_layer() -> None:
         one_token_experts(*arguments._replace(top_k=13))
     with pytest.raises(ValueError, match=r"w13 has rank 4 and w2 rank 3, not the packed layout"):
         one_token_experts(*arguments._replace(w2=arguments.w2[0]))
+    with pytest.raises(ValueError, match=r"width was given without gate_up: pass"):
+        one_token_experts(*arguments._replace(width=3))
+    shared = arguments_of(*CASES[1])
+    with pytest.raises(ValueError, match=r"gate_up has 145 rows, expected at least 2 \* width with width=80"):
+        one_token_experts(*shared._replace(width=80))
+    with pytest.raises(ValueError, match=r"shared, share and shared_down must be given together"):
+        one_token_experts(*shared._replace(shared_down=None))
 
 
 @triton.jit
@@ -107,8 +124,8 @@ def test_ranks_are_those_of_a_stable_sort(device: str, kind: str, experts: int, 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize(NAMES, CASES[:2])
-def test_interpreted_kernels_that_rank(scheme: str, experts: int, top_k: int, tied: bool) -> None:
-    arguments = arguments_of(scheme, experts, top_k, tied)
+def test_interpreted_kernels_that_rank(scheme: str, experts: int, top_k: int, tied: bool, has_shared: bool) -> None:
+    arguments = arguments_of(scheme, experts, top_k, tied, has_shared)
     launches: list[Launch] = []
 
     def submit(launch: Launch) -> None:
@@ -116,9 +133,11 @@ def test_interpreted_kernels_that_rank(scheme: str, experts: int, top_k: int, ti
         launch.run_now()
 
     hidden, out = run_one_token_experts(arguments, options=RANKED, submit=submit)
+    router = "moe_one_token_shared_router" if has_shared else "moe_one_token_logits"
     assert [launch.kernel.__name__ for launch in launches] == [
-        "moe_one_token_matvec", "moe_one_token_logits", "moe_matvec", "moe_matvec",
+        "moe_one_token_matvec", router, "moe_matvec", "moe_matvec",
     ]  # fmt: skip
+    assert not launches[1].constexprs.get("CHOOSES")
     expected = one_token_experts(*arguments)
     assert torch.equal(hidden, expected[0]) and relative_error(out, expected[1]) < 4.5e-3
 
@@ -139,9 +158,9 @@ def launches_of_qwen3(capability: int, options: Options) -> list[Launch]:
 
 
 def test_kernels_rank_where_asked_and_possible() -> None:
-    names = [launch.kernel.__name__ for launch in launches_of_qwen3(90, Options(ranks_logits=True))]
+    names = [launch.kernel.__name__ for launch in launches_of_qwen3(90, Options())]
     assert names == ["moe_one_token_matvec", "moe_one_token_logits", "moe_matvec", "moe_matvec"]
-    for options in (Options(), dataclasses.replace(RANKED, path="few_tokens")):
+    for options in (Options(ranks_logits=False), Options(path="few_tokens")):
         names = [launch.kernel.__name__ for launch in launches_of_qwen3(90, options)]
         assert names[:2] == ["moe_one_token_matvec", "moe_one_token_router"]
 
@@ -149,7 +168,7 @@ def test_kernels_rank_where_asked_and_possible() -> None:
 @pytest.mark.compiler
 @pytest.mark.parametrize("capability", [80, 90, 120])
 def test_kernels_that_rank_compile_without_spills(capability: int) -> None:
-    for launch in launches_of_qwen3(capability, Options(ranks_logits=True))[1:]:
+    for launch in launches_of_qwen3(capability, Options())[1:]:
         report = compile_launch(launch, capability)
         assert report.spill_bytes == 0 and report.registers <= 128, report
         if launch.kernel.__name__ == "moe_matvec":
@@ -160,8 +179,8 @@ def test_kernels_that_rank_compile_without_spills(capability: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(NAMES, CASES)
-def test_kernels_that_rank_on_a_gpu(scheme: str, experts: int, top_k: int, tied: bool) -> None:
-    arguments = arguments_of(scheme, experts, top_k, tied, "cuda")
+def test_kernels_that_rank_on_a_gpu(scheme: str, experts: int, top_k: int, tied: bool, has_shared: bool) -> None:
+    arguments = arguments_of(scheme, experts, top_k, tied, has_shared, "cuda")
     hidden, expected = apart(arguments)
     with forced(RANKED):
         found = one_token_experts(*arguments)

@@ -82,12 +82,11 @@ def test_recurrent_layers_one_by_one_are_as_at_once(dense: str) -> None:
 def test_decode_of_recurrent_layers_is_fused() -> None:
     decode, prefill = (operators(model("int8", shape=RECURRENT), method) for method in ("decode", "prefill"))
     ours = (
-        "one_token_norm_linear", "gated_delta_net", "one_token_attention", "one_token_shared_router", "fused_experts",
-        "one_token_linear",
+        "one_token_norm_linear", "gated_delta_net", "one_token_attention", "one_token_experts", "one_token_linear",
     )  # fmt: skip
     counts = {name: decode.count(f"executorch_moe.{name}.default") for name in ours}
     # The only projection without a norm is lm_head.
-    assert counts == dict(zip(ours, (4, 4, 1, 5, 5, 1), strict=True))
+    assert counts == dict(zip(ours, (4, 4, 1, 5, 1), strict=True))
     # Between the operators of two layers, nothing is computed.
     assert not any(word in name for name in decode for word in ("sigmoid", "silu", "aten.linear"))
     assert prefill.count("executorch_moe.gated_delta_net.default") == 4
