@@ -30,6 +30,7 @@ WAITING_KERNELS = (
     "moe_route_count",
     "moe_route_scatter",
     "moe_one_token_attention",
+    "moe_one_token_logits",
     "moe_one_token_matvec",
     "moe_one_token_router",
     "moe_one_token_shared_router",

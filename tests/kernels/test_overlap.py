@@ -23,7 +23,8 @@ from executorch_moe.kernels.experts.plan import Options, run_fused_experts
 from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED, Gpu, find_model
 from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.measure.compile import compile_kernel, record_launches
-from executorch_moe.kernels.measure.timing import LayerInputs, make_layers
+from executorch_moe.kernels.measure.timing import LayerInputs, make_layers, random_packed
+from executorch_moe.kernels.routed.op import TokenExpertArguments, run_one_token_experts
 from executorch_moe.kernels.shapes import SHAPES, LayerShape
 
 from .batch_launches import launches_of_rows
@@ -42,6 +43,15 @@ def launches_of_a_layer(capability: int) -> list[Launch]:
         run_one_token_attention(attention, gpu=gpu, submit=launches.append)
         run_one_token_router(route, gpu=gpu, submit=launches.append)
         gate_up = torch.empty(1040, H, dtype=torch.int8), torch.empty(1040)
+        packed = random_packed(SHAPES["qwen3"], "w4a16", "meta", torch.Generator())
+        kind = packed.scheme, "silu", packed.group_size
+        joined = TokenExpertArguments(*route, *packed.tensors().values(), *kind)
+        run_one_token_experts(joined, gpu=gpu, submit=launches.append)
+        # The shared expert's launch without a choice.
+        shared_half = *gate_up, 512, torch.empty(H, 512, dtype=torch.int8), torch.empty(H)
+        run_one_token_experts(
+            joined._replace(**dict(zip(joined._fields[-5:], shared_half, strict=True))), gpu=gpu, submit=launches.append
+        )
         run_one_token_shared_router(ops.SharedRouteArguments(*route, *gate_up, 512), gpu=gpu, submit=launches.append)
         launches += launches_of_rows(gpu, 64, HEAD_DIM, torch.int8)
         for tokens in (1, 70):
@@ -95,7 +105,7 @@ def test_all_kernels_wait_where_launches_can_overlap(capability: int) -> None:
         # Nothing is written before the wait.
         assert "st.global" not in ptx.partition("griddepcontrol.wait")[0] or not waits, launch.kernel.__name__
         assert launch.options.get("launch_pdl", False) == (capability >= 90)
-    assert len(seen) == 18, seen
+    assert len(seen) == 19, seen
 
 
 @triton.jit
