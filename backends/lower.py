@@ -56,7 +56,8 @@ def lower(
         programs: method name -> exported program.
         target: "cuda" compiles with AOTInductor for the GPU of this machine. A name such as "sm_90" or "h200"
             (`kernels.gpus.target_names`) compiles for that GPU and needs none. "sm_80,sm_90" compiles for several, with
-            each method once for each, as `decode@sm_90`. "cpu" is for ExecuTorch's CPU kernels.
+            each method once for each: those for the first keep their names, others are named as `decode@sm_90`.
+            "cpu" is for ExecuTorch's CPU kernels.
         constant_methods: method name -> bool, int, float, str, or lists of them.
         fusion: how to fuse experts that are not fused yet; pass an `ExpertFuser` to read its report afterwards.
         on_report: called with the report of each GPU that the target names; not called for "cuda" and "cpu".
@@ -141,7 +142,7 @@ def _delegate_each(
         with target_cuda(model.name) as report:
             edge = _delegate_cuda(programs, fuser, on_accesses=on_accesses)
         for name in programs:
-            lowered[name if len(models) == 1 else method_for(name, model)] = edge.exported_program(name)
+            lowered[name if model is models[0] else method_for(name, model)] = edge.exported_program(name)
         report.check_shared()
         if on_report is not None:
             on_report(report)

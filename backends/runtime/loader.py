@@ -314,12 +314,17 @@ def methods_for_this_gpu(program: PteFile) -> dict[str, str]:
         RuntimeError: the program was exported for other architectures only; the message names both.
     """
     capability = gpu_capability()
-    methods = pick_methods(program.method_names, capability)
+    methods = pick_methods(program.method_names, capability, lambda name: _architecture(program, name))
     if capability is not None:
         for method, name in methods.items():
             for library in _libraries(program, name):
                 check_arch(library, capability, f"method {method}")
     return methods
+
+
+def _architecture(program: PteFile, method: str) -> int | None:
+    """The newest architecture of a method's code, as 90; None without code."""
+    return max((code.sm for library in _libraries(program, method) for code in find_gpu_code(library)), default=None)
 
 
 def _libraries(program: PteFile, method: str) -> Iterator[memoryview]:

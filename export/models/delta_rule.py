@@ -21,8 +21,8 @@ from executorch_moe.kernels.delta_rule.op import gated_delta_net
 from .attention import merged
 from .keywords import STATE_CACHE_NAMES, take_cache
 from .linears import SideBySide, stored_int4
+from .pretrained import LINEAR as LINEAR
 
-LINEAR = "linear_attention"
 """transformers' name of these layers in `layer_types`."""
 _PARTS = ("conv1d", "A_log", "dt_bias", "norm", "out_proj")
 _SEPARATE = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
@@ -173,3 +173,20 @@ def replace_delta_rule_(module: nn.Module) -> nn.Module:
             owner, _, attribute = name.rpartition(".")
             setattr(module.get_submodule(owner), attribute, GatedDeltaNet(child))
     return module
+
+
+def state_shapes(model: nn.Module) -> dict[int, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Layer -> shapes of its states, for the layers that `replace_delta_rule_` replaced.
+
+    Raises:
+        NotImplementedError: linear attention that is no gated delta rule.
+    """
+    config: Any = model.config
+    found = {child.layer_idx: child.state_shapes for child in model.modules() if isinstance(child, GatedDeltaNet)}
+    kinds = list(getattr(config, "layer_types", None) or ())[: config.num_hidden_layers]
+    if kinds.count(LINEAR) != len(found):
+        raise NotImplementedError(
+            f"{type(model).__name__} has {kinds.count(LINEAR)} layers of type {LINEAR}, of which {len(found)} are "
+            "gated delta rule, the only one that is supported: use a model like Qwen3-Next or Qwen3.5-MoE"
+        )
+    return found

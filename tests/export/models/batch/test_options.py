@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from executorch_moe.export.models import causal_lm
+from executorch_moe.export.models import pretrained
 from executorch_moe.export.options import Context, ExportOptions, Target
 from executorch_moe.export.report.metadata import STOCK_RUNNERS, constant_methods
 
@@ -25,7 +25,7 @@ def test_recurrent_layers_are_refused_before_anything_is_packed() -> None:
 
 def test_the_cache_of_all_slots_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     config = by_name("qwen3_moe").config()
-    monkeypatch.setattr(causal_lm, "total_memory", lambda: 2 * 2 * 2 * 32 * 32 * 4)  # two slots of 32 positions
+    monkeypatch.setattr(pretrained, "total_memory", lambda: 2 * 2 * 2 * 32 * 32 * 4)  # two slots of 32 positions
     for rows in (1, 2):
         options = ExportOptions("tiny", target=Target("cpu"), context=Context(32, max_batch=rows))
         assert options.positions(config) == 32
