@@ -28,6 +28,7 @@ from executorch_moe.backends.cuda import MoECudaPartitioner
 from executorch_moe.backends.cuda.cross.report import CrossCompileReport
 from executorch_moe.backends.cuda.cross.target import target_cuda
 from executorch_moe.backends.cuda.cuda_partitioner import check_state
+from executorch_moe.backends.cuda.empty_buffers import empty_buffers
 from executorch_moe.backends.cuda.generated_kernels import AccessReport, checked_kernels
 from executorch_moe.backends.cuda.missing_operators import MissingOperatorsError, check_operators, find_operators
 from executorch_moe.backends.cuda.output_folders import own_outputs
@@ -162,7 +163,7 @@ def _delegate_cuda(
         name: [MoECudaPartitioner([CudaBackend.generate_method_name_compile_spec(name)], fuser)] for name in programs
     }
     try:
-        with shared_weights(), own_outputs(), defects_avoided(), checked_kernels() as accesses:
+        with shared_weights(), empty_buffers(), own_outputs(), defects_avoided(), checked_kernels() as accesses:
             edge = to_edge_transform_and_lower(
                 {name: _with_own_tables(program) for name, program in programs.items()},
                 partitioner=partitioners,
