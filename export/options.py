@@ -276,8 +276,8 @@ class ExportOptions:
             return
         if self.context.output == "engine":
             raise ValueError(
-                "output='engine' is for CUDA targets, on the CPU ExecuTorch's engine gives each method a KV cache of its "
-                "own: name a GPU as target='sm_90', or use output='token', which `executorch-moe serve` and "
+                "output='engine' is for CUDA targets, on the CPU ExecuTorch's engine gives each method a KV cache of "
+                "its own: name a GPU as target='sm_90', or use output='token', which `executorch-moe serve` and "
                 "TextLLMRunner run"
             )
         for what, value, usual in (

@@ -1,7 +1,7 @@
 """One artifact for several GPU architectures: it has each method once for each, on the same weights.
 
-Methods for the first architecture have plain names, which ExecuTorch's own runners look up, and those for others are named
-as `decode@sm_90`. Artifacts of 0.1 have no plain names.
+Methods for the first architecture have plain names, which ExecuTorch's own runners look up, and those for others are
+named as `decode@sm_90`. Artifacts of 0.1 have no plain names.
 
 ExecuTorch's CUDA runtime loads the one library that a delegate names, so the choice at load is that of a method. The
 libraries are small compared with the weights, which all methods share by name. Only the methods for the GPU of this

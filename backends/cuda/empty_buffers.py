@@ -1,7 +1,7 @@
 """Buffers that are empty when a program is loaded, such as the KV cache: exports write them without their zeros.
 
-An export for 64 sequences can have 13 GB of them. ExecuTorch writes each to a file of its own before it joins those with
-the same content, once for every method.
+An export for 64 sequences can have 13 GB of them. ExecuTorch writes each to a file of its own before it joins those
+with the same content, once for every method.
 """
 
 from __future__ import annotations

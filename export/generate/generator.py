@@ -323,8 +323,8 @@ class TextGenerator:
             )
         if self.output == "engine" and sampler.top_p < 1:
             raise ValueError(
-                f"top_p={sampler.top_p} does not apply to this artifact, which draws from all tokens: omit it, or export "
-                "with --output token"
+                f"top_p={sampler.top_p} does not apply to this artifact, which draws from all tokens: omit it, or "
+                "export with --output token"
             )
 
     def _picker(self, sampler: Sampler) -> Pick:

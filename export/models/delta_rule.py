@@ -23,7 +23,6 @@ from .keywords import STATE_CACHE_NAMES, take_cache
 from .linears import SideBySide, stored_int4
 from .pretrained import LINEAR as LINEAR
 
-"""transformers' name of these layers in `layer_types`."""
 _PARTS = ("conv1d", "A_log", "dt_bias", "norm", "out_proj")
 _SEPARATE = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 _INTERLEAVED = ("in_proj_qkvz", "in_proj_ba")

@@ -33,8 +33,8 @@ STOCK_RUNNERS = "get_max_seq_len"
 logits, and would abort the process otherwise."""
 
 MUTABLE_BUFFERS = "get_mutable_buffer_metadata"
-"""Constant method that the engine of ExecuTorch's example qwen3_5_moe reads: JSON with the names of the buffers that each
-session has of its own. Source: executorch/examples/models/qwen3_5_moe, export.py and qwen35_moe_engine.cpp."""
+"""Constant method that the engine of ExecuTorch's example qwen3_5_moe reads: JSON with the names of the buffers that
+each session has of its own. Source: executorch/examples/models/qwen3_5_moe, export.py and qwen35_moe_engine.cpp."""
 
 CHAT_TEMPLATE = "get_chat_template"
 """Constant method: the model's chat template, a Jinja text; missing if it has none."""
@@ -148,8 +148,8 @@ def constant_methods(
 def _engine_state(vocabulary: int, mutable: Collection[str]) -> str:
     if vocabulary > _EXACT:
         raise ValueError(
-            f"output='engine' returns tokens in fp32, which is exact up to {_EXACT}, and the vocabulary has {vocabulary}: "
-            "use output='token'"
+            f"output='engine' returns tokens in fp32, which is exact up to {_EXACT}, and the vocabulary has "
+            f"{vocabulary}: use output='token'"
         )
     return json.dumps({"version": 1, "mutable_buffers": sorted(mutable)})
 

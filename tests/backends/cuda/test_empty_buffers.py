@@ -80,7 +80,9 @@ def test_empty_caches_take_no_disk_space(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_only_large_storages_of_zeros_are_empty() -> None:
-    assert is_empty(torch.zeros(LEAST_BYTES, dtype=torch.uint8)) and is_empty(torch.zeros(2 * _PART + 4, dtype=torch.int8))
+    assert is_empty(torch.zeros(LEAST_BYTES, dtype=torch.uint8)) and is_empty(
+        torch.zeros(2 * _PART + 4, dtype=torch.int8)
+    )
     assert not is_empty(torch.zeros(LEAST_BYTES - 1, dtype=torch.uint8))
     for place in (0, _PART, -1):
         tensor = torch.zeros(2 * _PART + 4, dtype=torch.uint8)

@@ -175,7 +175,9 @@ def test_methods_of_the_engine_take_a_temperature_and_return_numbers_in_fp32(tok
 
 
 def test_an_artifact_of_a_later_version(tokenizer: Tokenizer) -> None:
-    with pytest.raises(ValueError, match="the program's methods return 'beams', this version of the package runs token"):
+    with pytest.raises(
+        ValueError, match="the program's methods return 'beams', this version of the package runs token"
+    ):
         TextGenerator(CountingProgram(get_method_output="beams"), tokenizer)  # type: ignore[arg-type]
 
 

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from executorch_moe.export.cli.app import app
 from executorch_moe.export.models import synthetic
 from executorch_moe.export.models.causal_lm import CausalLM
-from executorch_moe.export.models.pretrained import check_cache
 from executorch_moe.export.models.delta_rule import replace_delta_rule_
+from executorch_moe.export.models.pretrained import check_cache
 from executorch_moe.export.options import Context, ExportOptions, Target
 from executorch_moe.export.pipeline import export_model
 from executorch_moe.kernels import FusedExperts
