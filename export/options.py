@@ -310,7 +310,7 @@ class ExportOptions:
             size = min(DEFAULT_MAX_CONTEXT, config.max_position_embeddings)
         check_context(config, size)
         if self.context.max_batch > 1:
-            check_kinds(attention_kinds(config))
+            check_kinds(attention_kinds(config), for_cuda=not self.target.is_cpu)
         check_cache(config, size, self.target.torch_dtype.itemsize, self.context.max_batch)
         return size
 

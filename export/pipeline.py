@@ -19,10 +19,9 @@ from executorch_moe.backends.cuda.placeholders import without_weights
 from executorch_moe.backends.fusion import ExpertFuser, FusionReport
 from executorch_moe.export.checkpoint.gguf import is_gguf
 from executorch_moe.export.checkpoint.work_folder import WorkFolder, work_folder_path
-from executorch_moe.export.models.causal_lm import cache_buffers
 from executorch_moe.export.models.pretrained import BUNDLED, tokenizer_json
 from executorch_moe.export.models.synthetic import is_synthetic, parse
-from executorch_moe.export.report.metadata import constant_methods, record_path, tokenizer_path
+from executorch_moe.export.report.metadata import cache_buffers, constant_methods, record_path, tokenizer_path
 from executorch_moe.export.report.stored_weights import stored_weights
 from executorch_moe.export.report.summary import ExportSummary, bytes_beside_experts, model_sizes
 

@@ -106,6 +106,11 @@ class CacheView:
         """States of a gated delta rule layer; see `delta_rule.HoldsStates`."""
         return getattr(self.cache, f"conv_{layer_idx}"), getattr(self.cache, f"recurrent_{layer_idx}")
 
+    def keep_states(self, layer_idx: int, conv: Tensor, recurrent: Tensor) -> None:
+        """Writes the new states of a gated delta rule layer, of the shapes that `states` returned."""
+        for buffer, new in zip(self.states(layer_idx), (conv, recurrent), strict=True):
+            buffer.copy_(new)
+
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, kwargs: Mapping[str, Any] | None = None, **keywords: Any
     ) -> tuple[Tensor, Tensor]:
@@ -375,18 +380,6 @@ def export_prefill(module: CausalLM, *, one_token_linears: bool = False) -> Expo
     dynamic: dict[str, Any] = {"input_ids": {1: length}, "cache_position": {0: length}}
     dynamic |= dict.fromkeys(("temperature", "top_p", "seed")[: module.settings])
     return _export(module, min(EXAMPLE_TOKENS, module.max_context) - 1, dynamic, one_token_linears)
-
-
-def cache_buffers(programs: Mapping[str, ExportedProgram]) -> set[str]:
-    """Qualified names of the buffers of the KV cache that exported methods use; methods write to all of them."""
-    return {
-        buffer
-        for program in programs.values()
-        for node in program.graph.nodes
-        if node.op == "placeholder" and node.users
-        for buffer in (program.graph_signature.inputs_to_buffers.get(node.name, ""),)
-        if buffer.startswith("kv_cache.")
-    }
 
 
 def _export(module: CausalLM, tokens: int, dynamic: dict[str, Any] | None, one_token_linears: bool) -> ExportedProgram:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from executorch_moe.kernels.delta_rule.arguments import CONV_SIZES, HEAD_DIMS, DeltaRuleSizes, fits_delta_rule
-from executorch_moe.kernels.delta_rule.op import gated_delta_net
+from executorch_moe.kernels.delta_rule.op import gated_delta_net, rows_delta_rule
 
 from .attention import merged
 from .keywords import STATE_CACHE_NAMES, take_cache
@@ -33,9 +33,17 @@ class HoldsStates(Protocol):
     """A cache of states: what `GatedDeltaNet` needs of `causal_lm.CacheView`."""
 
     cache_position: Tensor
+    slots: Tensor | None
 
     def states(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """The last inputs of a layer's convolution, a ring [K, C], and its recurrent state, fp32 [Hv, Dk, Dv]."""
+        """The last inputs of a layer's convolution, a ring [K, C], and its recurrent state, fp32 [Hv, Dk, Dv].
+
+        With `slots`, int64 [T], each token is of another text, and both have a first axis of all slots.
+        """
+        ...
+
+    def keep_states(self, layer_idx: int, conv: Tensor, recurrent: Tensor) -> None:
+        """Writes the new states."""
         ...
 
 
@@ -129,7 +137,10 @@ class GatedDeltaNet(nn.Module):
         return self.out_proj(self.mix(self.in_proj(hidden_states), cache))  # type: ignore[no-any-return]
 
     def mix(self, projected: Tensor, cache: Any) -> Tensor:
-        """The input of the output projection, [1, T, Hv * Dv], of the input projection's result; see `forward`."""
+        """The input of the output projection, [1, T, Hv * Dv], of the input projection's result; see `forward`.
+
+        With tokens of several texts (`HoldsStates.slots`), `projected` may also be [T, 1, columns], and so the result.
+        """
         if cache is None:
             position, (conv, state) = torch.zeros(1, dtype=torch.int64, device=projected.device), self._empty()
         elif isinstance(cache, HoldsStates):
@@ -139,13 +150,17 @@ class GatedDeltaNet(nn.Module):
                 f"{type(self).__name__} was called with a {type(cache).__name__}: wrap the model in a CausalLM, or "
                 "call it with use_cache=False"
             )
-        out, new_conv, new_state = gated_delta_net(
-            projected[0], self.conv_weight, self.dt_bias, self.a_log, self.norm_weight, conv, state,
-            position, self.key_heads, self.key_dim, self.eps,
-        )  # fmt: skip
+        weights = self.conv_weight, self.dt_bias, self.a_log, self.norm_weight
+        sizes = self.key_heads, self.key_dim, self.eps
+        if cache is not None and cache.slots is not None:
+            rows = projected.flatten(0, 1)
+            places = cache.cache_position, cache.slots
+            out, *states = rows_delta_rule(rows, *weights, conv, state, *places, *sizes)
+            cache.keep_states(self.layer_idx, *states)
+            return out.reshape(*projected.shape[:2], -1)
+        out, *states = gated_delta_net(projected[0], *weights, conv, state, position, *sizes)
         if cache is not None:
-            conv.copy_(new_conv)
-            state.copy_(new_state)
+            cache.keep_states(self.layer_idx, *states)
         return out[None]
 
     def _empty(self) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
+
+from torch.export import ExportedProgram
 
 from executorch_moe.backends.runtime.loader import MAX_BATCH, RECURRENT
 from executorch_moe.export.checkpoint.gguf import find_folder, is_gguf
@@ -143,6 +145,18 @@ def constant_methods(
     if options.placeholder_weights:
         constants[MADE_FROM] = made_from(options)
     return constants
+
+
+def cache_buffers(programs: Mapping[str, ExportedProgram]) -> set[str]:
+    """Qualified names of the buffers of the KV cache that exported methods use; methods write to all of them."""
+    return {
+        buffer
+        for program in programs.values()
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.users
+        for buffer in (program.graph_signature.inputs_to_buffers.get(node.name, ""),)
+        if buffer.startswith("kv_cache.")
+    }
 
 
 def _engine_state(vocabulary: int, mutable: Collection[str]) -> str:

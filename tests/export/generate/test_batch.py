@@ -19,7 +19,7 @@ from executorch_moe.export.options import Context, Experts, ExportOptions, Targe
 from executorch_moe.export.pipeline import export_model
 
 from ..conftest import MadeOnce
-from ..families import by_name
+from ..families import RECURRENT, by_name
 
 CONTEXT, SLOTS = 32, 3
 PROMPTS = [[5, 9, 33], [7], [12, 80, 3, 41, 22, 5, 8, 90, 2, 11], [3, 3], [60, 1, 7, 7, 7]]
@@ -33,8 +33,8 @@ class EagerProgram:
     runtime, device, note = "eager", torch.device("cpu"), ""
     method_names = ("decode", "decode_batch", "prefill")
 
-    def __init__(self, output: str) -> None:
-        self.lm = BatchedLM(by_name("qwen3_moe").model("batched_mm"), CONTEXT, SLOTS, output)
+    def __init__(self, output: str, family: Any = None) -> None:
+        self.lm = BatchedLM((family or by_name("qwen3_moe")).model("batched_mm"), CONTEXT, SLOTS, output)
         self.calls: list[str] = []
         self.values = {
             "get_method_output": output, "get_max_context_len": CONTEXT, "get_vocab_size": 96, "get_max_batch": SLOTS,
@@ -59,19 +59,24 @@ class EagerProgram:
         self.lm.reset()
 
 
-def generator(output: str, chunk: int | None = None) -> TextGenerator:
-    return TextGenerator(EagerProgram(output), SimpleNamespace(), chunk)  # type: ignore[arg-type]
+def generator(output: str, chunk: int | None = None, family: Any = None) -> TextGenerator:
+    return TextGenerator(EagerProgram(output, family), SimpleNamespace(), chunk)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("output", "chunk"), [("token", None), ("token", 4), ("greedy", None), ("logits", 2)])
-def test_texts_at_once_are_as_alone(output: str, chunk: int | None) -> None:
+@pytest.mark.parametrize(
+    ("output", "chunk", "family"),
+    [("token", None, None), ("token", 4, None), ("greedy", None, None), ("logits", 2, None), ("token", 3, RECURRENT[0])],
+    ids=str,
+)
+def test_texts_at_once_are_as_alone(output: str, chunk: int | None, family: Any) -> None:
+    """Recurrent layers too, whose state of a slot is left alone while other rows are decoded."""
     samplers = [Sampler()] * 5 if output == "greedy" else SAMPLERS
-    one = generator(output)
+    one = generator(output, family=family)
     alone = [
         one.generate(ids, length, sampler, ignore_eos=True).tokens
         for ids, length, sampler in zip(PROMPTS, LENGTHS, samplers, strict=True)
     ]
-    batch = BatchGenerator(generator(output, chunk))
+    batch = BatchGenerator(generator(output, chunk, family))
     added = []
     for ids, length, sampler in zip(PROMPTS, LENGTHS, samplers, strict=True):  # more texts than slots
         added.append(batch.add(ids, length, sampler, ignore_eos=True))

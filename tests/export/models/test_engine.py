@@ -18,11 +18,11 @@ from executorch_moe.backends.artifact.pte import PteFile
 from executorch_moe.backends.artifact.weight_metadata import parse_delegate
 from executorch_moe.backends.cuda.cross import host_toolchain
 from executorch_moe.export.generate.generator import TextGenerator
-from executorch_moe.export.models.causal_lm import CausalLM, EngineLM, cache_buffers, export_methods
+from executorch_moe.export.models.causal_lm import CausalLM, EngineLM, export_methods
 from executorch_moe.export.models.sampling import Sampler
 from executorch_moe.export.options import Context, ExportOptions, Target
 from executorch_moe.export.pipeline import export_model
-from executorch_moe.export.report.metadata import constant_methods
+from executorch_moe.export.report.metadata import cache_buffers, constant_methods
 
 from ..conftest import MAX_CONTEXT, eager_greedy, eager_model
 from ..families import RECURRENT

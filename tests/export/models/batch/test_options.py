@@ -17,10 +17,12 @@ def test_a_number_out_of_range_is_refused(rows: int) -> None:
         Context(max_batch=rows)
 
 
-def test_recurrent_layers_are_refused_before_anything_is_packed() -> None:
-    options = ExportOptions("tiny", target=Target("cpu"), context=Context(32, max_batch=2))
-    with pytest.raises(NotImplementedError, match="several sequences at once need layers of attention only"):
+def test_recurrent_layers_are_refused_on_cuda_before_anything_is_packed() -> None:
+    options = ExportOptions("tiny", target=Target("sm_90"), context=Context(32, max_batch=2))
+    with pytest.raises(NotImplementedError, match="several sequences at once need layers of attention only on CUDA"):
         options.positions(RECURRENT[0].config())
+    options = ExportOptions("tiny", target=Target("cpu"), context=Context(32, max_batch=2))
+    assert options.positions(RECURRENT[0].config()) == 32
 
 
 def test_the_cache_of_all_slots_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
