@@ -68,7 +68,9 @@ class RowsDeltaRuleArguments(NamedTuple):
     def of_one(self) -> DeltaRuleArguments:
         """Arguments of `op.gated_delta_net` for the first row, with the states of the first slot."""
         first, states = self.projected[:1], (self.conv_states[0], self.recurrent_states[0])
-        return DeltaRuleArguments(first, *self[1:5], *states, self.positions[:1], *self[9:])
+        weights = self.conv_weight, self.dt_bias, self.a_log, self.norm_weight
+        position = self.positions[:1]
+        return DeltaRuleArguments(first, *weights, *states, position, self.num_key_heads, self.key_dim, self.eps)
 
 
 class DeltaRuleSizes(NamedTuple):

@@ -20,8 +20,10 @@ from executorch_moe.export.pipeline import export_model
 
 from ..conftest import MadeOnce
 from ..families import RECURRENT, by_name
+from ..recurrent_checkpoints import TWO_LAYERS, save_recurrent
 
 CONTEXT, SLOTS = 32, 3
+CPU = torch.device("cpu")
 PROMPTS = [[5, 9, 33], [7], [12, 80, 3, 41, 22, 5, 8, 90, 2, 11], [3, 3], [60, 1, 7, 7, 7]]
 LENGTHS = [9, 14, 4, 11, 6]
 SAMPLERS = [Sampler(), Sampler(1.0, 3, 0.9), Sampler(0.7, 3), Sampler(1.5, 1 << 40), Sampler()]
@@ -65,7 +67,13 @@ def generator(output: str, chunk: int | None = None, family: Any = None) -> Text
 
 @pytest.mark.parametrize(
     ("output", "chunk", "family"),
-    [("token", None, None), ("token", 4, None), ("greedy", None, None), ("logits", 2, None), ("token", 3, RECURRENT[0])],
+    [
+        ("token", None, None),
+        ("token", 4, None),
+        ("greedy", None, None),
+        ("logits", 2, None),
+        ("token", 3, RECURRENT[0]),
+    ],
     ids=str,
 )
 def test_texts_at_once_are_as_alone(output: str, chunk: int | None, family: Any) -> None:
@@ -142,10 +150,11 @@ def test_rows_that_share_a_slot_are_refused(positions: list[int], slots: list[in
         check_rows(torch.tensor(positions), torch.tensor(slots), CONTEXT)
 
 
-def check_artifact(pte: Path, runtime: str, cuda_graph: bool = False) -> None:
+def check_artifact(pte: Path, prompts: list[list[int]] | None = None) -> None:
     """Texts at once against the same artifact, one after the other."""
-    loaded = TextGenerator.load(pte, runtime, cuda_graph=cuda_graph)
-    prompts = [loaded.encode(text) for text in ("The import statement", "x", "class Point:\n    def __init__(self")]
+    loaded = TextGenerator.load(pte)
+    texts = ("The import statement", "x", "class Point:\n    def __init__(self")
+    prompts = prompts or [loaded.encode(text) for text in texts]
     settings = list(itertools.product(prompts, [Sampler(), Sampler(0.8, 5, 0.9)]))
     alone = [loaded.generate(ids, 16, sampler, ignore_eos=True).tokens for ids, sampler in settings]
     loaded.program.reset()
@@ -170,7 +179,21 @@ def batched_artifact(made_once: MadeOnce, target: str, dtype: str) -> Path:
 @pytest.mark.exhaustive
 @pytest.mark.usefixtures("executorch_runtime")
 def test_an_artifact_for_the_cpu(made_once: MadeOnce) -> None:
-    check_artifact(batched_artifact(made_once, "cpu", "auto"), "auto")
+    check_artifact(batched_artifact(made_once, "cpu", "auto"))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("executorch_runtime")
+def test_an_artifact_with_recurrent_layers_for_the_cpu(tmp_path: Path) -> None:
+    save_recurrent("qwen3_5_moe_text", tmp_path / "model", **TWO_LAYERS)
+    pte = tmp_path / "out.pte"
+    context = Context(64, max_batch=3)
+    export_model(ExportOptions(str(tmp_path / "model"), pte, target=Target("cpu"), context=context))
+    check_artifact(pte, [[5, 9, 33], [7], [12, 80, 3, 41, 22, 5, 8, 90, 2, 11]])
+    program = TextGenerator.load(pte).program
+    assert program.constant("has_recurrent_state") is True and program.constant("get_max_batch") == 3
+    with pytest.raises(ValueError, match="method 'prefill' got positions 4 to 4, expected 0 and the following ones"):
+        program.run("prefill", torch.tensor([[1]]), torch.tensor([4]), torch.tensor([1]), *Sampler().inputs(CPU))
 
 
 @pytest.mark.gpu
