@@ -94,7 +94,8 @@ class Guard:
                 raise Refused(415, "the body must be JSON: send Content-Type: application/json")
             self._waiting += 1
             try:
-                body = self._checked(await self._body(scope, receive))
+                body = await self._body(scope, receive)
+                self._check_body(body)
                 await self._run(scope, body, receive, send)
             finally:
                 self._waiting -= 1
@@ -130,11 +131,8 @@ class Guard:
             if not message.get("more_body", False):
                 return bytes(body)
 
-    def _checked(self, body: bytes) -> bytes:
-        """The body for the server behind. Refuses what it would answer with a failure of its own.
-
-        `top_k` -1, which clients of other servers send for all tokens, is left out.
-        """
+    def _check_body(self, body: bytes) -> None:
+        """Refuses what the server behind would answer with a failure of its own."""
         try:
             request = json.loads(body)
             # Escapes may name half a character, which no tokenizer takes.
@@ -142,19 +140,15 @@ class Guard:
         except (ValueError, RecursionError) as error:
             raise Refused(400, f"the body is not valid JSON in UTF-8: {error}", INVALID, "invalid_json") from None
         if not isinstance(request, dict):
-            return body
+            return
         if request.get("messages") == []:
             raise Refused(400, "messages is empty: send at least one message", INVALID, "invalid_value")
-        if request.get("top_k") == -1:
-            del request["top_k"]
-            body = json.dumps(request).encode()
         for name in self._limits.lacks:
             if request.get(name) not in WITHOUT_EFFECT[name]:
                 message = f"this model picks tokens without {name}: leave it out"
                 if name == "top_k":
                     message += ", use top_p, or export the model with --output logits"
                 raise Refused(400, message, INVALID, "unsupported_parameter")
-        return body
 
     async def _run(self, scope: MutableMapping[str, Any], body: bytes, receive: Receive, send: Send) -> None:
         """Runs the app until it is done or the client has gone, in which case the app is canceled."""

@@ -59,7 +59,7 @@ def read_turn(request: Mapping[str, Any], generator: TextGenerator) -> Turn:
     try:
         ids = _prompt_ids(request, generator)
         temperature, top_p = float(request.get("temperature", 0.0)), float(request.get("top_p", 1.0))
-        top_k = max(int(request.get("top_k", 0)), 0)  # -1 is another way to say all tokens
+        top_k = int(request.get("top_k", 0))
         seed = int(request.get("seed", 0)) or (fresh_seed() if temperature > 0 else 0)
         sampler = Sampler(temperature, seed, top_p, top_k)
         wanted = int(request.get("max_new_tokens", -1))

@@ -149,19 +149,6 @@ def test_every_output_of_an_export_is_known() -> None:
     assert set().union(*LACKS.values()) == WITHOUT_EFFECT.keys()
 
 
-def test_top_k_of_other_servers_for_all_tokens_is_left_out() -> None:
-    """ExecuTorch's server refuses numbers below 0."""
-
-    async def check() -> bytes:
-        application = Application()
-        application.release.set()
-        body = b'{"top_k": -1, "seed": 3}'
-        assert (await Connection(body).through(Guard(application, Limits(lacks=LACKS["token"])))).status == 200
-        return application.bodies[0]
-
-    assert json.loads(asyncio.run(check())) == {"seed": 3}
-
-
 def test_other_types_of_content() -> None:
     async def check() -> int:
         return (await Connection(**{"content-type": "text/plain"}).through(Guard(Application(), Limits()))).status
