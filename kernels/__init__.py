@@ -7,7 +7,7 @@
     decode/                           operators for decoding one token: attention, router, linear (`one_token_*`)
     routed/                           both for one token, with the router between them: `one_token_experts`
     prefill/                          operators for several tokens: norms, attention over the cache, choice of experts
-    delta_rule/                       the operator for layers of linear attention: `gated_delta_net`
+    delta_rule/                       the operators for layers of linear attention: `gated_delta_net`, `rows_delta_rule`
     tuning/                           tile configurations: tables by GPU and layer, and heuristics
     measure/                          timing, compiling for GPUs that are not present, writing the tables
     reference                         an expert layer in plain fp32, which tests compare with

@@ -22,6 +22,7 @@ WAITING_KERNELS = (
     "moe_delta_rule_inputs",
     "moe_delta_rule_one_token",
     "moe_delta_rule_output",
+    "moe_delta_rule_rows",
     "moe_delta_rule_state",
     "moe_few_tokens_gemm",
     "moe_grouped_gemm",

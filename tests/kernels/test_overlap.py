@@ -18,7 +18,7 @@ from executorch_moe.kernels.decode.launches import (
     run_one_token_router,
     run_one_token_shared_router,
 )
-from executorch_moe.kernels.delta_rule.launches import run_gated_delta_net
+from executorch_moe.kernels.delta_rule.launches import run_gated_delta_net, run_rows_delta_rule
 from executorch_moe.kernels.experts.plan import Options, run_fused_experts
 from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED, Gpu, find_model
 from executorch_moe.kernels.launch import Launch
@@ -29,6 +29,7 @@ from executorch_moe.kernels.shapes import SHAPES, LayerShape
 
 from .batch_launches import launches_of_rows
 from .delta_rule_cases import QWEN35, make, on
+from .test_rows_delta_rule import rows as make_rows
 from .wait_dependence import unordered_stores
 
 H, HEADS, KV_HEADS, HEAD_DIM, CONTEXT = 2048, 32, 4, 128, 640
@@ -57,6 +58,8 @@ def launches_of_a_layer(capability: int) -> list[Launch]:
         for tokens in (1, 70):
             arguments = on(make(QWEN35, tokens, dtype=torch.bfloat16), "meta")
             run_gated_delta_net(arguments, gpu=gpu, submit=launches.append)
+        rows = make_rows(QWEN35, [3, -1, 0], torch.bfloat16)
+        run_rows_delta_rule(on(rows, "meta"), gpu=gpu, submit=launches.append)
     for tokens, scheme in ((1, "w4a16"), (600, "w4a8")):
         launches += record_launches(gpu, scheme, tokens, LayerShape(16, 8, H, 512), Options())
     return launches
