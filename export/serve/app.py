@@ -129,7 +129,8 @@ def serving(options: ServeOptions, command: Sequence[str] = ()) -> Iterator[App]
     check_tokenizer(program, beside)
     tokenizer = read_tokenizer(beside)
     template = artifact_template(program.constant_names, program.constant, options.chat_template)
-    limits = replace(options.limits, lacks=LACKS[program.constant("get_method_output")])
+    # The worker refuses an output that it does not know.
+    limits = replace(options.limits, lacks=LACKS.get(program.constant("get_method_output"), ()))
     with tempfile.TemporaryDirectory() as folder:  # ExecuTorch's class reads a folder
         chat_tokenizer(tokenizer, program.constant, template).save_pretrained(folder)
         chat = ChatTemplate(folder)
