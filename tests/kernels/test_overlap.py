@@ -24,6 +24,7 @@ from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED, Gpu, find_model
 from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.measure.compile import compile_kernel, record_launches
 from executorch_moe.kernels.measure.timing import LayerInputs, make_layers, random_packed
+from executorch_moe.kernels.prefill.linear import run_prompt_linear
 from executorch_moe.kernels.routed.op import TokenExpertArguments, run_one_token_experts
 from executorch_moe.kernels.shapes import SHAPES, LayerShape
 
@@ -36,7 +37,7 @@ H, HEADS, KV_HEADS, HEAD_DIM, CONTEXT = 2048, 32, 4, 128, 640
 
 
 def launches_of_a_layer(capability: int) -> list[Launch]:
-    """Kernels of layers for one token and for rows, of experts and delta rule for several tokens, on meta tensors."""
+    """Kernels of a layer for one token, for rows, and for several tokens (not all), on meta tensors."""
     gpu = Gpu(capability, 132, MAX_DYNAMIC_SHARED[capability])
     launches: list[Launch] = []
     with torch.device("meta"):
@@ -58,6 +59,8 @@ def launches_of_a_layer(capability: int) -> list[Launch]:
         for tokens in (1, 70):
             arguments = on(make(QWEN35, tokens, dtype=torch.bfloat16), "meta")
             run_gated_delta_net(arguments, gpu=gpu, submit=launches.append)
+        prompt = torch.empty(1, 700, H, dtype=torch.bfloat16)
+        run_prompt_linear(prompt, gate_up[0], gate_up[1], gpu=gpu, submit=launches.append)
         rows = make_rows(QWEN35, [3, -1, 0], torch.bfloat16)
         run_rows_delta_rule(on(rows, "meta"), gpu=gpu, submit=launches.append)
     for tokens, scheme in ((1, "w4a16"), (600, "w4a8")):
@@ -108,7 +111,7 @@ def test_all_kernels_wait_where_launches_can_overlap(capability: int) -> None:
         # Nothing is written before the wait.
         assert "st.global" not in ptx.partition("griddepcontrol.wait")[0] or not waits, launch.kernel.__name__
         assert launch.options.get("launch_pdl", False) == (capability >= 90)
-    assert len(seen) == 19, seen
+    assert len(seen) == 22, seen
 
 
 @triton.jit
