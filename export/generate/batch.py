@@ -3,9 +3,9 @@
 Each text has a slot of the KV cache. A step computes one token of every running text in one call of `decode_batch`. A
 text that is alone takes `decode`, which is faster, if it has slot 0, and new texts get the lowest free slot.
 
-On a GPU the next step starts before the host has read the tokens of the last one, so that the GPU does not wait. What such
-a step computes for a text that has ended meanwhile is dropped; it wrote nothing but the key and value of the text's last
-token, which nothing reads.
+On a GPU the next step starts before the host has read the tokens of the last one, so that the GPU does not wait. What
+such a step computes for a text that has ended meanwhile is dropped; it wrote nothing but the key and value of the
+text's last token, which nothing reads.
 """
 
 from __future__ import annotations
