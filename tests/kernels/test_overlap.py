@@ -51,9 +51,8 @@ def launches_of_a_layer(capability: int) -> list[Launch]:
         run_one_token_experts(joined, gpu=gpu, submit=launches.append)
         # The shared expert's launch without a choice.
         shared_half = *gate_up, 512, torch.empty(H, 512, dtype=torch.int8), torch.empty(H)
-        run_one_token_experts(
-            joined._replace(**dict(zip(joined._fields[-5:], shared_half, strict=True))), gpu=gpu, submit=launches.append
-        )
+        with_shared = TokenExpertArguments(*joined[:19], *shared_half)
+        run_one_token_experts(with_shared, gpu=gpu, submit=launches.append)
         run_one_token_shared_router(ops.SharedRouteArguments(*route, *gate_up, 512), gpu=gpu, submit=launches.append)
         launches += launches_of_rows(gpu, 64, HEAD_DIM, torch.int8)
         for tokens in (1, 70):
@@ -146,16 +145,26 @@ def test_no_store_can_be_moved_before_the_wait() -> None:
 
 
 def token_through(layers: list[LayerInputs], row: Tensor, submit: Callable[[Launch], None]) -> Tensor:
-    """Runs one token through decoder layers: each operator's result is the next one's input."""
+    """Runs one token through decoder layers: each operator's result is the next one's input.
+
+    In every second layer, the experts' kernels rank the router's logits.
+    """
     update = None
     for seed, layer in enumerate(layers):
         attention, route = weights_of_layer(seed)  # cached, so that a graph does not record how they are made
         attention = attention._replace(hidden=row, update=update)
         summed, out, _ = run_one_token_attention(attention, submit=submit)
-        row, normed, weights, ids = run_one_token_router(route._replace(x=out, residual=summed), submit=submit)
-        assert layer.packed is not None
-        arguments = layer.packed.arguments(normed, ids, weights, "silu")
-        update = run_fused_experts(arguments, submit=submit)[None]
+        route, packed = route._replace(x=out, residual=summed), layer.packed
+        assert packed is not None
+        if seed % 2:
+            kind = packed.scheme, "silu", packed.group_size
+            row, experts = run_one_token_experts(
+                TokenExpertArguments(*route, *packed.tensors().values(), *kind), submit=submit
+            )
+        else:
+            row, normed, weights, ids = run_one_token_router(route, submit=submit)
+            experts = run_fused_experts(packed.arguments(normed, ids, weights, "silu"), submit=submit)
+        update = experts[None]
     assert update is not None
     return row + update
 
