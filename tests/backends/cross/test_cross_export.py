@@ -18,13 +18,14 @@ import pytest
 import torch
 import triton
 from cached_experts import CachedExperts, methods
+from cross_exports import MAX_CONTEXT
 from filelock import FileLock
 from requirements import needs_cross_export
 from torch._inductor.codecache import AotCodeCompiler
 from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 from torch.export import export
 
-from executorch_moe.backends.artifact.files import PTD_IDENTITY_KEY, check, save
+from executorch_moe.backends.artifact.files import PTD_IDENTITY_KEY, check, open_artifact, save
 from executorch_moe.backends.artifact.inspect import check_cuda_artifact, inspect_artifact
 from executorch_moe.backends.artifact.method_targets import pick_methods
 from executorch_moe.backends.artifact.ptd import PtdFile
@@ -82,6 +83,8 @@ class TestArtifact:
         report = inspect_artifact(crossed.pte)
         check_cuda_artifact(report)
         assert set(report.methods) == {"prefill", "decode"}
+        # Not only the length that was traced.
+        assert open_artifact(crossed.pte)[0].inputs("prefill")[0].sizes == (1, MAX_CONTEXT)
         for method in report.methods.values():
             for delegate in method.delegates:
                 sm = int(crossed.target.removeprefix("sm_"))
