@@ -29,6 +29,7 @@ from executorch_moe.backends.cuda import MoECudaPartitioner
 from executorch_moe.backends.cuda.cross.report import CrossCompileReport
 from executorch_moe.backends.cuda.cross.target import target_cuda
 from executorch_moe.backends.cuda.cuda_partitioner import check_state
+from executorch_moe.backends.cuda.empty_buffers import empty_buffers
 from executorch_moe.backends.cuda.generated_kernels import AccessReport, checked_kernels
 from executorch_moe.backends.cuda.missing_operators import MissingOperatorsError, check_operators, find_operators
 from executorch_moe.backends.cuda.output_folders import own_outputs
@@ -59,7 +60,8 @@ def lower(
         programs: method name -> exported program.
         target: "cuda" compiles with AOTInductor for the GPU of this machine. A name such as "sm_90" or "h200"
             (`kernels.gpus.target_names`) compiles for that GPU and needs none. "sm_80,sm_90" compiles for several, with
-            each method once for each, as `decode@sm_90`. "cpu" is for ExecuTorch's CPU kernels.
+            each method once for each: those for the first keep their names, others are named as `decode@sm_90`.
+            "cpu" is for ExecuTorch's CPU kernels.
         constant_methods: method name -> bool, int, float, str, or lists of them.
         fusion: how to fuse experts that are not fused yet; pass an `ExpertFuser` to read its report afterwards.
         on_report: called with the report of each GPU that the target names; not called for "cuda" and "cpu".
@@ -156,7 +158,7 @@ def _delegate_each(
         with target_cuda(model.name) as report:
             edge = _delegate_cuda(programs, fuser, on_accesses=on_accesses)
         for name in programs:
-            lowered[name if len(models) == 1 else method_for(name, model)] = edge.exported_program(name)
+            lowered[name if model is models[0] else method_for(name, model)] = edge.exported_program(name)
         report.check_shared()
         if on_report is not None:
             on_report(report)
@@ -176,7 +178,7 @@ def _delegate_cuda(
         name: [MoECudaPartitioner([CudaBackend.generate_method_name_compile_spec(name)], fuser)] for name in programs
     }
     try:
-        with shared_weights(), own_outputs(), defects_avoided(), checked_kernels() as accesses:
+        with shared_weights(), empty_buffers(), own_outputs(), defects_avoided(), checked_kernels() as accesses:
             edge = to_edge_transform_and_lower(
                 {name: _with_own_tables(program) for name, program in programs.items()},
                 partitioner=partitioners,

@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_flatten
 
 from executorch_moe.kernels import fused_experts as _fused_experts  # noqa: F401  registers torch.ops.executorch_moe
 from executorch_moe.kernels.arguments import ExpertArguments
-from executorch_moe.kernels.delta_rule.arguments import DeltaRuleArguments
-from executorch_moe.kernels.delta_rule.aten import gated_delta_net_aten
+from executorch_moe.kernels.delta_rule.arguments import DeltaRuleArguments, RowsDeltaRuleArguments
+from executorch_moe.kernels.delta_rule.aten import gated_delta_net_aten, rows_delta_rule_aten
 from executorch_moe.kernels.delta_rule.op import gated_delta_net as _gated_delta_net  # noqa: F401  registers it too
 from executorch_moe.kernels.experts.aten import fused_experts_aten
 from executorch_moe.kernels.prefill.arguments import CachedAttentionArguments
@@ -154,6 +154,9 @@ def _needed() -> dict[Any, Any]:
     return {
         torch.ops.executorch_moe.fused_experts.default: lambda *args: fused_experts_aten(ExpertArguments(*args)),
         torch.ops.executorch_moe.gated_delta_net.default: lambda *args: gated_delta_net_aten(DeltaRuleArguments(*args)),
+        torch.ops.executorch_moe.rows_delta_rule.default: lambda *args: rows_delta_rule_aten(
+            RowsDeltaRuleArguments(*args)
+        ),
         torch.ops.executorch_moe.cached_attention.default: lambda *args: cached_attention_by_rows(
             CachedAttentionArguments(*args)
         ),

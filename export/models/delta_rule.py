@@ -18,14 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from executorch_moe.kernels.delta_rule.arguments import CONV_SIZES, HEAD_DIMS, DeltaRuleSizes, fits_delta_rule
-from executorch_moe.kernels.delta_rule.op import gated_delta_net
+from executorch_moe.kernels.delta_rule.op import gated_delta_net, rows_delta_rule
 
 from .attention import merged
 from .keywords import STATE_CACHE_NAMES, take_cache
 from .linears import SideBySide, stored_int4
+from .pretrained import LINEAR as LINEAR
 
-LINEAR = "linear_attention"
-"""transformers' name of these layers in `layer_types`."""
 _PARTS = ("conv1d", "A_log", "dt_bias", "norm", "out_proj")
 _SEPARATE = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 _INTERLEAVED = ("in_proj_qkvz", "in_proj_ba")
@@ -36,9 +35,17 @@ class HoldsStates(Protocol):
     """A cache of states: what `GatedDeltaNet` needs of `causal_lm.CacheView`."""
 
     cache_position: Tensor
+    slots: Tensor | None
 
     def states(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """The last inputs of a layer's convolution, a ring [K, C], and its recurrent state, fp32 [Hv, Dk, Dv]."""
+        """The last inputs of a layer's convolution, a ring [K, C], and its recurrent state, fp32 [Hv, Dk, Dv].
+
+        With `slots`, int64 [T], each token is of another text, and both have a first axis of all slots.
+        """
+        ...
+
+    def keep_states(self, layer_idx: int, conv: Tensor, recurrent: Tensor) -> None:
+        """Writes the new states."""
         ...
 
 
@@ -118,7 +125,10 @@ class GatedDeltaNet(nn.Module):
         return self.out_proj(self.mix(self.in_proj(hidden_states), cache))  # type: ignore[no-any-return]
 
     def mix(self, projected: Tensor, cache: Any) -> Tensor:
-        """The input of the output projection, [1, T, Hv * Dv], of the input projection's result; see `forward`."""
+        """The input of the output projection, [1, T, Hv * Dv], of the input projection's result; see `forward`.
+
+        With tokens of several texts (`HoldsStates.slots`), `projected` may also be [T, 1, columns], and so the result.
+        """
         if cache is None:
             position, (conv, state) = torch.zeros(1, dtype=torch.int64, device=projected.device), self._empty()
         elif isinstance(cache, HoldsStates):
@@ -128,13 +138,17 @@ class GatedDeltaNet(nn.Module):
                 f"{type(self).__name__} was called with a {type(cache).__name__}: wrap the model in a CausalLM, or "
                 "call it with use_cache=False"
             )
-        out, new_conv, new_state = gated_delta_net(
-            projected[0], self.conv_weight, self.dt_bias, self.a_log, self.norm_weight, conv, state,
-            position, self.key_heads, self.key_dim, self.eps,
-        )  # fmt: skip
+        weights = self.conv_weight, self.dt_bias, self.a_log, self.norm_weight
+        sizes = self.key_heads, self.key_dim, self.eps
+        if cache is not None and cache.slots is not None:
+            rows = projected.flatten(0, 1)
+            places = cache.cache_position, cache.slots
+            out, *states = rows_delta_rule(rows, *weights, conv, state, *places, *sizes)
+            cache.keep_states(self.layer_idx, *states)
+            return out.reshape(*projected.shape[:2], -1)
+        out, *states = gated_delta_net(projected[0], *weights, conv, state, position, *sizes)
         if cache is not None:
-            conv.copy_(new_conv)
-            state.copy_(new_state)
+            cache.keep_states(self.layer_idx, *states)
         return out[None]
 
     def _empty(self) -> tuple[Tensor, Tensor]:
@@ -286,3 +300,20 @@ def replace_delta_rule_(module: nn.Module) -> nn.Module:
             owner, _, attribute = name.rpartition(".")
             setattr(module.get_submodule(owner), attribute, GatedDeltaNet(child))
     return module
+
+
+def state_shapes(model: nn.Module) -> dict[int, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Layer -> shapes of its states, for the layers that `replace_delta_rule_` replaced.
+
+    Raises:
+        NotImplementedError: linear attention that is no gated delta rule.
+    """
+    config: Any = model.config
+    found = {child.layer_idx: child.state_shapes for child in model.modules() if isinstance(child, GatedDeltaNet)}
+    kinds = list(getattr(config, "layer_types", None) or ())[: config.num_hidden_layers]
+    if kinds.count(LINEAR) != len(found):
+        raise NotImplementedError(
+            f"{type(model).__name__} has {kinds.count(LINEAR)} layers of type {LINEAR}, of which {len(found)} are "
+            "gated delta rule, the only one that is supported: use a model like Qwen3-Next or Qwen3.5-MoE"
+        )
+    return found

@@ -27,11 +27,13 @@ from torch.export import export
 
 from executorch_moe.backends.artifact.files import PTD_IDENTITY_KEY, check, open_artifact, save
 from executorch_moe.backends.artifact.inspect import check_cuda_artifact, inspect_artifact
+from executorch_moe.backends.artifact.method_targets import pick_methods
 from executorch_moe.backends.artifact.ptd import PtdFile
 from executorch_moe.backends.artifact.pte import PteFile
 from executorch_moe.backends.artifact.weight_metadata import parse_delegate
 from executorch_moe.backends.cuda.missing_operators import MissingOperatorsError
 from executorch_moe.backends.lower import lower
+from executorch_moe.backends.runtime.loader import _architecture
 from executorch_moe.kernels import gpus
 from executorch_moe.kernels.gpus import find_model
 
@@ -180,7 +182,10 @@ def test_two_targets_share_the_weights_of_a_method(tmp_path: Path) -> None:
     report = inspect_artifact(artifact.pte)
     check_cuda_artifact(report)
     codes = {name: method.delegates[0].archs for name, method in report.methods.items()}
-    assert codes == {"decode@sm_80": ("sm_80",), "decode@sm_90": ("sm_90a",)}
+    assert codes == {"decode": ("sm_90a",), "decode@sm_80": ("sm_80",)}
+    picked = {gpu: pick_methods(codes, gpu, lambda name: _architecture(PteFile(artifact.pte), name))
+              for gpu in ((8, 0), (9, 0))}  # fmt: skip
+    assert picked == {(8, 0): {"decode": "decode@sm_80"}, (9, 0): {"decode": "decode"}}
     # Both methods read the module's weights, and each is stored once.
     program, data, read = PteFile(artifact.pte), PtdFile(artifact.ptd), []
     for name in program.method_names:
@@ -203,7 +208,7 @@ def test_several_targets_share_weights_and_have_the_code_of_each(crossed: CrossE
     archs = {name: method.delegates[0].archs for name, method in report.methods.items()}
     assert archs == {
         **{f"{method}@sm_80": ("sm_80",) for method in ("prefill", "decode")},
-        **{f"{method}@sm_90": ("sm_90a",) for method in ("prefill", "decode")},
+        **dict.fromkeys(("prefill", "decode"), ("sm_90a",)),
     }
     # Weights exist once, under the same names. Only constants that lowering makes belong to one library.
     first, all_data = PtdFile(crossed.folder / "tiny.ptd").digests(), PtdFile(both.folder / "tiny.ptd").digests()

@@ -123,7 +123,7 @@ def test_modules_of_other_threads_keep_their_parameters() -> None:
             "cannot share weights between CUDA methods with .*: install exec",
         ),
         (shared_weights, "copy_exported_program_for_preprocess", "cannot share weights between CUDA methods with"),
-        (without_weights, "_write_tensor_storage", "cannot export an artifact without weights with .*: install exec"),
+        (without_weights, "_write_tensor_storage", "cannot write the weights of CUDA methods with .*: install exec"),
         (
             uncopied_weights,
             "_save_new_const_tensor",

@@ -44,7 +44,7 @@ def two_layers(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 def export(model: nn.Module, strict: bool = False) -> ExportedProgram:
     """Logits(model) exported with T from 2 to 256."""
-    shapes = {"input_ids": {1: Dim("T", min=2, max=256)}}
+    shapes = {"input_ids": {1: Dim.DYNAMIC(min=2, max=256)}}
     with moe.any_length(model), torch.no_grad():
         return torch.export.export(Logits(model), (tokens(9),), strict=strict, dynamic_shapes=shapes)
 
