@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ from executorch_moe.backends.cuda.generated_kernels import AccessReport, checked
 from executorch_moe.backends.cuda.missing_operators import MissingOperatorsError, check_operators, find_operators
 from executorch_moe.backends.cuda.output_folders import own_outputs
 from executorch_moe.backends.cuda.overlapped_launches import overlapped_launches, why_not_overlapped
+from executorch_moe.backends.cuda.patches import replacing
+from executorch_moe.backends.cuda.patches.registry import HISTORY
 from executorch_moe.backends.cuda.shared_weights import shared_weights
 from executorch_moe.backends.cuda.torch_defects import defects_avoided
 from executorch_moe.backends.fusion import ExpertFuser, FusionOptions
@@ -88,7 +91,7 @@ def lower(
         raise ValueError(f"{both[0]!r} is both a method and a constant method: rename one")
     # ExecuTorch's passes replay in-place buffer updates, which autograd refuses if a parameter requires gradients.
     fuser = fusion if isinstance(fusion, ExpertFuser) else ExpertFuser(fusion)
-    with torch.no_grad():
+    with torch.no_grad(), shared_history():
         if target == "cpu":
             return _lower_cpu(programs, constants, fuser)
         if target == "cuda":
@@ -103,6 +106,18 @@ def lower(
         else:
             edge = _delegate_each(programs, fuser, models, constants, on_report, on_accesses)
         return edge.to_executorch(ExecutorchBackendConfig(external_constants=True))
+
+
+@contextlib.contextmanager
+def shared_history() -> Iterator[None]:
+    """Nodes share the records of the nodes that they come from.
+
+    torch copies these records, which grow with each tracing, for every node: a tenth of an export's time.
+    """
+    with replacing(HISTORY) as replace:
+        with contextlib.suppress(AttributeError):  # a torch without these records
+            replace("torch.fx.traceback:NodeSource.__deepcopy__", lambda record, memo: record)
+        yield
 
 
 def why_slower(target: str) -> str:

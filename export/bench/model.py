@@ -45,6 +45,8 @@ class ModelBenchmark:
         export: the export's record, empty if the file is missing.
         batches: speeds of several sequences at once.
         breakdown: of a decode token. prompts: of a prompt of each length; both only with a profile.
+        load_seconds: from opening the files to weights in the device's memory; None if the program was not loaded
+            with `TextGenerator.load`.
         peak_bytes: peak memory: "host" (this process), and on a GPU also "gpu" (weights, cache, temporaries).
     """
 
@@ -58,6 +60,7 @@ class ModelBenchmark:
     prefill_chunk: int | None = None
     bytes: dict[str, int] = field(default_factory=dict)
     export: dict[str, Any] = field(default_factory=dict)
+    load_seconds: float | None = None
     peak_bytes: dict[str, int] = field(default_factory=dict)
     breakdown: Breakdown | None = None
     prompts: list[PromptBreakdown] = field(default_factory=list)
@@ -116,13 +119,15 @@ class ModelBenchmark:
         return ", ".join(parts)
 
     def notes(self) -> list[str]:
-        """Notes on sizes, export time and memory."""
+        """Notes on sizes, time of export and load, and memory."""
         notes = [f"{name} {size(value)}" for name, value in self.bytes.items()]
         if seconds := self.export.get("seconds"):
             times = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
             notes.append(f"export {sum(seconds.values()):.1f} s ({times})")
         if peak := self.export.get("peak_bytes"):
             notes.append("peak of the export: " + ", ".join(f"{name} {size(value)}" for name, value in peak.items()))
+        if self.load_seconds is not None:
+            notes.append(f"loaded in {self.load_seconds:.1f} s")
         notes.append("peak of this run: " + ", ".join(f"{k} {size(v)}" for k, v in self.peak_bytes.items()))
         return notes
 
@@ -263,6 +268,7 @@ def benchmark_model(
         prefill_chunk=generator.prefill_chunk,
         bytes=sizes,
         export=record,
+        load_seconds=generator.load_seconds,
         peak_bytes=peak_bytes(generator.program.device),
     )
 

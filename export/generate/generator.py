@@ -93,6 +93,7 @@ class TextGenerator:
         self.program = program
         self.tokenizer = tokenizer
         self.prefill_chunk = prefill_chunk
+        self.load_seconds: float | None = None  # time of `load`, weights included
         # Artifacts of older versions lack this method; their methods return logits.
         says = "get_method_output" in program.constant_names
         self.output = str(program.constant("get_method_output")) if says else "logits"
@@ -138,7 +139,7 @@ class TextGenerator:
         from executorch_moe.backends.artifact.pte import PteFile
         from executorch_moe.backends.runtime.loader import load
 
-        pte = pte_path(pte)
+        begin, pte = time.perf_counter(), pte_path(pte)
         if not pte.is_file():
             raise FileNotFoundError(
                 f"artifact={str(pte)!r} is not a file: give the .pte that `executorch-moe export` made"
@@ -154,7 +155,9 @@ class TextGenerator:
         graphs = ("decode", *batched) if cuda_graph else ()
         program = load(opened, runtime=runtime, cuda_graph=graphs, make_weights=synthetic_weights, verify=verify)
         with said_in_one_line(f"{pte} cannot be used", COPY_AGAIN, ValueError):
-            return cls(program, tokenizer, prefill_chunk)
+            generator = cls(program, tokenizer, prefill_chunk)
+        generator.load_seconds = time.perf_counter() - begin
+        return generator
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt.

@@ -10,6 +10,8 @@ C = 2 * Hk * Dk + Hv * Dv its channels.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -62,25 +64,11 @@ class GatedDeltaNet(nn.Module):
                 `gated_delta_net` does not support.
         """
         super().__init__()
-        if layer.conv1d.bias is not None or layer.activation not in ("silu", "swish"):
-            raise NotImplementedError(
-                f"{type(layer).__name__} with activation {layer.activation!r} and "
-                f"{'a' if layer.conv1d.bias is not None else 'no'} bias in its convolution is not supported: use a "
-                "model with SiLU and no bias"
-            )
+        sizes = _supported_sizes(layer)
         self.layer_idx = layer.layer_idx
-        self.key_heads, self.value_heads = layer.num_k_heads, layer.num_v_heads
-        self.key_dim, self.value_dim = layer.head_k_dim, layer.head_v_dim
+        self.key_heads, self.value_heads = sizes.key_heads, sizes.value_heads
+        self.key_dim, self.value_dim = sizes.key_dim, sizes.value_dim
         self.eps = layer.norm.variance_epsilon
-        sizes = DeltaRuleSizes(
-            self.key_heads, self.value_heads, self.key_dim, self.value_dim, layer.conv1d.weight.shape[-1]
-        )
-        if not fits_delta_rule(sizes):
-            raise NotImplementedError(
-                f"{type(layer).__name__} with {', '.join(f'{name}={size}' for name, size in sizes._asdict().items())} "
-                f"is not supported: use a model with key_dim and value_dim among {HEAD_DIMS}, conv_size among "
-                f"{CONV_SIZES}, and value_heads a multiple of key_heads"
-            )
         separate = hasattr(layer, _SEPARATE[0])
         linears = [getattr(layer, name) for name in (_SEPARATE if separate else _INTERLEAVED)]
         rows = None if separate else self._interleaved_rows()
@@ -166,6 +154,131 @@ class GatedDeltaNet(nn.Module):
     def _empty(self) -> tuple[Tensor, Tensor]:
         conv, state = self.state_shapes
         return self.conv_weight.new_zeros(conv), self.a_log.new_zeros(state)
+
+
+def _supported_sizes(layer: Any) -> DeltaRuleSizes:
+    """Sizes of a layer that `gated_delta_net` can compute.
+
+    Raises:
+        NotImplementedError: see `GatedDeltaNet`.
+    """
+    if layer.conv1d.bias is not None or layer.activation not in ("silu", "swish"):
+        raise NotImplementedError(
+            f"{type(layer).__name__} with activation {layer.activation!r} and "
+            f"{'a' if layer.conv1d.bias is not None else 'no'} bias in its convolution is not supported: use a "
+            "model with SiLU and no bias"
+        )
+    sizes = DeltaRuleSizes(
+        layer.num_k_heads, layer.num_v_heads, layer.head_k_dim, layer.head_v_dim, layer.conv1d.weight.shape[-1]
+    )
+    if not fits_delta_rule(sizes):
+        raise NotImplementedError(
+            f"{type(layer).__name__} with {', '.join(f'{name}={size}' for name, size in sizes._asdict().items())} "
+            f"is not supported: use a model with key_dim and value_dim among {HEAD_DIMS}, conv_size among "
+            f"{CONV_SIZES}, and value_heads a multiple of key_heads"
+        )
+    return sizes
+
+
+class AnyLength(nn.Module):
+    """A gated delta rule layer of transformers, with its own weights, that can be traced for any length.
+
+    It has the layer's submodules and parameters by the layer's names, so that a program has them as in the model.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        """Takes the weights of a layer without copying them.
+
+        Raises:
+            NotImplementedError: see `GatedDeltaNet`.
+        """
+        super().__init__()
+        self.sizes = _supported_sizes(layer)
+        self.interleaved = not hasattr(layer, _SEPARATE[0])
+        for name in (*(_INTERLEAVED if self.interleaved else _SEPARATE), *_PARTS):
+            setattr(self, name, getattr(layer, name))
+
+    def _projected(self, hidden_states: Tensor) -> Tensor:
+        """Query, key, value, z, b and a of each token, [B, T, P]."""
+        names = _INTERLEAVED if self.interleaved else _SEPARATE
+        parts = [getattr(self, name)(hidden_states) for name in names]
+        if self.interleaved:
+            # For each key head: its query, its key, the values and z of its value heads; then b and a of these.
+            heads, key_dim = self.sizes.key_heads, self.sizes.key_dim
+            group = self.sizes.value_heads // heads
+            values = group * self.sizes.value_dim
+            qkvz, ba = (part.unflatten(-1, (heads, -1)) for part in parts)
+            split = (*qkvz.split([key_dim, key_dim, values, values], -1), *ba.split(group, -1))
+            parts = [part.flatten(-2) for part in split]
+        return torch.cat(parts, -1)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **keywords: Any) -> Tensor:
+        """Computes the layer behind transformers' interface, from the first token of each text.
+
+        Args:
+            hidden_states: float [B, T, H]; B is fixed.
+            attention_mask: None; texts are not padded.
+            keywords: no cache.
+
+        Returns:
+            [B, T, H].
+
+        Raises:
+            ValueError: a mask, a cache, or see `keywords.take_cache`.
+        """
+        if take_cache(type(self).__name__, keywords, STATE_CACHE_NAMES) is not None:
+            raise ValueError(
+                "any_length was used for a model with a cache: call the model with use_cache=False, or export it with "
+                "`executorch-moe export`, which has its own cache"
+            )
+        if attention_mask is not None:
+            raise ValueError("any_length was used with an attention mask: pass texts without padding")
+        sizes, projected = self.sizes, self._projected(hidden_states)
+        weight = self.conv1d.weight[:, 0]
+        conv = projected.new_zeros(sizes.conv_size, sizes.channels)
+        state = self.A_log.new_zeros(sizes.value_heads, sizes.key_dim, sizes.value_dim, dtype=torch.float32)
+        position = torch.zeros(1, dtype=torch.int64, device=projected.device)
+        # Not unbind(): a check of ExecuTorch 1.5 takes the number of parts from the first size of the first part.
+        texts = [
+            gated_delta_net(
+                projected[text], weight, self.dt_bias, self.A_log, self.norm.weight, conv, state,
+                position, sizes.key_heads, sizes.key_dim, self.norm.variance_epsilon,
+            )[0]
+            for text in range(projected.shape[0])
+        ]  # fmt: skip
+        return self.out_proj(torch.stack(texts))  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def any_length(model: nn.Module) -> Iterator[nn.Module]:
+    """Within it, `torch.export.export` can trace a transformers model with gated delta rule layers for any length.
+
+    transformers computes these layers (Qwen3.5-MoE, Qwen3-Next) in a loop over chunks of 64 tokens, of which a program
+    can have a fixed number only. Meanwhile each such layer is another module, with the layer's own weights and their
+    names, which calls the operator `gated_delta_net`; at the end, the model has its layers again. Both partitioners
+    lower that operator. Other models are traced as they are.
+
+    Args:
+        model: called with use_cache=False, texts [B, T] without padding, and B fixed.
+
+    Yields:
+        `model`.
+
+    Raises:
+        NotImplementedError: layers that the operator cannot compute (see `GatedDeltaNet`); the model is unchanged.
+    """
+    found = [
+        (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], layer, AnyLength(layer))
+        for name, layer in model.named_modules()
+        if fits(layer) and not isinstance(layer, AnyLength)
+    ]
+    try:
+        for owner, attribute, _, ours in found:
+            setattr(owner, attribute, ours)
+        yield model
+    finally:
+        for owner, attribute, layer, _ in found:
+            setattr(owner, attribute, layer)
 
 
 def fits(layer: nn.Module) -> bool:

@@ -34,6 +34,7 @@ class Options:
         matvec: sizes of both GEMMs of the matrix-vector path.
         group_size_m: row blocks of a group in the tile order; replaces that of the configurations.
         tables: False ignores the tuning tables.
+        ranks_logits: in `one_token_experts`, kernels of the matrix-vector path choose the experts themselves.
     """
 
     path: str | None = None
@@ -44,6 +45,7 @@ class Options:
     matvec: tuple[MatvecConfig, MatvecConfig] | None = None
     group_size_m: int | None = None
     tables: bool = True
+    ranks_logits: bool = True
 
 
 @dataclass

@@ -156,7 +156,9 @@ def test_bench_model(exported: Callable[[str, str], Path]) -> None:
     assert "runtime: executorch (CPU)" in table and "picked on the device" in table
     assert "experts ours, dense none" in table and "| prefill 8 | " in table and "| decode 4 after 1 | " in table
     assert re.search(
-        r"\.pte .*; \.ptd .*; expert weights .*; export .* s \(check .*\); .*peak of this run: host", table
+        r"\.pte .*; \.ptd .*; expert weights .*; export .* s \(check .*\); .*"
+        r"loaded in \d+\.\d s; peak of this run: host",
+        table,
     )
     result = json.loads(runner.invoke(app, [*command, "-r", "3", "--format", "json", "--prefill-chunk", "3"]).stdout)
     assert result["prefill_chunk"] == 3 and result["export"]["options"]["output"] == "token"

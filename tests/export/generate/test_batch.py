@@ -76,7 +76,8 @@ def generator(output: str, chunk: int | None = None, family: Any = None) -> Text
     ],
     ids=str,
 )
-def test_texts_at_once_are_as_alone(output: str, chunk: int | None, family: Any) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_texts_at_once_are_as_alone(output: str, chunk: int | None, family: Any, ahead: bool) -> None:
     """Recurrent layers too, whose state of a slot is left alone while other rows are decoded."""
     samplers = [Sampler()] * 5 if output == "greedy" else SAMPLERS
     one = generator(output, family=family)
@@ -84,7 +85,7 @@ def test_texts_at_once_are_as_alone(output: str, chunk: int | None, family: Any)
         one.generate(ids, length, sampler, ignore_eos=True).tokens
         for ids, length, sampler in zip(PROMPTS, LENGTHS, samplers, strict=True)
     ]
-    batch = BatchGenerator(generator(output, chunk, family))
+    batch = BatchGenerator(generator(output, chunk, family), ahead=ahead)
     added = []
     for ids, length, sampler in zip(PROMPTS, LENGTHS, samplers, strict=True):  # more texts than slots
         added.append(batch.add(ids, length, sampler, ignore_eos=True))
@@ -103,9 +104,10 @@ def test_a_text_alone_takes_decode() -> None:
     assert batch.generator.program.calls == ["prefill", *["decode"] * 4]  # type: ignore[attr-defined]
 
 
-def test_texts_end_by_themselves() -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_texts_end_by_themselves(ahead: bool) -> None:
     heard: list[int] = []
-    batch = BatchGenerator(generator("greedy"))
+    batch = BatchGenerator(generator("greedy"), ahead=ahead)
     every = batch.add(PROMPTS[0], 8)
     first = every.tokens
     stopped = batch.add(PROMPTS[2], 8, on_token=lambda token: heard.append(token) or len(heard) == 3)
@@ -121,6 +123,17 @@ def test_texts_end_by_themselves() -> None:
     again = batch.add(PROMPTS[0], 8)
     batch.run()
     assert again.stopped_by == "end of text" and again.tokens == first[: first.index(first[3]) + 1]
+
+
+def test_steps_start_before_tokens_are_read() -> None:
+    """With `ahead`, the call of a step comes before the tokens of the last one; none is in vain at a limit."""
+    batch = BatchGenerator(generator("greedy"), ahead=True)
+    calls = batch.generator.program.calls  # type: ignore[attr-defined]
+    known: list[int] = []
+    text = batch.add(PROMPTS[0], 6, on_token=lambda token: known.append(len(calls)), ignore_eos=True)
+    batch.run()
+    assert calls == ["prefill", *["decode"] * 5] and len(text.tokens) == 6
+    assert known == [1, 3, 4, 5, 6, 6]
 
 
 def test_what_does_not_fit_is_refused() -> None:
