@@ -48,9 +48,17 @@ def run_as_the_engine(programs: dict[str, ExportedProgram], prompt: list[int], c
     return tokens
 
 
-def test_the_methods_give_our_tokens() -> None:
-    model = eager_model("w4a16", "cpu")
-    programs = export_methods(EngineLM(model.model, MAX_CONTEXT))
+@pytest.fixture(scope="module")
+def model() -> CausalLM:
+    return eager_model("w4a16", "cpu")
+
+
+@pytest.fixture(scope="module")
+def programs(model: CausalLM) -> dict[str, ExportedProgram]:
+    return export_methods(EngineLM(model.model, MAX_CONTEXT))
+
+
+def test_the_methods_give_our_tokens(model: CausalLM, programs: dict[str, ExportedProgram]) -> None:
     assert programs.keys() == {"prefill", "decode"}
     for name, program in programs.items():
         given = program.graph_signature.user_inputs
@@ -65,6 +73,7 @@ def test_the_methods_give_our_tokens() -> None:
 
 
 @pytest.mark.transformers
+@pytest.mark.exhaustive
 def test_recurrent_layers_have_their_state_in_mutable_buffers() -> None:
     """One token at position 0 is decode in that engine, and starts a new text there."""
     model = RECURRENT[0].model("batched_mm")
@@ -82,9 +91,8 @@ def test_recurrent_layers_have_their_state_in_mutable_buffers() -> None:
     assert cache_buffers(export_methods(module)) == names
 
 
-def test_a_warm_temperature_draws_anew_in_each_call() -> None:
-    model = eager_model("w4a16", "cpu")
-    decode = export_methods(EngineLM(model.model, MAX_CONTEXT))["decode"].module()
+def test_a_warm_temperature_draws_anew_in_each_call(programs: dict[str, ExportedProgram]) -> None:
+    decode = programs["decode"].module()
     inputs = torch.tensor([[TEXT[0]]]), torch.tensor([0])
     with torch.no_grad():
         assert len({decode(*inputs, torch.tensor([5.0])).item() for _ in range(20)}) > 5
