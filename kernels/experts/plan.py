@@ -237,7 +237,8 @@ def run_gluon(p: Problem) -> Tensor:
     from executorch_moe.kernels.gluon.launches import check_gluon, default_configs, gluon_gemm
 
     for gemm in (1, 2):
-        check_gluon(p.gpu, p.constants(gemm), fragment_order(p.scheme, gemm) == "w4a16" and p.scheme.packed)
+        packed_bf16 = p.scheme.packed and fragment_order(p.scheme, gemm) == "w4a16"
+        check_gluon(p.gpu, p.constants(gemm), packed_bf16, int(p.hidden_states.storage_offset()))
     configs = p.options.gluon or default_configs(p.layer, p.num_pairs)
     if configs[0].block_m != configs[1].block_m:
         raise ValueError(

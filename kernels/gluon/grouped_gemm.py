@@ -21,7 +21,6 @@ from .layouts import (
     copy_layout,
     packed_layout,
     rows_in_order,
-    scale_layout,
     store_layout,
     sums_layout,
     tokens_layout,

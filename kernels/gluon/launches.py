@@ -13,14 +13,15 @@ from executorch_moe.kernels.tuning.configs import GluonConfig
 LOADING_WARPS = 4
 
 
-def check_gluon(gpu: Gpu, constants: dict[str, Any], packed_bf16: bool) -> None:
+def check_gluon(gpu: Gpu, constants: dict[str, Any], packed_bf16: bool, offset: int) -> None:
     """Check that the Gluon kernel supports a GEMM.
 
     Args:
         gpu: to run on. constants: constexprs of the GEMM. packed_bf16: its weights are packed for bf16 activations.
+        offset: where the tokens start in their memory, in elements.
 
     Raises:
-        ValueError: another GPU than sm_90, or weights, zero points or rows of tokens that the kernel does not read.
+        ValueError: another GPU than sm_90, or weights, zero points or tokens that the kernel does not read.
     """
     if gpu.capability != 90:
         raise ValueError(
@@ -32,10 +33,10 @@ def check_gluon(gpu: Gpu, constants: dict[str, Any], packed_bf16: bool) -> None:
         raise ValueError(
             f"path='gluon' supports scheme w4a16 without zero points, not {what}: use path='grouped', or None"
         )
-    if constants["K"] % 8:
+    if offset % 8:
         raise ValueError(
-            f"path='gluon' copies 16 bytes of a token at once, and rows of {constants['K']} values are not a multiple "
-            "of 8: use path='grouped', or None"
+            f"path='gluon' copies 16 bytes of a token at once, but the tokens start {offset} values into their memory, "
+            "not a multiple of 8: pass a copy (clone) of them, or use path='grouped'"
         )
 
 
@@ -88,7 +89,7 @@ def gluon_gemm(
             "NUM_STAGES": config.num_stages,
             "PIECES": config.pieces,
             "STRIDE_X": stride_x,
-            "LOADING_REGISTERS": 40 if config.block_m <= 64 else 56,
+            "LOADING_REGISTERS": 56 if config.ctas_per_sm <= 2 else 40,
             "FENCE": config.fence,
         },
         num_warps=config.num_warps,
