@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 
 import torch
@@ -104,10 +105,13 @@ def times(layers: list[LayerInputs], options: Options) -> tuple[float, float, fl
             layer.run(options, lambda launch, to=launches: (to.append(launch), launch.run_now())), "timed"
         )
         recorded.append(gemms(launches))
-    parts = []
-    for g in (1, 2):
-        parts.append(time_graph([lambda r=r: [launch.run_now() for launch in r[g]] for r in recorded]))
-    return (*parts, time_graph([lambda layer=layer: layer.run(options) for layer in layers]))
+
+    def run_gemm(g: int, recorded: dict[int, list[Launch]]) -> None:
+        for launch in recorded[g]:
+            launch.run_now()
+
+    one, two = (time_graph([partial(run_gemm, g, r) for r in recorded]) for g in (1, 2))
+    return one, two, time_graph([partial(layer.run, options) for layer in layers])
 
 
 def time_shape(name: str, usable: list[str], only: list[int]) -> None:

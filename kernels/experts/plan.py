@@ -242,7 +242,8 @@ def run_gluon(p: Problem) -> Tensor:
     configs = p.options.gluon or default_configs(p.layer, p.num_pairs)
     if configs[0].block_m != configs[1].block_m:
         raise ValueError(
-            f"block_m={configs[0].block_m} of GEMM1 and {configs[1].block_m} of GEMM2 differ: both walk the same row blocks"
+            f"block_m={configs[0].block_m} of GEMM1 and {configs[1].block_m} of GEMM2 differ: "
+            "both walk the same row blocks"
         )
     routing = run_routing(p, Heights(configs[0].block_m))
     hidden = p.empty((p.num_pairs, p.i_pad), torch.bfloat16)

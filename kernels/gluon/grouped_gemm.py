@@ -1,8 +1,8 @@
-"""The grouped GEMM kernel for sm_90: one warpgroup loads, one or two multiply.
+"""The grouped GEMM kernel for sm_90: four warps load, four or eight multiply.
 
-experts/tile.py explains the letters. The producer brings packed weights, scales and tokens of one K block after another
-into a ring of NUM_STAGES places in shared memory, also those of the next tile while sums of a tile are stored. A consumer
-decodes half a K block into registers while the tensor cores multiply the other half.
+experts/tile.py explains the letters. Four warps bring packed weights, scales and tokens, a K block after another, into
+a ring of NUM_STAGES places in shared memory, also those of the next tile while the sums of a tile are stored. The other
+warps decode a piece of a K block, half or a quarter, into registers while the tensor cores multiply the piece before.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def place_of_tile(tile, num_row_blocks, NUM_N_BLOCKS: gl.constexpr, GROUP_SIZE_M
 
 @gluon.jit
 def rows_of_tile(
-    sorted_pair_ids_ptr, expert_offsets_ptr, block_row_ptr, expert, row_block, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr
+    sorted_pair_ids_ptr, expert_offsets_ptr, block_row_ptr, expert, row_block,
+    BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Rows of a row block in the order of experts, their pairs, and which of them exist: int32 and int1 [BLOCK_M]."""
     row = gl.load(block_row_ptr + row_block) + gl.arange(0, BLOCK_M, LAYOUT)
@@ -68,22 +69,13 @@ def load_tiles(
     GROUP: gl.constexpr, GEMM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     GROUP_SIZE_M: gl.constexpr, NUM_STAGES: gl.constexpr, PIECES: gl.constexpr,
 ):  # fmt: skip
-    """The producer: all K blocks of all tiles of this program, in order."""
+    """The warps that load: all K blocks of all tiles of this program, in order."""
+    # fmt: off
     (
-        x_ptr,
-        w_ptr,
-        w_scale_ptr,
-        sorted_pair_ids_ptr,
-        expert_offsets_ptr,
-        block_expert_ptr,
-        block_row_ptr,
-        num_row_blocks,
-        x_smem,
-        w_smem,
-        scale_smem,
-        ready,
-        empty,
+        x_ptr, w_ptr, w_scale_ptr, sorted_pair_ids_ptr, expert_offsets_ptr, block_expert_ptr, block_row_ptr,
+        num_row_blocks, x_smem, w_smem, scale_smem, ready, empty,
     ) = sources
+    # fmt: on
     PARTS: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP  # groups of a K block
     W_COPY: gl.constexpr = copy_layout(4, LOADING_WARPS)
     X_COPY: gl.constexpr = copy_layout(16 // PIECES, LOADING_WARPS)
@@ -145,7 +137,7 @@ def targets_of_tile(
     pair_weight_ptr, sorted_pair_ids_ptr, expert_offsets_ptr, block_row_ptr, expert, row_block,
     GEMM: gl.constexpr, BLOCK_M: gl.constexpr, STORE: gl.constexpr, SUMS: gl.constexpr,
 ):  # fmt: skip
-    """Rows of the results of a row block, which of them exist, and (GEMM2) the weight of each, in the layout of the sums."""
+    """Rows of a row block's results, which of them exist, and (GEMM2) the weight of each, in the layout of the sums."""
     row, pair, inside = rows_of_tile(
         sorted_pair_ids_ptr, expert_offsets_ptr, block_row_ptr, expert, row_block, BLOCK_M, gl.SliceLayout(0, STORE)
     )
@@ -167,21 +159,12 @@ def multiply_tiles(
 ):  # fmt: skip
     """The warps that multiply: all tiles of this program, in the order of `load_tiles`."""
     WARPS: gl.constexpr = gl.num_warps()
+    # fmt: off
     (
-        bias_ptr,
-        out_ptr,
-        pair_weight_ptr,
-        sorted_pair_ids_ptr,
-        expert_offsets_ptr,
-        block_expert_ptr,
-        block_row_ptr,
-        num_row_blocks,
-        x_smem,
-        w_smem,
-        scale_smem,
-        ready,
-        empty,
+        bias_ptr, out_ptr, pair_weight_ptr, sorted_pair_ids_ptr, expert_offsets_ptr, block_expert_ptr, block_row_ptr,
+        num_row_blocks, x_smem, w_smem, scale_smem, ready, empty,
     ) = targets
+    # fmt: on
     PARTS: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP
     SUMS: gl.constexpr = sums_layout(BLOCK_M, WARPS)
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)

@@ -1,4 +1,4 @@
-"""Packed weights in shared memory -> bf16 operands in registers, a piece of a K block at a time. experts/tile.py has the letters."""
+"""Packed weights in shared memory -> bf16 operands in registers, a piece of a K block at a time."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def decode_quarter(half, scale, QUARTER: gl.constexpr):
 def operand_piece(
     half, s0, s1, s2, s3, PIECE: gl.constexpr, PIECES: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr
 ):
-    """Piece PIECE of PIECES (2 or 4) of a K block's columns, as the first operand of a wgmma: bf16 [ROWS, 128 / PIECES].
+    """Piece PIECE of PIECES (2 or 4) of a K block, the first operand of a wgmma: bf16 [ROWS, 128 / PIECES].
 
     s0..s3: bf16 [ROWS, 1], scales of the quarters.
     """
