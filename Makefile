@@ -67,7 +67,9 @@ define TESTS
 	PYTHONPATH=$(OLD_PATHS) $(PYTEST) -m "(compiler or transformers) and $(1)" --maxschedchunk 1 tests/kernels tests/export
 endef
 
-test: lint $(OLDEST)/.installed $(OLD_TRANSFORMERS)/.installed  ## lint, type-check, test all that needs no GPU: a quarter of an hour or more
+# mypy and pip take one core each.
+test: $(STAMP)  ## lint, type-check, test all that needs no GPU: a quarter of an hour
+	+$(MAKE) --jobs 2 --output-sync=target lint $(OLDEST)/.installed $(OLD_TRANSFORMERS)/.installed
 	$(call TESTS,not exhaustive)
 
 test-full: test  ## the same and further combinations of what it tests, as CI does

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,10 +29,13 @@ from executorch_moe.backends.cuda import MoECudaPartitioner
 from executorch_moe.backends.cuda.cross.report import CrossCompileReport
 from executorch_moe.backends.cuda.cross.target import target_cuda
 from executorch_moe.backends.cuda.cuda_partitioner import check_state
+from executorch_moe.backends.cuda.empty_buffers import empty_buffers
 from executorch_moe.backends.cuda.generated_kernels import AccessReport, checked_kernels
 from executorch_moe.backends.cuda.missing_operators import MissingOperatorsError, check_operators, find_operators
 from executorch_moe.backends.cuda.output_folders import own_outputs
 from executorch_moe.backends.cuda.overlapped_launches import overlapped_launches, why_not_overlapped
+from executorch_moe.backends.cuda.patches import replacing
+from executorch_moe.backends.cuda.patches.registry import HISTORY
 from executorch_moe.backends.cuda.shared_weights import shared_weights
 from executorch_moe.backends.cuda.torch_defects import defects_avoided
 from executorch_moe.backends.fusion import ExpertFuser, FusionOptions
@@ -56,7 +60,8 @@ def lower(
         programs: method name -> exported program.
         target: "cuda" compiles with AOTInductor for the GPU of this machine. A name such as "sm_90" or "h200"
             (`kernels.gpus.target_names`) compiles for that GPU and needs none. "sm_80,sm_90" compiles for several, with
-            each method once for each, as `decode@sm_90`. "cpu" is for ExecuTorch's CPU kernels.
+            each method once for each: those for the first keep their names, others are named as `decode@sm_90`.
+            "cpu" is for ExecuTorch's CPU kernels.
         constant_methods: method name -> bool, int, float, str, or lists of them.
         fusion: how to fuse experts that are not fused yet; pass an `ExpertFuser` to read its report afterwards.
         on_report: called with the report of each GPU that the target names; not called for "cuda" and "cpu".
@@ -86,7 +91,7 @@ def lower(
         raise ValueError(f"{both[0]!r} is both a method and a constant method: rename one")
     # ExecuTorch's passes replay in-place buffer updates, which autograd refuses if a parameter requires gradients.
     fuser = fusion if isinstance(fusion, ExpertFuser) else ExpertFuser(fusion)
-    with torch.no_grad():
+    with torch.no_grad(), shared_history():
         if target == "cpu":
             return _lower_cpu(programs, constants, fuser)
         if target == "cuda":
@@ -101,6 +106,18 @@ def lower(
         else:
             edge = _delegate_each(programs, fuser, models, constants, on_report, on_accesses)
         return edge.to_executorch(ExecutorchBackendConfig(external_constants=True))
+
+
+@contextlib.contextmanager
+def shared_history() -> Iterator[None]:
+    """Nodes share the records of the nodes that they come from.
+
+    torch copies these records, which grow with each tracing, for every node: a tenth of an export's time.
+    """
+    with replacing(HISTORY) as replace:
+        with contextlib.suppress(AttributeError):  # a torch without these records
+            replace("torch.fx.traceback:NodeSource.__deepcopy__", lambda record, memo: record)
+        yield
 
 
 def why_slower(target: str) -> str:
@@ -141,7 +158,7 @@ def _delegate_each(
         with target_cuda(model.name) as report:
             edge = _delegate_cuda(programs, fuser, on_accesses=on_accesses)
         for name in programs:
-            lowered[name if len(models) == 1 else method_for(name, model)] = edge.exported_program(name)
+            lowered[name if model is models[0] else method_for(name, model)] = edge.exported_program(name)
         report.check_shared()
         if on_report is not None:
             on_report(report)
@@ -161,7 +178,7 @@ def _delegate_cuda(
         name: [MoECudaPartitioner([CudaBackend.generate_method_name_compile_spec(name)], fuser)] for name in programs
     }
     try:
-        with shared_weights(), own_outputs(), defects_avoided(), checked_kernels() as accesses:
+        with shared_weights(), empty_buffers(), own_outputs(), defects_avoided(), checked_kernels() as accesses:
             edge = to_edge_transform_and_lower(
                 {name: _with_own_tables(program) for name, program in programs.items()},
                 partitioner=partitioners,

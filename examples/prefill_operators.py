@@ -24,9 +24,13 @@ from executorch_moe.kernels.prefill.launches import (
     run_rotated_heads,
     run_top_experts,
 )
+from executorch_moe.kernels.prefill.linear import run_prompt_linear
 
 SIZES = [(32, 4, 128, tokens) for tokens in (512, 1642, 4096, 16384)]
 SIZES += [(16, 2, 256, 1642), (16, 2, 256, 4096), (64, 8, 64, 1642)]
+LINEARS = [(5120, 2048), (2048, 4096), (12352, 2048), (2048, 512)]
+COPIES = 6
+"""Matrices that linear layers take in turn, so that their weights are not in the L2 cache."""
 TILES = [(128, 128, 2, 8), (128, 64, 2, 8), (128, 64, 3, 8), (128, 32, 4, 8), (64, 128, 2, 4), (64, 64, 3, 4)]
 
 
@@ -78,6 +82,22 @@ def others(tokens: int) -> None:
     print(f"| {tokens} | {' | '.join(f'{us:.1f}' for us in times)} |")
 
 
+def linears(n: int, k: int, tokens: int) -> None:
+    """int8 weights by `prompt_linear`; and cuBLAS with one matrix that is bf16 already, so without reading int8."""
+    weights = torch.randint(-127, 128, (COPIES, n, k), dtype=torch.int8, device="cuda")
+    x, scale, plain = random(tokens, k), torch.rand(n, device="cuda"), random(n, k)
+
+    def all_copies(submit: Callable[[Launch], None]) -> float:
+        return microseconds(lambda: [run_prompt_linear(x, w, scale, submit=submit) for w in weights]) / COPIES
+
+    def conversion(launch: Launch) -> None:
+        if "scale_ptr" not in launch.args:
+            launch.run_now()
+
+    times = all_copies(now), all_copies(conversion), microseconds(lambda: x @ plain.T)
+    print(f"| {n} x {k} | {tokens} | {' | '.join(f'{us:.1f}' for us in times)} |")
+
+
 def now(launch: Launch) -> None:
     launch.run_now()
 
@@ -99,6 +119,11 @@ def main(
         print("\n| tokens | `residual_norm` | `rotated_heads` | `top_experts` |\n|---|---|---|---|")
         for tokens in (512, 1642, 4096):
             others(tokens)
+        print("\n| linear layer | tokens | `prompt_linear`, us | of which to bf16, us | cuBLAS from bf16, us |")
+        print("|---|---|---|---|---|")
+        for n, k in LINEARS:
+            for tokens in (128, 512, 1642, 4096):
+                linears(n, k, tokens)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from executorch_moe.backends.fusion import FusionOptions
     from executorch_moe.backends.lower import lower
     from executorch_moe.backends.runtime import load
+    from executorch_moe.export.models.delta_rule import any_length
     from executorch_moe.export.options import Context, Dense, Experts, ExportOptions, Target
     from executorch_moe.export.pipeline import export_model
     from executorch_moe.export.quantize import quantize_experts_
@@ -51,6 +52,7 @@ __all__ = [
     "MoECudaPartitioner",
     "Target",
     "__version__",
+    "any_length",
     "export_model",
     "load",
     "lower",
@@ -69,6 +71,7 @@ _HOMES = {
     "MoECpuPartitioner": "backends.cpu",
     "MoECudaPartitioner": "backends.cuda",
     "Target": "export.options",
+    "any_length": "export.models.delta_rule",
     "export_model": "export.pipeline",
     "load": "backends.runtime",
     "lower": "backends.lower",

@@ -164,9 +164,10 @@ def trace(
     programs = {name: fuser.fuse(program) for name, program in traced.items()}
     nodes = ", ".join(f"{name} {len(program.graph.nodes)} nodes" for name, program in programs.items())
     result.add("trace", True, f"{nodes}; prefill takes 1 to {context} tokens")
-    operator = "triton.fused_moe" if options.experts.implementation == "upstream" else "executorch_moe.fused_experts."
+    ours = "executorch_moe.fused_experts.", "executorch_moe.one_token_experts."
+    operators = ("triton.fused_moe",) if options.experts.implementation == "upstream" else ours
     counts = {
-        name: sum(str(node.target).startswith(operator) for node in program.graph.nodes)
+        name: sum(str(node.target).startswith(operators) for node in program.graph.nodes)
         for name, program in programs.items()
     }
     result.add(

@@ -16,8 +16,8 @@ from executorch_moe.backends.cuda.cross.kernel_configs import Config, read_confi
 from executorch_moe.backends.fusion import FusionOptions
 from executorch_moe.export.models import synthetic
 from executorch_moe.export.models.batch.methods import check_batch, check_kinds
-from executorch_moe.export.models.causal_lm import BY_OUTPUT, check_cache, check_context
-from executorch_moe.export.models.pretrained import attention_kinds
+from executorch_moe.export.models.causal_lm import BY_OUTPUT, check_context
+from executorch_moe.export.models.pretrained import attention_kinds, check_cache
 from executorch_moe.export.models.upstream_experts import PREFILL
 from executorch_moe.export.quantize.dense import KINDS
 from executorch_moe.kernels.gpus import find_models, target_names
@@ -182,7 +182,7 @@ class Context:
     Attributes:
         max_context: positions in the KV cache; None: 2048, or the model's own limit if that is smaller.
         output: what the methods return: "token" (sampled on the device, with settings as inputs), "greedy" (the most
-            likely token) or "logits".
+            likely token), "logits", or "engine" (as the engine of ExecuTorch's example qwen3_5_moe expects them).
         max_batch: sequences with a slot of their own in the cache; above 1 there is a method `decode_batch`.
 
     Raises:
@@ -196,6 +196,11 @@ class Context:
     def __post_init__(self) -> None:
         _check_known("output", self.output, tuple(BY_OUTPUT))
         check_batch(self.max_batch)
+        if self.output == "engine" and self.max_batch > 1:
+            raise ValueError(
+                f"output='engine' does not support max_batch={self.max_batch}, that engine computes one sequence at a "
+                "time: leave one of them out"
+            )
 
 
 @dataclass(frozen=True)
@@ -269,6 +274,12 @@ class ExportOptions:
         """Choices that only CUDA targets have."""
         if not self.target.is_cpu:
             return
+        if self.context.output == "engine":
+            raise ValueError(
+                "output='engine' is for CUDA targets, on the CPU ExecuTorch's engine gives each method a KV cache of "
+                "its own: name a GPU as target='sm_90', or use output='token', which `executorch-moe serve` and "
+                "TextLLMRunner run"
+            )
         for what, value, usual in (
             ("experts", self.experts.implementation, "ours"),
             ("lm_head", self.dense.lm_head, None),
@@ -292,14 +303,14 @@ class ExportOptions:
         """Positions in the KV cache, checked against a transformers configuration.
 
         Raises:
-            ValueError, NotImplementedError: see `causal_lm.check_context` and `causal_lm.check_cache`.
+            ValueError, NotImplementedError: see `causal_lm.check_context` and `pretrained.check_cache`.
         """
         size = self.context.max_context
         if size is None:
             size = min(DEFAULT_MAX_CONTEXT, config.max_position_embeddings)
         check_context(config, size)
         if self.context.max_batch > 1:
-            check_kinds(attention_kinds(config))
+            check_kinds(attention_kinds(config), for_cuda=not self.target.is_cpu)
         check_cache(config, size, self.target.torch_dtype.itemsize, self.context.max_batch)
         return size
 

@@ -21,7 +21,7 @@ from executorch_moe.export.checkpoint.gguf import is_gguf
 from executorch_moe.export.checkpoint.work_folder import WorkFolder, work_folder_path
 from executorch_moe.export.models.pretrained import BUNDLED, tokenizer_json
 from executorch_moe.export.models.synthetic import is_synthetic, parse
-from executorch_moe.export.report.metadata import constant_methods, record_path, tokenizer_path
+from executorch_moe.export.report.metadata import cache_buffers, constant_methods, record_path, tokenizer_path
 from executorch_moe.export.report.stored_weights import stored_weights
 from executorch_moe.export.report.summary import ExportSummary, bytes_beside_experts, model_sizes
 
@@ -66,7 +66,7 @@ def _export(options: ExportOptions, steps: Steps, held: ExitStack) -> ExportSumm
         module, programs = trace_methods(model, options, max_context)
     compiled: list[CrossCompileReport] = []
     accesses: list[AccessReport] = []
-    constants = constant_methods(options, model.config, max_context, tokenizer)
+    constants = constant_methods(options, model.config, max_context, tokenizer, cache_buffers(programs))
     note = "" if target.is_cpu else " (compiles kernels: minutes)"
     weights = without_weights() if options.placeholder_weights else nullcontext()
     configs = given_configs(target.configs())

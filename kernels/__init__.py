@@ -5,14 +5,15 @@
     packing/                          4-bit rounding and the packed layout of the weights
     experts/                          Triton kernels of `fused_experts` and their launches, and its ATen form
     decode/                           operators for decoding one token: attention, router, linear (`one_token_*`)
+    routed/                           both for one token, with the router between them: `one_token_experts`
     prefill/                          operators for several tokens: norms, attention over the cache, choice of experts
-    delta_rule/                       the operator for layers of linear attention: `gated_delta_net`
+    delta_rule/                       the operators for layers of linear attention: `gated_delta_net`, `rows_delta_rule`
     tuning/                           tile configurations: tables by GPU and layer, and heuristics
     measure/                          timing, compiling for GPUs that are not present, writing the tables
     reference                         an expert layer in plain fp32, which tests compare with
 
 Imports inside the package go one way: schemes, shapes, gpus and arguments <- packing <- tuning <- experts <- op, module
-and validate <- measure. decode, prefill and delta_rule import only gpus and launch.
+and validate <- measure and routed. decode, prefill and delta_rule import only gpus and launch.
 """
 
 # transformers looks for the Hub's package `kernels` while it traces a model. With the repository's root on sys.path it

@@ -48,3 +48,15 @@ def check_layout(first: str, where: Tensor, arguments: Mapping[str, object], sto
             raise ValueError(
                 f"{name} must be contiguous, strides are {list(t.stride())}: call .contiguous() once after loading"
             )
+
+
+def check_matrix(name: str, weight: Tensor, scale: Tensor | None, columns: int) -> None:
+    """Check a weight, int8 or bf16 [N, columns], and its scales, fp32 [N] or None."""
+    check_dtype(name, weight, (torch.int8, torch.bfloat16))
+    if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != columns:
+        raise ValueError(
+            f"{name} has shape {list(weight.shape)}, expected [N, {columns}]: its columns are the input's elements"
+        )
+    if scale is not None:
+        check_dtype("scale", scale, (torch.float32,))
+        check_shape("scale", scale, (weight.shape[0],), f"pass one scale for each row of {name}")

@@ -31,6 +31,11 @@ def forced(options: Options) -> Iterator[None]:
         _OPTIONS.reset(token)
 
 
+def current_options() -> Options:
+    """The options that `forced` has set, or the usual ones."""
+    return _OPTIONS.get()
+
+
 @inference_operator("fused_experts", ExpertArguments)
 def fused_experts(*args: Any, **kwargs: Any) -> Tensor:
     """Experts of one MoE layer: sum over top_k of weight * act(x @ gate.T, x @ up.T) @ down.T.
@@ -64,7 +69,7 @@ def fused_experts(*args: Any, **kwargs: Any) -> Tensor:
     if arguments.hidden_states.device.type == "cpu":
         # Calls on the CPU go to the CPU kernel below. Only tracing for the CPU (torch.compile, AOT dispatch) gets here.
         return fused_experts_aten(arguments)
-    return run_fused_experts(arguments, options=_OPTIONS.get())
+    return run_fused_experts(arguments, options=current_options())
 
 
 @fused_experts.register_fake

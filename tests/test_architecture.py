@@ -26,6 +26,7 @@ ROOMS: dict[str, set[str]] = {
     "kernels/decode": set(),
     "kernels/prefill": set(),
     "kernels/batch": {"kernels/decode", "kernels/experts", "kernels/prefill"},
+    "kernels/routed": {"kernels/decode", "kernels/experts"},
     "kernels/delta_rule": set(),
     "kernels/measure": {"kernels/packing", "kernels/tuning", "kernels/experts"},
     "backends/artifact": set(),

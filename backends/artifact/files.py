@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO
 
 from executorch.exir import ExecutorchProgramManager
 from executorch.exir._serialize._cord import Cord, CordBuffer, FileBackedData
@@ -28,6 +29,8 @@ from .weight_metadata import CUDA_BACKEND, parse_delegate
 PTE_IDENTITY_KEY = "executorch_moe.belongs_to"
 PTD_IDENTITY_KEY = "executorch_moe.identity"
 _TAG = "weights"
+_BLOCK = 1 << 20
+_ZEROS = bytes(_BLOCK)
 _DIGEST = re.compile(rb"[0-9a-f]{64}")
 
 
@@ -76,6 +79,7 @@ def save(
     All external data goes into one .ptd, and a digest of it into both files, so that `open_artifact` recognizes a .ptd
     of another export even if keys and sizes agree. For this the program is serialized again, with ExecuTorch's default
     alignment except for segments, whose alignment is kept. Digests of both files follow the program; see `digests`.
+    Long runs of zeros, such as empty KV caches, take no disk space where the file system has sparse files.
 
     Args:
         program_manager: the return value of `to_executorch()`.
@@ -96,11 +100,30 @@ def save(
             aside[other].write_bytes(content)
         for name, cord in ((artifact.ptd, ptd), (artifact.pte, pte)):
             with open(aside[name], "wb") as file:
-                cord.write_to_file(file)
+                cord.write_to_file(_WithHoles(file))
+                file.truncate()
         trailer = trailer_of(aside[artifact.pte], aside[artifact.ptd])
         with open(aside[artifact.pte], "ab") as file:
             file.write(trailer.pack())
     return artifact
+
+
+class _WithHoles:
+    """A file in which blocks of zeros are skipped instead of written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def write(self, data: CordBuffer | memoryview) -> int:
+        view = memoryview(data).cast("B")  # type: ignore[arg-type]
+        for start in range(0, len(view), _BLOCK):
+            part = view[start : start + _BLOCK]
+            # Most blocks of weights differ in their first bytes, which takes no copy to find out.
+            if len(part) == _BLOCK and bytes(part[:64]) == _ZEROS[:64] and bytes(part) == _ZEROS:
+                self._file.seek(_BLOCK, os.SEEK_CUR)
+            else:
+                self._file.write(part)
+        return len(view)
 
 
 def open_artifact(

@@ -1,4 +1,7 @@
-"""One artifact for several GPU architectures: it has each method once for each, as `decode@sm_90`, on the same weights.
+"""One artifact for several GPU architectures: it has each method once for each, on the same weights.
+
+Methods for the first architecture have plain names, which ExecuTorch's own runners look up, and those for others are
+named as `decode@sm_90`. Artifacts of 0.1 have no plain names.
 
 ExecuTorch's CUDA runtime loads the one library that a delegate names, so the choice at load is that of a method. The
 libraries are small compared with the weights, which all methods share by name. Only the methods for the GPU of this
@@ -9,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -24,7 +27,7 @@ _MAJOR, _MINOR = 75, 76
 
 
 def method_for(method: str, model: GpuModel) -> str:
-    """Name of a method that is compiled for one of several GPUs: `decode@sm_90`."""
+    """Name of a method that is compiled for one of several GPUs, except the first: `decode@sm_90`."""
     return f"{method}{_SEPARATOR}{model.arch}"
 
 
@@ -53,13 +56,17 @@ def pick_cpu_methods(names: Iterable[str]) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def pick_methods(names: Iterable[str], capability: Capability | None) -> dict[str, str]:
+def pick_methods(
+    names: Iterable[str], capability: Capability | None, sm_of: Callable[[str], int | None] = lambda name: None
+) -> dict[str, str]:
     """The methods to load for the GPU of this machine: method -> its name in the program.
 
     Code runs on GPUs of the same major version that are not older. Of several that run, the newest is chosen.
 
     Args:
         names: all methods of the program. capability: of the GPU, or None without a GPU.
+        sm_of: the architecture of a method with a plain name, as 90, from its code; None if it has no code. It is asked
+            only for methods that the program also has for other architectures.
 
     Raises:
         RuntimeError: the program has a method for other architectures only; the message names both.
@@ -73,6 +80,8 @@ def pick_methods(names: Iterable[str], capability: Capability | None) -> dict[st
         else:
             found.setdefault(method, {})[sm] = name
     for method, by_sm in found.items():
+        if method in chosen and (sm := sm_of(chosen[method])) is not None:
+            by_sm[sm] = chosen[method]
         usable = [sm for sm in by_sm if capability is not None and _runs(sm, capability)]
         if not usable:
             raise RuntimeError(_mismatch(f"method {method}", [f"sm_{sm}" for sm in by_sm], capability))

@@ -24,6 +24,7 @@ Asked for every weight of an artifact with placeholders; a returned tensor is us
 """
 
 _GIVE_THE_PTD = "give the .ptd of the same export as the .pte"
+_PART = 1 << 23
 _HEADER_END = 8 + FlatTensorHeader.EXPECTED_LENGTH
 
 
@@ -65,6 +66,7 @@ class PtdFile:
             if any(not 0 <= start <= start + size <= len(self._view) for start, size in self._spans.values()):
                 raise self._damaged("a weight ends past the file")
         self._bytes: torch.Tensor | None = None
+        self._empty: dict[tuple[int, int], bool] = {}
 
     def _damaged(self, why: str) -> ValueError:
         return ValueError(f"{self.path} is damaged: {why}: {COPY_AGAIN}")
@@ -81,6 +83,13 @@ class PtdFile:
     def is_placeholder(self, key: str) -> bool:
         """True for a weight without values, which the loader must make; see `backends.cuda.placeholders`."""
         return self._spans[key][1] == len(PLACEHOLDER) and bytes(self.data(key)) == PLACEHOLDER
+
+    def is_empty(self, key: str) -> bool:
+        """True if all bytes under a key are zero, as in a KV cache. Keys with the same content are read once."""
+        span = self._spans[key]
+        if span not in self._empty:
+            self._empty[span] = not any(bool(part.any()) for part in self.tensor(key).split(_PART))
+        return self._empty[span]
 
     def tensor(self, key: str) -> torch.Tensor:
         """Bytes under a key as a uint8 [bytes] view of the mapped file. Copy it before writing to it."""

@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_flatten
 
 from executorch_moe.kernels import fused_experts as _fused_experts  # noqa: F401  registers torch.ops.executorch_moe
 from executorch_moe.kernels.arguments import ExpertArguments
-from executorch_moe.kernels.delta_rule.arguments import DeltaRuleArguments
-from executorch_moe.kernels.delta_rule.aten import gated_delta_net_aten
+from executorch_moe.kernels.delta_rule.arguments import DeltaRuleArguments, RowsDeltaRuleArguments
+from executorch_moe.kernels.delta_rule.aten import gated_delta_net_aten, rows_delta_rule_aten
 from executorch_moe.kernels.delta_rule.op import gated_delta_net as _gated_delta_net  # noqa: F401  registers it too
 from executorch_moe.kernels.experts.aten import fused_experts_aten
 from executorch_moe.kernels.prefill.arguments import CachedAttentionArguments
@@ -154,6 +154,9 @@ def _needed() -> dict[Any, Any]:
     return {
         torch.ops.executorch_moe.fused_experts.default: lambda *args: fused_experts_aten(ExpertArguments(*args)),
         torch.ops.executorch_moe.gated_delta_net.default: lambda *args: gated_delta_net_aten(DeltaRuleArguments(*args)),
+        torch.ops.executorch_moe.rows_delta_rule.default: lambda *args: rows_delta_rule_aten(
+            RowsDeltaRuleArguments(*args)
+        ),
         torch.ops.executorch_moe.cached_attention.default: lambda *args: cached_attention_by_rows(
             CachedAttentionArguments(*args)
         ),
@@ -178,6 +181,22 @@ def _table() -> dict[Any, Any]:
     }
 
 
+class Decomposed(ExportedProgram):
+    """A program that `run_decompositions` made, so that it is functional and has few operators.
+
+    ExecuTorch decomposes it again while lowering. Each time takes about a tenth of an export.
+    """
+
+    def run_decompositions(self, decomp_table: Any = None, *args: Any, **kwargs: Any) -> ExportedProgram:
+        """The same program if it has no operator of the table."""
+        modules = (module for module in self.graph_module.modules() if isinstance(module, torch.fx.GraphModule))
+        targets = {node.target for module in modules for node in module.graph.nodes if node.op == "call_function"}
+        # Tracing again does not replace sym_size, although the default table has it.
+        if decomp_table is not None and not any(t in decomp_table for t in targets - {torch.ops.aten.sym_size.int}):
+            return self
+        return super().run_decompositions(decomp_table, *args, **kwargs)
+
+
 def decompose(program: ExportedProgram) -> ExportedProgram:
     """The program in operators that ExecuTorch has CPU kernels for, with equal nodes merged.
 
@@ -190,6 +209,7 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
     decomposed = program.run_decompositions(_table())
     _merge_equal(decomposed.graph)
     decomposed.graph_module.recompile()
+    decomposed.__class__ = Decomposed
     return decomposed
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -67,6 +67,13 @@ class MoECudaPartitioner(FusingPartitioner, AotiPartitioner):
         fused = self.fuse_experts(exported_program)
         check_operators(fused)
         return fused
+
+    def ops_to_not_decompose(
+        self, ep: ExportedProgram
+    ) -> tuple[list[torch._ops.OpOverload], Callable[[torch.fx.Node], bool] | None]:
+        """All operators of the program but `split`: ExecuTorch's verifier refuses to keep it, because it is a view."""
+        kept, supported = super().ops_to_not_decompose(ep)
+        return [op for op in kept if op is not torch.ops.aten.split.Tensor], supported
 
     def partition(self, exported_program: ExportedProgram) -> PartitionResult:
         """Tag the program for CudaBackend and record which buffers it mutates.

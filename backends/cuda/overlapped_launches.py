@@ -22,6 +22,7 @@ WAITING_KERNELS = (
     "moe_delta_rule_inputs",
     "moe_delta_rule_one_token",
     "moe_delta_rule_output",
+    "moe_delta_rule_rows",
     "moe_delta_rule_state",
     "moe_few_tokens_gemm",
     "moe_grouped_gemm",
@@ -30,9 +31,11 @@ WAITING_KERNELS = (
     "moe_route_count",
     "moe_route_scatter",
     "moe_one_token_attention",
+    "moe_one_token_logits",
     "moe_one_token_matvec",
     "moe_one_token_router",
     "moe_one_token_shared_router",
+    "moe_prompt_linear",
     "moe_residual_norm",
     "moe_rotated_heads",
     "moe_rows_attention",
@@ -40,6 +43,7 @@ WAITING_KERNELS = (
     "moe_rows_router",
     "moe_sum_pairs",
     "moe_top_experts",
+    "moe_weights_to_bf16",
 )
 """Kernels that wait for the launches before them. Another kernel would read data that is not written yet."""
 

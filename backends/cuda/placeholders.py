@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from executorch_moe.backends.artifact.ptd import PLACEHOLDER
-from executorch_moe.backends.cuda.patches.registry import PLACEHOLDERS, replacing
+from executorch_moe.backends.cuda.patches.registry import STORAGES, replacing
 
 LEAST_BYTES = 1 << 20
 """Smaller storages (bytes) are written with their values: tables and constants, which no seed can make again."""
@@ -34,6 +34,6 @@ def without_weights() -> Iterator[None]:
         Path(path).write_bytes(PLACEHOLDER)
         return hashlib.sha256(PLACEHOLDER).digest()
 
-    with replacing(PLACEHOLDERS) as replace:
+    with replacing(STORAGES) as replace:
         stock = replace("executorch.backends.cuda.cuda_weight_collector:_write_tensor_storage", write)
         yield

@@ -145,6 +145,9 @@ class DelegateHost:
     def reset(self) -> None:
         """Restore the initial values of all mutated buffers, in place."""
         for key in sorted(self._state_keys):
+            if self._is_empty(key):
+                self._storages[key].zero_()
+                continue
             made = self._made(key)
             self._storages[key].copy_(self._bytes(key) if made is None else made)
 
@@ -200,10 +203,19 @@ class DelegateHost:
                     f"{weight.storage_nbytes}: export it again"
                 )
             # Bytes of a file are copied; tensors that were made for this program are used directly.
-            storage = torch.empty_like(given, device=target).copy_(given) if made is None else made
+            if self._is_empty(weight.storage_key):
+                storage = torch.zeros_like(given, device=target)
+            else:
+                storage = torch.empty_like(given, device=target).copy_(given) if made is None else made
             self._storages[weight.storage_key] = storage
         typed = torch.empty(0, dtype=dtype_of(weight.dtype), device=storage.device)
         return typed.set_(storage.untyped_storage(), weight.storage_offset, weight.sizes, weight.strides)
+
+    def _is_empty(self, key: str) -> bool:
+        """True for a state that starts at zero: its zeros need not be copied to the GPU."""
+        if self._make is not None or key not in self._state_keys or self._data is None:
+            return False
+        return key in self._data.sizes() and self._data.is_empty(key)
 
     def _made(self, key: str) -> Tensor | None:
         return self._make(*self._named[key]) if self._make is not None else None

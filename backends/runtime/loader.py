@@ -25,6 +25,10 @@ from executorch_moe.backends.versions import check_versions
 
 from .cuda_graph import check_graph_methods, graph_methods
 from .delegate_host import DelegateHost, why_not_delegate_host
+from .positions import BATCH_METHOD as BATCH_METHOD
+from .positions import Orders
+from .positions import check_positions as check_positions
+from .positions import check_rows as check_rows
 from .pybindings import why_not_pybindings
 
 NO_GRAPH_SETTER = (
@@ -46,85 +50,8 @@ TEXT_METHODS, CONTEXT = ("prefill", "decode"), "get_max_context_len"
 """Methods of an exported language model, whose second input is the positions, and the constant that limits these."""
 MAX_BATCH = "get_max_batch"
 """Constant of an exported language model with `BATCH_METHOD`: its rows, and the slots of its cache."""
-BATCH_METHOD = "decode_batch"
 RECURRENT = "has_recurrent_state"
 """Constant of an exported language model whose tokens must come in order."""
-
-
-def check_positions(positions: Tensor, max_context: int, method: str) -> None:
-    """Check positions in the cache of a language model. Nothing in the program checks them.
-
-    Args:
-        positions: int64 [T]. Positions on a GPU are not checked, because that would synchronize with it.
-        max_context: number of positions in the cache. method: name for messages.
-
-    Raises:
-        ValueError: a position is negative, or not below `max_context`.
-    """
-    if positions.device.type != "cpu" or positions.dtype != torch.int64 or positions.dim() != 1 or not len(positions):
-        return  # the second input of a method of another kind
-    lowest, highest = (int(end) for end in positions.aminmax())
-    if lowest < 0 or highest >= max_context:
-        raise ValueError(
-            f"method {method!r} got position {lowest if lowest < 0 else highest}, but its cache has positions 0 to "
-            f"{max_context - 1}: count the tokens of the text from 0, or export with a larger --max-context"
-        )
-
-
-def check_rows(positions: Tensor, slots: Tensor, max_context: int) -> None:
-    """Check positions and slots of `BATCH_METHOD`. Nothing in the program checks them.
-
-    Args:
-        positions: int64 [B]; below 0: an empty row. slots: int64 [B]. Tensors on a GPU are not checked.
-        max_context: number of positions in a slot.
-
-    Raises:
-        ValueError: a position that is not below `max_context`, or rows that share a slot or name one that there is not.
-    """
-    if any(t.device.type != "cpu" or t.dtype != torch.int64 or t.dim() != 1 for t in (positions, slots)):
-        return  # the runtime refuses inputs of another kind
-    check_positions(positions.clamp(min=0), max_context, BATCH_METHOD)
-    used = slots[positions >= 0]
-    outside = bool(len(slots)) and not 0 <= int(slots.min()) <= int(slots.max()) < len(slots)
-    if outside or len(used) != len(used.unique()):
-        raise ValueError(
-            f"method {BATCH_METHOD!r} got slots {slots.tolist()}, expected different ones from 0 to {len(slots) - 1} "
-            "in the rows that are not empty: give each text a slot of its own"
-        )
-
-
-class Order:
-    """Checks that the tokens of a model with recurrent layers come in order: its state cannot go back."""
-
-    def __init__(self) -> None:
-        self._next: int | None = 0
-
-    def restart(self) -> None:
-        """Expects a new text."""
-        self._next = 0
-
-    def follow(self, positions: Tensor, method: str) -> None:
-        """Check the positions of the next call.
-
-        Args:
-            positions: int64 [T]. Positions on a GPU are not checked, nor are those of the call after them.
-            method: name for messages.
-
-        Raises:
-            ValueError: they neither start at 0 nor follow the last position, or have gaps.
-        """
-        if positions.device.type != "cpu" or positions.dim() != 1 or not len(positions):
-            self._next = None
-            return
-        first, last = int(positions[0]), int(positions[-1])
-        consecutive = torch.equal(positions, torch.arange(first, first + len(positions), dtype=positions.dtype))
-        if not consecutive or (first != 0 and self._next is not None and first != self._next):
-            given = f"{first} to {last}" if consecutive else f"{positions.tolist()[:8]}"
-            raise ValueError(
-                f"method {method!r} got positions {given}, expected {self._next or 0} and the following ones: this "
-                "model has recurrent layers, whose state cannot go back; run a text again from position 0"
-            )
-        self._next = last + 1
 
 
 class Engine(Protocol):
@@ -150,7 +77,7 @@ class LoadedProgram:
         self._program, self._engine, self._methods = program, engine, methods
         self.runtime, self.device = runtime, device
         self.note = no_digests(program)
-        self._order = Order() if RECURRENT in program.constant_names else None
+        self._orders = Orders(MAX_BATCH in program.constant_names) if RECURRENT in program.constant_names else None
 
     @property
     def method_names(self) -> list[str]:
@@ -197,10 +124,12 @@ class LoadedProgram:
             raise ValueError(f"no method {method!r} in {self._program.path}: it has {', '.join(self.method_names)}")
         if method in TEXT_METHODS and self._max_context is not None and len(tensors) > 1:
             check_positions(tensors[1], self._max_context, method)
-            if self._order is not None:
-                self._order.follow(tensors[1], method)
+            if self._orders is not None:
+                self._orders.follow(method, tensors)
         if method == BATCH_METHOD and self._max_context is not None and len(tensors) > 2:
             check_rows(tensors[1], tensors[2], self._max_context)
+            if self._orders is not None:
+                self._orders.follow(method, tensors)
         with said_in_one_line(f"{self.runtime} cannot run {method} of {self._program.path}", _NOT_RUN):
             return self._engine.run(self._methods[method], tensors)
 
@@ -212,8 +141,8 @@ class LoadedProgram:
         """
         with _loading(self.runtime, self._program.path):
             self._engine.reset()
-        if self._order is not None:
-            self._order.restart()
+        if self._orders is not None:
+            self._orders.restart()
 
 
 def load(
@@ -314,12 +243,17 @@ def methods_for_this_gpu(program: PteFile) -> dict[str, str]:
         RuntimeError: the program was exported for other architectures only; the message names both.
     """
     capability = gpu_capability()
-    methods = pick_methods(program.method_names, capability)
+    methods = pick_methods(program.method_names, capability, lambda name: _architecture(program, name))
     if capability is not None:
         for method, name in methods.items():
             for library in _libraries(program, name):
                 check_arch(library, capability, f"method {method}")
     return methods
+
+
+def _architecture(program: PteFile, method: str) -> int | None:
+    """The newest architecture of a method's code, as 90; None without code."""
+    return max((code.sm for library in _libraries(program, method) for code in find_gpu_code(library)), default=None)
 
 
 def _libraries(program: PteFile, method: str) -> Iterator[memoryview]:

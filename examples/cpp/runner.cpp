@@ -6,6 +6,7 @@
 // (docs/cpp.md shows one way). It takes exports of every --output.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -112,8 +113,10 @@ class Model {
     const int size = int(count);
     std::vector<TensorPtr> tensors = {
         from_blob(tokens, {1, size}, ScalarType::Long), from_blob(positions.data(), {size}, ScalarType::Long)};
-    if (output_ == "token") {
+    if (output_ == "token" || output_ == "engine") {
       tensors.push_back(from_blob(&options_.temperature, {1}, ScalarType::Float));
+    }
+    if (output_ == "token") {
       tensors.push_back(from_blob(&options_.top_p, {1}, ScalarType::Float));
       tensors.push_back(from_blob(&options_.seed, {1}, ScalarType::Long));
     }
@@ -122,8 +125,11 @@ class Model {
     auto outputs = module_->execute(name, inputs);
     check(outputs.error(), name);
     const auto tensor = outputs->at(0).toTensor();
-    if (output_ != "logits") {
+    if (output_ == "token" || output_ == "greedy") {
       return tensor.const_data_ptr<int64_t>()[0];
+    }
+    if (output_ == "engine") {
+      return std::llrint(tensor.const_data_ptr<float>()[0]);
     }
     const float* logits = tensor.const_data_ptr<float>();
     return std::max_element(logits, logits + tensor.numel()) - logits;

@@ -19,7 +19,7 @@ from executorch_moe.export.generate.generator import TextGenerator
 
 # Group and pattern; the first pattern that matches a kernel's name decides. Inductor names kernels after operators.
 RULES: tuple[tuple[str, str], ...] = (
-    ("dense", r"moe_one_token_matvec"),
+    ("dense", r"moe_one_token_matvec|moe_rows_linear|moe_prompt_linear|moe_weights_to_bf16"),
     ("attention", r"moe_one_token_attention|moe_cached_attention"),
     ("gated delta rule", r"moe_delta_rule"),
     ("norm, elementwise", r"moe_rotated_heads|moe_residual_norm"),

@@ -1,6 +1,6 @@
 """The decode step of a Qwen3-MoE model as calls of the operators that an exported program has, and checks of it.
 
-Each layer calls `one_token_attention`, `one_token_router` and `fused_experts`, in the order of `models.decoder_layer`.
+Each layer calls `one_token_attention` and `one_token_experts`, as `models.decoder_layer` does.
 After the last layer come the cache update of all layers, in one launch as in an exported program, the last norm, and
 `one_token_linear` for the vocabulary. The embedding, cosines and sines of the position, and the choice of the token are
 left out: five launches per token.
@@ -25,6 +25,7 @@ from executorch_moe.kernels.decode.aten import one_token_attention_aten, one_tok
 from executorch_moe.kernels.decode.op import fits_one_token
 from executorch_moe.kernels.measure.timing import LayerInputs, random_packed
 from executorch_moe.kernels.module import FusedExperts
+from executorch_moe.kernels.routed.op import one_token_experts as _one_token_experts  # noqa: F401  registers it
 from executorch_moe.kernels.schemes import check_layer_group_size, get_scheme
 from executorch_moe.kernels.shapes import LayerShape
 
@@ -76,10 +77,14 @@ class ChainLayer:
 
 @dataclass
 class LayerResults:
-    """What the operators of one layer returned."""
+    """What the operators of one layer returned.
+
+    Attributes:
+        hidden: the residual stream after attention, bf16 [1, 1, H]. experts: bf16 [1, H].
+    """
 
     attention: tuple[Tensor, Tensor, Tensor]
-    router: tuple[Tensor, Tensor, Tensor, Tensor]
+    hidden: Tensor
     experts: Tensor
 
 
@@ -213,15 +218,17 @@ class DecodeChain:
                         self.sin, self.position, w.key, w.value, m.head_dim**-0.5, EPS,
                     ),
                 )  # fmt: skip
-                router = run(
-                    "router", index,
-                    functools.partial(
-                        ops.one_token_router, attention[1], *w.out, attention[0], w.post_norm, w.router, m.top_k, EPS
-                    ),
+                route = (
+                    attention[1], *w.out, attention[0], w.post_norm, w.router, m.top_k, EPS,
                 )  # fmt: skip
-                experts = run("experts", index, functools.partial(w.experts, router[1], router[3], router[2]))
-                hidden, update = router[0], experts[None]
-                results.append(LayerResults(attention, router, experts))
+                packed = w.experts.packed()
+                kind = packed.scheme, w.experts.activation, packed.group_size
+                hidden, experts = run(
+                    "experts", index,
+                    functools.partial(ops.one_token_experts, *route, *packed.tensors().values(), *kind),
+                )  # fmt: skip
+                update = experts[None]
+                results.append(LayerResults(attention, hidden, experts))
         run("cache update", -1, functools.partial(self._update, [result.attention[2] for result in results]))
         last = run("last norm", -1, functools.partial(self._last, hidden, update))
         return run("lm_head", -1, functools.partial(ops.one_token_linear, last, *self.head)), results
@@ -242,12 +249,10 @@ class DecodeChain:
         if operator == "attention":
             row = m.kv_heads * m.head_dim * w.key.element_size()
             return w.qkv.nbytes + w.input_norm.nbytes, 2 * self.context * row + w.q_norm.nbytes + w.k_norm.nbytes
-        if operator == "router":
-            return w.out.nbytes, w.router.nbytes + w.post_norm.nbytes
         if operator == "experts":
             gemms = ((packed.w13, packed.w13_scale), (packed.w2, packed.w2_scale))
             sizes = (sum(t[0].nbytes for t in gemm if t is not None) for gemm in gemms)
-            return tuple(m.top_k * size for size in sizes)
+            return w.out.nbytes, w.router.nbytes + w.post_norm.nbytes, *(m.top_k * size for size in sizes)
         return (self.head.nbytes,) if operator == "lm_head" else (0,)
 
 
@@ -264,10 +269,11 @@ def check_first_layer(made: DecodeChain, results: LayerResults) -> dict[str, flo
             w.value, m.head_dim**-0.5, EPS,
         )
     )  # fmt: skip
-    hidden, normed, weights, ids = results.router
-    router = one_token_router_aten(
-        RouteArguments(results.attention[1], *w.out, results.attention[0], w.post_norm, w.router, m.top_k, EPS)
-    )
+    route = RouteArguments(results.attention[1], *w.out, results.attention[0], w.post_norm, w.router, m.top_k, EPS)
+    # The same choice, with the same rounding, as that of one_token_experts.
+    _, normed, weights, ids = torch.ops.executorch_moe.one_token_router(*route)
+    hidden = results.hidden
+    router = one_token_router_aten(route)
     # With nearly equal logits, another expert may be chosen. Rounded to bf16, the chosen logits must equal the largest.
     logits = (normed.float() @ w.router.float().T).bfloat16().float()
     best = logits.topk(m.top_k).values

@@ -12,9 +12,24 @@ import torch
 from executorch_moe.export.generate.generator import TextGenerator
 
 from .breakdown import Kernel, check_profile, group_of, measure_bandwidth, measure_flops, own_times, profile_kernels
-from .prompt_work import ATTENTION, CONVERSION, GEMM1, GEMM2, HEAD, OUT, QKV, ROUTER, ROUTING, Work, prompt_work
+from .prompt_work import (
+    ATTENTION,
+    CONVERSION,
+    DELTA_IN,
+    DELTA_RULE,
+    GEMM1,
+    GEMM2,
+    HEAD,
+    OUT,
+    QKV,
+    ROUTER,
+    ROUTING,
+    SHARED,
+    Work,
+    prompt_work,
+)
 
-_CONVERSION = re.compile(r"triton_poi_fused__to_copy_\d+$|triton_poi_\w*bitwise_and")
+_CONVERSION = re.compile(r"moe_weights_to_bf16|triton_poi_fused__to_copy_\d+$|triton_poi_\w*bitwise_and")
 _ROUTING_WEIGHTS = re.compile(r"triton_\w*_softmax_\w*prepare_softmax_online(?!.*(where|floor))")
 _EXPERTS_GEMM = re.compile(r"moe_\w*gemm(?![12])")
 
@@ -111,31 +126,42 @@ class PromptBreakdown:
         return "\n".join(lines)
 
 
-def parts_of(kernels: Sequence[Kernel]) -> list[str]:
+def parts_of(kernels: Sequence[Kernel], *, shared_expert: bool = False) -> list[str]:
     """The part of each kernel of a prompt, by its name and by what runs before and after it.
 
-    The name of a matrix product does not tell which one it is. The first after attention is the output projection, the
-    next one the router, and others before attention are those of query, key and value. Between routing and the sum,
-    the first half of the launches of our grouped GEMM are GEMM1: each GEMM has one launch per variant of tile height.
+    The name of a matrix product does not tell which one it is. The first after attention or the delta rule is the
+    output projection, the next one the router, then the two of a shared expert; others are the projections before
+    attention or the delta rule. Between routing and the sum, the first half of the launches of our grouped GEMM are
+    GEMM1: each GEMM has one launch per variant of tile height.
 
     Args:
         kernels: sorted by start.
+        shared_expert: every layer has one.
     """
     parts = ["" if _EXPERTS_GEMM.search(kernel.name) else _plain_part(kernel) for kernel in kernels]
     for first, end in _runs(kernels):
         gemms = [index for index in range(first, end) if not parts[index]]
         for place, index in enumerate(gemms):
             parts[index] = GEMM1 if place < len(gemms) / 2 else GEMM2
-    last_attention = max((index for index, part in enumerate(parts) if part == ATTENTION), default=-1)
-    since = 2  # matrix products since attention
+    mixers = (ATTENTION, DELTA_RULE)
+    last_mixer = max((index for index, part in enumerate(parts) if part in mixers), default=-1)
+    after = (OUT, ROUTER, SHARED, SHARED) if shared_expert else (OUT, ROUTER)
+    since = len(after)  # matrix products since attention or the delta rule
+    before: list[int] = []  # those before the next one
     for index, part in enumerate(parts):
-        if part == ATTENTION:
-            since = 0
+        if part in mixers:
+            for place in before:
+                parts[place] = QKV if part == ATTENTION else DELTA_IN
+            since, before = 0, []
         elif part in (GEMM1, GEMM2):
-            since = 2
+            since = max(since, 2)
+        elif part == "dense" and since < len(after):
+            parts[index] = after[since]
+            since += 1
         elif part == "dense":
-            parts[index] = (OUT, ROUTER)[since] if since < 2 else QKV if index < last_attention else HEAD
-            since = min(since + 1, 2)
+            parts[index] = HEAD
+            if index < last_mixer:
+                before.append(index)
     return parts
 
 
@@ -180,7 +206,7 @@ def break_down_prompt(
     own = own_times(kernels)
     parts: dict[str, Part] = {}
     times: dict[tuple[str, str], KernelTime] = {}
-    for kernel, name, microseconds in zip(kernels, parts_of(kernels), own, strict=True):
+    for kernel, name, microseconds in zip(kernels, parts_of(kernels, shared_expert=SHARED in work), own, strict=True):
         part = parts.setdefault(name, Part(name))
         time = times.setdefault((name, kernel.name), KernelTime(name, kernel.name))
         for row in (part, time):

@@ -281,6 +281,13 @@ TopPOption = Annotated[
         help="Sample from the most likely tokens whose probabilities add up to this.", rich_help_panel=SAMPLING
     ),
 ]
+TopKOption = Annotated[
+    int,
+    typer.Option(
+        help="Sample from this many most likely tokens, 0 from all; for artifacts of --output logits.",
+        rich_help_panel=SAMPLING,
+    ),
+]
 RuntimeOption = Annotated[
     str,
     typer.Option(

@@ -18,6 +18,7 @@ from .app import (
     PrefillChunkOption,
     RuntimeOption,
     TemperatureOption,
+    TopKOption,
     TopPOption,
     VerboseOption,
     VerifyOption,
@@ -48,6 +49,7 @@ def chat(
     ] = None,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
+    top_k: TopKOption = 0,
     seed: Annotated[
         int | None,
         typer.Option(help="Seed for temperatures above 0; by default a new one.", rich_help_panel=SAMPLING),
@@ -74,11 +76,12 @@ def chat(
     check_pte(artifact)
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    sampler = Sampler(temperature, fresh_seed() if seed is None else seed, top_p)
+    sampler = Sampler(temperature, fresh_seed() if seed is None else seed, top_p, top_k)
     with hold_native_notes() as terminal, spinner(terminal, "loading"):
         generator = TextGenerator.load(
             artifact, runtime, cuda_graph=cuda_graph, prefill_chunk=prefill_chunk, verify=verify
         )
+        generator.check_sampler(sampler)
         generator.warm_up(1)
     program = generator.program
     template = artifact_template(program.constant_names, program.constant, chat_template)

@@ -57,8 +57,8 @@ def export(
         str,
         typer.Option(
             help="What the methods return: token (the next one, sampled on the device), greedy (the most likely one), "
-            "or logits, for runners that sample themselves.",
-            autocompletion=values("token", "greedy", "logits"),
+            "logits, for runners that sample themselves, or engine, for that of ExecuTorch's example qwen3_5_moe.",
+            autocompletion=values("token", "greedy", "logits", "engine"),
             rich_help_panel=WHAT,
         ),
     ] = "token",

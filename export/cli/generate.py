@@ -15,6 +15,7 @@ from .app import (
     PrefillChunkOption,
     RuntimeOption,
     TemperatureOption,
+    TopKOption,
     TopPOption,
     VerboseOption,
     VerifyOption,
@@ -57,6 +58,7 @@ def generate(
     ] = None,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
+    top_k: TopKOption = 0,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -82,12 +84,13 @@ def generate(
     check_text(text)
     if system is not None and not chat:
         raise ValueError(f"system={system!r} is for --chat: add --chat, or leave it out")
-    sampler = Sampler(temperature, fresh_seed() if seed is None else seed, top_p)
+    sampler = Sampler(temperature, fresh_seed() if seed is None else seed, top_p, top_k)
     with hold_native_notes() as terminal:
         with spinner(terminal, "loading"):
             generator = TextGenerator.load(
                 artifact, runtime, cuda_graph=cuda_graph, prefill_chunk=prefill_chunk, verify=verify
             )
+            generator.check_sampler(sampler)
             ids = chat_ids(generator, text, system) if chat else generator.encode(text)
             generator.check_length(len(ids), max_new_tokens)
         with spinner(terminal, "warming up"):

@@ -2,6 +2,10 @@
 
 Each text has a slot of the KV cache. A step computes one token of every running text in one call of `decode_batch`. A
 text that is alone takes `decode`, which is faster, if it has slot 0, and new texts get the lowest free slot.
+
+On a GPU the next step starts before the host has read the tokens of the last one, so that the GPU does not wait. What
+such a step computes for a text that has ended meanwhile is dropped; it wrote nothing but the key and value of the
+text's last token, which nothing reads.
 """
 
 from __future__ import annotations
@@ -62,11 +66,13 @@ class BatchGenerator:
         running: the texts that take part in a step. waiting: those without a slot, in order.
     """
 
-    def __init__(self, generator: TextGenerator, *, slots_given: bool = False) -> None:
+    def __init__(self, generator: TextGenerator, *, slots_given: bool = False, ahead: bool | None = None) -> None:
         """
         Args:
             generator: the loaded artifact; nothing else may use it meanwhile.
             slots_given: the caller of `add` gives each text a slot, and knows which of them are free.
+            ahead: start a step before the tokens of the last one are read; None: on a GPU. It has no effect if tokens
+                are picked on the host, or with recurrent layers, whose state cannot go back a token.
 
         Raises:
             ValueError: the artifact was exported for one sequence.
@@ -81,6 +87,9 @@ class BatchGenerator:
         self._free = set() if slots_given else set(range(generator.max_batch))
         self._rows: tuple[Tensor, ...] | None = None  # inputs of the next step; None after texts joined or left
         self._device = generator.program.device
+        wanted = self._device.type == "cuda" if ahead is None else ahead
+        self._ahead = wanted and generator.can_rewind and generator.output != "logits"
+        self._started: tuple[list[Sequence], Tensor] | None = None  # a step whose tokens were not read: texts, tokens
 
     def add(
         self,
@@ -169,10 +178,24 @@ class BatchGenerator:
 
     def _decode(self) -> None:
         """One token of every running text."""
-        before = list(self.running)
-        inputs = self._rows or self._inputs(before)
+        if self._started is None or not any(sequence in self.running for sequence in self._started[0]):
+            self._started = self._start(list(self.running))
+        texts, out = self._started
+        self._started = None
+        # No text may end by its limit, because the next position may be outside the cache.
+        if self._ahead and self._rows is not None and all(len(text.tokens) + 1 < text.limit for text in texts):
+            self._started = self._start(texts)
+        host = out.cpu()
+        for sequence in texts:
+            if not sequence.stopped_by:
+                assert sequence.slot is not None
+                self._take(sequence, host[sequence.slot])
+
+    def _start(self, texts: list[Sequence]) -> tuple[list[Sequence], Tensor]:
+        """Starts a step; returns the texts and their tokens or logits, which row i has for slot i."""
+        inputs = self._rows or self._inputs(texts)
         tokens, positions, _, *settings = inputs
-        alone = len(before) == 1 and before[0].slot == 0
+        alone = len(texts) == 1 and texts[0].slot == 0
         if alone:
             one = (tokens[:1], positions[:1], *(setting[:1] for setting in settings))
             (out,) = self.generator.program.run("decode", *one)
@@ -183,10 +206,7 @@ class BatchGenerator:
         else:  # the tokens stay where they are, as inputs of the next step
             chosen = torch.cat([out, tokens[1:]]) if alone else out
             self._rows = (chosen, positions + (positions >= 0), *inputs[2:])
-        host = out.cpu()
-        for sequence in before:
-            assert sequence.slot is not None
-            self._take(sequence, host[sequence.slot])
+        return texts, out
 
     def _inputs(self, running: list[Sequence]) -> tuple[Tensor, ...]:
         """Inputs of `decode_batch`: row i is slot i, and rows without a text are empty."""

@@ -16,6 +16,7 @@ from executorch_moe.backends.artifact.digests import COPY_AGAIN
 from executorch_moe.backends.errors import said_in_one_line
 from executorch_moe.backends.runtime.loader import BATCH_METHOD, MAX_BATCH, RECURRENT
 from executorch_moe.export.build import made_again
+from executorch_moe.export.models.causal_lm import BY_OUTPUT
 from executorch_moe.export.models.sampling import Sampler
 from executorch_moe.export.report.metadata import (
     MADE_FROM,
@@ -96,6 +97,11 @@ class TextGenerator:
         # Artifacts of older versions lack this method; their methods return logits.
         says = "get_method_output" in program.constant_names
         self.output = str(program.constant("get_method_output")) if says else "logits"
+        if self.output not in BY_OUTPUT:
+            raise ValueError(
+                f"the program's methods return {self.output!r}, this version of the package runs "
+                f"{', '.join(BY_OUTPUT)}: install a newer executorch-moe, or export it again"
+            )
         self.max_context = int(program.constant("get_max_context_len"))
         check_chunk(prefill_chunk, self.max_context)
         limited = MODEL_LIMIT in program.constant_names
@@ -306,18 +312,28 @@ class TextGenerator:
         """Checks settings.
 
         Raises:
-            ValueError: a temperature above 0 for an artifact that only returns the likeliest token.
+            ValueError: settings that the artifact does not have.
         """
         if self.output == "greedy" and sampler.temperature > 0:
             raise ValueError(
                 f"temperature={sampler.temperature} does not apply to this artifact, which always returns the "
                 "likeliest token: omit it, or export with --output token"
             )
+        if self.output != "logits" and sampler.top_k > 1:
+            raise ValueError(
+                f"top_k={sampler.top_k} does not apply to this artifact, which picks tokens on the device without it: "
+                "omit it, use top_p, or export with --output logits"
+            )
+        if self.output == "engine" and sampler.top_p < 1:
+            raise ValueError(
+                f"top_p={sampler.top_p} does not apply to this artifact, which draws from all tokens: omit it, or "
+                "export with --output token"
+            )
 
     def _picker(self, sampler: Sampler) -> Pick:
         """Binds sampling settings to a function from input ids to the next token; see `check_sampler`."""
         device = self.program.device
-        settings = sampler.inputs(device) if self.output == "token" else ()
+        settings = sampler.inputs(device)[: BY_OUTPUT[self.output].settings]
         self.check_sampler(sampler)
 
         first_slot = (torch.zeros(1, dtype=torch.int64, device=device),) if self.max_batch > 1 else ()
@@ -329,7 +345,9 @@ class TextGenerator:
             method = "prefill" if input_ids.shape[1] > 1 else "decode"
             slot = first_slot if method == "prefill" else ()
             (out,) = self.program.run(method, input_ids, cache_position, *slot, *settings)
-            return out if self.output != "logits" else torch.tensor([[sampler(out, end)]], device=device)
+            if self.output == "logits":
+                return torch.tensor([[sampler(out, end)]], device=device)
+            return out.to(torch.int64) if self.output == "engine" else out
 
         return pick
 

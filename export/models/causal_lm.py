@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from torch.export import Dim, ExportedProgram
 
-from executorch_moe.export.host_memory import size, total_memory
-
 from .attention import CPU_NAME, NAME
-from .delta_rule import LINEAR, GatedDeltaNet, replace_delta_rule_
+from .delta_rule import LINEAR, replace_delta_rule_, state_shapes
 from .keywords import cache_name, check
 from .linears import OneTokenLinears
 from .pretrained import attention_kinds, check_rope, plain_outputs_
-from .sampling import FindNucleus, Sampler, greedy, nucleus, sample
+from .sampling import FindNucleus, Sampler, all_tokens, fresh_noise, greedy, nucleus, sample
 
 MIN_CONTEXT = 8
 KINDS = ("full_attention", "sliding_attention", LINEAR)
 """Supported kinds of layers, in transformers' names. A layer with a sliding window caches all positions too; only its
 mask differs. Linear attention is supported as gated delta rule (`GatedDeltaNet`)."""
+COLDEST = 2e-6
+"""`EngineLM` takes the likeliest token up to this temperature."""
 EXAMPLE_TOKENS = 1024
 """Prefill is traced with one token less: compilers size their tiles by this length, and an odd one keeps them from
 assuming divisibility."""
@@ -106,6 +106,11 @@ class CacheView:
         """States of a gated delta rule layer; see `delta_rule.HoldsStates`."""
         return getattr(self.cache, f"conv_{layer_idx}"), getattr(self.cache, f"recurrent_{layer_idx}")
 
+    def keep_states(self, layer_idx: int, conv: Tensor, recurrent: Tensor) -> None:
+        """Writes the new states of a gated delta rule layer, of the shapes that `states` returned."""
+        for buffer, new in zip(self.states(layer_idx), (conv, recurrent), strict=True):
+            buffer.copy_(new)
+
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, kwargs: Mapping[str, Any] | None = None, **keywords: Any
     ) -> tuple[Tensor, Tensor]:
@@ -125,7 +130,14 @@ class CacheView:
 
 
 class CausalLM(nn.Module):
-    """A causal language model with its cache; both exported methods compute `forward`."""
+    """A causal language model with its cache; both exported methods compute `forward`.
+
+    Attributes:
+        settings: number of sampling settings that `forward` takes after the positions, in the order of
+            `Sampler.inputs`.
+    """
+
+    settings = 0
 
     def __init__(self, model: nn.Module, max_context: int) -> None:
         """Wraps `model` (a transformers `*ForCausalLM`), keeping its device and dtype.
@@ -235,31 +247,6 @@ def check_context(config: Any, max_context: int) -> None:
     check_rope(config)
 
 
-def check_cache(config: Any, max_context: int, item_bytes: int, slots: int = 1) -> None:
-    """Checks that a KV cache fits into this machine's memory, in which the export allocates it.
-
-    Args:
-        config: transformers' configuration.
-        max_context: positions in a slot of the cache. slots: their number. item_bytes: bytes of one element.
-
-    Raises:
-        ValueError: it does not fit; gives the bytes needed and available.
-    """
-    layers = config.num_hidden_layers  # layers with a sliding window cache all positions too
-    layers -= list(getattr(config, "layer_types", None) or ()).count(LINEAR)  # their states are small
-    if rank := getattr(config, "kv_lora_rank", None):
-        width = rank + config.qk_rope_head_dim
-    else:
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        width = 2 * config.num_key_value_heads * head
-    needed, available = layers * width * max_context * item_bytes * slots, total_memory()
-    if available and needed > available:
-        raise ValueError(
-            f"max_context={max_context} needs a KV cache of {size(needed)}, but this machine has {size(available)} of "
-            f"memory: use at most {available * max_context // needed}, or export on a machine with more memory"
-        )
-
-
 def check_kinds(kinds: Iterable[str]) -> None:
     """Checks the kinds of a model's layers.
 
@@ -270,23 +257,6 @@ def check_kinds(kinds: Iterable[str]) -> None:
         raise NotImplementedError(
             f"layers of type {', '.join(others)} are not supported: use a model whose layers are {' or '.join(KINDS)}"
         )
-
-
-def state_shapes(model: nn.Module) -> dict[int, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Layer -> shapes of its states, for the layers that `replace_delta_rule_` replaced.
-
-    Raises:
-        NotImplementedError: linear attention that is no gated delta rule.
-    """
-    config: Any = model.config
-    found = {child.layer_idx: child.state_shapes for child in model.modules() if isinstance(child, GatedDeltaNet)}
-    kinds = list(getattr(config, "layer_types", None) or ())[: config.num_hidden_layers]
-    if kinds.count(LINEAR) != len(found):
-        raise NotImplementedError(
-            f"{type(model).__name__} has {kinds.count(LINEAR)} layers of type {LINEAR}, of which {len(found)} are "
-            "gated delta rule, the only one that is supported: use a model like Qwen3-Next or Qwen3.5-MoE"
-        )
-    return found
 
 
 def cache_sizes(model: nn.Module) -> tuple[int, int, int]:
@@ -314,6 +284,7 @@ class SamplingLM(CausalLM):
         find_nucleus: `sampling.nucleus`, or `sampling.sorted_nucleus` for the CPU.
     """
 
+    settings = 3
     find_nucleus: FindNucleus = staticmethod(nucleus)
 
     def forward(  # type: ignore[override]
@@ -340,7 +311,36 @@ class GreedyLM(CausalLM):
         return greedy(super().forward(input_ids, cache_position))
 
 
-BY_OUTPUT: dict[str, type[CausalLM]] = {"token": SamplingLM, "greedy": GreedyLM, "logits": CausalLM}
+class EngineLM(CausalLM):
+    """`CausalLM` with the methods of `Qwen35MoEEngine`, the engine of several sessions among ExecuTorch's examples.
+
+    Source: executorch/examples/models/qwen3_5_moe, qwen35_moe_engine.cpp and sampler.py.
+    """
+
+    settings = 1
+
+    def forward(self, input_ids: Tensor, cache_position: Tensor, temperature: Tensor) -> Tensor:  # type: ignore[override]
+        """The next token, drawn from all tokens with new noise in each call.
+
+        Args:
+            input_ids, cache_position: as for `CausalLM`.
+            temperature: fp32 [1]. That engine gives 1e-6 for 0, which takes the likeliest token.
+
+        Returns:
+            fp32 [1, 1]: whole numbers, exact for the at most 2**24 tokens that exports accept.
+        """
+        logits = super().forward(input_ids, cache_position)
+        warm = torch.where(temperature <= COLDEST, 0.0, temperature)
+        seed, position = fresh_noise(temperature.device), cache_position[-1:] + 1
+        return sample(logits, position, warm, torch.ones_like(warm), seed, all_tokens).float()
+
+
+BY_OUTPUT: dict[str, type[CausalLM]] = {
+    "token": SamplingLM,
+    "greedy": GreedyLM,
+    "logits": CausalLM,
+    "engine": EngineLM,
+}
 """Output of the methods -> module to export."""
 
 
@@ -378,8 +378,7 @@ def export_prefill(module: CausalLM, *, one_token_linears: bool = False) -> Expo
     """Exports `module` for 1 to C tokens; see `export_methods`."""
     length = Dim("T", min=1, max=module.max_context)
     dynamic: dict[str, Any] = {"input_ids": {1: length}, "cache_position": {0: length}}
-    if isinstance(module, SamplingLM):
-        dynamic |= {"temperature": None, "top_p": None, "seed": None}
+    dynamic |= dict.fromkeys(("temperature", "top_p", "seed")[: module.settings])
     return _export(module, min(EXAMPLE_TOKENS, module.max_context) - 1, dynamic, one_token_linears)
 
 
@@ -387,7 +386,7 @@ def _export(module: CausalLM, tokens: int, dynamic: dict[str, Any] | None, one_t
     device = module.kv_cache.device
     module.eval()
     text = torch.zeros(1, tokens, dtype=torch.int64, device=device), torch.arange(tokens, device=device)
-    example = text + (Sampler().inputs(device) if isinstance(module, SamplingLM) else ())
+    example = text + Sampler().inputs(device)[: module.settings]
     with torch.no_grad(), OneTokenLinears() if one_token_linears else contextlib.nullcontext():
         # strict=False: the strict tracer does not handle transformers' decorators and kernel hooks.
         return torch.export.export(module, example, dynamic_shapes=dynamic, strict=False)

@@ -1,11 +1,11 @@
 """A decoder layer of Qwen3 models of few kernels.
 
-For one token of full attention, two operators compute everything before the experts, and no other kernel runs between
-them: `one_token_attention` and `one_token_router`. A gated delta rule layer has `one_token_norm_linear` and
-`gated_delta_net` in place of the first. A shared expert takes no kernels: `one_token_shared_router` and `fused_experts`
-compute its halves. One token of each of several texts takes `rows_attention`, `rows_linear` and `rows_router`. For
-several tokens of one text the layer computes what transformers' layer does, with `residual_norm` for the norms;
-`MergedAttention` and `TopKFirstRouter` have operators of their own.
+For one token of full attention, two operators compute everything, and no other kernel runs between them:
+`one_token_attention` and `one_token_experts`. A gated delta rule layer has `one_token_norm_linear` and
+`gated_delta_net` in place of the first. A shared expert takes no kernels: those of the router and of the experts
+compute its halves. Experts that are not fused take `one_token_router`. One token of each of several texts takes
+`rows_attention`, `rows_linear` and `rows_router`. For several tokens of one text the layer computes what transformers'
+layer does, with `residual_norm` for the norms; `MergedAttention` and `TopKFirstRouter` have operators of their own.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from executorch_moe.kernels import FusedExperts
 from executorch_moe.kernels.decode.arguments import HEAD_DIMS
 from executorch_moe.kernels.decode.op import fits_one_token, one_token_norm_linear
 from executorch_moe.kernels.prefill.op import fits_residual_norm
+from executorch_moe.kernels.routed.op import one_token_experts as _one_token_experts  # noqa: F401  registers it
 from executorch_moe.kernels.validate import MAX_SHARED
 
 from .attention import MergedAttention, is_offset, norm_eps, norm_weight
@@ -174,18 +175,21 @@ class OneTokenDecoderLayer(nn.Module):
             out, *(_weights(projection) or ()), hidden, norm.weight, router.weight, router.top_k,
             norm.variance_epsilon,
         )  # fmt: skip
-        if shared is None:
-            hidden, normed, weights, experts = torch.ops.executorch_moe.one_token_router(*route)
-            update = self.mlp.experts(normed, experts, weights)
+        experts = self.mlp.experts
+        if isinstance(experts, FusedExperts) and (shared is not None or not isinstance(self.mlp, SharedExpertBlock)):
+            tensors, kind = experts.packed().tensors().values(), (experts.activation, experts.group_size)
+            halves: tuple[Any, ...] = ()
+            if shared is not None:
+                gate_up, down = shared
+                halves = *gate_up, down[0].shape[1], *down
+            hidden, update = torch.ops.executorch_moe.one_token_experts(
+                *route, *tensors, experts.scheme, *kind, *halves
+            )
+        else:
+            hidden, normed, weights, ids = torch.ops.executorch_moe.one_token_router(*route)
+            update = experts(normed, ids, weights)
             if isinstance(self.mlp, SharedExpertBlock):
                 update = update + self.mlp.shared_expert(normed)
-        else:
-            gate_up, down = shared
-            width = down[0].shape[1]
-            hidden, normed, weights, experts, *halfway = torch.ops.executorch_moe.one_token_shared_router(
-                *route, *gate_up, width
-            )
-            update = self.mlp.experts(normed, experts, weights, (*halfway, *down))
         return hidden, update[None]
 
     def _shared_matrices(self) -> tuple[Matrix, Matrix] | None:

@@ -2,7 +2,8 @@
 
 One token takes one kernel per layer, which reads each packed weight once: `one_token_linear` for int8 weights and bf16
 activations, else plain tensor operators, which Inductor fuses. A fixed number of up to 64 tokens takes `rows_linear`
-with the same weights. For other numbers the weights are converted to the activations' dtype first.
+with the same weights, and other numbers `prompt_linear`, for int8 weights and bf16 activations. With other dtypes the
+weights are converted to the activations' dtype first.
 ExecuTorch's `int4_plain_mm` family is not used: its kernels are part of ExecuTorch's own runtime, so that the delegate
 host could not run them.
 
@@ -21,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from executorch_moe.kernels.batch.op import fits_rows_linear, rows_linear
 from executorch_moe.kernels.decode.op import one_token_linear
 from executorch_moe.kernels.packing.rounding import Q_MAX, Q_MIN, Int4Codes, quantize_int4
+from executorch_moe.kernels.prefill.op import prompt_linear
 
 
 def matvec(weight: Tensor, x: Tensor) -> Tensor:
@@ -67,6 +69,8 @@ class Int8Linear(nn.Module):
             return one_token_linear(x, self.qdata, self.scale)
         if fits_rows_linear(x) and self.bias is None:
             return rows_linear(x, self.qdata, self.scale)
+        if x.dtype == torch.bfloat16 and self.bias is None:
+            return prompt_linear(x, self.qdata, self.scale)
         if is_one_token(x):
             y = matvec(self.qdata, x)
         else:

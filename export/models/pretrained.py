@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from executorch_moe.backends.versions import HUGGING_FACE, check_versions
+from executorch_moe.export.host_memory import size, total_memory
 from executorch_moe.export.hub import cached, hub_model
 
 TINY = "tiny"
@@ -16,6 +17,8 @@ BUNDLED = ("demo", TINY)
 """Models that are part of this package: one that writes sentences, and a smaller one for tests."""
 CHANGING_ROPE = ("dynamic", "longrope")
 """RoPE types whose frequencies depend on the length of the text, which a traced method cannot follow."""
+LINEAR = "linear_attention"
+"""transformers' name for layers whose state does not grow with the text."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -175,6 +178,31 @@ def check_rope(config: Any) -> None:
         raise NotImplementedError(
             f"RoPE of type {', '.join(changing)} is not supported: its frequencies depend on the length of the text; "
             "use a model with another rope_type (default, linear, llama3, yarn)"
+        )
+
+
+def check_cache(config: Any, max_context: int, item_bytes: int, slots: int = 1) -> None:
+    """Checks that a KV cache fits into this machine's memory, in which the export allocates it.
+
+    Args:
+        config: transformers' configuration.
+        max_context: positions in a slot of the cache. slots: their number. item_bytes: bytes of one element.
+
+    Raises:
+        ValueError: it does not fit; gives the bytes needed and available.
+    """
+    layers = config.num_hidden_layers  # layers with a sliding window cache all positions too
+    layers -= list(getattr(config, "layer_types", None) or ()).count(LINEAR)  # their states are small
+    if rank := getattr(config, "kv_lora_rank", None):
+        width = rank + config.qk_rope_head_dim
+    else:
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        width = 2 * config.num_key_value_heads * head
+    needed, available = layers * width * max_context * item_bytes * slots, total_memory()
+    if available and needed > available:
+        raise ValueError(
+            f"max_context={max_context} needs a KV cache of {size(needed)}, but this machine has {size(available)} of "
+            f"memory: use at most {available * max_context // needed}, or export on a machine with more memory"
         )
 
 

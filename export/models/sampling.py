@@ -109,6 +109,16 @@ def sorted_nucleus(below: Tensor, weights: Tensor, top_p: Tensor) -> Tensor:
     return (key <= end) | (top_p >= 1.0)
 
 
+def all_tokens(below: Tensor, weights: Tensor, top_p: Tensor) -> Tensor:
+    """In place of `nucleus` where there is no top-p."""
+    return torch.ones_like(below, dtype=torch.bool)
+
+
+def fresh_noise(device: torch.device) -> Tensor:
+    """A seed that is new in each call of an exported method, int64 [1], from the runtime's random generator."""
+    return torch.randint(0, 2**31 - 1, (1,), dtype=torch.int64, device=device)
+
+
 def greedy(logits: Tensor) -> Tensor:
     """The likeliest token, the first one of ties: fp32 [1, V] -> int64 [1, 1].
 
@@ -163,6 +173,8 @@ class Sampler:
         temperature: 0 always gives the likeliest token.
         seed: of the draws; the same seed gives the same text.
         top_p: tokens are drawn from the smallest set of most likely tokens that reaches this probability.
+        top_k: tokens are drawn from this many most likely ones, and those as likely as the last of them; 0: from all.
+            `top_p` counts within them. Only sampling from logits (`__call__`) has it; 1 is temperature 0 everywhere.
 
     Raises:
         ValueError: a value outside its range.
@@ -171,6 +183,7 @@ class Sampler:
     temperature: float = 0.0
     seed: int = 0
     top_p: float = 1.0
+    top_k: int = 0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < math.inf:
@@ -179,6 +192,11 @@ class Sampler:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1 (all tokens): try 0.95")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} must be a whole number between 0 and 2**63 - 1: choose another")
+
+        if not isinstance(self.top_k, int) or self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must be a whole number, 0 (all tokens) or above: try 40")
+        if self.top_k == 1:
+            object.__setattr__(self, "temperature", 0.0)
 
     def inputs(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """temperature, top_p and seed as inputs of `sample` and of exported methods."""
@@ -190,5 +208,8 @@ class Sampler:
 
     def __call__(self, logits: Tensor, position: int = 0) -> int:
         """Samples from logits fp32 [1, V] on the CPU as an exported method does; `position` is the new token's."""
-        at = torch.tensor([position])
-        return int(sample(logits.float().cpu(), at, *self.inputs(torch.device("cpu"))))
+        at, logits = torch.tensor([position]), logits.float().cpu()
+        if 0 < self.top_k < logits.shape[-1]:
+            last = logits.topk(self.top_k).values[:, -1:]
+            logits = logits.masked_fill(logits < last, -math.inf)
+        return int(sample(logits, at, *self.inputs(torch.device("cpu"))))

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
+
+from torch.export import ExportedProgram
 
 from executorch_moe.backends.runtime.loader import MAX_BATCH, RECURRENT
 from executorch_moe.export.checkpoint.gguf import find_folder, is_gguf
@@ -32,8 +34,14 @@ STOCK_RUNNERS = "get_max_seq_len"
 """Constant method that ExecuTorch's runners require. Programs whose methods return tokens lack it: these runners expect
 logits, and would abort the process otherwise."""
 
+MUTABLE_BUFFERS = "get_mutable_buffer_metadata"
+"""Constant method that the engine of ExecuTorch's example qwen3_5_moe reads: JSON with the names of the buffers that
+each session has of its own. Source: executorch/examples/models/qwen3_5_moe, export.py and qwen35_moe_engine.cpp."""
+
 CHAT_TEMPLATE = "get_chat_template"
 """Constant method: the model's chat template, a Jinja text; missing if it has none."""
+
+_EXACT = 2**24
 
 RECORD_SUFFIX = ".export.json"
 TOKENIZER_SUFFIX = ".tokenizer.json"
@@ -95,7 +103,9 @@ def tokenizer_digest(content: str | bytes) -> str:
     return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
 
 
-def constant_methods(options: ExportOptions, config: Any, max_context: int, tokenizer: str) -> dict[str, Any]:
+def constant_methods(
+    options: ExportOptions, config: Any, max_context: int, tokenizer: str, mutable: Collection[str] = ()
+) -> dict[str, Any]:
     """Constant methods, with the names that ExecuTorch's language model runners read, and a few of our own.
 
     Args:
@@ -103,9 +113,10 @@ def constant_methods(options: ExportOptions, config: Any, max_context: int, toke
         config: the model's configuration in transformers.
         max_context: positions in the cache.
         tokenizer: text of the tokenizer.json.
+        mutable: qualified names of the buffers that the methods write to.
 
     Raises:
-        ValueError: see `special_tokens` and `read_chat_template`.
+        ValueError: see `special_tokens` and `read_chat_template`; or a vocabulary that output "engine" cannot return.
     """
     folder = None if is_synthetic(options.model) else find_folder(options.model)
     ends, begins = special_tokens(folder, config)
@@ -125,13 +136,36 @@ def constant_methods(options: ExportOptions, config: Any, max_context: int, toke
         constants[RECURRENT] = True
     if options.context.max_batch > 1:
         constants[MAX_BATCH] = options.context.max_batch
-    elif options.target.is_cpu or options.context.output == "logits":
+    elif options.target.is_cpu or options.context.output in ("logits", "engine"):
         constants[STOCK_RUNNERS] = max_context
+    if options.context.output == "engine":
+        constants[MUTABLE_BUFFERS] = _engine_state(config.vocab_size, mutable)
     if folder is not None and (template := read_chat_template(folder)):
         constants[CHAT_TEMPLATE] = template
     if options.placeholder_weights:
         constants[MADE_FROM] = made_from(options)
     return constants
+
+
+def cache_buffers(programs: Mapping[str, ExportedProgram]) -> set[str]:
+    """Qualified names of the buffers of the KV cache that exported methods use; methods write to all of them."""
+    return {
+        buffer
+        for program in programs.values()
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.users
+        for buffer in (program.graph_signature.inputs_to_buffers.get(node.name, ""),)
+        if buffer.startswith("kv_cache.")
+    }
+
+
+def _engine_state(vocabulary: int, mutable: Collection[str]) -> str:
+    if vocabulary > _EXACT:
+        raise ValueError(
+            f"output='engine' returns tokens in fp32, which is exact up to {_EXACT}, and the vocabulary has "
+            f"{vocabulary}: use output='token'"
+        )
+    return json.dumps({"version": 1, "mutable_buffers": sorted(mutable)})
 
 
 def stored_options(options: ExportOptions, leave_out: Collection[str] = ()) -> dict[str, Any]:

@@ -155,13 +155,15 @@ class ExportSummary:
 
 
 def model_sizes(config: Any) -> dict[str, int]:
-    """Sizes of a Qwen3-MoE model from its transformers configuration, by field of `models.synthetic.SyntheticModel`.
+    """Sizes of a model from its transformers configuration, by field of `bench.prompt_work.ModelSizes`.
 
-    Empty for other families, and for models with layers without experts.
+    Empty for other families than Qwen3-MoE, Qwen3.5-MoE and Qwen3-Next, and for models with layers without experts.
     """
-    if config.model_type != "qwen3_moe" or config.mlp_only_layers or config.decoder_sparse_step != 1:
+    recurrent = config.model_type in ("qwen3_5_moe_text", "qwen3_next")
+    dense = getattr(config, "mlp_only_layers", []) or getattr(config, "decoder_sparse_step", 1) != 1
+    if not (recurrent or config.model_type == "qwen3_moe") or dense:
         return {}
-    return {
+    sizes = {
         "layers": config.num_hidden_layers,
         "hidden": config.hidden_size,
         "experts": config.num_experts,
@@ -172,6 +174,17 @@ def model_sizes(config: Any) -> dict[str, int]:
         "head_dim": config.head_dim,
         "vocabulary": config.vocab_size,
     }
+    if recurrent:
+        sizes |= {
+            "query_parts": 2,
+            "shared": config.shared_expert_intermediate_size,
+            "recurrent_layers": list(config.layer_types).count("linear_attention"),
+            "key_heads": config.linear_num_key_heads,
+            "value_heads": config.linear_num_value_heads,
+            "key_dim": config.linear_key_head_dim,
+            "value_dim": config.linear_value_head_dim,
+        }
+    return sizes
 
 
 def _how(algorithm: str) -> str:

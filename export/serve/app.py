@@ -28,6 +28,13 @@ API_KEY = "EXECUTORCH_MOE_API_KEY"
 """Environment variable with the API key."""
 logger = logging.getLogger(__name__)
 
+LACKS = {
+    "token": ("top_k",),
+    "greedy": ("temperature", "top_k"),
+    "engine": ("top_p", "top_k", "seed"),
+    "logits": (),
+}
+"""Output of an artifact's methods -> sampling settings of requests that they do not have."""
 _NEEDED = ("fastapi", "uvicorn", "jinja2", "transformers")
 
 
@@ -41,7 +48,7 @@ class ServeOptions:
         sessions: most named sessions; states: most loaded copies of the program's state (`Sessions`).
         runtime, cuda_graph, prefill_chunk, verify: as for `TextGenerator.load`; None: the worker's default.
         chat_template: a file with a Jinja template; None: the artifact's.
-        limits: of the HTTP server. `can_sample` and `has_top_k` are set to what artifact and worker can do.
+        limits: of the HTTP server. `lacks` is set to what the artifact does not have.
 
     Raises:
         ValueError: a number out of range.
@@ -122,8 +129,8 @@ def serving(options: ServeOptions, command: Sequence[str] = ()) -> Iterator[App]
     check_tokenizer(program, beside)
     tokenizer = read_tokenizer(beside)
     template = artifact_template(program.constant_names, program.constant, options.chat_template)
-    can_sample = program.constant("get_method_output") != "greedy"
-    limits = replace(options.limits, can_sample=can_sample, has_top_k=False)
+    # The worker refuses an output that it does not know.
+    limits = replace(options.limits, lacks=LACKS.get(program.constant("get_method_output"), ()))
     with tempfile.TemporaryDirectory() as folder:  # ExecuTorch's class reads a folder
         chat_tokenizer(tokenizer, program.constant, template).save_pretrained(folder)
         chat = ChatTemplate(folder)

@@ -21,6 +21,8 @@ CHAT = "/v1/chat/completions"
 OPEN_PATHS = ("/health",)
 """Paths that need no API key."""
 INVALID = "invalid_request_error"
+WITHOUT_EFFECT = {"temperature": (None, 0), "top_p": (None, 1), "top_k": (None, 0, 1), "seed": (None,)}
+"""Sampling settings, and their values that every artifact has: `top_k` 1 is temperature 0."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +33,13 @@ class Limits:
         api_key: that each request must have as `Authorization: Bearer KEY`; empty: none.
         max_body: most bytes of a body.
         max_waiting: most chat requests that run or wait at a time.
-        can_sample: False if the artifact always returns the likeliest token.
-        has_top_k: False if the worker refuses top_k.
+        lacks: sampling settings that the artifact does not have; keys of `WITHOUT_EFFECT`.
     """
 
     api_key: str = ""
     max_body: int = 4 * 2**20
     max_waiting: int = 256
-    can_sample: bool = True
-    has_top_k: bool = True
+    lacks: tuple[str, ...] = ()
 
 
 class Refused(Exception):
@@ -143,15 +143,12 @@ class Guard:
             return
         if request.get("messages") == []:
             raise Refused(400, "messages is empty: send at least one message", INVALID, "invalid_value")
-        if not self._limits.has_top_k and request.get("top_k") not in (None, 0):
-            raise Refused(400, "top_k is not supported: use top_p", INVALID, "unsupported_parameter")
-        if not self._limits.can_sample and request.get("temperature") not in (None, 0):
-            raise Refused(
-                400,
-                "this model always returns the likeliest token: leave temperature out",
-                INVALID,
-                "unsupported_parameter",
-            )
+        for name in self._limits.lacks:
+            if request.get(name) not in WITHOUT_EFFECT[name]:
+                message = f"this model picks tokens without {name}: leave it out"
+                if name == "top_k":
+                    message += ", use top_p, or export the model with --output logits"
+                raise Refused(400, message, INVALID, "unsupported_parameter")
 
     async def _run(self, scope: MutableMapping[str, Any], body: bytes, receive: Receive, send: Send) -> None:
         """Runs the app until it is done or the client has gone, in which case the app is canceled."""

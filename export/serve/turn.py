@@ -38,7 +38,7 @@ class Turn:
     Attributes:
         prompt_ids: at least one.
         limit: most new tokens.
-        sampler: temperature, top-p and seed.
+        sampler: temperature, top-p, top-k and seed.
         stop: texts that end the answer.
         show_special: the answer has the text of special tokens.
     """
@@ -59,15 +59,11 @@ def read_turn(request: Mapping[str, Any], generator: TextGenerator) -> Turn:
     try:
         ids = _prompt_ids(request, generator)
         temperature, top_p = float(request.get("temperature", 0.0)), float(request.get("top_p", 1.0))
-        if int(request.get("top_k", 0)) > 0:
-            raise ValueError(f"top_k={request['top_k']} is not supported: leave it out, or use top_p")
+        top_k = int(request.get("top_k", 0))
         seed = int(request.get("seed", 0)) or (fresh_seed() if temperature > 0 else 0)
-        sampler = Sampler(temperature, seed, top_p)
+        sampler = Sampler(temperature, seed, top_p, top_k)
         wanted = int(request.get("max_new_tokens", -1))
-        if generator.output == "greedy" and temperature > 0:
-            raise ValueError(
-                f"temperature={temperature} does not apply: this artifact always returns the likeliest token"
-            )
+        generator.check_sampler(sampler)
         stop = request.get("stop") or []
         if not isinstance(stop, list) or not all(isinstance(text, str) for text in stop):
             raise ValueError("stop must be a list of texts")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from executorch_moe.kernels.checks import check_dtype, check_eps, check_layout, check_shape
+from executorch_moe.kernels.checks import check_dtype, check_eps, check_layout, check_matrix, check_shape
 
 HEAD_DIMS = (32, 64, 128, 256)
 """Supported sizes of a head. Tensor cores take powers of two of at least 16, and half a head is rotated at a time."""
@@ -62,7 +62,7 @@ def check_rows_linear(x: Tensor, weight: Tensor, scale: Tensor | None) -> None:
         raise ValueError(
             f"x has shape {list(x.shape)}, expected [..., K] with 1 to {MAX_ROWS} rows: use a linear layer for more"
         )
-    _check_matrix("weight", weight, scale, x.shape[-1])
+    check_matrix("weight", weight, scale, x.shape[-1])
     check_layout("x", x, {"x": x, "weight": weight, "scale": scale}, ("weight", "scale"))
 
 
@@ -88,7 +88,7 @@ def check_rows_attention(arguments: RowsAttentionArguments) -> None:
         raise ValueError(
             f"key has C={context} positions of D={head_dim}, expected fewer than 2^31 numbers a head: shorten the cache"
         )
-    _check_matrix("weight", weight, scale, x.shape[2])
+    check_matrix("weight", weight, scale, x.shape[2])
     columns = weight.shape[0]
     heads = columns // head_dim - 2 * kv_heads
     if columns % head_dim or heads < 1 or heads % kv_heads:
@@ -161,15 +161,3 @@ def _check_rows(name: str, t: Tensor) -> int:
             "of each text"
         )
     return t.shape[1]
-
-
-def _check_matrix(name: str, weight: Tensor, scale: Tensor | None, columns: int) -> None:
-    """Checks a weight, int8 or bf16 [N, columns], and its scales, fp32 [N] or None."""
-    check_dtype(name, weight, (torch.int8, torch.bfloat16))
-    if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != columns:
-        raise ValueError(
-            f"{name} has shape {list(weight.shape)}, expected [N, {columns}]: its columns are the input's elements"
-        )
-    if scale is not None:
-        check_dtype("scale", scale, (torch.float32,))
-        check_shape("scale", scale, (weight.shape[0],), f"pass one scale for each row of {name}")

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from executorch_moe.kernels._device import bf16_round, dot_bf16, launches_before, to_bf16
-from executorch_moe.kernels.decode.kernels import load_halves, norm_and_rotate
+from executorch_moe.kernels.decode.attention_kernels import load_halves, norm_and_rotate
 from executorch_moe.kernels.experts.tile import done_with_registers
 from executorch_moe.kernels.prefill.kernels import attend, choose_experts
 

@@ -9,7 +9,6 @@ import torch
 import triton
 from torch import Tensor
 
-from executorch_moe.kernels.decode.launches import MAX_PART_CELLS, MAX_SPLITS
 from executorch_moe.kernels.gpus import Gpu
 from executorch_moe.kernels.launch import Launch, kernel_gpu, ptx_of
 
@@ -22,6 +21,10 @@ ROUTER_SPLITS = 16
 """Most parts of the router's product: its few columns alone would leave a GPU idle."""
 POSITIONS = 64
 """Positions that a program of attention handles at a time."""
+MAX_SPLITS = 32
+"""Most parts of the positions. Their combination is unrolled: 32 take Triton 3 s to compile, 64 take 15 s."""
+MAX_PART_CELLS = 32768
+"""Numbers of all parts that the last program of attention combines."""
 FEW_SPLITS = 8
 """Parts of the positions with which few rows of long texts fill a GPU, if many rows are possible."""
 SHORT_WAVE = 3

@@ -8,32 +8,36 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from executorch_moe.kernels._device import bf16_round, to_bf16
+from executorch_moe.kernels._device import bf16_round, dot_two, to_bf16
 
 
 @triton.jit
-def dot_bytes(a, b, PTX: tl.constexpr):
-    """int32 words of four int8 each -> the sum of the products of their bytes."""
+def dot_halves(w, first, second, PTX: tl.constexpr):
+    """int32 words of four int8 times four int16 -> the sum of the products, int32.
+
+    first, second: words of two int16 each, for the lower and the upper two bytes of `w`.
+    """
     if PTX:
         return tl.inline_asm_elementwise(
-            "dp4a.s32.s32 $0, $1, $2, 0;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+            "{ .reg .b32 sum; dp2a.lo.s32.s32 sum, $2, $1, 0; dp2a.hi.s32.s32 $0, $3, $1, sum; }",
+            "=r,r,r,r",
+            [w, first, second],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
         )
     else:
-        total = (a >> 24) * (b >> 24) + ((a << 8) >> 24) * ((b << 8) >> 24)
-        return total + ((a << 16) >> 24) * ((b << 16) >> 24) + ((a << 24) >> 24) * ((b << 24) >> 24)
+        return dot_two(first, w, 0, 1) + dot_two(second, w, 2, 3)
 
 
 @triton.jit
-def two_bytes(x, unit, SIZE: tl.constexpr):
-    """fp32 [SIZE] as 256 * high + low units, int8 both: words of four highs, and of four lows, int32 [SIZE/4] each."""
+def two_halves(x, per_unit, SIZE: tl.constexpr):
+    """fp32 [SIZE] in units as int16: words of elements 4i and 4i + 1, and of 4i + 2 and 4i + 3, int32 [SIZE/4] each."""
     # Adding 1.5 * 2^23 puts the nearest integer into the lowest bits.
-    units = (x / unit + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
-    high = (units + 128) >> 8
-    low = units - (high << 8)
-    shifts = (8 * tl.arange(0, 4))[None, :]
-    high_words = tl.sum((high & 255).reshape(SIZE // 4, 4) << shifts, axis=1)
-    low_words = tl.sum((low & 255).reshape(SIZE // 4, 4) << shifts, axis=1)
-    return high_words, low_words
+    units = (x * per_unit + 12582912.0).to(tl.int32, bitcast=True)
+    # A sum: after a split, Triton would move the change of layouts that follows to before `x`, and each warp repeat it.
+    pairs = tl.sum((units & 65535).reshape(SIZE // 2, 2) << (16 * tl.arange(0, 2))[None, :], axis=1)
+    return tl.split(pairs.reshape(SIZE // 4, 2))
 
 
 @triton.jit
@@ -71,31 +75,45 @@ def load_router(
 
 
 @triton.jit
+def router_logits(
+    program, w, norm, x_ptr, normed_ptr, logits_ptr,
+    EPS: tl.constexpr,
+    H: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, STEPS: tl.constexpr, BLOCK_H: tl.constexpr,
+    PTX: tl.constexpr,
+):  # fmt: skip
+    """Norm and logits of program `program` of the router. Logits are rounded to bf16, as a linear layer does.
+
+    Args:
+        w, norm: of `load_router`. The pointers are those of `moe_one_token_router`, after its wait.
+    """
+    offs_h = tl.arange(0, STEPS)[:, None] * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]  # as in moe_one_token_matvec
+    inside = offs_h < H
+    offs_e = program * BLOCK_E + tl.arange(0, BLOCK_E)
+    x = tl.load(x_ptr + offs_h, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.rsqrt(tl.sum(tl.sum(x * x, axis=0), axis=0) / H + EPS)
+    x = bf16_round(x * factor * norm, PTX)
+    tl.store(normed_ptr + offs_h, to_bf16(x, PTX), mask=inside & (program == 0))
+    logits = tl.sum(tl.sum(w.to(tl.float32) * x[:, None, :], axis=0), axis=1)
+    tl.store(logits_ptr + offs_e, bf16_round(logits, PTX), mask=offs_e < E)
+
+
+@triton.jit
 def choose_experts(
     program, w, norm, x_ptr, normed_ptr, logits_ptr, arrivals_ptr, weights_ptr, ids_ptr,
     EPS: tl.constexpr,
     H: tl.constexpr, E: tl.constexpr, E_POW2: tl.constexpr, TOP_K: tl.constexpr, BLOCK_E: tl.constexpr,
     STEPS: tl.constexpr, BLOCK_H: tl.constexpr, RANK_BLOCK: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Norm and logits of program `program` of the router; the last one does top-k and the softmax over the chosen ones.
+    """`router_logits`; the last program does top-k and the softmax over the chosen experts.
 
-    Logits are rounded to bf16, as a linear layer does; of experts with equal logits, the lower one comes first. NaN
-    ranks as infinity: TOP_K different experts are chosen for any logits, and the weights are NaN.
+    Of experts with equal logits, the lower one comes first. NaN ranks as infinity: TOP_K different experts are chosen
+    for any logits, and the weights are NaN.
 
     Args:
         w, norm: of `load_router`. The pointers are those of `moe_one_token_router`, after its wait.
     """
     PROGRAMS: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
-    offs_h = tl.arange(0, STEPS)[:, None] * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]  # as in moe_one_token_matvec
-    inside = offs_h < H
-    offs_e = program * BLOCK_E + tl.arange(0, BLOCK_E)
-    rows = offs_e < E
-    x = tl.load(x_ptr + offs_h, mask=inside, other=0.0).to(tl.float32)
-    factor = tl.rsqrt(tl.sum(tl.sum(x * x, axis=0), axis=0) / H + EPS)
-    x = bf16_round(x * factor * norm, PTX)
-    tl.store(normed_ptr + offs_h, to_bf16(x, PTX), mask=inside & (program == 0))
-    logits = tl.sum(tl.sum(w.to(tl.float32) * x[:, None, :], axis=0), axis=1)
-    tl.store(logits_ptr + offs_e, bf16_round(logits, PTX), mask=rows)
+    router_logits(program, w, norm, x_ptr, normed_ptr, logits_ptr, EPS, H, E, BLOCK_E, STEPS, BLOCK_H, PTX)
     tl.debug_barrier()
     arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu")
     if arrived == PROGRAMS - 1:
@@ -116,6 +134,52 @@ def choose_experts(
         share = tl.where(chosen, tl.exp(mine - tl.max(mine, axis=0)), 0.0)
         tl.store(weights_ptr + place, share / tl.sum(share, axis=0), mask=chosen)
         tl.store(ids_ptr + place, expert.to(tl.int64), mask=chosen)
+
+
+@triton.jit
+def next_key(logits_ptr, below, E: tl.constexpr):
+    """The largest of the experts' keys that are below `below`, int32; each warp computes it without the others.
+
+    Keys are in the order of the logits, and of experts with equal logits the lower one has the larger key. The upper
+    half of a key is the logit, a bf16, made an integer of the same order, with NaN as infinity and -0 as 0. The lower
+    half is 65535 - expert.
+
+    Args:
+        logits_ptr: fp32 [E], each a bf16. below: int32; 2147483647 for the first.
+    """
+    LOWEST: tl.constexpr = -2147483648
+    most = tl.full((32,), LOWEST, dtype=tl.int32)
+    for first in tl.static_range(0, E, 32):
+        expert = first + tl.arange(0, 32)
+        logit = tl.load(logits_ptr + expert, mask=expert < E, other=0.0)
+        logit = tl.where(logit == logit, logit, float("inf"))
+        bits = tl.where(logit == 0.0, 0.0, logit).to(tl.int32, bitcast=True)
+        key = (tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits) & -65536) | (65535 - expert)
+        most = tl.maximum(most, tl.where((expert < E) & (key < below), key, LOWEST))
+    return tl.max(most, axis=0)
+
+
+@triton.jit
+def expert_of_key(key):
+    """The expert of a key of `next_key`, int32."""
+    return 65535 - (key & 65535)
+
+
+@triton.jit
+def logit_of_key(key):
+    """The logit of a key of `next_key`, fp32."""
+    upper = key & -65536
+    return tl.where(upper < 0, upper ^ 0x7FFF0000, upper).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def expert_at(logits_ptr, place, E: tl.constexpr, TOP_K: tl.constexpr):
+    """The expert at `place` of the TOP_K with the largest logits, int32."""
+    key = next_key(logits_ptr, 2147483647, E)
+    for i in tl.static_range(1, TOP_K):
+        if place >= i:
+            key = next_key(logits_ptr, key, E)
+    return expert_of_key(key)
 
 
 @triton.jit
@@ -141,10 +205,10 @@ def dense_rows(
     offs_k = tl.arange(0, BLOCK_K)
     x = tl.load(x_ptr + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
     if INT8:
-        unit = tl.maximum(tl.max(tl.abs(x), axis=0) / 32512.0, 1e-30)
-        high, low = two_bytes(x, unit, BLOCK_K)
-        units = dot_bytes(w, high[None, :], PTX) * 256 + dot_bytes(w, low[None, :], PTX)
-        out = tl.sum(units.to(tl.float32), axis=1) * unit
+        largest = tl.maximum(tl.max(tl.abs(x), axis=0), 1e-30)
+        first, second = two_halves(x, 32512.0 / largest, BLOCK_K)
+        units = dot_halves(w, first[None, :], second[None, :], PTX)
+        out = tl.sum(units.to(tl.float32), axis=1) * (largest / 32512.0)
     else:
         out = tl.sum(w.to(tl.float32) * x[None, :], axis=1)
     if HAS_SCALE:

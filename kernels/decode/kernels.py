@@ -9,8 +9,9 @@ A decode step at batch 1 is a chain of short kernels, each of which costs time. 
     one_token_norm_linear    the same of a norm
 The first three take two launches. In the second one, the last program to finish combines the results of all programs in
 a fixed order, so the same input gives the same bits. The first launch sets the counter of finished programs to zero.
+Attention's second launch is in attention_kernels.py.
 
-Letters: H hidden size, D head_dim, G query heads of a key/value head, C positions of the cache, E experts.
+Letters: H hidden size, E experts.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from executorch_moe.kernels._device import bf16_round, dot_bf16, launches_before, to_bf16
+from executorch_moe.kernels._device import bf16_round, launches_before, to_bf16
 
-from .device import choose_experts, dot_bytes, load_pieces, load_router, two_bytes
+from .device import choose_experts, dot_halves, load_pieces, load_router, router_logits, two_halves
 
 
 @triton.jit
@@ -88,12 +89,12 @@ def moe_one_token_matvec(
             squares += tl.sum(x * x, axis=0)
             x *= norm.to(tl.float32)
         if INT8:
-            unit = tl.maximum(tl.max(tl.abs(x), axis=0) / 32512.0, 1e-30)
-            high, low = two_bytes(x, unit, CHUNK)
-            high = high.reshape(STEPS, BLOCK_K // 4)[:, None, :]
-            low = low.reshape(STEPS, BLOCK_K // 4)[:, None, :]
-            units = tl.sum(dot_bytes(w, high, PTX), axis=0) * 256 + tl.sum(dot_bytes(w, low, PTX), axis=0)
-            out += tl.sum(units.to(tl.float32), axis=1) * unit
+            largest = tl.maximum(tl.max(tl.abs(x), axis=0), 1e-30)
+            first, second = two_halves(x, 32512.0 / largest, CHUNK)
+            first = first.reshape(STEPS, BLOCK_K // 4)[:, None, :]
+            second = second.reshape(STEPS, BLOCK_K // 4)[:, None, :]
+            units = tl.sum(dot_halves(w, first, second, PTX), axis=0)
+            out += tl.sum(units.to(tl.float32), axis=1) * (largest / 32512.0)
         else:
             out += tl.sum(tl.sum(w.to(tl.float32) * x.reshape(STEPS, BLOCK_K)[:, None, :], axis=0), axis=1)
     if HAS_NORM:
@@ -111,179 +112,6 @@ def moe_one_token_matvec(
         tl.load(position_ptr + zero, volatile=True)
         tl.load(key_ptr + zero, volatile=True)
         tl.load(value_ptr + zero, volatile=True)
-
-
-@triton.jit
-def load_halves(ptr, HALF: tl.constexpr):
-    """A vector of one head as two halves, fp32 [1, D/2] each."""
-    offs = tl.arange(0, HALF)[None, :]
-    return tl.load(ptr + offs).to(tl.float32), tl.load(ptr + HALF + offs).to(tl.float32)
-
-
-@triton.jit
-def norm_and_rotate(
-    low, high, norm_low, norm_high, cos_ptr, sin_ptr, EPS: tl.constexpr, HALF: tl.constexpr, PTX: tl.constexpr
-):  # fmt: skip
-    """RMS norm and rotation of rows in two halves, fp32 [R, D/2] each; rounded to bf16 once and returned as fp32.
-
-    The rotation of (a, b) is (a cos - b sin, b cos + a sin).
-    """
-    offs = tl.arange(0, HALF)[None, :]
-    cos = tl.load(cos_ptr + offs).to(tl.float32)
-    sin = tl.load(sin_ptr + offs).to(tl.float32)
-    factor = tl.rsqrt((tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1)) / (2 * HALF) + EPS)[:, None]
-    low = low * factor * norm_low
-    high = high * factor * norm_high
-    first = low * cos - high * sin
-    second = high * cos + low * sin
-    return bf16_round(first, PTX), bf16_round(second, PTX)
-
-
-@triton.jit
-def load_keys(key_ptr, first, end, HALF: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Keys of BLOCK_T positions from `first` on as two halves, bf16 [BLOCK_T, D/2] each."""
-    offs_t = first + tl.arange(0, BLOCK_T)
-    offs = offs_t[:, None] * (2 * HALF) + tl.arange(0, HALF)[None, :]
-    seen = (offs_t < end)[:, None]
-    return tl.load(key_ptr + offs, mask=seen, other=0.0), tl.load(key_ptr + offs + HALF, mask=seen, other=0.0)
-
-
-@triton.jit
-def load_values(value_ptr, first, end, D: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Values of BLOCK_T positions from `first` on, bf16 [BLOCK_T, D]."""
-    offs_t = first + tl.arange(0, BLOCK_T)
-    offs = offs_t[:, None] * D + tl.arange(0, D)[None, :]
-    return tl.load(value_ptr + offs, mask=(offs_t < end)[:, None], other=0.0)
-
-
-@triton.jit
-def moe_one_token_attention(
-    qkv_ptr,  # bf16 [(KV_HEADS * G + 2 * KV_HEADS) * D]: query heads, key heads, value heads; GATED: and gates of out
-    q_norm_ptr, k_norm_ptr,  # bf16 [D]
-    cos_ptr, sin_ptr,  # float [D/2]: the angles of both halves are equal
-    position_ptr,  # int64 [1]
-    key_ptr, value_ptr,  # bf16 [KV_HEADS, C, D]: positions before this one
-    new_ptr,  # bf16 [2, KV_HEADS, D]: this position's key and value, for the cache
-    partial_ptr,  # fp32 [SPLITS + 1, KV_HEADS * G, D]: of each part, not yet divided
-    max_ptr, sum_ptr,  # fp32 [SPLITS + 1, KV_HEADS * G]
-    arrivals_ptr,  # int32 [KV_HEADS], zero
-    out_ptr,  # bf16 [KV_HEADS * G * D]
-    SCALING: tl.constexpr, EPS: tl.constexpr,
-    C: tl.constexpr, KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, G_POW2: tl.constexpr, G_PAD: tl.constexpr,
-    HALF: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, GATED: tl.constexpr, PTX: tl.constexpr,
-):  # fmt: skip
-    """Attention of one token: program (key/value head, part) does every SPLITS-th block of the positions.
-
-    The last part is the token itself, whose key and value are not in the cache yet. `position`, keys and values are
-    read before the wait. They are complete before this kernel can start, whatever wrote them (the cache update of an
-    earlier step or of prefill, a kernel that computes the position):
-    1. The operator's first launch, `moe_one_token_matvec`, also takes the three tensors and reads them after its wait
-       (HAS_AHEAD). Inductor orders launches by their arguments, so each write to them comes before that launch, or, if
-       it belongs to this token, after this kernel, which reads them too.
-    2. So launches that Inductor may put between `moe_one_token_matvec` and this kernel write none of them.
-    3. This kernel starts when all programs of the previous launch have ended or called `launch_dependents`, which our
-       kernels do after their own wait, and others never. By then all launches before the previous one have ended, and
-       their writes are visible. `moe_one_token_matvec` is the previous launch or has ended: all before it has ended.
-    """
-    head, part = tl.program_id(0), tl.program_id(1)
-    D: tl.constexpr = 2 * HALF
-    HEADS: tl.constexpr = KV_HEADS * GROUPS
-    group = tl.arange(0, G_PAD)
-    real = group < GROUPS
-    offs_h, offs_d = tl.arange(0, HALF), tl.arange(0, D)
-
-    # The first keys and values are loaded before the wait for the query.
-    length = tl.minimum(tl.load(position_ptr), C).to(tl.int32)  # positions in the cache
-    key_ptr += head.to(tl.int64) * (C * D)
-    value_ptr += head.to(tl.int64) * (C * D)
-    start = part * BLOCK_T
-    k_low, k_high = load_keys(key_ptr, start, length, HALF, BLOCK_T)
-    v = load_values(value_ptr, start, length, D, BLOCK_T)
-    norm_low, norm_high = load_halves(q_norm_ptr, HALF)
-    zero = launches_before(True, PTX)
-    qkv_ptr += zero
-    cos_ptr += zero
-    sin_ptr += zero
-    arrivals_ptr += zero
-    # Only the address keeps stores of constants after the wait.
-    new_ptr += zero
-    partial_ptr += zero
-    max_ptr += zero
-    sum_ptr += zero
-    out_ptr += zero
-
-    q_rows = (head * GROUPS + group)[:, None] * D + offs_h[None, :]
-    q_low = tl.load(qkv_ptr + q_rows, mask=real[:, None], other=0.0).to(tl.float32)
-    q_high = tl.load(qkv_ptr + q_rows + HALF, mask=real[:, None], other=0.0).to(tl.float32)
-    q_low, q_high = norm_and_rotate(q_low, q_high, norm_low, norm_high, cos_ptr, sin_ptr, EPS, HALF, PTX)
-
-    rows = part * HEADS + head * GROUPS + group
-    if part == SPLITS:
-        k_rows = (HEADS + head) * D + offs_h[None, :]
-        new_low = tl.load(qkv_ptr + k_rows).to(tl.float32)
-        new_high = tl.load(qkv_ptr + k_rows + HALF).to(tl.float32)
-        norm_low, norm_high = load_halves(k_norm_ptr, HALF)
-        new_low, new_high = norm_and_rotate(new_low, new_high, norm_low, norm_high, cos_ptr, sin_ptr, EPS, HALF, PTX)
-        new_v = tl.load(qkv_ptr + (HEADS + KV_HEADS + head) * D + offs_d)
-        new_rows = head * D + offs_h[None, :]
-        tl.store(new_ptr + new_rows, to_bf16(new_low, PTX))
-        tl.store(new_ptr + new_rows + HALF, to_bf16(new_high, PTX))
-        tl.store(new_ptr + (KV_HEADS + head) * D + offs_d, new_v)
-        score = (tl.sum(q_low * new_low, axis=1) + tl.sum(q_high * new_high, axis=1)) * SCALING
-        acc = tl.zeros((G_PAD, D), dtype=tl.float32) + new_v.to(tl.float32)[None, :]
-        tl.store(partial_ptr + rows[:, None] * D + offs_d[None, :], acc, mask=real[:, None])
-        tl.store(max_ptr + rows, score, mask=real)
-        tl.store(sum_ptr + rows, tl.full((G_PAD,), 1.0, dtype=tl.float32), mask=real)
-    else:
-        best = tl.full((G_PAD,), -float("inf"), dtype=tl.float32)
-        total = tl.zeros((G_PAD,), dtype=tl.float32)
-        acc = tl.zeros((G_PAD, D), dtype=tl.float32)
-        q_low_bf16, q_high_bf16 = to_bf16(q_low, PTX), to_bf16(q_high, PTX)
-        for first in tl.range(start, length, SPLITS * BLOCK_T, num_stages=1):
-            seen = first + tl.arange(0, BLOCK_T) < length
-            scores = dot_bf16(q_low_bf16, k_low.trans(), tl.zeros((G_PAD, BLOCK_T), dtype=tl.float32), PTX)
-            scores = dot_bf16(q_high_bf16, k_high.trans(), scores, PTX) * SCALING
-            scores = tl.where(seen[None, :], scores, -float("inf"))
-            higher = tl.maximum(best, tl.max(scores, axis=1))  # finite: each block has a valid position
-            weights = tl.exp(scores - higher[:, None])
-            shrink = tl.exp(best - higher)
-            total = total * shrink + tl.sum(weights, axis=1)
-            acc = dot_bf16(to_bf16(weights, PTX), v, acc * shrink[:, None], PTX)
-            best = higher
-            k_low, k_high = load_keys(key_ptr, first + SPLITS * BLOCK_T, length, HALF, BLOCK_T)
-            v = load_values(value_ptr, first + SPLITS * BLOCK_T, length, D, BLOCK_T)
-        wanted = real & (start < length)
-        tl.store(partial_ptr + rows[:, None] * D + offs_d[None, :], acc, mask=wanted[:, None])
-        tl.store(max_ptr + rows, best, mask=wanted)
-        tl.store(sum_ptr + rows, total, mask=wanted)
-    tl.debug_barrier()  # the stores of all threads must precede the release by one thread
-    arrived = tl.atomic_add(arrivals_ptr + head, 1, sem="acq_rel", scope="gpu")
-    if arrived == SPLITS:
-        # A thread has the same elements of every part, so nothing is summed across threads, and all loads can be in
-        # flight at once. Parts without positions wrote nothing. .cg: others wrote this; L1 may be stale, L2 is not.
-        query = head * GROUPS + tl.arange(0, G_POW2)
-        real_query = tl.arange(0, G_POW2) < GROUPS
-        highest = tl.full((G_POW2,), -float("inf"), dtype=tl.float32)
-        for i in tl.static_range(SPLITS + 1):
-            mine = real_query & ((i * BLOCK_T < length) | (i == SPLITS))
-            maxima = tl.load(max_ptr + i * HEADS + query, mask=mine, other=-float("inf"), cache_modifier=".cg")
-            highest = tl.maximum(highest, maxima)
-        sums_of_all = tl.zeros((G_POW2,), dtype=tl.float32)
-        result = tl.zeros((G_POW2, D), dtype=tl.float32)
-        cells = query[:, None] * D + offs_d[None, :]
-        for i in tl.static_range(SPLITS + 1):
-            mine = real_query & ((i * BLOCK_T < length) | (i == SPLITS))
-            maxima = tl.load(max_ptr + i * HEADS + query, mask=mine, other=-float("inf"), cache_modifier=".cg")
-            sums = tl.load(sum_ptr + i * HEADS + query, mask=mine, other=0.0, cache_modifier=".cg")
-            values = tl.load(partial_ptr + i * HEADS * D + cells, mask=mine[:, None], other=0.0, cache_modifier=".cg")
-            factor = tl.exp(maxima - tl.where(real_query, highest, 0.0))
-            sums_of_all += sums * factor
-            result += values * factor[:, None]
-        result /= tl.where(real_query, sums_of_all, 1.0)[:, None]
-        if GATED:
-            gates = qkv_ptr + (HEADS + 2 * KV_HEADS) * D + cells
-            result /= 1.0 + tl.exp(-tl.load(gates, mask=real_query[:, None], other=0.0).to(tl.float32))
-        tl.store(out_ptr + cells, to_bf16(result, PTX), mask=real_query[:, None])
 
 
 @triton.jit
@@ -308,3 +136,23 @@ def moe_one_token_router(
         program, w, norm, x_ptr + zero, normed_ptr + zero, logits_ptr + zero, arrivals_ptr + zero, weights_ptr + zero,
         ids_ptr + zero, EPS, H, E, E_POW2, TOP_K, BLOCK_E, STEPS, BLOCK_H, RANK_BLOCK, PTX,
     )  # fmt: skip
+
+
+@triton.jit
+def moe_one_token_logits(
+    x_ptr,  # bf16 [H]
+    norm_ptr,  # bf16 [H]
+    w_ptr,  # bf16 [E, H]
+    normed_ptr,  # bf16 [H]: the experts' input
+    logits_ptr,  # fp32 [E]
+    EPS: tl.constexpr,
+    H: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK_H: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """RMS norm and logits, BLOCK_E experts a program, without a choice: `moe_matvec` ranks the logits itself."""
+    program = tl.program_id(0)
+    w, norm = load_router(w_ptr, norm_ptr, program, H, E, BLOCK_E, STEPS, BLOCK_H)
+    zero = launches_before(True, PTX)
+    router_logits(
+        program, w, norm, x_ptr + zero, normed_ptr + zero, logits_ptr + zero, EPS, H, E, BLOCK_E, STEPS, BLOCK_H, PTX
+    )

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from executorch_moe.kernels._device import bf16_round, launches_before, to_bf16
 
-from .device import choose_experts, dot_bytes, load_router, two_bytes
+from .device import choose_experts, dot_halves, load_router, router_logits, two_halves
 
 
 @triton.jit
@@ -52,18 +52,19 @@ def moe_one_token_shared_router(
     gate_up_scale_ptr,  # fp32 [N], HAS_SCALE only
     normed_ptr,  # bf16 [H]: the experts' input
     logits_ptr,  # fp32 [E]
-    arrivals_ptr,  # int32 [1], zero
-    weights_ptr,  # fp32 [TOP_K]
-    ids_ptr,  # int64 [TOP_K]
+    arrivals_ptr,  # int32 [1], zero, CHOOSES only
+    weights_ptr,  # fp32 [TOP_K], CHOOSES only
+    ids_ptr,  # int64 [TOP_K], CHOOSES only
     shared_ptr,  # bf16 [S]: silu(gate) * up
     share_ptr,  # fp32 [1]: the sigmoid of the expert's own gate, or 1
     EPS: tl.constexpr,
     H: tl.constexpr, E: tl.constexpr, E_POW2: tl.constexpr, TOP_K: tl.constexpr, BLOCK_E: tl.constexpr,
     STEPS: tl.constexpr, BLOCK_H: tl.constexpr, RANK_BLOCK: tl.constexpr,
     S: tl.constexpr, N: tl.constexpr, BLOCK_S: tl.constexpr, SHARED_STEPS: tl.constexpr, SHARED_BLOCK: tl.constexpr,
-    HAS_OWN_GATE: tl.constexpr, HAS_SCALE: tl.constexpr, PTX: tl.constexpr,
+    HAS_OWN_GATE: tl.constexpr, HAS_SCALE: tl.constexpr, CHOOSES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Programs below ceil(E / BLOCK_E): `choose_experts`. The others: BLOCK_S elements of the shared expert each.
+    """Programs below ceil(E / BLOCK_E): `choose_experts`, or, without CHOOSES, `router_logits`. The others: BLOCK_S
+    elements of the shared expert each.
 
     All weights are requested before the wait; a program masks those that are not its own. The arithmetic of the shared
     expert is that of `moe_one_token_matvec` with a norm.
@@ -82,10 +83,16 @@ def moe_one_token_shared_router(
     w, norm = load_router(w_ptr, norm_ptr, program, H, E, BLOCK_E, STEPS, BLOCK_H)
     zero = launches_before(True, PTX)
     if program < ROUTERS:
-        choose_experts(
-            program, w, norm, x_ptr + zero, normed_ptr + zero, logits_ptr + zero, arrivals_ptr + zero,
-            weights_ptr + zero, ids_ptr + zero, EPS, H, E, E_POW2, TOP_K, BLOCK_E, STEPS, BLOCK_H, RANK_BLOCK, PTX,
-        )  # fmt: skip
+        if CHOOSES:
+            choose_experts(
+                program, w, norm, x_ptr + zero, normed_ptr + zero, logits_ptr + zero, arrivals_ptr + zero,
+                weights_ptr + zero, ids_ptr + zero, EPS, H, E, E_POW2, TOP_K, BLOCK_E, STEPS, BLOCK_H, RANK_BLOCK, PTX,
+            )  # fmt: skip
+        else:
+            router_logits(
+                program, w, norm, x_ptr + zero, normed_ptr + zero, logits_ptr + zero, EPS, H, E, BLOCK_E, STEPS,
+                BLOCK_H, PTX,
+            )  # fmt: skip
     else:
         part = program - ROUTERS
         sums = tl.zeros((2 * BLOCK_S,), dtype=tl.float32)
@@ -100,12 +107,12 @@ def moe_one_token_shared_router(
             squares += tl.sum(x * x, axis=0)
             x *= tl.load(norm_ptr + offs_h, mask=offs_h < H, other=0.0).to(tl.float32)
             if INT8:
-                unit = tl.maximum(tl.max(tl.abs(x), axis=0) / 32512.0, 1e-30)
-                high, low = two_bytes(x, unit, CHUNK)
-                high = high.reshape(SHARED_STEPS, SHARED_BLOCK // 4)[:, None, :]
-                low = low.reshape(SHARED_STEPS, SHARED_BLOCK // 4)[:, None, :]
-                units = tl.sum(dot_bytes(shared, high, PTX), axis=0) * 256 + tl.sum(dot_bytes(shared, low, PTX), axis=0)
-                sums += tl.sum(units.to(tl.float32), axis=1) * unit
+                largest = tl.maximum(tl.max(tl.abs(x), axis=0), 1e-30)
+                first, second = two_halves(x, 32512.0 / largest, CHUNK)
+                first = first.reshape(SHARED_STEPS, SHARED_BLOCK // 4)[:, None, :]
+                second = second.reshape(SHARED_STEPS, SHARED_BLOCK // 4)[:, None, :]
+                units = tl.sum(dot_halves(shared, first, second, PTX), axis=0)
+                sums += tl.sum(units.to(tl.float32), axis=1) * (largest / 32512.0)
             else:
                 products = shared.to(tl.float32) * x.reshape(SHARED_STEPS, SHARED_BLOCK)[:, None, :]
                 sums += tl.sum(tl.sum(products, axis=0), axis=1)

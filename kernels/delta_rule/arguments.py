@@ -1,6 +1,6 @@
-"""Arguments of `gated_delta_net` and their checks.
+"""Arguments of `gated_delta_net` and `rows_delta_rule`, and their checks.
 
-The operator, its fake and its CPU kernel share the checks, which depend only on shapes, dtypes and devices.
+The operators, their fakes and their CPU kernels share the checks, which depend only on shapes, dtypes and devices.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ HEAD_DIMS = (16, 32, 64, 128)
 CONV_SIZES = (2, 3, 4, 5, 6, 7, 8)
 """Supported numbers of tokens under the convolution."""
 FLOATS = (torch.bfloat16, torch.float32, torch.float16)
+MAX_ROWS = 64
+"""As for the other operators for rows of several texts (`kernels/batch`)."""
 UNFUSED = "or compute this layer with transformers' modules"
 
 
@@ -40,6 +42,35 @@ class DeltaRuleArguments(NamedTuple):
         """Sizes of the layer; valid after `check_gated_delta_net`."""
         value_heads, value_dim = self.recurrent_state.shape[0], self.recurrent_state.shape[2]
         return DeltaRuleSizes(self.num_key_heads, value_heads, self.key_dim, value_dim, self.conv_weight.shape[1])
+
+
+class RowsDeltaRuleArguments(NamedTuple):
+    """Arguments of `op.rows_delta_rule`, in its order; its docstring gives shapes and dtypes."""
+
+    projected: Tensor
+    conv_weight: Tensor
+    dt_bias: Tensor
+    a_log: Tensor
+    norm_weight: Tensor
+    conv_states: Tensor
+    recurrent_states: Tensor
+    positions: Tensor
+    slots: Tensor
+    num_key_heads: int
+    key_dim: int
+    eps: float
+
+    @property
+    def sizes(self) -> DeltaRuleSizes:
+        """Sizes of the layer; valid after `check_rows_delta_rule`."""
+        return self.of_one().sizes
+
+    def of_one(self) -> DeltaRuleArguments:
+        """Arguments of `op.gated_delta_net` for the first row, with the states of the first slot."""
+        first, states = self.projected[:1], (self.conv_states[0], self.recurrent_states[0])
+        weights = self.conv_weight, self.dt_bias, self.a_log, self.norm_weight
+        position = self.positions[:1]
+        return DeltaRuleArguments(first, *weights, *states, position, self.num_key_heads, self.key_dim, self.eps)
 
 
 class DeltaRuleSizes(NamedTuple):
@@ -139,3 +170,51 @@ def check_gated_delta_net(arguments: DeltaRuleArguments) -> None:
     check_eps(eps)
     stored = tuple(name for name in arguments._fields if name != "projected")
     check_layout("projected", projected, arguments._asdict(), stored)
+
+
+def check_rows_delta_rule(arguments: RowsDeltaRuleArguments) -> None:
+    """Check every argument of `rows_delta_rule` against its docstring.
+
+    Raises:
+        ValueError: a dtype, shape, device, layout or value that the operator does not accept.
+    """
+    projected, conv_states, recurrent_states = arguments.projected, arguments.conv_states, arguments.recurrent_states
+    if projected.dim() != 2 or not 1 <= projected.shape[0] <= MAX_ROWS:
+        raise ValueError(
+            f"projected has shape {list(projected.shape)}, expected [T, columns] with T from 1 to {MAX_ROWS}: pass one "
+            "token of each text"
+        )
+    for name, t, dims in (("conv_states", conv_states, 3), ("recurrent_states", recurrent_states, 4)):
+        if t.dim() != dims or t.shape[0] < 1:
+            raise ValueError(
+                f"{name} has shape {list(t.shape)}, expected the state of each of S slots, {dims} dimensions: stack "
+                "the states of the texts"
+            )
+    if conv_states.shape[0] != recurrent_states.shape[0]:
+        raise ValueError(
+            f"conv_states has {conv_states.shape[0]} slots and recurrent_states has {recurrent_states.shape[0]}: pass "
+            "both states of the same slots"
+        )
+    for name, t in (("positions", arguments.positions), ("slots", arguments.slots)):
+        check_dtype(name, t, (torch.int64,))
+        check_shape(name, t, (projected.shape[0],), "pass one number for each row")
+    stored = tuple(name for name in arguments._fields if name != "projected")
+    check_layout("projected", projected, arguments._asdict(), stored)
+    check_gated_delta_net(arguments.of_one())
+
+
+def check_slots(arguments: RowsDeltaRuleArguments) -> None:
+    """Check the values of slots, which is possible on the CPU only.
+
+    Raises:
+        ValueError: a slot that there is not, or one of two rows that are not empty.
+    """
+    slots, count = arguments.slots, arguments.conv_states.shape[0]
+    if not 0 <= int(slots.min()) <= int(slots.max()) < count:
+        raise ValueError(
+            f"slots has numbers from {int(slots.min())} to {int(slots.max())}, expected 0 to {count - 1}: pass the "
+            "slot of each row, and any for empty rows"
+        )
+    used = slots[arguments.positions >= 0]
+    if len(used.unique()) != len(used):
+        raise ValueError(f"slots {slots.tolist()} has one of two rows: give each row that is not empty its own")

@@ -1,4 +1,4 @@
-"""The delta rule for one token: one launch, one program for each value head.
+"""The delta rule for one token of one text, or of several: one launch, one program for each value head of a token.
 
 The state is most of what the launch reads and writes (2 MB of 2.2 for Qwen3.5-35B-A3B). A program holds the state of
 its head in registers, so that it is read once and written once, and all of it is requested before the wait for the
@@ -47,25 +47,21 @@ def keep_input(new_conv_ptr, channels, x, position, mine, C: tl.constexpr, K: tl
 
 
 @triton.jit
-def moe_delta_rule_one_token(
-    projected_ptr,  # [P]: query, key, value, z, b, a
-    weight_ptr,  # [C, K], of the convolution
-    dt_bias_ptr, a_log_ptr,  # [HV]
-    norm_ptr,  # [DV]
-    position_ptr,  # int64 [1]
-    conv_ptr, new_conv_ptr,  # [K, C]; may be the same
-    state_ptr, new_state_ptr,  # fp32 [HV, DK, DV]; may be the same
-    out_ptr,  # [HV * DV]
+def value_head(
+    head, position, live,
+    projected_ptr, weight_ptr, dt_bias_ptr, a_log_ptr, norm_ptr, conv_ptr, new_conv_ptr, state_ptr, new_state_ptr,
+    out_ptr,
     SCALE: tl.constexpr, EPS: tl.constexpr,
     HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     K: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Convolution, gates, delta rule and gated norm of one value head, for one token.
+    """Convolution, gates, delta rule and gated norm of one value head, for one token; pointers are its text's.
 
-    Before its wait it reads the states and the position. That is safe because another launch, which makes `projected`,
-    is between the launch that wrote them and this one.
+    Without `live`, states are neither read nor written, and the result is zeros; the position is below 0 then.
+
+    Before its wait it reads the states. That is safe because another launch, which makes `projected`, is between the
+    launch that wrote them and this one.
     """
-    head = tl.program_id(0)
     GROUP: tl.constexpr = HV // HK
     C: tl.constexpr = 2 * HK * DK + HV * DV
     offs_k, offs_v = tl.arange(0, DK), tl.arange(0, DV)
@@ -75,8 +71,7 @@ def moe_delta_rule_one_token(
     qk_channels = is_key * (HK * DK) + (head // GROUP) * DK + offs_k[None, :]
     v_channels = 2 * HK * DK + head * DV + offs_v
     cells = head * (DK * DV) + offs_k[:, None] * DV + offs_v[None, :]
-    position = tl.load(position_ptr)
-    state = tl.load(state_ptr + cells)
+    state = tl.load(state_ptr + cells, mask=live, other=0.0)
     qk, qk_weight = convolved_past(conv_ptr, weight_ptr, qk_channels, position, C, K)
     v, v_weight = convolved_past(conv_ptr, weight_ptr, v_channels, position, C, K)
     norm = tl.load(norm_ptr + offs_v).to(tl.float32)
@@ -105,8 +100,58 @@ def moe_delta_rule_one_token(
     update = (v - tl.sum(state * k[:, None], axis=0) * decay) * beta
     # q @ (decay * state + k update) in two parts, so that both sums over the state are independent of each other.
     out = tl.sum(state * q[:, None], axis=0) * decay + tl.sum(q * k, axis=0) * update
-    tl.store(new_state_ptr + cells, state * decay + k[:, None] * update[None, :])
+    tl.store(new_state_ptr + cells, state * decay + k[:, None] * update[None, :], mask=live)
     out *= tl.rsqrt(tl.sum(out * out, axis=0) / DV + EPS) * norm * silu(z)
-    tl.store(out_ptr + head * DV + offs_v, rounded(out, out_ptr, PTX))
-    keep_input(new_conv_ptr, qk_channels, qk_new, position, head % GROUP == 0, C, K, PTX)
-    keep_input(new_conv_ptr, v_channels, v_new, position, True, C, K, PTX)
+    tl.store(out_ptr + head * DV + offs_v, rounded(tl.where(live, out, 0.0), out_ptr, PTX))
+    keep_input(new_conv_ptr, qk_channels, qk_new, position, (head % GROUP == 0) & live, C, K, PTX)
+    keep_input(new_conv_ptr, v_channels, v_new, position, live, C, K, PTX)
+
+
+@triton.jit
+def moe_delta_rule_one_token(
+    projected_ptr,  # [P]: query, key, value, z, b, a
+    weight_ptr,  # [C, K], of the convolution
+    dt_bias_ptr, a_log_ptr,  # [HV]
+    norm_ptr,  # [DV]
+    position_ptr,  # int64 [1]
+    conv_ptr, new_conv_ptr,  # [K, C]; may be the same
+    state_ptr, new_state_ptr,  # fp32 [HV, DK, DV]; may be the same
+    out_ptr,  # [HV * DV]
+    SCALE: tl.constexpr, EPS: tl.constexpr,
+    HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    K: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """`value_head` for one token of one text. The position is read before the wait, like the states."""
+    value_head(
+        tl.program_id(0), tl.load(position_ptr), True,
+        projected_ptr, weight_ptr, dt_bias_ptr, a_log_ptr, norm_ptr, conv_ptr, new_conv_ptr, state_ptr, new_state_ptr,
+        out_ptr, SCALE, EPS, HK, HV, DK, DV, K, PTX,
+    )  # fmt: skip
+
+
+@triton.jit
+def moe_delta_rule_rows(
+    projected_ptr,  # [T, P]: query, key, value, z, b, a of each row
+    weight_ptr,  # [C, K], of the convolution
+    dt_bias_ptr, a_log_ptr,  # [HV]
+    norm_ptr,  # [DV]
+    positions_ptr,  # int64 [T]; below 0: an empty row
+    slots_ptr,  # int64 [T], a different one for each row that is not empty
+    conv_ptr, new_conv_ptr,  # [S, K, C]; may be the same
+    state_ptr, new_state_ptr,  # fp32 [S, HV, DK, DV]; may be the same
+    out_ptr,  # [T, HV * DV]
+    SCALE: tl.constexpr, EPS: tl.constexpr,
+    HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    K: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """`value_head` for one token of each of several texts, whose states are in slots; zeros for empty rows."""
+    head, row = tl.program_id(0), tl.program_id(1)
+    C: tl.constexpr = 2 * HK * DK + HV * DV
+    position, slot = tl.load(positions_ptr + row), tl.load(slots_ptr + row)  # int64, and so are all offsets of slots
+    value_head(
+        head, position, position >= 0,
+        projected_ptr + row * (C + HV * DV + 2 * HV), weight_ptr, dt_bias_ptr, a_log_ptr, norm_ptr,
+        conv_ptr + slot * (K * C), new_conv_ptr + slot * (K * C),
+        state_ptr + slot * (HV * DK * DV), new_state_ptr + slot * (HV * DK * DV),
+        out_ptr + row * (HV * DV), SCALE, EPS, HK, HV, DK, DV, K, PTX,
+    )  # fmt: skip

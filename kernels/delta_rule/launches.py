@@ -1,8 +1,9 @@
-"""`gated_delta_net` as launches of the kernels in decode_kernels.py and prefill_kernels.py."""
+"""The operators as launches of the kernels in decode_kernels.py and prefill_kernels.py."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -11,8 +12,8 @@ from torch import Tensor
 from executorch_moe.kernels.gpus import Gpu
 from executorch_moe.kernels.launch import Launch, is_traced, kernel_gpu, ptx_of
 
-from .arguments import DeltaRuleArguments
-from .decode_kernels import moe_delta_rule_one_token
+from .arguments import DeltaRuleArguments, DeltaRuleSizes, RowsDeltaRuleArguments
+from .decode_kernels import moe_delta_rule_one_token, moe_delta_rule_rows
 from .prefill_kernels import (
     moe_delta_rule_chunk,
     moe_delta_rule_inputs,
@@ -37,6 +38,63 @@ def run_gated_delta_net(
     tokens = arguments.projected.shape[0]
     run = _one_token if isinstance(tokens, int) and tokens == 1 else _chunks
     return run(arguments, states, ptx, submit), *states
+
+
+def run_rows_delta_rule(
+    arguments: RowsDeltaRuleArguments,
+    *,
+    gpu: Gpu | None = None,
+    submit: Callable[[Launch], None] = Launch.run,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One launch; `gpu` and `submit` as in `experts.plan.run_fused_experts`.
+
+    The new states are copies, because the kernel writes to the slots of its rows only; see `_states`.
+    """
+    arguments = arguments._replace(projected=arguments.projected.contiguous())
+    ptx = ptx_of(gpu or kernel_gpu(arguments.projected))
+    sizes, rows = arguments.sizes, arguments.projected.shape[0]
+    new_conv_states, new_states = arguments.conv_states.clone(), arguments.recurrent_states.clone()
+    out = arguments.projected.new_empty(rows, sizes.values)
+    launch = Launch(
+        moe_delta_rule_rows,
+        (sizes.value_heads, rows),
+        {
+            "projected_ptr": arguments.projected,
+            "weight_ptr": arguments.conv_weight,
+            "dt_bias_ptr": arguments.dt_bias,
+            "a_log_ptr": arguments.a_log,
+            "norm_ptr": arguments.norm_weight,
+            "positions_ptr": arguments.positions,
+            "slots_ptr": arguments.slots,
+            "conv_ptr": new_conv_states,
+            "new_conv_ptr": new_conv_states,
+            "state_ptr": new_states,
+            "new_state_ptr": new_states,
+            "out_ptr": out,
+        },
+        _constants(sizes, arguments.eps, ptx),
+        num_warps=_warps(sizes),
+    )
+    submit(launch)
+    return out, new_conv_states, new_states
+
+
+def _constants(sizes: DeltaRuleSizes, eps: float, ptx: int) -> dict[str, Any]:
+    """Constants of the kernels for one token of a text."""
+    return {
+        "SCALE": sizes.key_dim**-0.5,
+        "EPS": eps,
+        "HK": sizes.key_heads,
+        "HV": sizes.value_heads,
+        "DK": sizes.key_dim,
+        "DV": sizes.value_dim,
+        "K": sizes.conv_size,
+        "PTX": ptx,
+    }
+
+
+def _warps(sizes: DeltaRuleSizes) -> int:
+    return max(1, min(8, sizes.key_dim * sizes.value_dim // 2048))
 
 
 def _states(arguments: DeltaRuleArguments) -> tuple[Tensor, Tensor]:
@@ -74,17 +132,8 @@ def _one_token(
             "new_state_ptr": new_state,
             "out_ptr": out,
         },
-        {
-            "SCALE": sizes.key_dim**-0.5,
-            "EPS": arguments.eps,
-            "HK": sizes.key_heads,
-            "HV": sizes.value_heads,
-            "DK": sizes.key_dim,
-            "DV": sizes.value_dim,
-            "K": sizes.conv_size,
-            "PTX": ptx,
-        },
-        num_warps=max(1, min(8, sizes.key_dim * sizes.value_dim // 2048)),
+        _constants(sizes, arguments.eps, ptx),
+        num_warps=_warps(sizes),
     )
     submit(launch)
     return out

@@ -1,6 +1,6 @@
-"""The operator `gated_delta_net`, its fake and its CPU kernel.
+"""The operators `gated_delta_net` and `rows_delta_rule`, their fakes and their CPU kernels.
 
-It does not write to its arguments. It returns the new states, and the caller writes them to its buffers.
+They do not write to their arguments. They return the new states, and the caller writes them to its buffers.
 """
 
 from __future__ import annotations
@@ -11,10 +11,16 @@ from torch import Tensor
 
 from executorch_moe.kernels.inference_only import inference_operator
 
-from .arguments import DeltaRuleArguments, check_gated_delta_net
+from .arguments import (
+    DeltaRuleArguments,
+    RowsDeltaRuleArguments,
+    check_gated_delta_net,
+    check_rows_delta_rule,
+    check_slots,
+)
 from .arguments import fits_delta_rule as fits_delta_rule
-from .aten import gated_delta_net_aten
-from .launches import run_gated_delta_net
+from .aten import gated_delta_net_aten, rows_delta_rule_aten
+from .launches import run_gated_delta_net, run_rows_delta_rule
 
 
 @inference_operator("gated_delta_net", DeltaRuleArguments)
@@ -72,4 +78,53 @@ def _(*args):  # type: ignore[no-untyped-def]
         projected.new_empty(projected.shape[0], sizes.values),
         projected.new_empty(sizes.conv_size, sizes.channels),
         arguments.recurrent_state.new_empty(sizes.value_heads, sizes.key_dim, sizes.value_dim),
+    )
+
+
+@inference_operator("rows_delta_rule", RowsDeltaRuleArguments)
+def rows_delta_rule(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`gated_delta_net` for one token of each of several texts, whose states are in slots.
+
+    Letters: T rows, at most `MAX_ROWS`; S slots; the others as in `gated_delta_net`.
+
+    Args:
+        projected: bf16, fp16 or fp32 [T, C + Hv * Dv + 2 * Hv]: query, key, value, z, b and a of each row.
+        conv_weight, dt_bias, a_log, norm_weight: as for `gated_delta_net`.
+        conv_states: as `projected`, [S, K, C]; recurrent_states: fp32 [S, Hv, Dk, Dv]: the states of each slot.
+        positions: int64 [T], of the rows. At 0 a text starts, whatever its slot holds. Below 0: an empty row.
+        slots: int64 [T], the slot of each row, a different one for each that is not empty; any for empty rows.
+        num_key_heads: Hk. key_dim: Dk. eps: of the RMS norm.
+
+    Returns:
+        The input of the output projection, as `projected`, [T, Hv * Dv], zeros in empty rows; the new conv_states; the
+        new recurrent_states. The states of slots without a row are the old ones.
+
+    Raises:
+        ValueError: see `check_rows_delta_rule`; on the CPU also `check_slots`.
+        NotImplementedError: backward.
+    """
+    arguments = RowsDeltaRuleArguments(*args, **kwargs)
+    check_rows_delta_rule(arguments)
+    if arguments.projected.device.type == "cpu":  # only while tracing for the CPU
+        return rows_delta_rule_aten(arguments)
+    return run_rows_delta_rule(arguments)
+
+
+@rows_delta_rule.register_kernel("cpu")
+def _(*args):  # type: ignore[no-untyped-def]
+    arguments = RowsDeltaRuleArguments(*args)
+    check_rows_delta_rule(arguments)
+    check_slots(arguments)
+    return rows_delta_rule_aten(arguments)
+
+
+@rows_delta_rule.register_fake
+def _(*args):  # type: ignore[no-untyped-def]
+    arguments = RowsDeltaRuleArguments(*args)
+    check_rows_delta_rule(arguments)
+    projected, states = arguments.projected, arguments.recurrent_states
+    return (
+        projected.new_empty(projected.shape[0], arguments.sizes.values),
+        projected.new_empty(arguments.conv_states.shape),
+        states.new_empty(states.shape),
     )

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from executorch_moe.kernels._device import gated_activation, larger, launches_before, to_bf16
-from executorch_moe.kernels.decode.device import dense_rows
+from executorch_moe.kernels.decode.device import dense_rows, expert_at, expert_of_key, logit_of_key, next_key
 
 from .microscaled import sum_e2m1
 from .operands import dot_codes, dot_codes_apart
@@ -237,7 +237,7 @@ def moe_matvec(
     w_zero_ptr,  # bf16 [E, KP/GROUP, N], HAS_ZERO only
     bias_ptr,  # fp32 [E, N], HAS_BIAS only
     pair_weight_ptr,  # float [P] routing weights, GEMM2 only
-    topk_ids_ptr,  # int32 or int64 [P]
+    topk_ids_ptr,  # int32 or int64 [P]; fp32 [NUM_EXPERTS]: of one token, the logits, which a program ranks itself
     shared_ptr, share_ptr,  # bf16 [S] and fp32 [1], HAS_SHARED only: input and factor of a shared expert's dense layer
     dense_ptr, dense_scale_ptr,  # int8 or bf16 [OUT_COLS, S], HAS_SHARED only; fp32 [OUT_COLS], HAS_DENSE_SCALE only
     out_ptr,  # GEMM1: bf16 [P, OUT_COLS], in pair order; GEMM2: bf16 [T, OUT_COLS]
@@ -257,6 +257,8 @@ def moe_matvec(
     waited for it (GEMM1 takes the tensors too, so that Inductor launches nothing that writes them between the two).
     """
     tl.static_assert(GEMM == 1 or not INT8_ORDER)
+    RANKS: tl.constexpr = topk_ids_ptr.dtype.element_ty == tl.float32
+    tl.static_assert(not RANKS or not HAS_BIAS)
     BATCH: tl.constexpr = SLOTS * BLOCKS
     NEAR: tl.constexpr = ROWS // REPS
     n_block, item = tl.program_id(0), tl.program_id(1)
@@ -267,12 +269,35 @@ def moe_matvec(
     if GEMM == 1:
         zero = launches_before(True, PTX)
         topk_ids_ptr += zero
-        one_expert = tl.load(topk_ids_ptr + item).to(tl.int64)
+        if RANKS:
+            one_expert = expert_at(topk_ids_ptr, item, NUM_EXPERTS, TOP_K).to(tl.int64)
+        else:
+            one_expert = tl.load(topk_ids_ptr + item).to(tl.int64)
         one_valid = (one_expert >= 0) & (one_expert < NUM_EXPERTS)
         expert = one_expert + in_batch * 0
         valid = one_valid & (in_batch >= 0)
         x_row = item // TOP_K + batch * 0
         x_valid = one_valid & (batch >= 0)
+    elif RANKS:  # GEMM1 has waited for the logits, so they can be read while it runs
+        slot = in_batch // BLOCKS
+        x_slot = batch // BLOCKS
+        x_row = x_slot
+        chosen = slot * 0 - 1
+        pair_weight = x_slot.to(tl.float32) * 0.0
+        key = next_key(topk_ids_ptr, 2147483647, NUM_EXPERTS)
+        highest = logit_of_key(key)
+        total = 0.0
+        for i in tl.static_range(TOP_K):
+            share = tl.exp(logit_of_key(key) - highest)
+            total += share
+            chosen = tl.where(slot == i, expert_of_key(key), chosen)
+            pair_weight = tl.where(x_slot == i, share, pair_weight)
+            if i + 1 < TOP_K:
+                key = next_key(topk_ids_ptr, key, NUM_EXPERTS)
+        pair_weight /= total
+        expert = chosen.to(tl.int64)
+        valid = expert >= 0
+        x_valid = x_slot < TOP_K
     else:  # GEMM1 has waited for ids and routing weights, so they can be read while it runs
         slot = in_batch // BLOCKS
         expert = tl.load(topk_ids_ptr + item * TOP_K + slot, mask=slot < TOP_K, other=-1).to(tl.int64)

@@ -14,8 +14,11 @@ from .matvec import moe_matvec
 from .problem import Problem, cdiv
 
 
-def run_matvec(p: Problem) -> Tensor:
+def run_matvec(p: Problem, logits: Tensor | None = None) -> Tensor:
     """Two launches: GEMM1 with the activation, GEMM2 with the weighted sum over top_k.
+
+    Args:
+        logits: of one token, fp32 [E], each a bf16. The kernels choose the experts by them, not by ids and weights.
 
     Raises:
         ValueError: the weights are not packed in 4 bits, activations are not aligned to 32 bits, or the rows of a
@@ -31,13 +34,15 @@ def run_matvec(p: Problem) -> Tensor:
         configs = matvec_configs(p.gpu, p.scheme, p.layer, p.num_tokens, p.options.tables) or heuristic_matvec(p.layer)
     hidden = p.empty((p.num_pairs, p.i_pad), torch.bfloat16)
     out = p.empty((p.num_tokens, p.h), torch.bfloat16)
-    p.submit(matvec_launch(p, 1, configs[0], p.hidden_states, hidden))
-    p.submit(matvec_launch(p, 2, configs[1], hidden, out))
+    p.submit(matvec_launch(p, 1, configs[0], p.hidden_states, hidden, logits))
+    p.submit(matvec_launch(p, 2, configs[1], hidden, out, logits))
     return out
 
 
-def matvec_launch(p: Problem, gemm: int, config: MatvecConfig, x: Tensor, out: Tensor) -> Launch:
-    """The launch of one GEMM. x, out: see the kernel's parameters."""
+def matvec_launch(
+    p: Problem, gemm: int, config: MatvecConfig, x: Tensor, out: Tensor, logits: Tensor | None = None
+) -> Launch:
+    """The launch of one GEMM. x, out: see the kernel's parameters; logits: see `run_matvec`."""
     constants = p.constants(gemm)
     del constants["W_BITS"]
     n, k_blocks = constants["N"], constants["KP"] // 128
@@ -55,8 +60,8 @@ def matvec_launch(p: Problem, gemm: int, config: MatvecConfig, x: Tensor, out: T
         {
             "x_ptr": x,
             **p.weights(gemm),
-            "pair_weight_ptr": p.topk_weights,
-            "topk_ids_ptr": p.topk_ids,
+            "pair_weight_ptr": p.topk_weights if logits is None else logits,
+            "topk_ids_ptr": p.topk_ids if logits is None else logits,
             **p.dense(),
             "out_ptr": out,
         },

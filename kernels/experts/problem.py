@@ -35,6 +35,7 @@ class Options:
         gluon: tile configurations of both GEMMs for path "gluon".
         group_size_m: row blocks of a group in the tile order; replaces that of the configurations.
         tables: False ignores the tuning tables.
+        ranks_logits: in `one_token_experts`, kernels of the matrix-vector path choose the experts themselves.
     """
 
     path: str | None = None
@@ -46,6 +47,7 @@ class Options:
     gluon: tuple[GluonConfig, GluonConfig] | None = None
     group_size_m: int | None = None
     tables: bool = True
+    ranks_logits: bool = True
 
 
 @dataclass

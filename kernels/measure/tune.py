@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from triton.runtime.errors import OutOfResources
 
 from executorch_moe.kernels.experts.plan import Options
 from executorch_moe.kernels.gpus import Gpu, gpu_of
@@ -158,12 +159,18 @@ class Tuner:
         return [CompileJob(self.shape, self.scheme.name, t.tokens, _options(t)) for t in distinct.values()]
 
     def run(self, on_trial: Callable[[Trial, float], None] = lambda trial, us: None) -> TunedLayer:
-        """Time all trials and keep the fastest. `on_trial` is called with each trial and its time in microseconds."""
+        """Time all trials and keep the fastest. `on_trial` is called with each trial and its time in microseconds.
+
+        Trials that take more shared memory than the GPU has are left out.
+        """
         times: dict[tuple[str, int, int], list[tuple[float, GemmConfig]]] = {}
         for (path, tokens), trials in itertools.groupby(self.trials(), key=lambda t: (t.path, t.tokens)):
             inputs = self._inputs(tokens)
             for trial in trials:
-                us = self._time(inputs, trial)
+                try:
+                    us = self._time(inputs, trial)
+                except OutOfResources:  # `fit` only estimates what Triton allocates
+                    continue
                 times.setdefault((path, tokens, trial.gemm), []).append((us, trial.config))
                 on_trial(trial, us)
         grouped = [self._best_grouped(ratio, times) for ratio in PAIRS_PER_EXPERT]
@@ -208,11 +215,10 @@ class Tuner:
         tokens = self._tokens(ratio)
         pairs = []
         for height in HEIGHTS[ratio]:
-            best = [
-                min((t for t in times["grouped", tokens, gemm] if t[1].block_m == height), key=_time_of)
-                for gemm in (1, 2)
-            ]
-            pairs.append((best[0][0] + best[1][0], best[0][1], best[1][1]))
+            timed = [[t for t in times["grouped", tokens, gemm] if t[1].block_m == height] for gemm in (1, 2)]
+            if all(timed):
+                best = [min(found, key=_time_of) for found in timed]
+                pairs.append((best[0][0] + best[1][0], best[0][1], best[1][1]))
         _, gemm1, gemm2 = min(pairs, key=lambda pair: pair[0])
         return TunedRow(ratio, gemm1, gemm2)
 

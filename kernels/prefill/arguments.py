@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from executorch_moe.kernels.checks import check_dtype, check_eps, check_layout
+from executorch_moe.kernels.checks import check_dtype, check_eps, check_layout, check_matrix
 
 HEAD_DIMS = (32, 64, 128, 256)
 """Supported sizes of a head: tensor cores take powers of two of at least 16, and half a head is rotated at a time."""
@@ -168,6 +168,19 @@ def check_residual_norm(hidden: Tensor, update: Tensor, norm: Tensor, eps: float
         )
     check_eps(eps)
     check_layout("hidden", hidden, {"update": update, "norm": norm})
+
+
+def check_prompt_linear(x: Tensor, weight: Tensor, scale: Tensor | None) -> None:
+    """Check the arguments of `prompt_linear` against its docstring.
+
+    Raises:
+        ValueError: a dtype, shape, device or layout that the operator does not accept.
+    """
+    check_dtype("x", x, (torch.bfloat16,))
+    if x.dim() < 2 or x.shape[-1] < 1:
+        raise ValueError(f"x has shape {list(x.shape)}, expected [..., T, K]: pass tokens with K elements each")
+    check_matrix("weight", weight, scale, x.shape[-1])
+    check_layout("x", x, {"weight": weight, "scale": scale}, ("weight", "scale"))
 
 
 def fits_top_experts(experts: int, top_k: int) -> bool:

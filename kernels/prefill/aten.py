@@ -101,3 +101,9 @@ def residual_norm_aten(hidden: Tensor, update: Tensor, norm: Tensor, eps: float)
     row = summed.float()
     normed = row * torch.rsqrt(row.pow(2).mean(-1, keepdim=True) + eps) * norm.flatten().float()
     return summed, normed.to(hidden.dtype)
+
+
+def prompt_linear_aten(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    """`op.prompt_linear` in ATen: fp32, rounded to bf16 at the end."""
+    y = x.float() @ weight.float().T
+    return (y if scale is None else y * scale).to(x.dtype)

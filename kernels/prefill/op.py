@@ -17,6 +17,7 @@ from .arguments import (
     CachedAttentionArguments,
     HeadsArguments,
     check_cached_attention,
+    check_prompt_linear,
     check_residual_norm,
     check_rotated_heads,
     check_top_experts,
@@ -26,8 +27,15 @@ from .arguments import fits_cached_attention as fits_cached_attention
 from .arguments import fits_cached_attention_on_cpu as fits_cached_attention_on_cpu
 from .arguments import fits_residual_norm as fits_residual_norm
 from .arguments import fits_top_experts as fits_top_experts
-from .aten import cached_attention_aten, residual_norm_aten, rotated_heads_aten, top_experts_aten
+from .aten import (
+    cached_attention_aten,
+    prompt_linear_aten,
+    residual_norm_aten,
+    rotated_heads_aten,
+    top_experts_aten,
+)
 from .launches import run_cached_attention, run_residual_norm, run_rotated_heads, run_top_experts
+from .linear import run_prompt_linear
 
 
 @inference_operator("residual_norm")
@@ -119,6 +127,26 @@ def top_experts(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return top_experts_aten(logits, top_k) if logits.device.type == "cpu" else run_top_experts(logits, top_k)
 
 
+@inference_operator("prompt_linear")
+def prompt_linear(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    """A linear layer for any number of tokens: x @ weight.T * scale, with fp32 sums, rounded to bf16 once.
+
+    int8 weights become bf16 in a temporary matrix, which is exact.
+
+    Args:
+        x: bf16 [..., T, K]. weight: int8 or bf16 [N, K]. scale: fp32 [N] or None.
+
+    Returns:
+        bf16 [..., T, N].
+
+    Raises:
+        ValueError: see `check_prompt_linear`.
+        NotImplementedError: backward.
+    """
+    check_prompt_linear(x, weight, scale)
+    return prompt_linear_aten(x, weight, scale) if x.device.type == "cpu" else run_prompt_linear(x, weight, scale)
+
+
 @residual_norm.register_kernel("cpu")
 def _(hidden, update, norm, eps):  # type: ignore[no-untyped-def]
     check_residual_norm(hidden, update, norm, eps)
@@ -173,3 +201,15 @@ def _(logits, top_k):  # type: ignore[no-untyped-def]
     check_top_experts(logits, top_k)
     shape = (logits.shape[0], top_k)
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
+
+
+@prompt_linear.register_kernel("cpu")
+def _(x, weight, scale):  # type: ignore[no-untyped-def]
+    check_prompt_linear(x, weight, scale)
+    return prompt_linear_aten(x, weight, scale)
+
+
+@prompt_linear.register_fake
+def _(x, weight, scale):  # type: ignore[no-untyped-def]
+    check_prompt_linear(x, weight, scale)
+    return x.new_empty(*x.shape[:-1], weight.shape[0])

@@ -251,7 +251,7 @@ RECURRENT = (
     # projections that interleave the parts of each key head
     Family("qwen3_next", "Qwen3Next", GATED_DELTA_RULE, moe_layers=4),
 )
-"""Families with recurrent layers, which cannot be exported for a changing length without our modules."""
+"""Families with recurrent layers, which can be exported for a changing length within `any_length` only."""
 
 
 def by_name(name: str) -> Family:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from executorch_moe.kernels.delta_rule.arguments import DeltaRuleArguments, DeltaRuleSizes
+from executorch_moe.kernels.delta_rule.arguments import DeltaRuleArguments, DeltaRuleSizes, RowsDeltaRuleArguments
 
 EPS = 1e-6
 TINY = DeltaRuleSizes(2, 4, 16, 32, 4)
@@ -71,9 +71,12 @@ def make(
     )
 
 
-def on(arguments: DeltaRuleArguments, device: str) -> DeltaRuleArguments:
+Arguments = TypeVar("Arguments", DeltaRuleArguments, RowsDeltaRuleArguments)
+
+
+def on(arguments: Arguments, device: str) -> Arguments:
     """The same arguments on another device."""
-    return DeltaRuleArguments(*(part.to(device) if isinstance(part, Tensor) else part for part in arguments))
+    return type(arguments)(*(part.to(device) if isinstance(part, Tensor) else part for part in arguments))
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from triton.runtime.errors import OutOfResources
 
 from executorch_moe.kernels.experts.plan import Options, run_fused_experts
 from executorch_moe.kernels.gpus import MODELS, Gpu, find_model
@@ -191,6 +192,19 @@ def test_tuning_the_grouped_path_only() -> None:
     heuristic = [heuristic_few_tokens(H200, get_scheme("mxfp4"), tuner.layer, tokens) for tokens in (1, 2, 4, 8)]
     assert [(row.gemm1, row.gemm2) for row in tuned.few_tokens] == heuristic
     assert tuned.grouped[-1].up_to == PAIRS_PER_EXPERT[-1]
+
+
+def test_tuning_leaves_out_what_does_not_fit() -> None:
+    class Full(Dry):
+        def _time(self, inputs, trial: Trial) -> float:  # type: ignore[no-untyped-def]
+            if trial.config.block_n == 128:  # the fastest ones
+                raise OutOfResources(245760, 232448, "shared memory")
+            return super()._time(inputs, trial)
+
+    timed: list[Trial] = []
+    tuned = Full("qwen35", "w4a16", few_win_up_to=4).run(on_trial=lambda trial, us: timed.append(trial))
+    assert timed and not any(trial.config.block_n == 128 for trial in timed)
+    assert {row.gemm1.block_n for row in tuned.few_tokens} == {64}
 
 
 def test_an_entry_replaces_its_own_and_keeps_the_others(tmp_path: Path) -> None:

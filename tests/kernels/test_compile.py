@@ -33,7 +33,7 @@ from executorch_moe.kernels.shapes import SHAPES, LayerShape
 from executorch_moe.kernels.tuning.configs import MatvecConfig
 from executorch_moe.kernels.tuning.tables import table_path
 
-from ..combinations import combinations
+from ..combinations import EXHAUSTIVE, combinations
 from .conftest import PROPERTY
 from .wgmma_registers import hazards, parse
 
@@ -84,8 +84,7 @@ def test_kernels_fit_the_target(scheme: str, capability: int, record_property: C
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize("scheme", ["w4a16", "mxfp4"])
-@pytest.mark.parametrize("tokens", [1, 512])
+@pytest.mark.parametrize(("tokens", "scheme"), combinations([1, 512], ["w4a16", "mxfp4"], one_of=2))
 def test_clamped_swiglu_with_biases(tokens: int, scheme: str) -> None:
     """GPT-OSS's layer on an H100: its hidden size is not a power of two."""
     gpu = find_model("sm_90").gpu
@@ -180,7 +179,7 @@ def test_a_wgmma_without_a_wait_in_its_step_is_a_hazard() -> None:
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize("tokens", [1, 4, 16, 64])
+@pytest.mark.parametrize("tokens", [1, 64, *(pytest.param(tokens, marks=EXHAUSTIVE) for tokens in (4, 16))])
 def test_mxfp4_takes_registers_for_no_fewer_programs(tokens: int) -> None:
     """GPT-OSS's layer on an H100: at least 4/5 as many programs fit a multiprocessor as with w4a16, without spills."""
     gpu = find_model("sm_90").gpu
@@ -195,13 +194,20 @@ def test_mxfp4_takes_registers_for_no_fewer_programs(tokens: int) -> None:
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("scheme", "group_size"), [("w4a16", 32), ("w4a16", 128), ("mxfp4", 32)])
-def test_weights_of_the_matvec_path_stay_where_they_are_loaded(scheme: str, group_size: int, capability: int) -> None:
+@pytest.mark.parametrize(
+    ("capability", "weights"),
+    combinations(
+        [90, 80],
+        {f"{scheme} {size}": (scheme, size) for scheme, size in (("w4a16", 32), ("w4a16", 128), ("mxfp4", 32))},
+        one_of=2,
+    ),
+)
+def test_weights_of_the_matvec_path_stay_where_they_are_loaded(capability: int, weights: tuple[str, int]) -> None:
     """Triton's choice of layouts depends on the order of loads; another choice moves all weights between threads.
 
     A thread has 32 words of weights. What it exchanges are a few scales, and its sums.
     """
+    scheme, group_size = weights
     shape = replace(SHAPES["qwen3"], group_size=group_size)
     options = Options(path="matvec", matvec=(MatvecConfig(), MatvecConfig()))
     for launch in record_launches(find_model(f"sm_{capability}").gpu, scheme, 1, shape, options):

@@ -55,7 +55,7 @@ def test_grouped_path_against_the_oracle(case: Case, scheme: str) -> None:
     assert relative_error(out, problem.expected) <= BOUNDS[scheme]
 
 
-@pytest.mark.parametrize(("case", "scheme"), combinations(CASES, list(SCHEMES), one_of=2))
+@pytest.mark.parametrize(("case", "scheme"), combinations(CASES, list(SCHEMES), one_of=3))
 def test_the_configurations_that_users_get(case: Case, scheme: str) -> None:
     problem = make(case, scheme)
     out = run_fused_experts(problem.args(), options=Options(path="grouped"))
@@ -78,7 +78,7 @@ def test_few_tokens_path_against_the_oracle(case: Case, scheme: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "variant"), combinations([2, 16, 18], [(1, 64, False), (3, 64, True), (1, 32, False)], one_of=2)
+    ("tokens", "variant"), combinations([2, 16, 18], [(1, 64, False), (3, 64, True), (1, 32, False)], one_of=3)
 )
 def test_few_tokens_of_which_several_share_an_expert(tokens: int, variant: tuple[int, int, bool]) -> None:
     """More pairs than experts, more rows than a tile, and K in several parts."""
@@ -107,7 +107,7 @@ def test_a_token_that_names_an_expert_twice(experts: int) -> None:
         [(256, 256, 32), (256, 256, 64), (256, 256, 128), (256, 256, 256), (160, 96, 32)],
         {"scale before": False, "scale after": True},
         ["grouped", "few_tokens"],
-        one_of=3,
+        one_of=5,
     ),
 )
 def test_every_way_of_scaling(

@@ -18,6 +18,7 @@ from executorch_moe.kernels.decode.launches import run_one_token_attention, run_
 from executorch_moe.kernels.delta_rule.launches import run_gated_delta_net
 from executorch_moe.kernels.experts.plan import Options, run_fused_experts
 from executorch_moe.kernels.launch import Launch
+from executorch_moe.kernels.routed.op import TokenExpertArguments, run_one_token_experts
 from executorch_moe.kernels.tuning.choose import MAX_PAIRS, Variant
 from executorch_moe.kernels.tuning.configs import GemmConfig
 
@@ -136,8 +137,13 @@ def test_a_token_through_decoder_layers() -> None:
             weight = codes(hidden, heads * head_dim)
             router = random(experts, hidden, deviation=hidden**-0.5)
             route = ops.RouteArguments(out, *weight, summed, random(hidden), router, 2, EPS)
-            row, normed, weights, ids = run_one_token_router(route)
-            update = run_fused_experts(packed.arguments(normed, ids, weights))[None]
+            if layer == 0:
+                row, normed, weights, ids = run_one_token_router(route)
+                out = run_fused_experts(packed.arguments(normed, ids, weights))
+            else:  # the experts' kernels rank the logits
+                kind = packed.scheme, "silu", packed.group_size
+                row, out = run_one_token_experts(TokenExpertArguments(*route, *packed.tensors().values(), *kind))
+            update = out[None]
         assert update is not None
         return run_one_token_linear(row + update, *codes(64, hidden))
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from executorch_moe.kernels.decode import launches as launches_module
 from executorch_moe.kernels.decode import op as ops
 from executorch_moe.kernels.decode.aten import one_token_attention_aten, one_token_linear_aten, one_token_router_aten
 from executorch_moe.kernels.decode.launches import (
@@ -125,12 +126,11 @@ def test_operators_as_torch_wants_them(update: bool) -> None:
     torch.library.opcheck(torch.ops.executorch_moe.one_token_router, route_arguments("int8", 3), test_utils=checks)
 
 
-def test_splits_leave_the_last_program_little_to_read() -> None:
-    assert splits_of(Gpu(90, 132, 232448), 4, 8 * 128) == 32
-    assert splits_of(Gpu(90, 132, 232448), 1, 128) == 32  # more would take long to compile
-    assert splits_of(Gpu(90, 132, 232448), 1, 16 * 256) == 8
-    assert splits_of(Gpu(90, 4, 232448), 8, 128) == 1
-    assert splits_of(Gpu(90, 132, 232448), 1, 128 * 256) == 1
+def test_parts_of_the_cache_fill_a_gpu() -> None:
+    assert splits_of(Gpu(90, 132, 232448), 4) == 32
+    assert splits_of(Gpu(90, 132, 232448), 1) == 32
+    assert splits_of(Gpu(90, 132, 232448), 8) == 16
+    assert splits_of(Gpu(90, 4, 232448), 8) == 1
 
 
 LINEAR = [("int8", 5000, 96), ("bf16", 96, 2048), ("int8", 33, 4500)]  # rows and columns that are not powers of two
@@ -250,6 +250,32 @@ def test_linear_on_a_gpu(kind: str, rows: int, columns: int) -> None:
     found = ops.one_token_linear(*there)
     _assert_close((found.cpu(),), (ops.one_token_linear(x, weight, scale),))
     assert torch.equal(ops.one_token_linear(*there), found)
+
+
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize(("case", "splits", "at_once"), [(0, 2, 2), (3, 1, 1), (4, 2, 1)])
+def test_attention_with_few_parts(
+    case: int, splits: int, at_once: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program has several blocks, which it requests early, and the last one combines the parts in several steps."""
+    monkeypatch.setattr(launches_module, "MAX_SPLITS", splits)
+    monkeypatch.setattr(launches_module, "POSITIONS", 64)
+    monkeypatch.setattr(launches_module, "MAX_AT_ONCE", at_once)
+    arguments = attention_arguments(*ATTENTION[case])
+    there = (part.to(device) if isinstance(part, Tensor) else part for part in arguments)
+    launches: list[Launch] = []
+
+    def submit(launch: Launch) -> None:
+        launches.append(launch)
+        launch.run_now()
+
+    found = run_one_token_attention(ops.AttentionArguments(*there), submit=submit)
+    constants = launches[1].constexprs
+    assert (constants["SPLITS"], constants["AT_ONCE"], constants["EARLY"]) == (splits, at_once, True)
+    expected = one_token_attention_aten(ops.AttentionArguments(*arguments))
+    _assert_close(tuple(part.cpu() for part in found), expected)
 
 
 @pytest.mark.compiler

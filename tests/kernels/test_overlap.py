@@ -18,23 +18,26 @@ from executorch_moe.kernels.decode.launches import (
     run_one_token_router,
     run_one_token_shared_router,
 )
-from executorch_moe.kernels.delta_rule.launches import run_gated_delta_net
+from executorch_moe.kernels.delta_rule.launches import run_gated_delta_net, run_rows_delta_rule
 from executorch_moe.kernels.experts.plan import Options, run_fused_experts
 from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED, Gpu, find_model
 from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.measure.compile import compile_kernel, record_launches
-from executorch_moe.kernels.measure.timing import LayerInputs, make_layers
+from executorch_moe.kernels.measure.timing import LayerInputs, make_layers, random_packed
+from executorch_moe.kernels.prefill.linear import run_prompt_linear
+from executorch_moe.kernels.routed.op import TokenExpertArguments, run_one_token_experts
 from executorch_moe.kernels.shapes import SHAPES, LayerShape
 
 from .batch_launches import launches_of_rows
 from .delta_rule_cases import QWEN35, make, on
+from .test_rows_delta_rule import rows as make_rows
 from .wait_dependence import unordered_stores
 
 H, HEADS, KV_HEADS, HEAD_DIM, CONTEXT = 2048, 32, 4, 128, 640
 
 
 def launches_of_a_layer(capability: int) -> list[Launch]:
-    """Kernels of layers for one token and for rows, of experts and delta rule for several tokens, on meta tensors."""
+    """Kernels of a layer for one token, for rows, and for several tokens (not all), on meta tensors."""
     gpu = Gpu(capability, 132, MAX_DYNAMIC_SHARED[capability])
     launches: list[Launch] = []
     with torch.device("meta"):
@@ -42,11 +45,23 @@ def launches_of_a_layer(capability: int) -> list[Launch]:
         run_one_token_attention(attention, gpu=gpu, submit=launches.append)
         run_one_token_router(route, gpu=gpu, submit=launches.append)
         gate_up = torch.empty(1040, H, dtype=torch.int8), torch.empty(1040)
+        packed = random_packed(SHAPES["qwen3"], "w4a16", "meta", torch.Generator())
+        kind = packed.scheme, "silu", packed.group_size
+        joined = TokenExpertArguments(*route, *packed.tensors().values(), *kind)
+        run_one_token_experts(joined, gpu=gpu, submit=launches.append)
+        # The shared expert's launch without a choice.
+        shared_half = *gate_up, 512, torch.empty(H, 512, dtype=torch.int8), torch.empty(H)
+        with_shared = TokenExpertArguments(*joined[:19], *shared_half)
+        run_one_token_experts(with_shared, gpu=gpu, submit=launches.append)
         run_one_token_shared_router(ops.SharedRouteArguments(*route, *gate_up, 512), gpu=gpu, submit=launches.append)
         launches += launches_of_rows(gpu, 64, HEAD_DIM, torch.int8)
         for tokens in (1, 70):
             arguments = on(make(QWEN35, tokens, dtype=torch.bfloat16), "meta")
             run_gated_delta_net(arguments, gpu=gpu, submit=launches.append)
+        prompt = torch.empty(1, 700, H, dtype=torch.bfloat16)
+        run_prompt_linear(prompt, gate_up[0], gate_up[1], gpu=gpu, submit=launches.append)
+        rows = make_rows(QWEN35, [3, -1, 0], torch.bfloat16)
+        run_rows_delta_rule(on(rows, "meta"), gpu=gpu, submit=launches.append)
     for tokens, scheme in ((1, "w4a16"), (600, "w4a8")):
         launches += record_launches(gpu, scheme, tokens, LayerShape(16, 8, H, 512), Options())
     return launches
@@ -95,7 +110,7 @@ def test_all_kernels_wait_where_launches_can_overlap(capability: int) -> None:
         # Nothing is written before the wait.
         assert "st.global" not in ptx.partition("griddepcontrol.wait")[0] or not waits, launch.kernel.__name__
         assert launch.options.get("launch_pdl", False) == (capability >= 90)
-    assert len(seen) == 18, seen
+    assert len(seen) == 22, seen
 
 
 @triton.jit
@@ -130,16 +145,26 @@ def test_no_store_can_be_moved_before_the_wait() -> None:
 
 
 def token_through(layers: list[LayerInputs], row: Tensor, submit: Callable[[Launch], None]) -> Tensor:
-    """Runs one token through decoder layers: each operator's result is the next one's input."""
+    """Runs one token through decoder layers: each operator's result is the next one's input.
+
+    In every second layer, the experts' kernels rank the router's logits.
+    """
     update = None
     for seed, layer in enumerate(layers):
         attention, route = weights_of_layer(seed)  # cached, so that a graph does not record how they are made
         attention = attention._replace(hidden=row, update=update)
         summed, out, _ = run_one_token_attention(attention, submit=submit)
-        row, normed, weights, ids = run_one_token_router(route._replace(x=out, residual=summed), submit=submit)
-        assert layer.packed is not None
-        arguments = layer.packed.arguments(normed, ids, weights, "silu")
-        update = run_fused_experts(arguments, submit=submit)[None]
+        route, packed = route._replace(x=out, residual=summed), layer.packed
+        assert packed is not None
+        if seed % 2:
+            kind = packed.scheme, "silu", packed.group_size
+            row, experts = run_one_token_experts(
+                TokenExpertArguments(*route, *packed.tensors().values(), *kind), submit=submit
+            )
+        else:
+            row, normed, weights, ids = run_one_token_router(route, submit=submit)
+            experts = run_fused_experts(packed.arguments(normed, ids, weights, "silu"), submit=submit)
+        update = experts[None]
     assert update is not None
     return row + update
 

@@ -25,6 +25,7 @@ from executorch_moe.kernels.prefill.launches import (
     run_top_experts,
 )
 
+from ..combinations import combinations
 from .test_memory import same_bits_in_any_order
 from .test_one_token import random
 
@@ -293,9 +294,14 @@ def test_interpreted_top_experts(name: str, top_k: int) -> None:
         same_bits_in_any_order(lambda: run_top_experts(logits, top_k))
 
 
+COMPILED_OFTEN = {(80, 128), (89, 64), (90, 128), (90, 256), (100, 64), (120, 256)}
+
+
 @pytest.mark.compiler
-@pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    ("capability", "head_dim"),
+    combinations([80, 89, 90, 100, 120], [64, 128, 256], chosen=lambda *cell: cell in COMPILED_OFTEN),
+)
 def test_kernels_compile_without_spills(capability: int, head_dim: int) -> None:
     gpu = Gpu(capability, 132, MAX_DYNAMIC_SHARED[capability])
     launches: list[Launch] = []

@@ -18,20 +18,27 @@ from executorch_moe.export.models.keywords import check
 class SlotKVCache(StaticKVCache):
     """Buffers `key_L` and `value_L`, [B, heads, C + 1, width] each: the names are those of `StaticKVCache`.
 
-    No text uses the last position of a slot: rows that are empty write there.
+    No text uses the last position of a slot: rows that are empty write there. Gated delta rule layers have `conv_L`
+    [B, K, channels] and `recurrent_L` [B, heads, key_dim, value_dim], to which empty rows do not write.
 
     Attributes:
         positions: C + 1.
     """
 
-    def __init__(self, cache: StaticKVCache, slots: int) -> None:
-        """B times a cache of one text that has keys and values only."""
+    def __init__(self, cache: StaticKVCache, slots: int, max_context: int) -> None:
+        """B times a cache of one text.
+
+        Args:
+            slots: B. max_context: C, of both caches.
+        """
         nn.Module.__init__(self)
-        self.num_layers, self.dtype = cache.num_layers, cache.dtype
+        self.num_layers, self.dtype, self.positions = cache.num_layers, cache.dtype, max_context + 1
         for name, buffer in cache.named_buffers():
-            _, heads, context, width = buffer.shape
-            self.register_buffer(name, buffer.new_zeros(slots, heads, context + 1, width))
-            self.positions = context + 1
+            if name.startswith(("key_", "value_")):
+                _, heads, _, width = buffer.shape
+                self.register_buffer(name, buffer.new_zeros(slots, heads, self.positions, width))
+            else:
+                self.register_buffer(name, buffer.new_zeros(slots, *buffer.shape))
 
 
 class SlotView(CacheView):
@@ -52,6 +59,19 @@ class SlotView(CacheView):
             return keys[:1], values[:1]
         return keys.index_select(0, self.slot), values.index_select(0, self.slot)
 
+    def states(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """States of the slot, copies; see `CacheView.states`."""
+        conv, recurrent = (whole.index_select(0, self._slot())[0] for whole in super().states(layer_idx))
+        return conv, recurrent
+
+    def keep_states(self, layer_idx: int, conv: Tensor, recurrent: Tensor) -> None:
+        """Writes the states of the slot."""
+        for whole, new in zip(super().states(layer_idx), (conv, recurrent), strict=True):
+            whole[self._slot()] = new[None].to(whole.dtype)
+
+    def _slot(self) -> Tensor:
+        return torch.zeros_like(self.cache_position[:1]) if self.slot is None else self.slot
+
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, kwargs: Mapping[str, Any] | None = None, **keywords: Any
     ) -> tuple[Tensor, Tensor]:
@@ -65,7 +85,7 @@ class SlotView(CacheView):
 
 
 class RowsView(CacheView):
-    """One token of each of several texts, behind the interface of `CacheView`.
+    """One token of each of several texts, behind the interface of `CacheView`. Its states are those of all slots.
 
     Attributes:
         slots: int64 [T], the slot of each row.

@@ -39,14 +39,16 @@ def check_batch(max_batch: int) -> None:
         raise ValueError(f"max_batch={max_batch} must be from 1 (one sequence) to {MAX_ROWS}: choose a value there")
 
 
-def check_kinds(kinds: tuple[str, ...] | list[str]) -> None:
+def check_kinds(kinds: tuple[str, ...] | list[str], *, for_cuda: bool) -> None:
     """Check that layers of these kinds can do several sequences.
 
     Raises:
-        NotImplementedError: layers with a recurrent state, which has no slots.
+        NotImplementedError: layers with a recurrent state on CUDA targets.
     """
-    if LINEAR in kinds:
-        raise NotImplementedError(f"several sequences at once need layers of attention only: {NOT_TOGETHER}")
+    if LINEAR in kinds and for_cuda:
+        raise NotImplementedError(
+            f"several sequences at once need layers of attention only on CUDA: use --target cpu, or {NOT_TOGETHER}"
+        )
 
 
 class BatchedLM(CausalLM):
@@ -66,9 +68,9 @@ class BatchedLM(CausalLM):
         """
         super().__init__(model, max_context)
         check_batch(slots)
-        check_kinds(self.kinds)
+        check_kinds(self.kinds, for_cuda=self._for_cuda)
         self.slots, self.output = slots, output
-        self.kv_cache = SlotKVCache(self.kv_cache, slots)
+        self.kv_cache = SlotKVCache(self.kv_cache, slots, max_context)
         self.find_nucleus: FindNucleus = nucleus
         self.find_nucleus_rows: FindNucleus = nucleus_rows
         if self._for_cuda and not all(_takes_rows(layer) for layer in self.model.model.layers):
@@ -129,7 +131,7 @@ class BatchedLM(CausalLM):
         masks = {kind: self._mask_at(kind, positions) for kind in self.kinds}
         output = self.model(
             input_ids=input_ids,
-            attention_mask=masks if len(masks) > 1 else masks[self.kinds[0]],
+            attention_mask=masks if len(masks) > 1 or LINEAR in masks else masks[self.kinds[0]],
             position_ids=positions,
             use_cache=True,
             logits_to_keep=1,
@@ -137,8 +139,10 @@ class BatchedLM(CausalLM):
         )
         return output.logits[:, -1].float()  # type: ignore[no-any-return]
 
-    def _mask_at(self, kind: str, positions: Tensor) -> Tensor:
+    def _mask_at(self, kind: str, positions: Tensor) -> Tensor | None:
         """Mask for one kind of layer, as `CausalLM` makes it, for N texts: positions int64 [N, T]."""
+        if kind == LINEAR:
+            return None
         window = self.model.config.sliding_window if kind == "sliding_attention" else None
         own = positions[:, None, :, None]
         if self._for_cuda:

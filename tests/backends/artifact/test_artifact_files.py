@@ -13,7 +13,15 @@ from tiny_artifacts import CONSTANTS, export_linear
 from torch.export import export
 
 from executorch_moe.backends import atomic_files as aside_module
-from executorch_moe.backends.artifact.files import Artifact, artifact_paths, check, open_artifact, save
+from executorch_moe.backends.artifact.files import (
+    _BLOCK,
+    Artifact,
+    _WithHoles,
+    artifact_paths,
+    check,
+    open_artifact,
+    save,
+)
 from executorch_moe.backends.artifact.ptd import PtdFile
 from executorch_moe.backends.artifact.pte import PteFile
 from executorch_moe.backends.runtime.loader import load
@@ -98,6 +106,19 @@ def test_files_beside_an_artifact_are_written_with_it_or_not_at_all(
     with pytest.raises(FileNotFoundError):
         save(manager, tmp_path / "relu", {beside: b"second"})
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", [bytes, memoryview])
+def test_blocks_of_zeros_become_holes(tmp_path: Path, kind: type) -> None:
+    zeros, ones = bytes(5 * _BLOCK), b"\1" * (_BLOCK + 7)
+    late = bytes(_BLOCK - 1) + b"\1"
+    parts = (b"head", zeros, ones, zeros[: _BLOCK - 1], late, zeros)
+    path = tmp_path / "file"
+    with open(path, "wb") as file:
+        assert [_WithHoles(file).write(kind(part)) for part in parts] == [len(part) for part in parts]
+        file.truncate()
+    assert path.read_bytes() == b"".join(parts)
+    assert 512 * path.stat().st_blocks < 6 * _BLOCK < path.stat().st_size
 
 
 def test_a_failing_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,23 @@ def test_plain_names_are_for_any_gpu() -> None:
     assert pick_methods(["prefill", "decode"], None) == {"decode": "decode", "prefill": "prefill"}
 
 
+@pytest.mark.parametrize(
+    ("capability", "decode"), [((8, 0), "decode@sm_80"), ((8, 9), "decode"), ((9, 0), "decode@sm_90")]
+)
+def test_plain_names_are_those_of_the_first_architecture(capability: tuple[int, int], decode: str) -> None:
+    names = ["decode", "decode@sm_80", "decode@sm_90", "forward"]
+    asked: list[str] = []
+
+    def sm_of(name: str) -> int:
+        asked.append(name)
+        return 86
+
+    assert pick_methods(names, capability, sm_of) == {"decode": decode, "forward": "forward"}
+    assert asked == ["decode"]
+    with pytest.raises(RuntimeError, match=r"method decode was exported for sm_80, sm_86, sm_90, this GPU is sm_75"):
+        pick_methods(names, (7, 5), sm_of)
+
+
 def test_no_code_for_the_gpu_names_both() -> None:
     line = r"method decode was exported for sm_80, sm_86, sm_90, this GPU is sm_75: export it again with --target sm_75"
     with pytest.raises(RuntimeError, match=line):

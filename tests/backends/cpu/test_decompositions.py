@@ -11,6 +11,7 @@ import pytest
 import torch
 from executorch.exir import to_edge_transform_and_lower
 from torch import Tensor, nn
+from torch._higher_order_ops.scan import scan_op
 from torch.export import Dim, ExportedProgram, export
 from torch.nn.functional import scaled_dot_product_attention as attention
 
@@ -223,3 +224,30 @@ def test_equal_nodes_are_merged_and_others_are_not() -> None:
     for got, expected in zip(program.module()(*args), module(*args), strict=True):
         assert got.dtype == expected.dtype
         torch.testing.assert_close(got, expected, rtol=2**-7, atol=2**-7)
+
+
+def test_a_decomposed_program_is_decomposed_again_only_if_it_must_be() -> None:
+    """ExecuTorch calls this twice for each method. Operators of nested programs, as those of a scan, count too."""
+    x = torch.randn(5, 16, 8)
+    program = decompose(export(Scanned(), (x,)))
+    assert program.run_decompositions({}) is program
+    table = {torch.ops.aten.sigmoid.default: torch.exp, torch.ops.aten.sym_size.int: torch.ops.aten.sym_size.int}
+    again = program.run_decompositions(table)
+    assert again is not program
+    torch.testing.assert_close(again.module()(x), Scanned(torch.exp)(x))
+
+
+class Scanned(nn.Module):
+    """Attention, then a scan that sums what a function makes of rows."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor] = torch.sigmoid) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        def step(total: Tensor, row: Tensor) -> list[Tensor]:
+            total = total + self.function(row)
+            return [total, total * 1.0]
+
+        y = attention(x, x, x)
+        return scan_op(step, [torch.zeros(16, 8)], [y], ())[1]

@@ -54,7 +54,7 @@ def test_code_is_for_the_targets(both: Both) -> None:
     report = inspect_artifact(both.artifact.pte)
     check_cuda_artifact(report)
     for name, method in report.methods.items():
-        sm = int(name.partition("@sm_")[2])
+        sm = int(name.partition("@sm_")[2] or both.other.removeprefix("sm_"))
         assert {code.sm for delegate in method.delegates for code in delegate.gpu_code} == {sm}
 
 

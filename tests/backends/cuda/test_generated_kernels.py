@@ -205,6 +205,8 @@ def test_inductors_defect_is_found_and_avoided() -> None:
     with defects_avoided():
         report = compile_repeated(CudaPartitioner)
         assert report.kernels >= 2 and not report.outside and not report.undecided
+        inside = f"{report.proven} loads and stores of {report.kernels} generated kernels inside their buffers"
+        assert str(report) == inside
     # Our partitioner disables the setting itself.
     assert not compile_repeated(MoECudaPartitioner).outside
 
@@ -226,8 +228,14 @@ def test_an_export_that_would_go_outside_is_refused(monkeypatch: pytest.MonkeyPa
     reports: list[AccessReport] = []
     with pytest.raises(OutOfBoundsError, match="export with another torch version"):
         targets.lower({"forward": program}, "sm_90", on_accesses=reports.append)
-    monkeypatch.undo()
-    targets.lower({"forward": program}, "sm_90", on_accesses=reports.append)
+    assert not reports
+
+
+@needs_cross_export
+@pytest.mark.exhaustive
+def test_an_export_reports_its_accesses() -> None:
+    reports: list[AccessReport] = []
+    targets.lower({"forward": torch.export.export(Repeated(), (torch.randn(16),))}, "sm_90", on_accesses=reports.append)
     (report,) = reports
     assert not any(NOT_CHECKED in text for text in report.undecided)
     assert str(report) == f"{report.proven} loads and stores of {report.kernels} generated kernels inside their buffers"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from emulated_cuda import WIDTH, cuda_backend_on_cpu, lower_emulated, open_cpu_container, stateful_programs
 from executorch.backends.cuda.cuda_backend import CudaBackend
@@ -21,6 +22,7 @@ def peek() -> dict[str, ExportedProgram]:
     return {"peek": stateful_programs()[1]["peek"]}
 
 
+@pytest.mark.exhaustive
 def test_an_export_that_ends_while_another_reads_its_library(tmp_path: Path) -> None:
     """The other export runs after the first has compiled. With shared folders it would remove the first's library."""
     others: list[Path] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import re
 import threading
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.fx import traceback
 
 import executorch_moe.backends
 import executorch_moe.export
@@ -25,6 +27,7 @@ from executorch_moe.backends.cuda.patches import PATCHES, VERSIONS, holder_of, r
 from executorch_moe.backends.cuda.patches.registry import GO_WITHOUT, USES, problem
 from executorch_moe.backends.cuda.placeholders import without_weights
 from executorch_moe.backends.cuda.shared_weights import shared_weights
+from executorch_moe.backends.lower import shared_history
 from executorch_moe.export.checkpoint.plan import _parameters_on_meta
 
 CONTEXTS: list[Callable[[], AbstractContextManager[Any]]] = [
@@ -34,8 +37,12 @@ CONTEXTS: list[Callable[[], AbstractContextManager[Any]]] = [
     uncopied_weights,
     one_parse_at_a_time,
     lambda: overlapped_launches(90),
+    shared_history,
 ]
-IDS = ["own_outputs", "shared_weights", "without_weights", "uncopied_weights", "one_parse", "overlapped_launches"]
+IDS = [
+    "own_outputs", "shared_weights", "without_weights", "uncopied_weights", "one_parse", "overlapped_launches",
+    "shared_history",
+]  # fmt: skip
 
 
 def originals() -> dict[str, Any]:
@@ -116,7 +123,7 @@ def test_modules_of_other_threads_keep_their_parameters() -> None:
             "cannot share weights between CUDA methods with .*: install exec",
         ),
         (shared_weights, "copy_exported_program_for_preprocess", "cannot share weights between CUDA methods with"),
-        (without_weights, "_write_tensor_storage", "cannot export an artifact without weights with .*: install exec"),
+        (without_weights, "_write_tensor_storage", "cannot write the weights of CUDA methods with .*: install exec"),
         (
             uncopied_weights,
             "_save_new_const_tensor",
@@ -146,9 +153,14 @@ def test_an_error_within_puts_everything_back() -> None:
 
 def test_what_is_gone_without_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "torch._higher_order_ops.triton_kernel_wrap:identify_accessed_tensors"
+    records = "torch.fx.traceback:NodeSource.__deepcopy__"
     assert {known for known, patch in PATCHES.items() if patch.otherwise == GO_WITHOUT} == {
-        name, "torch._inductor.codegen.cuda.device_op_overrides:CUDADeviceOpOverrides.kernel_driver",
+        name, "torch._inductor.codegen.cuda.device_op_overrides:CUDADeviceOpOverrides.kernel_driver", records,
     }  # fmt: skip
+    with monkeypatch.context() as without:
+        without.delattr(traceback, "NodeSource")
+        with shared_history():
+            pass
     monkeypatch.setattr(*holder_of(name), lambda other: None)
     assert "not (kernel, kwargs, tma_descriptor_metadata)" in problem(name)
     with replacing("cross"):
@@ -156,6 +168,14 @@ def test_what_is_gone_without_is_not_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.version, "hip", "6.4")
     with pytest.warns(LaunchesDoNotOverlap, match="ROCm"), overlapped_launches(90):
         pass
+
+
+def test_records_of_origin_are_copied_again_afterwards() -> None:
+    record = traceback.NodeSource(None, "first")
+    with shared_history():
+        assert copy.deepcopy([record])[0] is record
+    copied = copy.deepcopy(record)
+    assert copied is not record and copied.pass_name == "first"
 
 
 def test_every_entry_is_of_a_known_use_and_package() -> None:

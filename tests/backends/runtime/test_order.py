@@ -66,3 +66,43 @@ def test_other_models_may_go_back() -> None:
     program = loaded({"get_max_context_len": 64})
     for positions in ((0, 1, 2), (1,), (9,)):
         run(program, *positions)
+
+
+def loaded_with_slots() -> LoadedProgram:
+    program = loaded({**CONSTANTS, "get_max_batch": 3})
+    program._methods = {name: name for name in ("decode", "decode_batch", "prefill")}
+    return program
+
+
+def prefill(program: LoadedProgram, slot: int, *positions: int) -> None:
+    program.run("prefill", torch.zeros(1, len(positions)), torch.tensor(positions), torch.tensor([slot]))
+
+
+def step(program: LoadedProgram, *positions: int) -> None:
+    program.run("decode_batch", torch.zeros(len(positions), 1), torch.tensor(positions), torch.arange(len(positions)))
+
+
+def test_each_slot_has_an_order_of_its_own() -> None:
+    program = loaded_with_slots()
+    prefill(program, 0, 0, 1, 2)
+    prefill(program, 2, 0)
+    step(program, 3, -1, 1)
+    prefill(program, 1, 0, 1)
+    program.run("decode", torch.zeros(1, 1), torch.tensor([4]))  # slot 0
+    step(program, 5, 2, -1)
+    step(program, -1, 0, 2)
+    for positions in ((5, -1, -1), (-1, 3, -1), (-1, -1, 4)):
+        with pytest.raises(ValueError, match="method 'decode_batch' got positions"):
+            step(program, *positions)
+    with pytest.raises(ValueError, match="method 'prefill' got positions 7 to 7, expected 3"):
+        prefill(program, 2, 7)
+    program.reset()
+    with pytest.raises(ValueError, match="got positions 1 to 1, expected 0"):
+        step(program, -1, 1, -1)
+
+
+def test_slots_on_a_gpu_are_not_read() -> None:
+    program = loaded_with_slots()
+    prefill(program, 0, 0, 1)
+    program.run("prefill", torch.zeros(1, 2), torch.tensor([0, 1]), torch.zeros(1, dtype=torch.int64, device="meta"))
+    step(program, 9, 4, -1)  # what came before is unknown

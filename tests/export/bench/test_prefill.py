@@ -10,7 +10,7 @@ import pytest
 from executorch_moe.export.bench.breakdown import Kernel
 from executorch_moe.export.bench.prefill import PromptBreakdown, break_down_prompt, parts_of
 from executorch_moe.export.bench.prompt_work import Work, matrix_bytes, prompt_work, sizes_of
-from executorch_moe.export.models.synthetic import PRESETS
+from executorch_moe.export.models.synthetic import PRESETS, parse
 from executorch_moe.export.report.summary import model_sizes
 
 # One layer's kernels of prefill in an artifact for sm_90 with int8 linear layers and w4a16 experts, of which
@@ -86,6 +86,38 @@ def test_a_last_chunk_of_one_token() -> None:
     assert parts_of(kernels(names)) == parts
 
 
+NORM_KERNEL = "moe_residual_norm"
+SHARED_LAYER_END = (
+    ("moe_weights_to_bf16", "weights to bf16"),
+    ("moe_prompt_linear", "output projection"),
+    (NORM_KERNEL, "norm, elementwise"),
+    ("triton_tem_fused_mm_t_view_copy_5", "router"),
+    ("moe_top_experts", "routing"),
+    ("moe_prompt_linear", "shared expert"),
+    ("triton_poi_fused__to_copy_mul_silu_slice_8", "norm, elementwise"),
+    ("moe_route_count", "routing"),
+    *[("moe_grouped_gemm", "experts GEMM1")] * 2,
+    *[("moe_grouped_gemm", "experts GEMM2")] * 2,
+    ("moe_sum_pairs", "experts, other"),
+    ("moe_prompt_linear", "shared expert"),
+    (NORM_KERNEL, "norm, elementwise"),
+)
+
+
+def test_layers_of_the_delta_rule_and_of_attention_with_shared_experts() -> None:
+    delta = [(f"moe_delta_rule_{part}", "gated delta rule") for part in ("inputs", "chunk", "state", "output")]
+    names, parts = split(
+        (
+            *[("moe_prompt_linear", "delta rule projection"), *delta, *SHARED_LAYER_END] * 2,
+            ("moe_prompt_linear", "qkv projection"),
+            ("moe_cached_attention", "attention"),
+            *SHARED_LAYER_END,
+            ("moe_one_token_matvec", "lm_head"),
+        )
+    )
+    assert parts_of(kernels(names), shared_expert=True) == parts
+
+
 def test_libraries_and_other_experts() -> None:
     names, parts = split(
         (
@@ -127,6 +159,26 @@ def test_work_of_a_prompt() -> None:
     assert work["lm_head"] == Work(300 * 128 + 4 * 300, 2 * 300 * 128)
 
 
+def test_work_of_the_delta_rule_and_shared_experts() -> None:
+    """Four layers of the Qwen3.5 shape, one with attention: H=2048, delta rule with 16 and 32 heads of 128."""
+    model = "synthetic:qwen3.5-35b-a3b,layers=4"
+    record = RECORD | {"options": {"model": model, "layers": None}, "expert_bytes": 4 * 256 * 3000}
+    work = prompt_work(record, 100)
+    projected = 2 * 16 * 128 + 2 * 32 * 128 + 2 * 32
+    assert work["delta rule projection"].flops == 3 * 2 * 100 * projected * 2048
+    assert work["gated delta rule"].flops == 3 * 6 * 32 * 128 * 128 * 100
+    state = 32 * 128 * 128 * 4
+    assert work["gated delta rule"].nbytes == 3 * (2 * 100 * (projected + 4096) + 2 * state)
+    assert work["qkv projection"].flops == 2 * 100 * (2 * 16 + 4) * 256 * 2048  # queries and their gates
+    assert work["output projection"].flops == 4 * 2 * 100 * 4096 * 2048
+    assert work["shared expert"].flops == 4 * 2 * 100 * (1025 * 2048 + 2048 * 512)
+    sizes = sizes_of(record)
+    assert sizes is not None and sizes._asdict() == model_sizes(parse(model).config())
+    assert sizes_of({"sizes": sizes._asdict()}) == sizes
+    plain = prompt_work({**record, "dense_formats": {"linear": "none", "lm_head": "none"}}, 100)
+    assert set(work) - set(plain) == {"weights to bf16"}
+
+
 def test_few_tokens_use_few_experts() -> None:
     one, two = (prompt_work(RECORD, tokens)["experts GEMM1"].nbytes for tokens in (1, 2))
     assert one == pytest.approx(2 * (2 * 2000 + 2 * 128 + 2 * 2 * 128))
@@ -144,7 +196,10 @@ def test_chunks_read_the_weights_again() -> None:
 def test_sizes_from_the_record() -> None:
     tiny = PRESETS["tiny"]
     named = sizes_of(RECORD)
-    assert named is not None and named._asdict() == {name: getattr(tiny, name) for name in named._fields}
+    assert named is not None and named._field_defaults.items() <= named._asdict().items()
+    assert all(
+        getattr(tiny, name) == size for name, size in named._asdict().items() if name not in named._field_defaults
+    )
     assert sizes_of({"sizes": named._asdict()}) == named
     assert sizes_of({"options": {"model": "folder"}}) is None and prompt_work({}, 5) == {}
     assert prompt_work({**RECORD, "options": {"model": "folder"}}, 5) == {}

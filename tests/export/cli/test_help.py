@@ -108,7 +108,12 @@ main()
         ("triton", "3.8.0", "triton 3.8.0 is installed, but executorch-moe works with triton>=3.6,<3.8: pip install"),
         ("executorch", "none", "executorch is not installed: pip install 'executorch>=1.5.1,<1.6'"),
         ("torchao", "0.17.0", "torchao 0.17.0 is installed, but executorch-moe works with torchao>=0.18,<0.19: pip"),
-        ("transformers", "5.99.0", "transformers 5.99.0 is installed, but executorch-moe works with transformers>=5"),
+        pytest.param(
+            "transformers",
+            "5.99.0",
+            "transformers 5.99.0 is installed, but executorch-moe works with transformers>=5",
+            marks=pytest.mark.exhaustive,  # twelve seconds
+        ),
         ("transformers", "none", "transformers is not installed: pip install 'executorch-moe[hf]'"),
     ],
 )

@@ -19,9 +19,11 @@ from executorch_moe.export.options import Context, Experts, ExportOptions, Targe
 from executorch_moe.export.pipeline import export_model
 
 from ..conftest import MadeOnce
-from ..families import by_name
+from ..families import RECURRENT, by_name
+from ..recurrent_checkpoints import TWO_LAYERS, save_recurrent
 
 CONTEXT, SLOTS = 32, 3
+CPU = torch.device("cpu")
 PROMPTS = [[5, 9, 33], [7], [12, 80, 3, 41, 22, 5, 8, 90, 2, 11], [3, 3], [60, 1, 7, 7, 7]]
 LENGTHS = [9, 14, 4, 11, 6]
 SAMPLERS = [Sampler(), Sampler(1.0, 3, 0.9), Sampler(0.7, 3), Sampler(1.5, 1 << 40), Sampler()]
@@ -33,8 +35,8 @@ class EagerProgram:
     runtime, device, note = "eager", torch.device("cpu"), ""
     method_names = ("decode", "decode_batch", "prefill")
 
-    def __init__(self, output: str) -> None:
-        self.lm = BatchedLM(by_name("qwen3_moe").model("batched_mm"), CONTEXT, SLOTS, output)
+    def __init__(self, output: str, family: Any = None) -> None:
+        self.lm = BatchedLM((family or by_name("qwen3_moe")).model("batched_mm"), CONTEXT, SLOTS, output)
         self.calls: list[str] = []
         self.values = {
             "get_method_output": output, "get_max_context_len": CONTEXT, "get_vocab_size": 96, "get_max_batch": SLOTS,
@@ -59,19 +61,31 @@ class EagerProgram:
         self.lm.reset()
 
 
-def generator(output: str, chunk: int | None = None) -> TextGenerator:
-    return TextGenerator(EagerProgram(output), SimpleNamespace(), chunk)  # type: ignore[arg-type]
+def generator(output: str, chunk: int | None = None, family: Any = None) -> TextGenerator:
+    return TextGenerator(EagerProgram(output, family), SimpleNamespace(), chunk)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("output", "chunk"), [("token", None), ("token", 4), ("greedy", None), ("logits", 2)])
-def test_texts_at_once_are_as_alone(output: str, chunk: int | None) -> None:
+@pytest.mark.parametrize(
+    ("output", "chunk", "family"),
+    [
+        ("token", None, None),
+        ("token", 4, None),
+        ("greedy", None, None),
+        ("logits", 2, None),
+        ("token", 3, RECURRENT[0]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("ahead", [False, True])
+def test_texts_at_once_are_as_alone(output: str, chunk: int | None, family: Any, ahead: bool) -> None:
+    """Recurrent layers too, whose state of a slot is left alone while other rows are decoded."""
     samplers = [Sampler()] * 5 if output == "greedy" else SAMPLERS
-    one = generator(output)
+    one = generator(output, family=family)
     alone = [
         one.generate(ids, length, sampler, ignore_eos=True).tokens
         for ids, length, sampler in zip(PROMPTS, LENGTHS, samplers, strict=True)
     ]
-    batch = BatchGenerator(generator(output, chunk))
+    batch = BatchGenerator(generator(output, chunk, family), ahead=ahead)
     added = []
     for ids, length, sampler in zip(PROMPTS, LENGTHS, samplers, strict=True):  # more texts than slots
         added.append(batch.add(ids, length, sampler, ignore_eos=True))
@@ -90,9 +104,10 @@ def test_a_text_alone_takes_decode() -> None:
     assert batch.generator.program.calls == ["prefill", *["decode"] * 4]  # type: ignore[attr-defined]
 
 
-def test_texts_end_by_themselves() -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_texts_end_by_themselves(ahead: bool) -> None:
     heard: list[int] = []
-    batch = BatchGenerator(generator("greedy"))
+    batch = BatchGenerator(generator("greedy"), ahead=ahead)
     every = batch.add(PROMPTS[0], 8)
     first = every.tokens
     stopped = batch.add(PROMPTS[2], 8, on_token=lambda token: heard.append(token) or len(heard) == 3)
@@ -108,6 +123,17 @@ def test_texts_end_by_themselves() -> None:
     again = batch.add(PROMPTS[0], 8)
     batch.run()
     assert again.stopped_by == "end of text" and again.tokens == first[: first.index(first[3]) + 1]
+
+
+def test_steps_start_before_tokens_are_read() -> None:
+    """With `ahead`, the call of a step comes before the tokens of the last one; none is in vain at a limit."""
+    batch = BatchGenerator(generator("greedy"), ahead=True)
+    calls = batch.generator.program.calls  # type: ignore[attr-defined]
+    known: list[int] = []
+    text = batch.add(PROMPTS[0], 6, on_token=lambda token: known.append(len(calls)), ignore_eos=True)
+    batch.run()
+    assert calls == ["prefill", *["decode"] * 5] and len(text.tokens) == 6
+    assert known == [1, 3, 4, 5, 6, 6]
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -137,10 +163,11 @@ def test_rows_that_share_a_slot_are_refused(positions: list[int], slots: list[in
         check_rows(torch.tensor(positions), torch.tensor(slots), CONTEXT)
 
 
-def check_artifact(pte: Path, runtime: str, cuda_graph: bool = False) -> None:
+def check_artifact(pte: Path, prompts: list[list[int]] | None = None) -> None:
     """Texts at once against the same artifact, one after the other."""
-    loaded = TextGenerator.load(pte, runtime, cuda_graph=cuda_graph)
-    prompts = [loaded.encode(text) for text in ("The import statement", "x", "class Point:\n    def __init__(self")]
+    loaded = TextGenerator.load(pte)
+    texts = ("The import statement", "x", "class Point:\n    def __init__(self")
+    prompts = prompts or [loaded.encode(text) for text in texts]
     settings = list(itertools.product(prompts, [Sampler(), Sampler(0.8, 5, 0.9)]))
     alone = [loaded.generate(ids, 16, sampler, ignore_eos=True).tokens for ids, sampler in settings]
     loaded.program.reset()
@@ -165,7 +192,21 @@ def batched_artifact(made_once: MadeOnce, target: str, dtype: str) -> Path:
 @pytest.mark.exhaustive
 @pytest.mark.usefixtures("executorch_runtime")
 def test_an_artifact_for_the_cpu(made_once: MadeOnce) -> None:
-    check_artifact(batched_artifact(made_once, "cpu", "auto"), "auto")
+    check_artifact(batched_artifact(made_once, "cpu", "auto"))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("executorch_runtime")
+def test_an_artifact_with_recurrent_layers_for_the_cpu(tmp_path: Path) -> None:
+    save_recurrent("qwen3_5_moe_text", tmp_path / "model", **TWO_LAYERS)
+    pte = tmp_path / "out.pte"
+    context = Context(64, max_batch=3)
+    export_model(ExportOptions(str(tmp_path / "model"), pte, target=Target("cpu"), context=context))
+    check_artifact(pte, [[5, 9, 33], [7], [12, 80, 3, 41, 22, 5, 8, 90, 2, 11]])
+    program = TextGenerator.load(pte).program
+    assert program.constant("has_recurrent_state") is True and program.constant("get_max_batch") == 3
+    with pytest.raises(ValueError, match="method 'prefill' got positions 4 to 4, expected 0 and the following ones"):
+        program.run("prefill", torch.tensor([[1]]), torch.tensor([4]), torch.tensor([1]), *Sampler().inputs(CPU))
 
 
 @pytest.mark.gpu

@@ -143,6 +143,44 @@ def test_a_prompt_in_chunks(tokenizer: Tokenizer, chunk: int, calls: list[tuple[
     assert program.calls == [("reset", [], []), *calls, ("decode", [51], [5])]
 
 
+def test_top_k_samples_from_logits_and_is_refused_where_methods_pick(tokenizer: Tokenizer) -> None:
+    class Uniform(CountingProgram):
+        def run(self, method: str, input_ids: torch.Tensor, cache_position: torch.Tensor) -> list[torch.Tensor]:
+            return [torch.arange(264.0)[None] / 1000]
+
+    drawn = TextGenerator(Uniform(64), tokenizer).generate([1], 60, Sampler(1.0, 3, top_k=4), ignore_eos=True)  # type: ignore[arg-type]
+    assert set(drawn.tokens) == {260, 261, 262, 263}
+    picking = TextGenerator(PickingProgram(), tokenizer)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="top_k=4 does not apply to this artifact, which picks tokens on the device"):
+        picking.generate([1], 2, Sampler(top_k=4))
+    assert picking.generate([1], 2, Sampler(0.9, top_k=1)).tokens == [2, 3]
+
+
+class EngineProgram(CountingProgram):
+    """The same for an artifact of --output engine."""
+
+    def run(  # type: ignore[override]
+        self, method: str, input_ids: torch.Tensor, cache_position: torch.Tensor, temperature: torch.Tensor
+    ) -> list[torch.Tensor]:
+        assert (temperature.dtype, temperature.tolist()) == (torch.float32, [0.5])
+        self.calls.append((method, input_ids[0].tolist(), cache_position.tolist()))
+        return [input_ids[:, -1:].float() + 1]
+
+
+def test_methods_of_the_engine_take_a_temperature_and_return_numbers_in_fp32(tokenizer: Tokenizer) -> None:
+    generator = TextGenerator(EngineProgram(get_method_output="engine"), tokenizer)  # type: ignore[arg-type]
+    assert generator.generate([1, 2], 3, Sampler(0.5)).tokens == [3, 4, 5]
+    with pytest.raises(ValueError, match=r"top_p=0.9 does not apply to this artifact, which draws from all tokens"):
+        generator.generate([1], 2, Sampler(0.5, top_p=0.9))
+
+
+def test_an_artifact_of_a_later_version(tokenizer: Tokenizer) -> None:
+    with pytest.raises(
+        ValueError, match="the program's methods return 'beams', this version of the package runs token"
+    ):
+        TextGenerator(CountingProgram(get_method_output="beams"), tokenizer)  # type: ignore[arg-type]
+
+
 def test_a_chunk_of_nothing(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="prefill_chunk=0 must be at least 1"):
         TextGenerator(CountingProgram(), tokenizer, prefill_chunk=0)  # type: ignore[arg-type]

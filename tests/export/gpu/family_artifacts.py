@@ -24,6 +24,11 @@ from ..families import FAMILIES, Family, export_logits
 STATIC_LENGTH = 7
 
 
+def attention(dynamic: bool) -> str | None:
+    """Attention of exported models: those for any length are fp32, and ExecuTorch's for CUDA writes bf16."""
+    return "eager" if dynamic else None
+
+
 @dataclass(frozen=True)
 class Mode:
     """How one artifact of a family is exported.
@@ -49,10 +54,9 @@ class Mode:
         """fp32, where only the experts round, or bf16, the usual dtype of models."""
         return torch.float32 if self.dynamic else torch.bfloat16
 
-    def model(self) -> nn.Module:
-        """The model to export."""
-        # ExecuTorch's Triton attention for CUDA writes bf16 for any input dtype.
-        return self.family.model(self.experts, self.dtype, "eager" if self.dynamic else None)
+    def model(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The model to export, in its dtype or another one."""
+        return self.family.model(self.experts, dtype or self.dtype, attention(self.dynamic))
 
     def eager(self, weights: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
         """transformers' model with the exported weights and experts in plain PyTorch, in `dtype`."""

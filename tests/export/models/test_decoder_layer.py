@@ -82,12 +82,11 @@ def test_recurrent_layers_one_by_one_are_as_at_once(dense: str) -> None:
 def test_decode_of_recurrent_layers_is_fused() -> None:
     decode, prefill = (operators(model("int8", shape=RECURRENT), method) for method in ("decode", "prefill"))
     ours = (
-        "one_token_norm_linear", "gated_delta_net", "one_token_attention", "one_token_shared_router", "fused_experts",
-        "one_token_linear",
+        "one_token_norm_linear", "gated_delta_net", "one_token_attention", "one_token_experts", "one_token_linear",
     )  # fmt: skip
     counts = {name: decode.count(f"executorch_moe.{name}.default") for name in ours}
     # The only projection without a norm is lm_head.
-    assert counts == dict(zip(ours, (4, 4, 1, 5, 5, 1), strict=True))
+    assert counts == dict(zip(ours, (4, 4, 1, 5, 1), strict=True))
     # Between the operators of two layers, nothing is computed.
     assert not any(word in name for name in decode for word in ("sigmoid", "silu", "aten.linear"))
     assert prefill.count("executorch_moe.gated_delta_net.default") == 4
@@ -103,7 +102,7 @@ def operators(lm: CausalLM, method: str) -> list[str]:
 
 def test_the_operators_of_both_methods() -> None:
     decode, prefill = (operators(model("int8"), method) for method in ("decode", "prefill"))
-    for name in ("one_token_attention", "one_token_router", "fused_experts"):
+    for name in ("one_token_attention", "one_token_experts"):
         assert decode.count(f"executorch_moe.{name}.default") == 3
     for name in ("rotated_heads", "cached_attention", "top_experts", "fused_experts"):
         assert prefill.count(f"executorch_moe.{name}.default") == 3
@@ -176,7 +175,7 @@ def test_layers_without_experts_among_those_with(options: dict[str, Any]) -> Non
     check_one_by_one(lm)
     decode = operators(lm, "decode")
     assert decode.count("executorch_moe.one_token_attention.default") == len(layers)
-    assert decode.count("executorch_moe.one_token_router.default") == sum(routed)
+    assert decode.count("executorch_moe.one_token_experts.default") == sum(routed)
 
 
 def test_a_layer_of_another_structure_among_others() -> None:

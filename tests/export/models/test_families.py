@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.export import ExportedProgram
 
 from executorch_moe.backends.artifact.files import save
 from executorch_moe.backends.cuda.missing_operators import check_operators
@@ -18,7 +19,7 @@ from executorch_moe.export.models import experts_interface
 
 from ...combinations import EXHAUSTIVE, combinations
 from ..families import FAMILIES, RECURRENT, Family, Logits, by_name, export_logits, operations, tokens
-from ..gpu.family_artifacts import MODES, Mode
+from ..gpu.family_artifacts import MODES, Mode, attention
 
 # Relative L2 error of the logits of an fp32 model, whose fused experts take and return bf16.
 BOUND = 1.5e-2
@@ -30,11 +31,15 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @functools.cache
-def operations_of_the_artifact(name: str, dynamic: bool) -> list[tuple[str, ...]]:
-    """Operations of a family's fused program, in the mode that runs on the GPU too (test_families_on_gpu.py)."""
+def program_of_the_artifact(name: str, dynamic: bool) -> ExportedProgram:
+    """A family's program in fp32, in the mode that runs on the GPU too (test_families_on_gpu.py)."""
     (mode,) = (mode for mode in MODES if mode.family.name == name and mode.dynamic == dynamic)
-    program = export_logits(mode.family.model(mode.experts), mode.strict, dynamic)
-    return operations(ExpertFuser(FusionOptions("bf16")).fuse(program))
+    return export_logits(mode.model(torch.float32), mode.strict, dynamic)
+
+
+@functools.cache
+def operations_of_the_artifact(name: str, dynamic: bool) -> list[tuple[str, ...]]:
+    return operations(ExpertFuser(FusionOptions("bf16")).fuse(program_of_the_artifact(name, dynamic)))
 
 
 STATIC = {"mixtral", "deepseek_v3"}
@@ -60,7 +65,7 @@ def opposite(family: Family, experts: str, strict: bool, dynamic: bool) -> bool:
     ),
 )
 def test_every_mode_is_fused_and_keeps_its_values(family: Family, experts: str, strict: bool, dynamic: bool) -> None:
-    model = family.model(experts)
+    model = family.model(experts, attention=attention(dynamic))
     program = export_logits(model, strict, dynamic)
     before = set(program.state_dict)
     fuser = ExpertFuser(FusionOptions("bf16"))
@@ -78,15 +83,12 @@ def test_every_mode_is_fused_and_keeps_its_values(family: Family, experts: str, 
             assert relative_error(fused.module()(ids), Logits(model)(ids)) < BOUND
 
 
-# The experts' weights are exact in 4 bits, so that w4a16 must be as close as bf16. test_export_families.py runs the
-# families in ExecuTorch with caches.
+# The experts' weights are exact in 4 bits, so that w4a16 must be as close as bf16. In `make test`, test_any_length.py
+# lowers an unmodified model for the CPU, and test_export_families.py runs families in ExecuTorch with caches.
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("family", "scheme"),
-    [
-        (by_name("gpt_oss"), "bf16"),
-        pytest.param(by_name("qwen3_moe"), "bf16", marks=EXHAUSTIVE),
-        *(pytest.param(family, "w4a16", marks=EXHAUSTIVE) for family in FAMILIES),
-    ],
+    [*((by_name(name), "bf16") for name in ("gpt_oss", "qwen3_moe")), *((family, "w4a16") for family in FAMILIES)],
     ids=str,
 )
 def test_runs_in_executorch(family: Family, scheme: str, tmp_path: Path, executorch_runtime: None) -> None:
@@ -141,7 +143,8 @@ def test_our_own_implementation_refuses_a_gating_that_it_does_not_compute(monkey
 )
 def test_the_cuda_runtime_has_every_operator(mode: Mode) -> None:
     """Modes of the programs that test_families_on_gpu.py runs."""
-    check_operators(ExpertFuser(FusionOptions(mode.scheme, 32)).fuse(mode.program()))
+    program = mode.program() if mode.dtype != torch.float32 else program_of_the_artifact(mode.family.name, mode.dynamic)
+    check_operators(ExpertFuser(FusionOptions(mode.scheme, 32)).fuse(program))
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
@@ -163,10 +166,11 @@ def test_bf16_models() -> None:
         assert relative_error(fused.module()(tokens(9)), Logits(model)(tokens(9))) < 0.03
 
 
+@pytest.mark.exhaustive
 @pytest.mark.transformers
-@pytest.mark.parametrize("family", [RECURRENT[0], pytest.param(RECURRENT[1], marks=EXHAUSTIVE)], ids=str)
+@pytest.mark.parametrize("family", RECURRENT, ids=str)
 def test_unmodified_recurrent_models_are_fused_for_a_fixed_length(family: Family) -> None:
-    """transformers pads their text to chunks of 64 tokens, which cannot be traced for a changing length."""
+    """transformers pads their text to chunks of 64 tokens. `any_length` takes any length: test_any_length.py."""
     model = family.model()
     fuser = ExpertFuser(FusionOptions("w4a16", 32))
     fused = fuser.fuse(export_logits(model, dynamic=False))

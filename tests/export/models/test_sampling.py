@@ -163,6 +163,39 @@ def test_the_cpu_finds_the_same_nucleus(spread: float, vocabulary: int) -> None:
             assert torch.equal(sorted_nucleus(*arguments), nucleus(*arguments))
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (3, 1.0), (3, 0.6), (8, 0.9), (VOCABULARY, 1.0), (999, 1.0)])
+def test_top_k_draws_from_the_most_likely_tokens(top_k: int, top_p: float) -> None:
+    """Within them the chances are those of a softmax over them alone, of which top-p takes its part."""
+    logits = torch.randn(1, VOCABULARY, generator=torch.Generator().manual_seed(top_k)) * 2
+    kept = logits[0].topk(min(top_k, VOCABULARY)).indices
+    among = torch.full_like(logits, -1e9).index_copy(1, kept, logits[:, kept])
+    allowed = sorted(by_sort(among, 0.8, top_p) & set(kept.tolist()))
+    counts = torch.zeros(VOCABULARY)
+    for position in range(800):
+        counts[Sampler(0.8, 5, top_p, top_k)(logits, position)] += 1
+    assert set(counts.nonzero().flatten().tolist()) <= set(allowed)
+    if top_k == 1:
+        assert counts[logits.argmax()] == 800
+        return
+    expected = (logits[0, allowed] / 0.8).softmax(-1) * 800
+    likely = expected >= 5
+    statistic, bound = chi_square(counts[allowed][likely], expected[likely])
+    assert statistic < bound
+
+
+def test_top_k_keeps_the_ties_of_its_last_token() -> None:
+    logits = torch.tensor([[3.0, 1.0, 2.0, 2.0, 0.0]])
+    assert {Sampler(5.0, 1, 1.0, 2)(logits, position) for position in range(200)} == {0, 2, 3}
+
+
+def test_top_k_of_one_is_greedy_in_every_method() -> None:
+    temperature, _, _ = Sampler(0.7, 1, 1.0, 1).inputs(torch.device("cpu"))
+    assert temperature.item() == 0.0
+    for top_k in (-1, 2.5):
+        with pytest.raises(ValueError, match=rf"top_k={top_k} must be a whole number, 0 \(all tokens\) or above"):
+            Sampler(top_k=top_k)  # type: ignore[arg-type]
+
+
 def test_the_nucleus_is_never_empty() -> None:
     below = torch.full((7,), 93.0)
     below[4] = 0.0

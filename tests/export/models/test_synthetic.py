@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from executorch_moe.export.cli.app import app
 from executorch_moe.export.models import synthetic
-from executorch_moe.export.models.causal_lm import CausalLM, check_cache
+from executorch_moe.export.models.causal_lm import CausalLM
 from executorch_moe.export.models.delta_rule import replace_delta_rule_
+from executorch_moe.export.models.pretrained import check_cache
 from executorch_moe.export.options import Context, ExportOptions, Target
 from executorch_moe.export.pipeline import export_model
 from executorch_moe.kernels import FusedExperts
@@ -159,7 +160,7 @@ def test_the_estimate_is_near_the_truth() -> None:
 
 
 def test_a_cache_that_does_not_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("executorch_moe.export.models.causal_lm.total_memory", lambda: 10**9)
+    monkeypatch.setattr("executorch_moe.export.models.pretrained.total_memory", lambda: 10**9)
     config = synthetic.parse("synthetic:qwen3-30b-a3b").config()
     check_cache(config, 10_000, 2)
     with pytest.raises(

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from executorch_moe.export.serve.guard import CHAT, Guard, Limits
+from executorch_moe.export.models.causal_lm import BY_OUTPUT
+from executorch_moe.export.serve.app import LACKS
+from executorch_moe.export.serve.guard import CHAT, WITHOUT_EFFECT, Guard, Limits
 
 GOOD = json.dumps({"messages": [{"role": "user", "content": "x"}]}).encode()
 
@@ -118,10 +120,15 @@ def test_a_request_is_cancelled_when_its_client_leaves() -> None:
 @pytest.mark.parametrize(
     ("body", "limits", "status"),
     [
-        (b'{"top_k": 5}', Limits(has_top_k=False), 400),
-        (b'{"top_k": 5}', Limits(), 200),
-        (b'{"temperature": 0.5}', Limits(can_sample=False), 400),
-        (b'{"temperature": 0}', Limits(can_sample=False), 200),
+        (b'{"top_k": 5}', Limits(lacks=LACKS["token"]), 400),
+        (b'{"top_k": 1}', Limits(lacks=LACKS["token"]), 200),
+        (b'{"top_k": 5, "top_p": 0.5, "seed": 1}', Limits(lacks=LACKS["logits"]), 200),
+        (b'{"top_p": 0.5, "seed": 1}', Limits(lacks=LACKS["token"]), 200),
+        (b'{"temperature": 0.5}', Limits(lacks=LACKS["greedy"]), 400),
+        (b'{"temperature": 0}', Limits(lacks=LACKS["greedy"]), 200),
+        (b'{"temperature": 0.5, "top_p": 1.0}', Limits(lacks=LACKS["engine"]), 200),
+        (b'{"top_p": 0.5}', Limits(lacks=LACKS["engine"]), 400),
+        (b'{"seed": 1}', Limits(lacks=LACKS["engine"]), 400),
         (b'{"messages": []}', Limits(), 400),
         (b"x" * 11, Limits(max_body=10), 413),
         (b"1" * 10, Limits(max_body=10), 200),
@@ -135,6 +142,11 @@ def test_bodies(body: bytes, limits: Limits, status: int) -> None:
         return (await Connection(body).through(Guard(application, limits))).status
 
     assert asyncio.run(check()) == status
+
+
+def test_every_output_of_an_export_is_known() -> None:
+    assert LACKS.keys() == BY_OUTPUT.keys()
+    assert set().union(*LACKS.values()) == WITHOUT_EFFECT.keys()
 
 
 def test_other_types_of_content() -> None:

@@ -155,6 +155,7 @@ def test_chat_options(pte: Path, tmp_path: Path, ours: Callable[[str], str]) -> 
     assert ran.stdout == ours("<s><The import>").partition(stop)[0] + "\n"
     assert "the conversation has" in chat(pte, "x" * 200 + "\n").stderr
     assert "--max-new-tokens 0 must be at least 1" in chat(pte, "", "--max-new-tokens", "0").stderr
+    assert "--top-k 3 does not apply to this artifact" in chat(pte, "", "--top-k", "3").stderr
 
 
 def test_generate_from_a_file_and_with_a_stop_text(pte: Path, tmp_path: Path, ours: Callable[[str], str]) -> None:

@@ -130,7 +130,7 @@ def test_cancellation() -> None:
         ({"prompt": "\ud800"}, "not valid UTF-8"),
         ({"prompt": "x", "temperature": -1}, "temperature=-1.0"),
         ({"prompt": "x", "top_p": 0}, "top_p=0.0"),
-        ({"prompt": "x", "top_k": 5}, "top_k=5 is not supported"),
+        ({"prompt": "x", "top_k": 5}, "top_k=5 does not apply to this artifact"),
         ({"prompt": "x", "stop": "x"}, "stop must be a list"),
         ({"prompt": "x", "temperature": None}, "float"),
         ({"prompt_segments": []}, "at least one segment"),

@@ -8,6 +8,7 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -323,8 +324,9 @@ def test_exported_programs(save: Callable[[Path], Saved], scheme: str, tmp_path:
 
 
 @pytest.mark.slow
-def test_a_gguf_file(tmp_path: Path, executorch_runtime: None) -> None:
-    """`--check`, names in messages, and the artifact."""
+@pytest.mark.parametrize("lowered", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+def test_a_gguf_file(lowered: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executorch_runtime: None) -> None:
+    """`--check`, names in messages, and the artifact; test_gpt_oss_as_published always lowers kept codes."""
     pytest.importorskip("gguf", reason="needs the package gguf")
     from .gguf_files import big_model, only, write
 
@@ -332,19 +334,24 @@ def test_a_gguf_file(tmp_path: Path, executorch_runtime: None) -> None:
     result = check_export(options_for(written.path))
     assert result.passed, result.findings
     (line,) = (finding.found for finding in result.findings if finding.name == "stored weights")
-    assert line.startswith(
-        "stored as GGUF with Q4_K (model.gguf): 1 expert layer with codes kept as w4a16, groups of 32"
-    )
+    said = "stored as GGUF with Q4_K (model.gguf): 1 expert layer with codes kept as w4a16, groups of 32"
+    assert line.startswith(said)
     out, lines = tmp_path / "gguf.pte", io.StringIO()
     with pytest.raises(ValueError, match=r"model.gguf' is a file of the model: choose another"):
         check_report(written.path, options_for(written.path, out))
-    export_model(options_for(written.path, out), Console(file=lines, width=400))
+    if lowered:
+        export_model(options_for(written.path, out), Console(file=lines, width=400))
+    else:
+        monkeypatch.setattr("executorch_moe.backends.lower.lower", mock.Mock(side_effect=OSError("traced")))
+        with pytest.raises(OSError, match="traced"):
+            export_model(options_for(written.path, out), Console(file=lines, width=400))
     assert "checking model.gguf" in lines.getvalue() and "codes kept as w4a16" in lines.getvalue()
-    program = load(out)
-    compare(lambda method, *given: program.run(method, *given)[0], Saved(tmp_path, written.reference, {}))
+    if lowered:
+        program = load(out)
+        compare(lambda method, *given: program.run(method, *given)[0], Saved(tmp_path, written.reference, {}))
 
 
-# test_exported_programs has what is lowered here, and test_a_gguf_file lowers kept codes in `make test` too.
+# test_exported_programs has what is lowered here, and test_gpt_oss_as_published lowers kept codes in `make test` too.
 @pytest.mark.slow
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("save", [symmetric, with_zeros])

@@ -50,7 +50,7 @@ def check_rows(lm: BatchedLM, alone: CausalLM, vocabulary: int, tolerance: float
 
 
 @pytest.mark.transformers
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
+@pytest.mark.parametrize("family", [*FAMILIES, *RECURRENT], ids=str)
 def test_rows_of_each_family(family) -> None:  # type: ignore[no-untyped-def]
     implementation = "eager" if family.name == "gpt_oss" else attention.register(attention.CPU_NAME)
     model = family.model("batched_mm", attention=implementation)
@@ -90,8 +90,9 @@ def test_the_programs_for_cuda() -> None:
 def test_what_cannot_be_batched_is_refused() -> None:
     with pytest.raises(ValueError, match=r"max_batch=65 must be from 1 \(one sequence\) to 64"):
         BatchedLM(by_name("mixtral").model(), CONTEXT, 65, "logits")
-    with pytest.raises(NotImplementedError, match="several sequences at once need layers of attention only"):
-        BatchedLM(RECURRENT[0].model(), CONTEXT, 2, "logits")
+    recurrent = RECURRENT[0].model(attention=attention.register())
+    with pytest.raises(NotImplementedError, match="several sequences at once need layers of attention only on CUDA"):
+        BatchedLM(recurrent, CONTEXT, 2, "logits")
     with pytest.raises(NotImplementedError, match="several sequences at once on CUDA need Qwen3-MoE's layers, in bf16"):
         BatchedLM(model_for_cuda("int4"), CONTEXT, 2, "logits")
     with pytest.raises(ValueError, match="cache_position has 24, expected positions from 0 to 23"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from executorch_moe.export.models import causal_lm
+from executorch_moe.export.models import pretrained
 from executorch_moe.export.options import Context, ExportOptions, Target
 from executorch_moe.export.report.metadata import STOCK_RUNNERS, constant_methods
 
@@ -17,15 +17,17 @@ def test_a_number_out_of_range_is_refused(rows: int) -> None:
         Context(max_batch=rows)
 
 
-def test_recurrent_layers_are_refused_before_anything_is_packed() -> None:
-    options = ExportOptions("tiny", target=Target("cpu"), context=Context(32, max_batch=2))
-    with pytest.raises(NotImplementedError, match="several sequences at once need layers of attention only"):
+def test_recurrent_layers_are_refused_on_cuda_before_anything_is_packed() -> None:
+    options = ExportOptions("tiny", target=Target("sm_90"), context=Context(32, max_batch=2))
+    with pytest.raises(NotImplementedError, match="several sequences at once need layers of attention only on CUDA"):
         options.positions(RECURRENT[0].config())
+    options = ExportOptions("tiny", target=Target("cpu"), context=Context(32, max_batch=2))
+    assert options.positions(RECURRENT[0].config()) == 32
 
 
 def test_the_cache_of_all_slots_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     config = by_name("qwen3_moe").config()
-    monkeypatch.setattr(causal_lm, "total_memory", lambda: 2 * 2 * 2 * 32 * 32 * 4)  # two slots of 32 positions
+    monkeypatch.setattr(pretrained, "total_memory", lambda: 2 * 2 * 2 * 32 * 32 * 4)  # two slots of 32 positions
     for rows in (1, 2):
         options = ExportOptions("tiny", target=Target("cpu"), context=Context(32, max_batch=rows))
         assert options.positions(config) == 32
