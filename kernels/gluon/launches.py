@@ -89,7 +89,7 @@ def gluon_gemm(
             "NUM_STAGES": config.num_stages,
             "PIECES": config.pieces,
             "STRIDE_X": stride_x,
-            "LOADING_REGISTERS": 56 if config.ctas_per_sm <= 2 else 40,
+            "LOADING_REGISTERS": 48 if config.ctas_per_sm <= 2 else 40,
             "FENCE": config.fence,
         },
         num_warps=config.num_warps,
