@@ -26,7 +26,7 @@ class Launch:
     Attributes:
         kernel: function decorated with `triton.jit`. grid: number of programs in up to three dimensions.
         args: tensors and sizes by parameter name. constexprs: constants by parameter name; PTX is one of them.
-        num_warps: of a program.
+        num_warps: of a program. max_registers: of a thread; None leaves them to the compiler.
     """
 
     kernel: Any
@@ -34,6 +34,7 @@ class Launch:
     args: dict[str, Any]
     constexprs: dict[str, Any]
     num_warps: int = 4
+    max_registers: int | None = None
 
     def run(self) -> None:
         """Run the kernel, or record the launch if an operator is being traced."""
@@ -52,7 +53,12 @@ class Launch:
     @property
     def options(self) -> dict[str, Any]:
         """Triton's launch options. From sm_90 on, the launch overlaps with the previous one; see `launches_before`."""
-        return {"num_warps": self.num_warps, **({"launch_pdl": True} if self.constexprs["PTX"] >= 90 else {})}
+        options: dict[str, Any] = {"num_warps": self.num_warps}
+        if self.constexprs["PTX"] >= 90:
+            options["launch_pdl"] = True
+        if self.max_registers is not None:
+            options["maxnreg"] = self.max_registers
+        return options
 
 
 def kernel_gpu(tensor: Tensor) -> Gpu:

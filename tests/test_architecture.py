@@ -21,7 +21,8 @@ LAYERS = ("kernels", "backends", "export", PACKAGE, "examples")
 ROOMS: dict[str, set[str]] = {
     "kernels/packing": set(),
     "kernels/tuning": set(),
-    "kernels/experts": {"kernels/packing", "kernels/tuning", "kernels/decode"},
+    "kernels/experts": {"kernels/packing", "kernels/tuning", "kernels/decode", "kernels/gluon"},
+    "kernels/gluon": {"kernels/tuning"},
     "kernels/decode": set(),
     "kernels/prefill": set(),
     "kernels/batch": {"kernels/decode", "kernels/experts", "kernels/prefill"},

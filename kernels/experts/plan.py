@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from executorch_moe.kernels.arguments import ExpertArguments
 from executorch_moe.kernels.decode.launches import run_one_token_linear
 from executorch_moe.kernels.gpus import Gpu
 from executorch_moe.kernels.launch import Launch, kernel_gpu, ptx_of
+from executorch_moe.kernels.packing.fragments import fragment_order
 from executorch_moe.kernels.schemes import max_scale_ratio, round_up
 from executorch_moe.kernels.tuning.choose import (
     MAX_PAIRS,
@@ -32,7 +32,7 @@ from .matvec_plan import run_matvec
 from .problem import Options as Options
 from .problem import Problem as Problem
 from .problem import cdiv, needs_wide_offsets
-from .routing import moe_route_count, moe_route_scatter
+from .routing import Heights, Routing, max_row_blocks, run_routing
 
 SHORT_WAVE = 3
 """Few-token launches with at most this many programs a multiprocessor are optimized for latency."""
@@ -108,124 +108,6 @@ def run_few_tokens(p: Problem) -> Tensor:
             )
         )
     return out
-
-
-@dataclass
-class Routing:
-    """The lists that routing writes on the device; see routing.py."""
-
-    sorted_pair_ids: Tensor
-    expert_offsets: Tensor
-    block_expert: Tensor
-    block_row: Tensor
-    num_row_blocks: Tensor
-
-    def pointers(self) -> dict[str, Any]:
-        """The lists by the parameter names of the kernels."""
-        return {f"{name}_ptr": tensor for name, tensor in vars(self).items()}
-
-
-def max_row_blocks(num_pairs: Any, num_experts: int, block_m: int) -> Any:
-    """Upper bound of the number of row blocks for any routing: each expert may end in a partial block."""
-    bound = num_pairs // block_m + num_experts
-    return min(bound, num_pairs) if isinstance(num_pairs, int) else bound
-
-
-def route_chunk(num_pairs: Any) -> int:
-    """Number of pairs that one routing program ranks.
-
-    One program for up to 256 pairs. Above, a balance between ranking a chunk, which is quadratic in its size, and
-    summing the counts of all chunks, which each program does.
-    """
-    if not isinstance(num_pairs, int):
-        return 256
-    if num_pairs <= 256:
-        return max(64, triton.next_power_of_2(num_pairs))
-    return 256 if num_pairs <= 32768 else 512
-
-
-@dataclass(frozen=True)
-class Heights:
-    """Rows of a row block: block_m; block_m_few for up to `few` pairs; block_m_many for more than `many` pairs."""
-
-    block_m: int
-    few: int = -1
-    block_m_few: int = 8
-    many: int = MAX_PAIRS
-    block_m_many: int = 8
-
-    @staticmethod
-    def of(variants: tuple[Variant, ...]) -> Heights:
-        """Heights for one, two or three variants."""
-        heights = [v.gemm1.block_m for v in variants]
-        if len(variants) == 1:
-            return Heights(heights[0])
-        if len(variants) == 2:
-            return Heights(heights[1], variants[0].pairs_to, heights[0])
-        few, middle, _ = variants
-        return Heights(heights[1], few.pairs_to, heights[0], middle.pairs_to, heights[2])
-
-    @property
-    def least(self) -> int:
-        """The smallest height that can occur; it gives the most row blocks."""
-        found = [self.block_m]
-        found += [self.block_m_few] if self.few >= 0 else []
-        found += [self.block_m_many] if self.many < MAX_PAIRS else []
-        return min(found)
-
-
-def run_routing(p: Problem, heights: Heights) -> Routing:
-    """Two launches, or one for few pairs. The row-block list is for tiles of these heights."""
-    e_pow2 = max(32, triton.next_power_of_2(p.num_experts))
-    chunk = route_chunk(p.num_pairs)
-    num_chunks = cdiv(p.num_pairs, chunk)
-    one_chunk = isinstance(num_chunks, int) and num_chunks == 1
-    blocks = max_row_blocks(p.num_pairs, p.num_experts, heights.least)
-    r = Routing(
-        sorted_pair_ids=p.empty((p.num_pairs,), torch.int32),
-        expert_offsets=p.empty((p.num_experts + 1,), torch.int32),
-        block_expert=p.empty((blocks,), torch.int32),
-        block_row=p.empty((blocks,), torch.int32),
-        num_row_blocks=p.empty((1,), torch.int32),
-    )
-    shape = {"NUM_EXPERTS": p.num_experts, "E_POW2": e_pow2, "CHUNK": chunk, "PTX": p.ptx}
-    counts = r.num_row_blocks
-    if not one_chunk:
-        counts = p.empty((num_chunks, e_pow2), torch.int32)
-        p.submit(
-            Launch(
-                moe_route_count,
-                (num_chunks,),
-                {"topk_ids_ptr": p.topk_ids, "chunk_counts_ptr": counts, "num_pairs": p.num_pairs},
-                shape,
-            )
-        )
-    p.submit(
-        Launch(
-            moe_route_scatter,
-            (num_chunks,),
-            {
-                "topk_ids_ptr": p.topk_ids,
-                "chunk_counts_ptr": counts,
-                **r.pointers(),
-                "num_pairs": p.num_pairs,
-                "num_chunks": num_chunks,
-            },
-            {
-                **shape,
-                "ONE_CHUNK": one_chunk,
-                "COUNT_BLOCK": 16,
-                "RANK_BLOCK": 32,
-                "BLOCK_M": heights.block_m,
-                "FEW": heights.few,
-                "BLOCK_M_FEW": heights.block_m_few,
-                "MANY": heights.many,
-                "BLOCK_M_MANY": heights.block_m_many,
-            },
-            num_warps=8,
-        )
-    )
-    return r
 
 
 def quantize_rows(p: Problem, x: Tensor, rows: Any, k: int, act_group: int) -> tuple[Tensor, Tensor]:
@@ -332,6 +214,11 @@ def run_grouped(p: Problem) -> Tensor:
     run_grouped_gemm(p, 1, variants, p.hidden_states, p.num_tokens, hidden, routing)
     y = p.empty((p.num_pairs, p.h), torch.bfloat16)
     run_grouped_gemm(p, 2, variants, hidden, p.num_pairs, y, routing)
+    return sum_pairs(p, y)
+
+
+def sum_pairs(p: Problem, y: Tensor) -> Tensor:
+    """One launch: bf16 [P, H] in pair order, weighted -> bf16 [T, H], the sum over top_k."""
     out = p.empty((p.num_tokens, p.h), torch.bfloat16)
     block_h = min(1024, triton.next_power_of_2(p.h))
     p.submit(
@@ -343,6 +230,36 @@ def run_grouped(p: Problem) -> Tensor:
         )
     )
     return out
+
+
+def run_gluon(p: Problem) -> Tensor:
+    """`run_grouped` with the GEMMs of kernels/gluon."""
+    from executorch_moe.kernels.gluon.launches import check_gluon, default_configs, gluon_gemm
+
+    for gemm in (1, 2):
+        packed_bf16 = p.scheme.packed and fragment_order(p.scheme, gemm) == "w4a16"
+        check_gluon(p.gpu, p.constants(gemm), packed_bf16, int(p.hidden_states.storage_offset()))
+    configs = p.options.gluon or default_configs(p.layer, p.num_pairs)
+    if configs[0].block_m != configs[1].block_m:
+        raise ValueError(
+            f"block_m={configs[0].block_m} of GEMM1 and {configs[1].block_m} of GEMM2 differ: "
+            "both walk the same row blocks"
+        )
+    routing = run_routing(p, Heights(configs[0].block_m))
+    hidden = p.empty((p.num_pairs, p.i_pad), torch.bfloat16)
+    y = p.empty((p.num_pairs, p.h), torch.bfloat16)
+    for gemm, x, out in ((1, p.hidden_states, hidden), (2, hidden, y)):
+        config, constants = configs[gemm - 1], p.constants(gemm)
+        tensors = {
+            "x_ptr": x,
+            **p.weights(gemm),
+            "out_ptr": out,
+            "pair_weight_ptr": p.topk_weights,
+            **routing.pointers(),
+        }
+        tiles = max_row_blocks(p.num_pairs, p.num_experts, config.block_m) * (constants["N"] // config.block_n)
+        p.submit(gluon_gemm(p.gpu, config, tensors, constants, int(x.shape[1]), tiles))
+    return sum_pairs(p, y)
 
 
 def run_fused_experts(
@@ -396,5 +313,6 @@ RUN: dict[str, Callable[[Problem], Tensor]] = {
     "matvec": run_matvec,
     "few_tokens": run_few_tokens,
     "grouped": run_grouped,
+    "gluon": run_gluon,
 }
 """The paths by name."""

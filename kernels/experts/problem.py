@@ -17,7 +17,7 @@ from executorch_moe.kernels.packing.fragments import fragment_order
 from executorch_moe.kernels.schemes import K_BLOCK, get_activation, get_scheme
 from executorch_moe.kernels.shapes import LayerShape
 from executorch_moe.kernels.tuning.choose import Variant
-from executorch_moe.kernels.tuning.configs import GemmConfig, MatvecConfig
+from executorch_moe.kernels.tuning.configs import GemmConfig, GluonConfig, MatvecConfig
 
 OFFSETS_32_BITS = 2**32
 """Elements that a GEMM can address with unsigned 32-bit offsets. 64-bit offsets take twice the registers."""
@@ -28,10 +28,11 @@ class Options:
     """Choices that tests and benchmarks force; None leaves a choice to the operator.
 
     Attributes:
-        path: "grouped", "few_tokens" or "matvec".
+        path: "grouped", "few_tokens", "matvec" or "gluon", which is never chosen by itself.
         persistent: False runs the one-CTA-per-tile schedule.
         gemm1, gemm2: tile configurations. variants: of the grouped path; replace gemm1 and gemm2.
         matvec: sizes of both GEMMs of the matrix-vector path.
+        gluon: tile configurations of both GEMMs for path "gluon".
         group_size_m: row blocks of a group in the tile order; replaces that of the configurations.
         tables: False ignores the tuning tables.
         ranks_logits: in `one_token_experts`, kernels of the matrix-vector path choose the experts themselves.
@@ -43,6 +44,7 @@ class Options:
     gemm2: GemmConfig | None = None
     variants: tuple[Variant, ...] | None = None
     matvec: tuple[MatvecConfig, MatvecConfig] | None = None
+    gluon: tuple[GluonConfig, GluonConfig] | None = None
     group_size_m: int | None = None
     tables: bool = True
     ranks_logits: bool = True

@@ -14,10 +14,19 @@ Worked example: top_k = 1, ids = [2, 0, 2, 9, 2], E = 3, BLOCK_M = 2
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from executorch_moe.kernels._device import launches_before
+from executorch_moe.kernels.launch import Launch
+from executorch_moe.kernels.tuning.choose import MAX_PAIRS, Variant
+
+from .problem import Problem, cdiv
 
 
 @triton.jit
@@ -153,3 +162,121 @@ def rows_of_leader(
     chosen = rank[None, :] == tl.arange(0, BLOCK_M)[:, None]
     pair = tl.sum(tl.where(chosen, tl.arange(0, PAIRS)[None, :], 0), axis=1)
     return pair, tl.sum(chosen.to(tl.int32), axis=1) > 0
+
+
+@dataclass
+class Routing:
+    """The lists that routing writes on the device; see routing.py."""
+
+    sorted_pair_ids: Tensor
+    expert_offsets: Tensor
+    block_expert: Tensor
+    block_row: Tensor
+    num_row_blocks: Tensor
+
+    def pointers(self) -> dict[str, Any]:
+        """The lists by the parameter names of the kernels."""
+        return {f"{name}_ptr": tensor for name, tensor in vars(self).items()}
+
+
+def max_row_blocks(num_pairs: Any, num_experts: int, block_m: int) -> Any:
+    """Upper bound of the number of row blocks for any routing: each expert may end in a partial block."""
+    bound = num_pairs // block_m + num_experts
+    return min(bound, num_pairs) if isinstance(num_pairs, int) else bound
+
+
+def route_chunk(num_pairs: Any) -> int:
+    """Number of pairs that one routing program ranks.
+
+    One program for up to 256 pairs. Above, a balance between ranking a chunk, which is quadratic in its size, and
+    summing the counts of all chunks, which each program does.
+    """
+    if not isinstance(num_pairs, int):
+        return 256
+    if num_pairs <= 256:
+        return max(64, triton.next_power_of_2(num_pairs))
+    return 256 if num_pairs <= 32768 else 512
+
+
+@dataclass(frozen=True)
+class Heights:
+    """Rows of a row block: block_m; block_m_few for up to `few` pairs; block_m_many for more than `many` pairs."""
+
+    block_m: int
+    few: int = -1
+    block_m_few: int = 8
+    many: int = MAX_PAIRS
+    block_m_many: int = 8
+
+    @staticmethod
+    def of(variants: tuple[Variant, ...]) -> Heights:
+        """Heights for one, two or three variants."""
+        heights = [v.gemm1.block_m for v in variants]
+        if len(variants) == 1:
+            return Heights(heights[0])
+        if len(variants) == 2:
+            return Heights(heights[1], variants[0].pairs_to, heights[0])
+        few, middle, _ = variants
+        return Heights(heights[1], few.pairs_to, heights[0], middle.pairs_to, heights[2])
+
+    @property
+    def least(self) -> int:
+        """The smallest height that can occur; it gives the most row blocks."""
+        found = [self.block_m]
+        found += [self.block_m_few] if self.few >= 0 else []
+        found += [self.block_m_many] if self.many < MAX_PAIRS else []
+        return min(found)
+
+
+def run_routing(p: Problem, heights: Heights) -> Routing:
+    """Two launches, or one for few pairs. The row-block list is for tiles of these heights."""
+    e_pow2 = max(32, triton.next_power_of_2(p.num_experts))
+    chunk = route_chunk(p.num_pairs)
+    num_chunks = cdiv(p.num_pairs, chunk)
+    one_chunk = isinstance(num_chunks, int) and num_chunks == 1
+    blocks = max_row_blocks(p.num_pairs, p.num_experts, heights.least)
+    r = Routing(
+        sorted_pair_ids=p.empty((p.num_pairs,), torch.int32),
+        expert_offsets=p.empty((p.num_experts + 1,), torch.int32),
+        block_expert=p.empty((blocks,), torch.int32),
+        block_row=p.empty((blocks,), torch.int32),
+        num_row_blocks=p.empty((1,), torch.int32),
+    )
+    shape = {"NUM_EXPERTS": p.num_experts, "E_POW2": e_pow2, "CHUNK": chunk, "PTX": p.ptx}
+    counts = r.num_row_blocks
+    if not one_chunk:
+        counts = p.empty((num_chunks, e_pow2), torch.int32)
+        p.submit(
+            Launch(
+                moe_route_count,
+                (num_chunks,),
+                {"topk_ids_ptr": p.topk_ids, "chunk_counts_ptr": counts, "num_pairs": p.num_pairs},
+                shape,
+            )
+        )
+    p.submit(
+        Launch(
+            moe_route_scatter,
+            (num_chunks,),
+            {
+                "topk_ids_ptr": p.topk_ids,
+                "chunk_counts_ptr": counts,
+                **r.pointers(),
+                "num_pairs": p.num_pairs,
+                "num_chunks": num_chunks,
+            },
+            {
+                **shape,
+                "ONE_CHUNK": one_chunk,
+                "COUNT_BLOCK": 16,
+                "RANK_BLOCK": 32,
+                "BLOCK_M": heights.block_m,
+                "FEW": heights.few,
+                "BLOCK_M_FEW": heights.block_m_few,
+                "MANY": heights.many,
+                "BLOCK_M_MANY": heights.block_m_many,
+            },
+            num_warps=8,
+        )
+    )
+    return r

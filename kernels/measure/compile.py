@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from executorch_moe.kernels.experts.plan import Options, run_fused_experts
 from executorch_moe.kernels.gpus import Gpu, GpuModel, gpu_of
@@ -131,8 +132,10 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 def compile_kernel(launch: Launch, capability: int) -> Any:
     """Compile one launch for a capability, without a GPU. Returns Triton's compiled kernel."""
     signature, constants, attributes = _signature(launch)
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.num_warps})
+    kind = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    source = kind(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {key: value for key, value in launch.options.items() if key != "launch_pdl"}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def compile_launch(launch: Launch, capability: int) -> KernelReport:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from executorch_moe.kernels._device import launches_before, to_bf16
 from executorch_moe.kernels.arguments import ExpertArguments
-from executorch_moe.kernels.experts.plan import Heights, max_row_blocks, run_routing
 from executorch_moe.kernels.experts.problem import Problem
+from executorch_moe.kernels.experts.routing import Heights, max_row_blocks, run_routing
 from executorch_moe.kernels.gpus import Gpu
 from executorch_moe.kernels.launch import Launch
 

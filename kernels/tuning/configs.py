@@ -51,6 +51,41 @@ class GemmConfig:
 
 
 @dataclass(frozen=True)
+class GluonConfig:
+    """Tile configuration of one GEMM of the Gluon kernel (kernels/gluon).
+
+    Attributes:
+        block_m: tokens of a tile, 16 to 256. block_n: weight rows of a tile (GEMM1: gate and up rows together), 64, 128
+            or 256, 16 or 32 for each warp that multiplies.
+        num_warps: that multiply, 4 or 8; four more load.
+        num_stages: K blocks that are in shared memory at once. pieces: parts of a K block that are decoded at once, 2
+            or 4. group_size_m, ctas_per_sm: as in `GemmConfig`.
+        fence: order the copies of tokens before the reads of the tensor cores with a fence of its own.
+
+    Raises:
+        ValueError: a value is not allowed.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int = 4
+    num_stages: int = 4
+    pieces: int = 2
+    group_size_m: int = 1
+    ctas_per_sm: int = 1
+    fence: bool = False
+
+    def __post_init__(self) -> None:
+        allowed = {"block_m": (16, 32, 64, 128, 256), "num_warps": (4, 8), "pieces": (2, 4)}
+        allowed["block_n"] = (16 * self.num_warps, 32 * self.num_warps)
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}={getattr(self, name)} must be one of {values}")
+        if self.num_stages < 2:
+            raise ValueError(f"num_stages={self.num_stages} must be at least 2")
+
+
+@dataclass(frozen=True)
 class MatvecConfig:
     """Sizes of a program of the matrix-vector path for one GEMM.
 
