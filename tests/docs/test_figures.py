@@ -20,8 +20,9 @@ def test_speeds_are_those_of_the_chart(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8").replace("*", "")
     figures = json.loads((ROOT / "docs" / "speed.json").read_text(encoding="utf-8"))
     assert figures["commit"] in text and figures["rows"][0]["date"] in text
+    table = text.partition("| Qwen3-30B-A3B")[2].partition("\n\n")[0].splitlines()
     for row in figures["rows"]:
-        (line,) = (x for x in text.splitlines() if x.startswith(f"| {row['name']}") and x.count("|") == 6 and "," in x)
+        (line,) = (x for x in table if x.startswith(f"| {row['name']}"))
         for speed in filter(None, row["speeds"]):
             assert f"{speed:,}" in line, (row["name"], speed)
 
