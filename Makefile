@@ -68,7 +68,7 @@ define TESTS
 endef
 
 # mypy and pip take one core each.
-test: $(STAMP)  ## lint, type-check, test all that needs no GPU: a quarter of an hour
+test: $(STAMP)  ## lint, type-check, test all that needs no GPU: about 20 minutes
 	+$(MAKE) --jobs 2 --output-sync=target lint $(OLDEST)/.installed $(OLD_TRANSFORMERS)/.installed
 	$(call TESTS,not exhaustive)
 

@@ -5,20 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from executorch_moe.kernels.prefill.aten import linear_aten
+
 from .arguments import RowsAttentionArguments
-
-
-def rows_linear_aten(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-    """`op.rows_linear` in ATen: fp32, rounded to bf16 at the end."""
-    y = x.float() @ weight.float().T
-    return (y if scale is None else y * scale).to(x.dtype)
 
 
 def rows_attention_aten(arguments: RowsAttentionArguments) -> tuple[Tensor, Tensor]:
     """`op.rows_attention` in ATen: fp32, rounded to bf16 where the kernels round."""
     x, weight, scale, q_norm, k_norm, cos, sin, positions, slots, key, value, scaling, eps = arguments
     _, kv_heads, context, head_dim = key.shape
-    parts = rows_linear_aten(x[0], weight, scale).unflatten(-1, (-1, head_dim))  # [T, heads + 2 * kv_heads, D]
+    parts = linear_aten(x[0], weight, scale).unflatten(-1, (-1, head_dim))  # [T, heads + 2 * kv_heads, D]
     heads = parts.shape[1] - 2 * kv_heads
     query, new_key, new_value = parts.split([heads, kv_heads, kv_heads], 1)
     angles = cos.float()[0, :, None], sin.float()[0, :, None]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from executorch_moe.kernels.inference_only import inference_operator
+from executorch_moe.kernels.prefill.aten import linear_aten
 
 from .arguments import (
     RowsAttentionArguments,
@@ -22,7 +23,7 @@ from .arguments import (
 )
 from .arguments import fits_rows as fits_rows
 from .arguments import fits_rows_linear as fits_rows_linear
-from .aten import rows_attention_aten, rows_linear_aten, rows_router_aten
+from .aten import rows_attention_aten, rows_router_aten
 from .launches import run_rows_attention, run_rows_linear, run_rows_router
 
 
@@ -41,7 +42,7 @@ def rows_linear(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
         NotImplementedError: backward.
     """
     check_rows_linear(x, weight, scale)
-    return rows_linear_aten(x, weight, scale) if x.device.type == "cpu" else run_rows_linear(x, weight, scale)
+    return linear_aten(x, weight, scale) if x.device.type == "cpu" else run_rows_linear(x, weight, scale)
 
 
 @inference_operator("rows_attention", RowsAttentionArguments)
@@ -96,7 +97,7 @@ def rows_router(x: Tensor, router: Tensor, positions: Tensor, top_k: int) -> tup
 @rows_linear.register_kernel("cpu")
 def _(x, weight, scale):  # type: ignore[no-untyped-def]
     check_rows_linear(x, weight, scale)
-    return rows_linear_aten(x, weight, scale)
+    return linear_aten(x, weight, scale)
 
 
 @rows_attention.register_kernel("cpu")

@@ -103,7 +103,7 @@ def residual_norm_aten(hidden: Tensor, update: Tensor, norm: Tensor, eps: float)
     return summed, normed.to(hidden.dtype)
 
 
-def prompt_linear_aten(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-    """`op.prompt_linear` in ATen: fp32, rounded to bf16 at the end."""
+def linear_aten(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    """`op.prompt_linear` and `batch.op.rows_linear` in ATen: fp32, rounded to bf16 at the end."""
     y = x.float() @ weight.float().T
     return (y if scale is None else y * scale).to(x.dtype)

@@ -29,7 +29,7 @@ from .arguments import fits_residual_norm as fits_residual_norm
 from .arguments import fits_top_experts as fits_top_experts
 from .aten import (
     cached_attention_aten,
-    prompt_linear_aten,
+    linear_aten,
     residual_norm_aten,
     rotated_heads_aten,
     top_experts_aten,
@@ -144,7 +144,7 @@ def prompt_linear(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
         NotImplementedError: backward.
     """
     check_prompt_linear(x, weight, scale)
-    return prompt_linear_aten(x, weight, scale) if x.device.type == "cpu" else run_prompt_linear(x, weight, scale)
+    return linear_aten(x, weight, scale) if x.device.type == "cpu" else run_prompt_linear(x, weight, scale)
 
 
 @residual_norm.register_kernel("cpu")
@@ -206,7 +206,7 @@ def _(logits, top_k):  # type: ignore[no-untyped-def]
 @prompt_linear.register_kernel("cpu")
 def _(x, weight, scale):  # type: ignore[no-untyped-def]
     check_prompt_linear(x, weight, scale)
-    return prompt_linear_aten(x, weight, scale)
+    return linear_aten(x, weight, scale)
 
 
 @prompt_linear.register_fake

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from executorch_moe.kernels.batch import op as ops
-from executorch_moe.kernels.batch.aten import rows_attention_aten, rows_linear_aten, rows_router_aten
+from executorch_moe.kernels.batch.aten import rows_attention_aten, rows_router_aten
 from executorch_moe.kernels.batch.launches import run_rows_attention, run_rows_linear, run_rows_router, splits_of
 from executorch_moe.kernels.decode.op import one_token_attention
 from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED, Gpu, find_model
 from executorch_moe.kernels.measure.compile import compile_kernel, compile_launch, cuobjdump
+from executorch_moe.kernels.prefill.aten import linear_aten
 
 from ..combinations import combinations
 from .batch_launches import launches_of_rows
@@ -159,7 +160,7 @@ def test_parts_of_positions() -> None:
 @pytest.mark.parametrize(("rows", "columns", "k", "kind"), LINEAR)
 def test_interpreted_linear(rows: int, columns: int, k: int, kind: str) -> None:
     x, (weight, scale) = random(rows, k), projection(columns, k, kind)
-    close(run_rows_linear(x, weight, scale), rows_linear_aten(x, weight, scale))
+    close(run_rows_linear(x, weight, scale), linear_aten(x, weight, scale))
     same_bits_in_any_order(lambda: run_rows_linear(x, weight, scale))
 
 

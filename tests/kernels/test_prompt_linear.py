@@ -12,7 +12,7 @@ from executorch_moe.kernels.gpus import MAX_DYNAMIC_SHARED, MODELS, Gpu, find_mo
 from executorch_moe.kernels.launch import Launch
 from executorch_moe.kernels.measure.compile import compile_launch
 from executorch_moe.kernels.prefill import linear
-from executorch_moe.kernels.prefill.aten import prompt_linear_aten
+from executorch_moe.kernels.prefill.aten import linear_aten
 from executorch_moe.kernels.prefill.linear import LIMIT, LinearTile, run_prompt_linear, tiles_of
 from executorch_moe.kernels.prefill.op import prompt_linear
 
@@ -114,7 +114,7 @@ def test_one_launch_of_any_number_of_tokens_has_programs(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("name", SIZES)
 def test_interpreted(name: str) -> None:
     arguments = arguments_of(*SIZES[name])
-    close(run_prompt_linear(*arguments, tile=SMALL), prompt_linear_aten(*arguments))
+    close(run_prompt_linear(*arguments, tile=SMALL), linear_aten(*arguments))
     same_bits_in_any_order(lambda: run_prompt_linear(*arguments, tile=SMALL))
 
 
